@@ -1,0 +1,26 @@
+//! From a checkpoint's routing to a plan of what each expert becomes: the compression side of
+//! LightMoE (arXiv 2603.12645), and of the methods that share its stages.
+//!
+//! [`observations`] hold what the router did on sample data; [`methods::plan`] turns them into a
+//! [`plan::Plan`] by way of [`mod@select`] (which experts), [`mod@group`] (which of them share a base)
+//! and [`search`] (how many, for a wanted size); [`size`] counts what a plan leaves.
+//!
+//! Symbols: `E` experts per layer, `H` hidden size, `F` intermediate size, `R` adapter rank,
+//! `M` shared bases per layer, `N'` experts replaced in a layer, `Gbar` an expert's share of its
+//! layer's gate mass.
+
+mod error;
+mod estimate;
+mod files;
+mod scores;
+
+pub mod group;
+pub mod methods;
+pub mod observations;
+pub mod plan;
+pub mod search;
+pub mod select;
+pub mod size;
+
+pub use error::{Error, Result};
+pub use estimate::{Estimate, estimate};

@@ -1,0 +1,343 @@
+//! The plan: what every expert of every layer becomes, with the scores that led there.
+//!
+//! Plain JSON, to be read, edited and compared. A slot is one output of a layer's router:
+//!
+//! ```json
+//! {"expert": 5, "form": "adapted", "group": 1, "rank": 16, "dominant": false, "score": 0.01}
+//! {"expert": 6, "form": "dense", "score": 0.07}
+//! ```
+
+use std::path::Path;
+
+use lightmoe_models::config::ModelConfig;
+use serde::{Deserialize, Serialize};
+
+use crate::methods::{BaseInit, MethodName};
+use crate::{Error, Result, files};
+
+/// Version of the plan's layout.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// A whole plan.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// The method that made it.
+    pub method: MethodName,
+    /// The model it is for.
+    pub model: ModelSummary,
+    /// The settings it was made with.
+    pub settings: PlanSettings,
+    /// How much smaller the model becomes.
+    pub ratio: Ratio,
+    /// The global threshold; `None` where the method has none.
+    pub p_hat: Option<f64>,
+    /// What it leaves and what is trained.
+    pub parameters: Parameters,
+    /// Every layer that has experts, ascending.
+    pub layers: Vec<LayerPlan>,
+}
+
+/// The facts of the model that a plan depends on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelSummary {
+    /// The family's `model_type`.
+    pub family: String,
+    /// `H`.
+    pub hidden_size: usize,
+    /// `F` of a routed expert.
+    pub intermediate_size: usize,
+    /// `E`: routed experts per layer.
+    pub num_experts: usize,
+    /// Experts chosen for a token.
+    pub top_k: usize,
+    /// Decoder layers, dense ones included.
+    pub layers: usize,
+}
+
+impl From<&ModelConfig> for ModelSummary {
+    fn from(config: &ModelConfig) -> Self {
+        Self {
+            family: config.family.to_string(),
+            hidden_size: config.hidden_size,
+            intermediate_size: config.moe.intermediate_size,
+            num_experts: config.moe.num_experts,
+            top_k: config.moe.top_k,
+            layers: config.num_layers,
+        }
+    }
+}
+
+/// The settings of the method.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PlanSettings {
+    /// Rank of the adapter of each replaced expert.
+    pub rank: usize,
+    /// Rank of the adapter that each kept expert has while training; merged at the end.
+    pub kept_rank: usize,
+    /// Shared bases wanted per layer; 0 for adapters alone.
+    pub groups: usize,
+    /// `alpha` of eq. 8.
+    pub alpha: f64,
+    /// Greatest relative distance of a layer's threshold from `p_hat`.
+    pub max_delta: f64,
+    /// How the bases start.
+    pub base: BaseInit,
+}
+
+/// How much smaller the model becomes, as a share of all its parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Ratio {
+    /// What was asked for; `None` where a threshold was given instead.
+    pub target: Option<f64>,
+    /// What the plan gives.
+    pub achieved: f64,
+}
+
+/// Parameter counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parameters {
+    /// Of the original model.
+    pub before: u64,
+    /// Of the exported model, the adapters of kept experts merged.
+    pub after: u64,
+    /// Trained during recovery.
+    pub trained: u64,
+}
+
+/// What becomes of one layer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayerPlan {
+    /// The layer's number in the model.
+    pub layer: usize,
+    /// The layer's threshold `p_j`.
+    pub threshold: Option<f64>,
+    /// The layer's mean router norm `R_j`.
+    pub router_norm: Option<f64>,
+    /// Shared bases in this layer.
+    pub groups: usize,
+    /// One slot per expert, ascending.
+    pub slots: Vec<SlotPlan>,
+}
+
+impl LayerPlan {
+    /// The experts of group `group`, ascending.
+    pub fn members(&self, group: usize) -> impl Iterator<Item = usize> + '_ {
+        self.slots
+            .iter()
+            .filter(move |slot| slot.form.group() == Some(group))
+            .map(|slot| slot.expert)
+    }
+
+    /// How many experts are replaced.
+    pub fn replaced(&self) -> usize {
+        self.slots.iter().filter(|s| s.form.is_replaced()).count()
+    }
+}
+
+/// What becomes of one expert.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SlotPlan {
+    /// The expert's number.
+    pub expert: usize,
+    /// The form it takes.
+    #[serde(flatten)]
+    pub form: SlotForm,
+    /// `Gbar`: its share of the layer's gate mass, the weight it has in its group's base.
+    pub score: f64,
+}
+
+/// The form of a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "form", rename_all = "lowercase")]
+pub enum SlotForm {
+    /// The expert's own matrices.
+    Dense,
+    /// The base of a group plus an adapter of the slot's own.
+    Adapted {
+        /// The group whose base it uses; `None` for the adapter alone.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        group: Option<usize>,
+        /// Rank of the adapter; 0 for the base alone.
+        rank: usize,
+        /// Whether the others of its group were drawn to this expert.
+        dominant: bool,
+    },
+}
+
+impl SlotForm {
+    /// Whether the expert's own matrices go.
+    pub fn is_replaced(&self) -> bool {
+        matches!(self, Self::Adapted { .. })
+    }
+
+    /// The group whose base the slot uses.
+    pub fn group(&self) -> Option<usize> {
+        match self {
+            Self::Dense => None,
+            Self::Adapted { group, .. } => *group,
+        }
+    }
+}
+
+impl Plan {
+    /// Writes the plan as indented JSON, atomically.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be written, [`Error::Plan`] if it breaks a rule of
+    /// [`Plan::validate`].
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let mut text = self
+            .validate()
+            .and_then(|()| {
+                serde_json::to_vec_pretty(self)
+                    .map_err(|e| format!("cannot be encoded ({e}); report it"))
+            })
+            .map_err(|message| plan_error(path, message))?;
+        text.push(b'\n');
+        files::write_atomic(path, &text)
+    }
+
+    /// Reads and checks a plan.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read, [`Error::Plan`] if it is no plan, of another version,
+    /// or breaks a rule of [`Plan::validate`].
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = files::read(path)?;
+        let plan: Self = serde_json::from_slice(&text)
+            .map_err(|e| plan_error(path, format!("not a plan ({e}); correct it or plan again")))?;
+        plan.validate()
+            .map_err(|message| plan_error(path, message))?;
+        Ok(plan)
+    }
+
+    /// Checks the plan in itself: the slots of each layer are its experts, each once; group
+    /// numbers run from 0 without a gap and each group has one dominant; ranks fit.
+    ///
+    /// # Errors
+    /// A message naming the layer and the slot.
+    pub fn validate(&self) -> std::result::Result<(), String> {
+        if self.schema_version != SCHEMA_VERSION {
+            return Err(format!(
+                "schema version {}, expected {SCHEMA_VERSION}; plan again with this version",
+                self.schema_version
+            ));
+        }
+        let mut next = 0;
+        for layer in &self.layers {
+            if layer.layer < next || layer.layer >= self.model.layers {
+                return Err(format!(
+                    "layer {}: layers must ascend and lie below {}; correct its number",
+                    layer.layer, self.model.layers
+                ));
+            }
+            next = layer.layer + 1;
+            self.validate_layer(layer)
+                .map_err(|message| format!("layer {}{message}", layer.layer))?;
+        }
+        let numbers = [self.settings.alpha, self.settings.max_delta];
+        if numbers.iter().any(|number| !number.is_finite()) {
+            return Err("`settings` holds a number that is not finite; correct it".to_owned());
+        }
+        Ok(())
+    }
+
+    fn validate_layer(&self, layer: &LayerPlan) -> std::result::Result<(), String> {
+        let experts = self.model.num_experts;
+        let widest = self.model.hidden_size.min(self.model.intermediate_size);
+        if layer.slots.len() != experts {
+            return Err(format!(
+                ": {} slots, expected one for each of {experts} experts; add or remove some",
+                layer.slots.len()
+            ));
+        }
+        if layer.groups > experts {
+            return Err(format!(
+                ": {} groups of {experts} experts; correct `groups`",
+                layer.groups
+            ));
+        }
+        let mut dominants = vec![0usize; layer.groups];
+        for (position, slot) in layer.slots.iter().enumerate() {
+            let fail = |message: String| Err(format!(", slot {position}: {message}"));
+            if slot.expert != position {
+                return fail(format!(
+                    "expert {}, expected {position}; list every expert once, ascending",
+                    slot.expert
+                ));
+            }
+            if !(slot.score.is_finite() && slot.score >= 0.0) {
+                return fail(format!("score {}; give a number from 0", slot.score));
+            }
+            let SlotForm::Adapted {
+                group,
+                rank,
+                dominant,
+            } = slot.form
+            else {
+                continue;
+            };
+            if rank > widest || (rank == 0 && group.is_none()) {
+                return fail(format!(
+                    "rank {rank}, expected at most {widest}, and above 0 without a group; lower it"
+                ));
+            }
+            match group {
+                Some(group) if group >= layer.groups => {
+                    return fail(format!(
+                        "group {group}, the layer has {}; correct one of them",
+                        layer.groups
+                    ));
+                }
+                Some(group) => dominants[group] += usize::from(dominant),
+                None if dominant => {
+                    return fail("dominant of no group; give it a group".to_owned());
+                }
+                None => {}
+            }
+        }
+        match dominants.iter().position(|&count| count != 1) {
+            Some(group) => Err(format!(
+                ": group {group} has {} dominant slots, expected one; mark one of its slots",
+                dominants[group]
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that the plan is for a model like `config`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] saying what differs.
+    pub fn check_model(&self, config: &ModelConfig) -> Result<()> {
+        let expected = ModelSummary::from(config);
+        if self.model != expected {
+            return Err(Error::Invalid(format!(
+                "the plan is for {:?}, the model is {expected:?}; plan again for this model",
+                self.model
+            )));
+        }
+        if !config.moe_layers().eq(self.layers.iter().map(|l| l.layer)) {
+            return Err(Error::Invalid(
+                "the plan does not list the layers that have experts in this model; plan again"
+                    .to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Experts replaced per layer, on average.
+    pub fn mean_replaced(&self) -> f64 {
+        let replaced: usize = self.layers.iter().map(LayerPlan::replaced).sum();
+        replaced as f64 / self.layers.len().max(1) as f64
+    }
+}
+
+fn plan_error(path: &Path, message: String) -> Error {
+    Error::Plan {
+        path: path.to_owned(),
+        message,
+    }
+}

@@ -1,0 +1,116 @@
+//! What a plan leaves, in parameters (LightMoE eq. 5 and the totals of its Table 8).
+//!
+//! The exported model has the original's parameters, less the replaced experts, plus the bases
+//! and the adapters of the replaced slots. Adapters of kept experts are merged and cost nothing.
+//! Trained are the bases and an adapter on *every* expert, kept or replaced.
+
+use lightmoe_models::config::ModelConfig;
+
+use crate::plan::{LayerPlan, Parameters, SlotForm};
+
+/// Parameters of the adapters of one expert: rank `R` on gate, up and down, `3 R (H + F)`.
+pub fn adapter_parameters(config: &ModelConfig, rank: usize) -> u64 {
+    3 * rank as u64 * (config.hidden_size as u64 + config.moe.intermediate_size as u64)
+}
+
+/// What one layer of a plan adds to and takes from the model, in parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LayerSize {
+    /// Experts that go.
+    pub removed: u64,
+    /// Shared bases that come.
+    pub bases: u64,
+    /// Adapters of the replaced slots that come.
+    pub adapters: u64,
+    /// Adapters that the kept experts have while training.
+    pub kept_adapters: u64,
+}
+
+impl LayerSize {
+    /// Counts `layer`, whose kept experts train adapters of rank `kept_rank`.
+    pub fn of(config: &ModelConfig, layer: &LayerPlan, kept_rank: usize) -> Self {
+        let expert = config.expert_parameters();
+        let mut size = Self {
+            bases: layer.groups as u64 * expert,
+            ..Self::default()
+        };
+        for slot in &layer.slots {
+            match slot.form {
+                SlotForm::Dense => size.kept_adapters += adapter_parameters(config, kept_rank),
+                SlotForm::Adapted { rank, .. } => {
+                    size.removed += expert;
+                    size.adapters += adapter_parameters(config, rank);
+                }
+            }
+        }
+        size
+    }
+
+    /// Parameters saved; 0 where the layer would grow.
+    pub fn saved(&self) -> u64 {
+        self.removed.saturating_sub(self.bases + self.adapters)
+    }
+}
+
+/// Counts a plan of `layers`, whose kept experts train adapters of rank `kept_rank`.
+pub fn parameters(config: &ModelConfig, layers: &[LayerPlan], kept_rank: usize) -> Parameters {
+    let before = config.parameters().total();
+    let mut counts = Parameters {
+        before,
+        after: before,
+        trained: 0,
+    };
+    for layer in layers {
+        let size = LayerSize::of(config, layer, kept_rank);
+        counts.after = counts.after + size.bases + size.adapters - size.removed;
+        counts.trained += size.bases + size.adapters + size.kept_adapters;
+    }
+    counts
+}
+
+/// The expert-level ratio of eq. 5 for one layer:
+/// `1 - ((N - N' + M) n m + N' R (n + m)) / (N n m)`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ExpertRatio {
+    /// `N`: experts of the layer.
+    pub experts: usize,
+    /// `N'`: replaced experts; a mean over layers need not be whole.
+    pub replaced: f64,
+    /// `M`: shared bases.
+    pub bases: usize,
+    /// `R`: rank of the adapters.
+    pub rank: usize,
+    /// `n`: rows of one of an expert's matrices.
+    pub rows: usize,
+    /// `m`: its columns.
+    pub columns: usize,
+}
+
+impl ExpertRatio {
+    /// The share of the experts' parameters that is saved; negative where they grow.
+    pub fn value(&self) -> f64 {
+        let matrix = self.rows as f64 * self.columns as f64;
+        let adapter = self.rank as f64 * (self.rows + self.columns) as f64;
+        let experts = self.experts as f64;
+        let left = (experts - self.replaced + self.bases as f64) * matrix + self.replaced * adapter;
+        1.0 - left / (experts * matrix)
+    }
+}
+
+/// The adapter rank that, with `other_groups` bases per layer, trains as many parameters as rank
+/// `rank` with `groups` bases; rounded down, 0 where the bases alone exceed them.
+///
+/// Rivals are compared at equal trainable parameters: for OLMoE-1B-7B, rank 16 with 3 bases
+/// equals rank 48 without (plain LoRA). May exceed `min(H, F)`, which a plan then refuses.
+pub fn equal_trainable_rank(
+    config: &ModelConfig,
+    rank: usize,
+    groups: usize,
+    other_groups: usize,
+) -> usize {
+    let expert = i128::from(config.expert_parameters());
+    let per_rank = i128::from(adapter_parameters(config, 1)) * config.moe.num_experts as i128;
+    let bases = (groups as i128 - other_groups as i128) * expert;
+    let total = rank as i128 * per_rank + bases;
+    usize::try_from(total.div_euclid(per_rank)).unwrap_or(0)
+}

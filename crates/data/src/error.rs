@@ -1,0 +1,66 @@
+//! The crate's one error type.
+
+use std::path::PathBuf;
+
+use crate::Task;
+
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong between text and token batches.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read.
+    #[error("Could not read `{}`: {source}. Check the path and its permissions.", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A line of a JSONL file is not a record.
+    #[error(
+        "`{}` line {line}: {problem}. Expected {{\"prompt\": \"...\", \"completion\": \"...\"}} or \
+         {{\"messages\": [{{\"role\": \"...\", \"content\": \"...\"}}, ...]}} whose last message is \
+         the assistant's; correct or remove the line.",
+        path.display()
+    )]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// 1-based line number.
+        line: usize,
+        /// What is wrong with the line.
+        problem: String,
+    },
+    /// A file holds nothing to train on.
+    #[error("`{}` is empty. Expected at least one record or some text; check the path.", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A task name that does not exist.
+    #[error("Unknown task `{name}`. Use one of {}.", Task::names())]
+    UnknownTask {
+        /// The name as given.
+        name: String,
+    },
+    /// The tokenizer refused a text or a definition.
+    #[error("The tokenizer failed: {0}. Check that tokenizer.json belongs to this model.")]
+    Tokenizer(String),
+    /// An answer alone exceeds the length limit.
+    #[error(
+        "The completion needs {needed} tokens with the end-of-text token, more than the limit of \
+         {limit}. Raise the maximum length or leave this example out."
+    )]
+    TooLong {
+        /// Tokens of the completion, the end token included.
+        needed: usize,
+        /// The limit in tokens.
+        limit: usize,
+    },
+    /// Batches were asked of nothing, or of no size.
+    #[error("Cannot make batches: {0}.")]
+    Batch(&'static str),
+}

@@ -1,0 +1,103 @@
+//! One fused AdamW update (Loshchilov & Hutter, decoupled weight decay) of one parameter.
+
+use crate::real::slice;
+use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor};
+use rayon::prelude::*;
+use std::sync::Mutex;
+
+const CHUNK: usize = 1 << 13;
+
+/// First and second moments of one parameter, in f32.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Moments {
+    /// Running mean of the gradient.
+    pub first: Vec<f32>,
+    /// Running mean of the squared gradient.
+    pub second: Vec<f32>,
+}
+
+/// The settings of one update.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// 1-based number of the step, for the bias correction.
+    pub step: usize,
+    /// Factor on the gradient (gradient clipping).
+    pub grad_scale: f64,
+}
+
+struct Update<'a> {
+    settings: AdamW,
+    moments: Mutex<&'a mut Moments>,
+}
+
+impl InplaceOp2 for Update<'_> {
+    fn name(&self) -> &'static str {
+        "adamw"
+    }
+
+    fn cpu_fwd(&self, p: &mut CpuStorage, lp: &Layout, g: &CpuStorage, lg: &Layout) -> Result<()> {
+        let s = &self.settings;
+        let grad = slice::<f32>(g, lg)?;
+        let (CpuStorage::F32(param), Some((start, end))) = (p, lp.contiguous_offsets()) else {
+            candle_core::bail!("adamw: a contiguous f32 parameter was expected")
+        };
+        let param = &mut param[start..end];
+        let Ok(mut moments) = self.moments.lock() else {
+            candle_core::bail!("adamw: the moments are poisoned")
+        };
+        let moments = &mut **moments;
+        moments.first.resize(param.len(), 0.0);
+        moments.second.resize(param.len(), 0.0);
+        let correction = |beta: f64| 1.0 - beta.powi(s.step as i32);
+        let step_size = (s.lr / correction(s.beta1)) as f32;
+        let root = (1.0 / correction(s.beta2).sqrt()) as f32;
+        let (b1, b2, eps) = (s.beta1 as f32, s.beta2 as f32, s.eps as f32);
+        let (keep, scale) = ((1.0 - s.lr * s.weight_decay) as f32, s.grad_scale as f32);
+        param
+            .par_chunks_mut(CHUNK)
+            .zip(grad.par_chunks(CHUNK))
+            .zip(
+                moments
+                    .first
+                    .par_chunks_mut(CHUNK)
+                    .zip(moments.second.par_chunks_mut(CHUNK)),
+            )
+            .for_each(|((p, g), (m, v))| {
+                for i in 0..p.len() {
+                    let g = g[i] * scale;
+                    m[i] = b1 * m[i] + (1.0 - b1) * g;
+                    v[i] = b2 * v[i] + (1.0 - b2) * g * g;
+                    p[i] = keep * p[i] - step_size * m[i] / (v[i].sqrt() * root + eps);
+                }
+            });
+        Ok(())
+    }
+}
+
+impl AdamW {
+    /// Updates `parameter` and its `moments` in place; both tensors are f32 of one shape.
+    pub fn update(&self, parameter: &Tensor, grad: &Tensor, moments: &mut Moments) -> Result<()> {
+        if parameter.shape() != grad.shape() {
+            candle_core::bail!(
+                "adamw: parameter is {:?} but its gradient is {:?}",
+                parameter.shape(),
+                grad.shape()
+            )
+        }
+        let update = Update {
+            settings: *self,
+            moments: Mutex::new(moments),
+        };
+        parameter.inplace_op2(&grad.contiguous()?, &update)
+    }
+}

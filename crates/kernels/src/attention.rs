@@ -1,0 +1,249 @@
+//! Causal attention with a backward, blocked over queries so that only a strip of the score
+//! matrix exists at a time. Grouped-query: query head `h` reads key head `h / (heads / kv_heads)`.
+//!
+//! The probabilities are recomputed in the backward instead of kept.
+
+use crate::gemm::{Mat, Output};
+use crate::real::{Real, dispatch, max, same_dtype, slice, storage, tensor, view};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+/// Query rows of a strip.
+const STRIP: usize = 64;
+
+struct Attention {
+    scale: f64,
+}
+
+/// `q: [B, T, Hq, D]`, `k, v: [B, S, Hkv, D]`; query `t` sees keys `0 ..= S - T + t`.
+#[derive(Clone, Copy)]
+struct Dims {
+    batch: usize,
+    queries: usize,
+    keys: usize,
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+}
+
+impl Dims {
+    fn new(q: &Shape, k: &Shape, v: &Shape) -> Result<Self> {
+        let (batch, queries, heads, dim) = q.dims4()?;
+        let (kb, keys, kv_heads, kd) = k.dims4()?;
+        if k != v || kb != batch || kd != dim || heads % kv_heads != 0 || keys < queries {
+            candle_core::bail!("attention: shapes do not fit: q {q:?}, k {k:?}, v {v:?}")
+        }
+        Ok(Self {
+            batch,
+            queries,
+            keys,
+            heads,
+            kv_heads,
+            dim,
+        })
+    }
+
+    /// (batch, key head) pairs: the unit of parallel work, because all query heads of a key head
+    /// add to the same key gradient.
+    fn units(self) -> impl IndexedParallelIterator<Item = (usize, usize)> {
+        (0..self.batch * self.kv_heads)
+            .into_par_iter()
+            .map(move |i| (i / self.kv_heads, i % self.kv_heads))
+    }
+
+    /// Strips of one unit: (query head, first query, queries, visible keys).
+    fn strips(self, kv_head: usize) -> impl Iterator<Item = (usize, usize, usize, usize)> {
+        let group = self.heads / self.kv_heads;
+        (kv_head * group..(kv_head + 1) * group).flat_map(move |head| {
+            (0..self.queries).step_by(STRIP).map(move |t| {
+                let n = STRIP.min(self.queries - t);
+                (head, t, n, self.keys - self.queries + t + n)
+            })
+        })
+    }
+
+    fn q_at(self, batch: usize, t: usize, head: usize) -> usize {
+        ((batch * self.queries + t) * self.heads + head) * self.dim
+    }
+
+    fn k_at(self, batch: usize, kv_head: usize) -> usize {
+        (batch * self.keys * self.kv_heads + kv_head) * self.dim
+    }
+
+    fn q_stride(self) -> usize {
+        self.heads * self.dim
+    }
+
+    fn k_stride(self) -> usize {
+        self.kv_heads * self.dim
+    }
+
+    /// Softmax probabilities of one strip into `p: [n, visible]`.
+    fn probabilities<T: Real>(
+        self,
+        (q, k): (Mat<'_, T>, Mat<'_, T>),
+        (n, visible): (usize, usize),
+        scale: T,
+        p: &mut [T],
+    ) {
+        // SAFETY: `p` is this task's own buffer.
+        unsafe {
+            Output::new(p).matmul(
+                (0, visible, 1),
+                (n, self.dim, visible),
+                q,
+                k.t(),
+                scale,
+                T::zero(),
+            )
+        };
+        for (i, row) in p.chunks_exact_mut(visible).enumerate() {
+            let (seen, hidden) = row.split_at_mut(visible - n + i + 1);
+            let top = max(seen);
+            let mut sum = T::zero();
+            for v in seen.iter_mut() {
+                *v = (*v - top).exp();
+                sum += *v;
+            }
+            let inverse = T::one() / sum;
+            seen.iter_mut().for_each(|v| *v *= inverse);
+            hidden.fill(T::zero());
+        }
+    }
+}
+
+impl Attention {
+    fn forward<T: Real>(&self, d: Dims, q: &[T], k: &[T], v: &[T]) -> Vec<T> {
+        let mut y = vec![T::zero(); q.len()];
+        let out = Output::new(&mut y);
+        let (qs, ks) = (d.q_stride(), d.k_stride());
+        d.units().for_each(|(batch, kv_head)| {
+            let mut p = vec![T::zero(); STRIP * d.keys];
+            let at = d.k_at(batch, kv_head);
+            let (k, v) = (Mat::new(&k[at..], ks, 1), Mat::new(&v[at..], ks, 1));
+            for (head, t, n, visible) in d.strips(kv_head) {
+                let at = d.q_at(batch, t, head);
+                let p = &mut p[..n * visible];
+                let q = Mat::new(&q[at..], qs, 1);
+                d.probabilities((q, k), (n, visible), T::from_f64(self.scale), p);
+                let shape = (n, visible, d.dim);
+                // SAFETY: every (batch, head, strip) owns its rows and columns of the output.
+                unsafe {
+                    out.matmul(
+                        (at, qs, 1),
+                        shape,
+                        Mat::new(p, visible, 1),
+                        v,
+                        T::one(),
+                        T::zero(),
+                    )
+                };
+            }
+        });
+        y
+    }
+
+    /// `dv = pᵀ dy`, `ds = p ∘ (dy vᵀ − rowsum(dy ∘ y))`, `dq = scale · ds k`, `dk = scale · dsᵀ q`.
+    fn backward<T: Real>(&self, d: Dims, [q, k, v, y, dy]: [&[T]; 5]) -> [Vec<T>; 3] {
+        let zeros = |len| vec![T::zero(); len];
+        let (mut dq, mut dk, mut dv) = (zeros(q.len()), zeros(k.len()), zeros(v.len()));
+        let (out_q, out_k, out_v) = (
+            Output::new(&mut dq),
+            Output::new(&mut dk),
+            Output::new(&mut dv),
+        );
+        let (qs, ks) = (d.q_stride(), d.k_stride());
+        let (one, zero, scale) = (T::one(), T::zero(), T::from_f64(self.scale));
+        d.units().for_each(|(batch, kv_head)| {
+            let (mut p, mut ds) = (zeros(STRIP * d.keys), zeros(STRIP * d.keys));
+            let kv_at = d.k_at(batch, kv_head);
+            let (k, v) = (Mat::new(&k[kv_at..], ks, 1), Mat::new(&v[kv_at..], ks, 1));
+            for (head, t, n, visible) in d.strips(kv_head) {
+                let at = d.q_at(batch, t, head);
+                let (p, ds) = (&mut p[..n * visible], &mut ds[..n * visible]);
+                let (q, dyt) = (Mat::new(&q[at..], qs, 1), Mat::new(&dy[at..], qs, 1));
+                d.probabilities((q, k), (n, visible), scale, p);
+                // SAFETY: `ds` is this task's own buffer.
+                unsafe {
+                    let shape = (n, d.dim, visible);
+                    Output::new(ds).matmul((0, visible, 1), shape, dyt, v.t(), one, zero)
+                };
+                for i in 0..n {
+                    let row = at + i * qs..at + i * qs + d.dim;
+                    let dot: T = y[row.clone()]
+                        .iter()
+                        .zip(&dy[row])
+                        .map(|(&a, &b)| a * b)
+                        .sum();
+                    let cells = i * visible..(i + 1) * visible;
+                    for (ds, &p) in ds[cells.clone()].iter_mut().zip(&p[cells]) {
+                        *ds = p * (*ds - dot);
+                    }
+                }
+                let (p, ds) = (Mat::new(p, visible, 1), Mat::new(ds, visible, 1));
+                // SAFETY: every (batch, head, strip) owns its part of dq; one (batch, key head) is
+                // one task, so its parts of dk and dv are written by this task alone.
+                unsafe {
+                    out_v.matmul((kv_at, ks, 1), (visible, n, d.dim), p.t(), dyt, one, one);
+                    out_q.matmul((at, qs, 1), (n, visible, d.dim), ds, k, scale, zero);
+                    out_k.matmul((kv_at, ks, 1), (visible, n, d.dim), ds.t(), q, scale, one);
+                }
+            }
+        });
+        [dq, dk, dv]
+    }
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "causal_attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        lq: &Layout,
+        k: &CpuStorage,
+        lk: &Layout,
+        v: &CpuStorage,
+        lv: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        same_dtype(self.name(), q.dtype(), k.dtype())?;
+        let d = Dims::new(lq.shape(), lk.shape(), lv.shape())?;
+        let y = dispatch!(q.dtype(), self.name(), T => {
+            storage(self.forward::<T>(d, slice(q, lq)?, slice(k, lk)?, slice(v, lv)?))
+        });
+        Ok((y, lq.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let d = Dims::new(q.shape(), k.shape(), v.shape())?;
+        let dy = dy.contiguous()?;
+        let views = [q, k, v, y, &dy].map(view);
+        dispatch!(q.dtype(), self.name(), T => {
+            let [a, b, c, e, f] = &views;
+            let slices = [a.slice::<T>()?, b.slice()?, c.slice()?, e.slice()?, f.slice()?];
+            let [dq, dk, dv] = self.backward(d, slices);
+            Ok((
+                Some(tensor(dq, q.shape())?),
+                Some(tensor(dk, k.shape())?),
+                Some(tensor(dv, v.shape())?),
+            ))
+        })
+    }
+}
+
+/// Causal softmax attention: `q: [B, T, heads, D]`, `k, v: [B, S, kv_heads, D]` with `S ≥ T` (the
+/// queries are the last `T` of the `S` positions); result `[B, T, heads, D]`.
+pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
+    q.contiguous()?
+        .apply_op3(&k.contiguous()?, &v.contiguous()?, Attention { scale })
+}

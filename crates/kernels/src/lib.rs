@@ -1,0 +1,34 @@
+//! The arithmetic of Mixture-of-Experts layers, forward and backward, on the CPU.
+//!
+//! Several of candle's own operations drop the gradient without a word, and none of them
+//! works on many experts at once. The operations here enter candle as custom ops with a
+//! backward, are multi-threaded, and give the same bits whatever the number of threads: every
+//! output element is written by exactly one task whose order of summation is fixed.
+//!
+//! Symbols, used throughout: `T` tokens, `S` rows (token × chosen expert pairs), `E` experts,
+//! `K` top-k, `H` hidden size, `F` expert intermediate size, `R` adapter rank, `D` head size.
+//!
+//! All operations take `f32` or `f64` (the latter for finite-difference tests) and contiguous or
+//! strided tensors; outputs are contiguous.
+
+mod adamw;
+mod attention;
+mod gemm;
+mod grouped;
+mod loss;
+mod norm;
+mod real;
+mod rope;
+mod route;
+mod scatter;
+mod swiglu;
+
+pub use adamw::{AdamW, Moments};
+pub use attention::causal_attention;
+pub use grouped::{Segment, grouped_linear, linear};
+pub use loss::cross_entropy;
+pub use norm::rms_norm;
+pub use rope::{Rope, apply_rope};
+pub use route::{Dispatch, TokenGroups, top_k};
+pub use scatter::weighted_scatter;
+pub use swiglu::swiglu;

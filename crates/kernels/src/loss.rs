@@ -1,0 +1,69 @@
+//! Token-wise cross entropy with a backward that never stores the log-probabilities.
+
+use crate::real::{Real, dispatch, max, slice, storage, tensor, view};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+use std::sync::Arc;
+
+struct CrossEntropy {
+    targets: Arc<[u32]>,
+}
+
+fn log_sum_exp<T: Real>(row: &[T]) -> T {
+    let top = max(row);
+    top + row.iter().map(|&v| (v - top).exp()).sum::<T>().ln()
+}
+
+impl CustomOp1 for CrossEntropy {
+    fn name(&self) -> &'static str {
+        "cross_entropy"
+    }
+
+    fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        let (rows, vocab) = layout.shape().dims2()?;
+        if rows != self.targets.len() || self.targets.iter().any(|&t| t as usize >= vocab) {
+            candle_core::bail!(
+                "cross_entropy: {} targets do not fit logits [{rows}, {vocab}]",
+                self.targets.len()
+            )
+        }
+        let loss = dispatch!(logits.dtype(), self.name(), T => {
+            let loss: Vec<T> = slice::<T>(logits, layout)?
+                .par_chunks(vocab)
+                .zip(&self.targets[..])
+                .map(|(row, &target)| log_sum_exp(row) - row[target as usize])
+                .collect();
+            storage(loss)
+        });
+        Ok((loss, Shape::from(rows)))
+    }
+
+    fn bwd(&self, logits: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (vocab, shape) = (logits.dim(1)?, logits.shape());
+        let grad = grad.contiguous()?;
+        let (vl, vg) = (view(logits), view(&grad));
+        dispatch!(logits.dtype(), self.name(), T => {
+            let (logits, grad) = (vl.slice::<T>()?, vg.slice::<T>()?);
+            let mut d = vec![<T as num_traits::Zero>::zero(); logits.len()];
+            d.par_chunks_mut(vocab)
+                .zip(logits.par_chunks(vocab))
+                .zip(grad.par_iter().zip(&self.targets[..]))
+                .for_each(|((d, row), (&g, &target))| {
+                    let lse = log_sum_exp(row);
+                    for (d, &v) in d.iter_mut().zip(row) {
+                        *d = g * (v - lse).exp();
+                    }
+                    d[target as usize] -= g;
+                });
+            Ok(Some(tensor(d, shape)?))
+        })
+    }
+}
+
+/// Negative log-likelihood in nats of each target: `logits: [T, V]`, `targets: [T]`, result `[T]`.
+pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+    logits.contiguous()?.apply_op1(CrossEntropy {
+        targets: targets.into(),
+    })
+}

@@ -1,0 +1,84 @@
+//! The two floating-point types that the CPU operations accept, and zero-copy access to tensors.
+
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType};
+use std::ops::Deref;
+
+/// `f32` for work, `f64` for finite-difference tests.
+pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum + 'static {}
+impl Real for f32 {}
+impl Real for f64 {}
+
+/// Runs `$body` with `$T` bound to the tensor's element type.
+macro_rules! dispatch {
+    ($dtype:expr, $name:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            candle_core::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+            other => candle_core::bail!(
+                "{}: element type {other:?} is not supported on the CPU; load the model as f32",
+                $name
+            ),
+        }
+    };
+}
+pub(crate) use dispatch;
+
+/// The elements of a contiguous CPU storage, in the order of its layout.
+pub(crate) fn slice<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        candle_core::bail!("a contiguous tensor was expected")
+    };
+    Ok(&T::cpu_storage_as_slice(storage)?[start..end])
+}
+
+/// Read access to a contiguous CPU tensor without a copy.
+pub(crate) struct View<'a, G> {
+    guard: G,
+    layout: &'a Layout,
+}
+
+/// Locks a tensor's storage for reading.
+pub(crate) fn view(tensor: &Tensor) -> View<'_, impl Deref<Target = Storage> + '_> {
+    let (guard, layout) = tensor.storage_and_layout();
+    View { guard, layout }
+}
+
+impl<G: Deref<Target = Storage>> View<'_, G> {
+    pub(crate) fn slice<T: Real>(&self) -> Result<&[T]> {
+        match &*self.guard {
+            Storage::Cpu(storage) => slice(storage, self.layout),
+            _ => candle_core::bail!("a tensor on the CPU was expected"),
+        }
+    }
+}
+
+/// The largest element.
+pub(crate) fn max<T: Real>(values: &[T]) -> T {
+    values
+        .iter()
+        .fold(T::neg_infinity(), |max, &v| if v > max { v } else { max })
+}
+
+/// A new contiguous CPU tensor.
+pub(crate) fn tensor<T: Real>(data: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Tensor::from_vec(data, shape.into(), &Device::Cpu)
+}
+
+/// The storage that a custom op returns.
+pub(crate) fn storage<T: Real>(data: Vec<T>) -> CpuStorage {
+    T::to_cpu_storage_owned(data)
+}
+
+/// Checks that two tensors have one element type.
+pub(crate) fn same_dtype(name: &str, a: DType, b: DType) -> Result<()> {
+    if a != b {
+        candle_core::bail!("{name}: element types differ, {a:?} and {b:?}")
+    }
+    Ok(())
+}

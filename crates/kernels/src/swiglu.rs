@@ -1,0 +1,90 @@
+//! The gated activation of every expert here: `h = silu(gate) · up`, fused, with its backward.
+
+use crate::real::{Real, dispatch, same_dtype, slice, storage, tensor, view};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+const CHUNK: usize = 1 << 14;
+
+struct SwiGlu;
+
+fn sigmoid<T: Real>(x: T) -> T {
+    T::one() / (T::one() + (-x).exp())
+}
+
+fn forward<T: Real>(gate: &[T], up: &[T]) -> Vec<T> {
+    let mut h = vec![T::zero(); gate.len()];
+    h.par_chunks_mut(CHUNK)
+        .zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)))
+        .for_each(|(h, (g, u))| {
+            for ((h, &g), &u) in h.iter_mut().zip(g).zip(u) {
+                *h = g * sigmoid(g) * u;
+            }
+        });
+    h
+}
+
+fn backward<T: Real>(gate: &[T], up: &[T], dh: &[T]) -> (Vec<T>, Vec<T>) {
+    let (mut dg, mut du) = (vec![T::zero(); gate.len()], vec![T::zero(); up.len()]);
+    dg.par_chunks_mut(CHUNK)
+        .zip(du.par_chunks_mut(CHUNK))
+        .enumerate()
+        .for_each(|(i, (dg, du))| {
+            let at = i * CHUNK;
+            for j in 0..dg.len() {
+                let (g, u, dh) = (gate[at + j], up[at + j], dh[at + j]);
+                let s = sigmoid(g);
+                du[j] = dh * g * s;
+                dg[j] = dh * u * s * (T::one() + g * (T::one() - s));
+            }
+        });
+    (dg, du)
+}
+
+impl CustomOp2 for SwiGlu {
+    fn name(&self) -> &'static str {
+        "swiglu"
+    }
+
+    fn cpu_fwd(
+        &self,
+        gate: &CpuStorage,
+        lg: &Layout,
+        up: &CpuStorage,
+        lu: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        same_dtype(self.name(), gate.dtype(), up.dtype())?;
+        if lg.shape() != lu.shape() {
+            candle_core::bail!(
+                "swiglu: gate is {:?} but up is {:?}",
+                lg.shape(),
+                lu.shape()
+            )
+        }
+        let h = dispatch!(gate.dtype(), self.name(), T => {
+            storage(forward::<T>(slice(gate, lg)?, slice(up, lu)?))
+        });
+        Ok((h, lg.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        _res: &Tensor,
+        dh: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let dh = dh.contiguous()?;
+        let (vg, vu, vd) = (view(gate), view(up), view(&dh));
+        dispatch!(gate.dtype(), self.name(), T => {
+            let (dg, du) = backward::<T>(vg.slice()?, vu.slice()?, vd.slice()?);
+            Ok((Some(tensor(dg, gate.shape())?), Some(tensor(du, up.shape())?)))
+        })
+    }
+}
+
+/// `silu(gate) · up`, element by element; any shape, equal for both.
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu)
+}

@@ -1,0 +1,341 @@
+//! The expert bank: one slot per router output, whatever became of the expert behind it.
+//!
+//! Slots stand in *positions*: dense slots first, then adapted slots by group, so that the rows of
+//! each form, and of each group, are consecutive after sorting by position. A dense slot computes
+//! with its own matrices; an adapted slot with `β·W + (1−β)·B + U·V`, where `W` is the expert it
+//! replaces (only while `β > 0`), `B` the base its group shares and `U·V` its adapter (LightMoE,
+//! eq. 6–7). While training, dense slots may carry adapters too.
+//!
+//! The products with a base run once per token and group: the gate and up inputs of a token's
+//! slots are the same, and the down projection is linear, so `Σ g·(B·h) = B·(Σ g·h)`.
+
+use crate::{Error, Result};
+use candle_core::Tensor;
+use lightmoe_kernels::{Dispatch, Segment, grouped_linear, swiglu, weighted_scatter};
+use std::sync::Arc;
+
+/// The three matrices of `n` experts, stacked.
+#[derive(Debug, Clone)]
+pub struct Projections {
+    /// `[n, F, H]`
+    pub gate: Tensor,
+    /// `[n, F, H]`
+    pub up: Tensor,
+    /// `[n, H, F]`
+    pub down: Tensor,
+}
+
+impl Projections {
+    /// The three with their Hugging Face names.
+    pub fn named(&self) -> [(&'static str, &Tensor); 3] {
+        [
+            ("gate_proj", &self.gate),
+            ("up_proj", &self.up),
+            ("down_proj", &self.down),
+        ]
+    }
+
+    /// The three after `f`.
+    pub fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self {
+            gate: f(&self.gate)?,
+            up: f(&self.up)?,
+            down: f(&self.down)?,
+        })
+    }
+
+    /// The same, to change them.
+    pub fn named_mut(&mut self) -> [(&'static str, &mut Tensor); 3] {
+        [
+            ("gate_proj", &mut self.gate),
+            ("up_proj", &mut self.up),
+            ("down_proj", &mut self.down),
+        ]
+    }
+}
+
+/// Low-rank adapters of `n` experts: `lora_A` `[n, R, in]`, `lora_B` `[n, out, R]` (scale 1).
+#[derive(Debug, Clone)]
+pub struct Adapters {
+    /// `V` of the paper: gate and up `[n, R, H]`, down `[n, R, F]`.
+    pub a: Projections,
+    /// `U` of the paper: gate and up `[n, F, R]`, down `[n, H, R]`.
+    pub b: Projections,
+}
+
+/// The experts of one layer.
+#[derive(Debug, Clone)]
+pub struct Bank {
+    /// Expert of each position: `[E]`, dense ones first.
+    pub(crate) experts: Vec<usize>,
+    /// Position of each expert: `[E]`.
+    pub(crate) position: Vec<usize>,
+    /// Group of each adapted position, ascending; empty without bases.
+    pub(crate) groups: Vec<usize>,
+    /// Matrices of the dense positions.
+    pub dense: Option<Projections>,
+    /// Adapters of the dense positions, while training.
+    pub dense_adapters: Option<Adapters>,
+    /// Shared bases.
+    pub bases: Option<Projections>,
+    /// Adapters of the adapted positions.
+    pub adapters: Option<Adapters>,
+    /// The experts that the adapted positions replace, while `beta > 0`.
+    pub originals: Option<Projections>,
+    /// Share of the originals.
+    pub beta: f64,
+}
+
+/// Rows of one form: their inputs, gates and tokens.
+struct Rows {
+    x: Tensor,
+    gates: Tensor,
+    tokens: Arc<[u32]>,
+    segments: Arc<[Segment]>,
+}
+
+impl Bank {
+    /// Number of experts.
+    pub fn len(&self) -> usize {
+        self.experts.len()
+    }
+
+    /// Whether there are no experts.
+    pub fn is_empty(&self) -> bool {
+        self.experts.is_empty()
+    }
+
+    /// The experts of the dense positions, in order.
+    pub fn dense_experts(&self) -> &[usize] {
+        &self.experts[..self.experts.len() - self.adapted_experts().len()]
+    }
+
+    /// The experts of the adapted positions, in order of their group.
+    pub fn adapted_experts(&self) -> &[usize] {
+        let dense = self.dense.as_ref().map_or(0, |d| d.gate.dims()[0]);
+        &self.experts[dense..]
+    }
+
+    /// The group of each adapted expert, in the order of [`Bank::adapted_experts`]; empty if the
+    /// layer has no bases.
+    pub fn groups(&self) -> &[usize] {
+        &self.groups
+    }
+
+    /// Runs the chosen experts: `x: [T, H]`, `gates: [T · K]`, `chosen: [T · K]` expert numbers;
+    /// result `[T, H]`, the gate-weighted sum of the experts' outputs.
+    pub fn forward(&self, x: &Tensor, gates: &Tensor, chosen: &[u32]) -> Result<Tensor> {
+        let tokens = x.dim(0)?;
+        let dispatch = Dispatch::new(
+            chosen,
+            chosen.len() / tokens.max(1),
+            &self.position,
+            self.len(),
+        );
+        let split = self.dense_experts().len();
+        let mut out = None;
+        if let Some(rows) = Rows::select(&dispatch, 0, split, x, gates)? {
+            out = Some(self.dense_output(&rows, tokens)?);
+        }
+        if let Some(rows) = Rows::select(&dispatch, split, self.len(), x, gates)? {
+            out = add(out, Some(self.adapted_output(&rows, x, &dispatch, tokens)?))?;
+        }
+        out.ok_or_else(|| Error::Invalid("the expert bank was given no tokens".into()))
+    }
+
+    fn dense_output(&self, rows: &Rows, tokens: usize) -> Result<Tensor> {
+        let Some(w) = &self.dense else {
+            return Err(missing("dense weights"));
+        };
+        let adapters = self.dense_adapters.as_ref();
+        let project = |x: &Tensor, pick: fn(&Projections) -> &Tensor| -> Result<Tensor> {
+            let y = grouped_linear(x, pick(w), &rows.segments)?;
+            match adapters {
+                Some(adapters) => Ok((y + adapters.apply(x, pick, &rows.segments)?)?),
+                None => Ok(y),
+            }
+        };
+        let h = swiglu(
+            &project(&rows.x, |p| &p.gate)?,
+            &project(&rows.x, |p| &p.up)?,
+        )?;
+        let y = project(&h, |p| &p.down)?;
+        Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)
+    }
+
+    fn adapted_output(
+        &self,
+        rows: &Rows,
+        x: &Tensor,
+        dispatch: &Dispatch,
+        tokens: usize,
+    ) -> Result<Tensor> {
+        let originals = if self.beta > 0.0 {
+            Some(
+                self.originals
+                    .as_ref()
+                    .ok_or_else(|| missing("originals while beta > 0"))?,
+            )
+        } else {
+            None
+        };
+        // What the slot computes by itself: β·W·x + U·V·x. A plain merge has neither.
+        let own = |x: &Tensor, pick: fn(&Projections) -> &Tensor| -> Result<Option<Tensor>> {
+            let adapter = self
+                .adapters
+                .as_ref()
+                .map(|a| a.apply(x, pick, &rows.segments))
+                .transpose()?;
+            let original = originals
+                .map(|w| Ok::<_, Error>((grouped_linear(x, pick(w), &rows.segments)? * self.beta)?))
+                .transpose()?;
+            add(adapter, original)
+        };
+        let (gate, up) = (own(&rows.x, |p| &p.gate)?, own(&rows.x, |p| &p.up)?);
+        // At β = 1 a base has no share, and its gradient is zero.
+        let Some(bases) = self.bases.as_ref().filter(|_| self.beta < 1.0) else {
+            let (Some(gate), Some(up)) = (gate, up) else {
+                return Err(missing("adapters"));
+            };
+            let y = own(&swiglu(&gate, &up)?, |p| &p.down)?.ok_or_else(|| missing("adapters"))?;
+            return Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?);
+        };
+        let share = 1.0 - self.beta;
+        let pairs = dispatch.token_groups(self.dense_experts().len(), self.len(), &self.groups);
+        let pair_of_row = index(&pairs.pair_of_row)?;
+        let pair_x = x.index_select(&index(&pairs.tokens)?, 0)?;
+        let with_base = |own: Option<Tensor>, w: &Tensor| -> Result<Tensor> {
+            let y = (grouped_linear(&pair_x, w, &pairs.segments)? * share)?;
+            let y = y.index_select(&pair_of_row, 0)?;
+            Ok(match own {
+                Some(own) => (own + y)?,
+                None => y,
+            })
+        };
+        let h = swiglu(&with_base(gate, &bases.gate)?, &with_base(up, &bases.up)?)?;
+        let pair_h = weighted_scatter(&h, &rows.gates, &pairs.pair_of_row, pairs.tokens.len())?;
+        let pair_y = grouped_linear(&pair_h, &bases.down, &pairs.segments)?;
+        let weights = Tensor::full(share, pairs.tokens.len(), x.device())?.to_dtype(x.dtype())?;
+        let base_sum = weighted_scatter(&pair_y, &weights, &pairs.tokens, tokens)?;
+        Ok(match own(&h, |p| &p.down)? {
+            Some(y) => (base_sum + weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)?,
+            None => base_sum,
+        })
+    }
+
+    /// Sets the share of the originals; at zero they are dropped from memory (LightMoE §3.3).
+    pub fn anneal(&mut self, beta: f64) {
+        self.beta = beta;
+        if beta <= 0.0 {
+            self.originals = None;
+        }
+    }
+
+    /// Adds the adapters of the dense positions to their matrices and drops the adapters.
+    pub fn merge_dense_adapters(&mut self) -> Result<()> {
+        let (Some(w), Some(adapters)) = (&mut self.dense, self.dense_adapters.take()) else {
+            return Ok(());
+        };
+        let deltas = adapters.products()?;
+        for ((_, w), (_, delta)) in w.named_mut().into_iter().zip(deltas.named()) {
+            *w = (w.detach() + delta)?;
+        }
+        Ok(())
+    }
+
+    /// The dense matrices of every expert, base and adapter multiplied out: `[E, ..]` in the order of
+    /// the router's outputs (the `dense` export).
+    pub fn materialise(&self) -> Result<Projections> {
+        let mut parts: Vec<Projections> = Vec::new();
+        parts.extend(self.dense.clone());
+        let products = self.adapters.as_ref().map(Adapters::products).transpose()?;
+        let bases = self.bases.as_ref().map(|bases| {
+            let groups: Vec<u32> = self.groups.iter().map(|&g| g as u32).collect();
+            let groups = index(&groups)?;
+            bases.map(|w| Ok(w.detach().index_select(&groups, 0)?))
+        });
+        match (bases.transpose()?, products) {
+            (Some(mut whole), Some(products)) => {
+                for ((_, w), (_, delta)) in whole.named_mut().into_iter().zip(products.named()) {
+                    *w = (&*w + delta)?;
+                }
+                parts.push(whole);
+            }
+            (whole, products) => parts.extend(whole.or(products)),
+        }
+        let order: Vec<u32> = self.position.iter().map(|&p| p as u32).collect();
+        let order = index(&order)?;
+        let stack = |pick: fn(&Projections) -> &Tensor| -> Result<Tensor> {
+            let all: Vec<&Tensor> = parts.iter().map(pick).collect();
+            Ok(Tensor::cat(&all, 0)?.index_select(&order, 0)?)
+        };
+        Ok(Projections {
+            gate: stack(|p| &p.gate)?,
+            up: stack(|p| &p.up)?,
+            down: stack(|p| &p.down)?,
+        })
+    }
+}
+
+impl Rows {
+    /// The rows of positions `first..last`, if there are any.
+    fn select(
+        dispatch: &Dispatch,
+        first: usize,
+        last: usize,
+        x: &Tensor,
+        gates: &Tensor,
+    ) -> Result<Option<Self>> {
+        let rows = dispatch.starts[first]..dispatch.starts[last];
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        let tokens: Arc<[u32]> = dispatch.tokens[rows.clone()].into();
+        Ok(Some(Self {
+            x: x.index_select(&index(&tokens)?, 0)?,
+            gates: gates.index_select(&index(&dispatch.pairs[rows])?, 0)?,
+            tokens,
+            segments: dispatch.segments(first, last),
+        }))
+    }
+}
+
+impl Adapters {
+    /// `U·(V·x)` of sorted rows.
+    fn apply(
+        &self,
+        x: &Tensor,
+        pick: fn(&Projections) -> &Tensor,
+        segments: &Arc<[Segment]>,
+    ) -> Result<Tensor> {
+        let low = grouped_linear(x, pick(&self.a), segments)?;
+        Ok(grouped_linear(&low, pick(&self.b), segments)?)
+    }
+
+    /// `U·V` of every expert.
+    pub fn products(&self) -> Result<Projections> {
+        let product = |a: &Tensor, b: &Tensor| b.detach().matmul(&a.detach());
+        Ok(Projections {
+            gate: product(&self.a.gate, &self.b.gate)?,
+            up: product(&self.a.up, &self.b.up)?,
+            down: product(&self.a.down, &self.b.down)?,
+        })
+    }
+}
+
+fn add(a: Option<Tensor>, b: Option<Tensor>) -> Result<Option<Tensor>> {
+    Ok(match (a, b) {
+        (Some(a), Some(b)) => Some((a + b)?),
+        (a, b) => a.or(b),
+    })
+}
+
+fn index(values: &[u32]) -> Result<Tensor> {
+    Ok(Tensor::new(values, &candle_core::Device::Cpu)?)
+}
+
+fn missing(what: &str) -> Error {
+    Error::Invalid(format!(
+        "the expert bank has no {what}; build the checkpoint again"
+    ))
+}

@@ -1,0 +1,230 @@
+//! Exact parameter counts from the configuration alone, no weights needed.
+//!
+//! Arithmetic saturates, so that a damaged file gives an absurd count (which
+//! [`ModelConfig::from_json`] refuses) and not an overflow.
+
+use crate::config::{Attention, ModelConfig, QkNorm};
+
+/// How many parameters each part of a model has, all layers together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ParameterCounts {
+    /// Token embedding.
+    pub embedding: u64,
+    /// Attention projections and their biases.
+    pub attention: u64,
+    /// Every RMS norm, those inside the attention included.
+    pub norms: u64,
+    /// Routers.
+    pub router: u64,
+    /// Routed experts.
+    pub routed_experts: u64,
+    /// Shared experts.
+    pub shared_experts: u64,
+    /// MLPs of the layers without experts.
+    pub dense_mlp: u64,
+    /// Output head; 0 where it is the embedding.
+    pub head: u64,
+}
+
+impl ParameterCounts {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        [
+            self.embedding,
+            self.attention,
+            self.norms,
+            self.router,
+            self.routed_experts,
+            self.shared_experts,
+            self.dense_mlp,
+            self.head,
+        ]
+        .into_iter()
+        .fold(0, u64::saturating_add)
+    }
+}
+
+fn product(sizes: &[usize]) -> u64 {
+    sizes
+        .iter()
+        .fold(1, |all: u64, &size| all.saturating_mul(size as u64))
+}
+
+fn sum(terms: &[u64]) -> u64 {
+    terms.iter().fold(0, |all: u64, &x| all.saturating_add(x))
+}
+
+impl ModelConfig {
+    /// The model's parameters, part by part.
+    pub fn parameters(&self) -> ParameterCounts {
+        let hidden = self.hidden_size;
+        let layers = self.num_layers;
+        let moe_layers = self.num_moe_layers();
+        let (attention, inner_norms) = self.attention_parameters();
+        let table = product(&[self.vocab_size, hidden]);
+        let per_layer_norms = inner_norms.saturating_add(product(&[2, hidden]));
+        ParameterCounts {
+            embedding: table,
+            attention: attention.saturating_mul(layers as u64),
+            norms: per_layer_norms
+                .saturating_mul(layers as u64)
+                .saturating_add(hidden as u64),
+            router: product(&[moe_layers, self.moe.num_experts, hidden]),
+            routed_experts: self
+                .expert_parameters()
+                .saturating_mul(product(&[moe_layers, self.moe.num_experts])),
+            shared_experts: product(&[3, moe_layers, hidden, self.moe.shared_intermediate_size]),
+            dense_mlp: product(&[
+                3,
+                self.first_dense_layers,
+                hidden,
+                self.dense_intermediate_size,
+            ]),
+            head: if self.tie_word_embeddings { 0 } else { table },
+        }
+    }
+
+    /// Parameters of one routed expert: gate, up and down, `3 H F`.
+    pub fn expert_parameters(&self) -> u64 {
+        product(&[3, self.hidden_size, self.moe.intermediate_size])
+    }
+
+    /// Parameters that work on one token: all but the routed experts that are not chosen, and
+    /// but the embedding rows of the other tokens (a tied head counts once, as the head).
+    pub fn active_parameters(&self) -> u64 {
+        let counts = self.parameters();
+        let chosen = self
+            .expert_parameters()
+            .saturating_mul(product(&[self.num_moe_layers(), self.moe.top_k]));
+        let table = product(&[self.vocab_size, self.hidden_size]);
+        let rest = sum(&[
+            counts.attention,
+            counts.norms,
+            counts.router,
+            counts.shared_experts,
+            counts.dense_mlp,
+        ]);
+        sum(&[rest, table, chosen, self.hidden_size as u64])
+    }
+
+    /// Projections and inner norms of one layer's attention.
+    fn attention_parameters(&self) -> (u64, u64) {
+        let hidden = self.hidden_size;
+        match &self.attention {
+            Attention::GroupedQuery { qk_norm, bias, .. } => {
+                let query = product(&[self.num_heads, self.head_dim]);
+                let key = product(&[self.num_kv_heads, self.head_dim]);
+                let widths = sum(&[query, key, key]);
+                let biases = if *bias {
+                    sum(&[widths, hidden as u64])
+                } else {
+                    0
+                };
+                let matrices = sum(&[widths, query]).saturating_mul(hidden as u64);
+                let norms = match qk_norm {
+                    QkNorm::None => 0,
+                    QkNorm::WholeProjection => sum(&[query, key]),
+                };
+                (sum(&[matrices, biases]), norms)
+            }
+            Attention::MultiHeadLatent {
+                q_lora_rank,
+                kv_lora_rank,
+                qk_rope_head_dim,
+                qk_nope_head_dim,
+                v_head_dim,
+            } => {
+                let query_width = self.num_heads.saturating_mul(self.head_dim);
+                let query = match q_lora_rank {
+                    None => product(&[hidden, query_width]),
+                    Some(rank) => sum(&[product(&[hidden, *rank]), product(&[*rank, query_width])]),
+                };
+                let down = product(&[hidden, kv_lora_rank + qk_rope_head_dim]);
+                let up = product(&[*kv_lora_rank, self.num_heads, qk_nope_head_dim + v_head_dim]);
+                let output = product(&[self.num_heads, *v_head_dim, hidden]);
+                let norms = sum(&[q_lora_rank.unwrap_or(0) as u64, *kv_lora_rank as u64]);
+                (sum(&[query, down, up, output]), norms)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn config(name: &str) -> ModelConfig {
+        let path = format!("{}/../../fixtures/{name}", env!("CARGO_MANIFEST_DIR"));
+        ModelConfig::from_file(Path::new(&path)).unwrap()
+    }
+
+    #[test]
+    fn olmoe_has_its_published_size() {
+        let config = config("configs/olmoe-1b-7b-0924.json");
+        let counts = config.parameters();
+        assert_eq!(config.expert_parameters(), 6_291_456);
+        assert_eq!(counts.routed_experts, 6_442_450_944);
+        assert_eq!(counts.router, 2_097_152);
+        assert_eq!(counts.embedding, counts.head);
+        assert_eq!(counts.total(), 6_919_161_856);
+        let active = config.active_parameters() as f64 / 1e9;
+        assert!((1.1..1.3).contains(&active), "{active}");
+    }
+
+    #[test]
+    fn deepseek_v2_lite_has_its_published_size() {
+        let config = config("configs/deepseek-v2-lite.json");
+        let counts = config.parameters();
+        assert_eq!(counts.total(), 15_706_484_224);
+        assert_eq!(counts.routed_experts, 26 * 64 * 3 * 2048 * 1408);
+        assert_eq!(counts.shared_experts, 26 * 3 * 2048 * 2816);
+        assert_eq!(counts.dense_mlp, 3 * 2048 * 10944);
+        let active = config.active_parameters() as f64 / 1e9;
+        assert!((2.2..2.8).contains(&active), "{active}");
+    }
+
+    #[test]
+    fn a_tied_head_a_bias_and_a_query_latent_change_the_count() {
+        let mut tied = config("configs/olmoe-1b-7b-0924.json");
+        let before = tied.parameters();
+        tied.tie_word_embeddings = true;
+        assert_eq!(before.total() - tied.parameters().total(), before.head);
+        assert_eq!(
+            tied.active_parameters(),
+            config("configs/olmoe-1b-7b-0924.json").active_parameters()
+        );
+        if let Attention::GroupedQuery { bias, .. } = &mut tied.attention {
+            *bias = true;
+        }
+        let biases = tied.parameters().attention - before.attention;
+        assert_eq!(biases, 16 * 4 * 2048);
+        let mut latent = config("configs/deepseek-v2-lite.json");
+        let full = latent.parameters();
+        if let Attention::MultiHeadLatent { q_lora_rank, .. } = &mut latent.attention {
+            *q_lora_rank = Some(100);
+        }
+        let low = latent.parameters();
+        let saved = 27 * (2048 * 3072 - 100 * (2048 + 3072));
+        assert_eq!(full.attention - low.attention, saved);
+        assert_eq!(low.norms - full.norms, 27 * 100);
+    }
+
+    /// The committed checkpoint holds as many values as its configuration promises.
+    #[test]
+    fn the_count_agrees_with_real_tensors() {
+        let folder = format!(
+            "{}/../../fixtures/parity/olmoe/",
+            env!("CARGO_MANIFEST_DIR")
+        );
+        let bytes = std::fs::read(folder + "model.safetensors").unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let stored: usize = tensors
+            .tensors()
+            .iter()
+            .map(|(_, view)| view.shape().iter().product::<usize>())
+            .sum();
+        let counts = config("parity/olmoe/config.json").parameters();
+        assert_eq!(counts.total(), stored as u64);
+    }
+}
