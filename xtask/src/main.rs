@@ -1,1 +1,119 @@
-fn main(){}
+//! `cargo xtask COMMAND`: what people who work in this repository run. One file per command;
+//! nothing but the standard library, so that it compiles in seconds.
+
+mod bench;
+mod binary;
+mod docs;
+mod fixtures;
+mod shell;
+mod test;
+
+use std::process::ExitCode;
+
+/// What a command ends with: an exit code, or a message that says what to do.
+type Outcome = Result<ExitCode, String>;
+
+/// A command of `cargo xtask`.
+struct Command {
+    name: &'static str,
+    arguments: &'static str,
+    about: &'static str,
+    run: fn(&[String]) -> Outcome,
+}
+
+const COMMANDS: &[Command] = &[
+    Command {
+        name: "compress",
+        arguments: "[ARGUMENTS]",
+        about: "Build `lightmoe` and run `lightmoe compress ARGUMENTS`",
+        run: |arguments| binary::run(&["compress"], arguments),
+    },
+    Command {
+        name: "pretrain",
+        arguments: "[ARGUMENTS]",
+        about: "Build `lightmoe` and run `lightmoe pretrain ARGUMENTS`",
+        run: |arguments| binary::run(&["pretrain"], arguments),
+    },
+    Command {
+        name: "test",
+        arguments: "",
+        about: "The whole check: format, lints, tests",
+        run: test::run,
+    },
+    Command {
+        name: "bench",
+        arguments: "kernels|quality [ARGUMENTS]",
+        about: "Time the kernels, or compare the methods on the built-in tasks",
+        run: bench::run,
+    },
+    Command {
+        name: "fixtures",
+        arguments: "",
+        about: "Make the PyTorch parity fixtures again and compare them with the committed ones",
+        run: fixtures::run,
+    },
+    Command {
+        name: "docs",
+        arguments: "[--check]",
+        about: "Write docs/reference.md from the command line's own reference, or compare",
+        run: docs::run,
+    },
+    Command {
+        name: "help",
+        arguments: "",
+        about: "Print this list",
+        run: |_| help(),
+    },
+];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let outcome = match arguments.split_first() {
+        None => help(),
+        Some((name, _)) if name == "--help" || name == "-h" => help(),
+        Some((name, rest)) => match COMMANDS.iter().find(|c| c.name == name) {
+            Some(command) => (command.run)(rest),
+            None => {
+                eprintln!(
+                    "error: unknown command `{name}`; use one of these\n\n{}",
+                    list()
+                );
+                return ExitCode::from(2);
+            }
+        },
+    };
+    outcome.unwrap_or_else(|message| {
+        eprintln!("error: {message}");
+        ExitCode::FAILURE
+    })
+}
+
+/// The commands, one per line.
+fn list() -> String {
+    COMMANDS
+        .iter()
+        .map(|c| {
+            format!(
+                "  {:<37} {}\n",
+                format!("{} {}", c.name, c.arguments),
+                c.about
+            )
+        })
+        .collect()
+}
+
+#[allow(clippy::print_stdout, reason = "this is what was asked for")]
+fn help() -> Outcome {
+    print!("usage: cargo xtask COMMAND\n\n{}", list());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses arguments of a command that takes none.
+fn no_arguments(arguments: &[String]) -> Result<(), String> {
+    match arguments.first() {
+        None => Ok(()),
+        Some(first) => Err(format!(
+            "unexpected argument `{first}`; this command takes none"
+        )),
+    }
+}

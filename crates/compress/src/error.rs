@@ -32,6 +32,9 @@ pub enum Error {
         /// The layer and slot, what was expected of them, and what to do.
         message: String,
     },
+    /// The caller stopped the work; nothing half-written remains.
+    #[error("interrupted; run the same command with `--resume` to go on")]
+    Interrupted,
     /// A request that cannot be met, or values that contradict each other.
     #[error("{0}")]
     Invalid(String),

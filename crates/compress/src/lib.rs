@@ -9,9 +9,11 @@
 //! `M` shared bases per layer, `N'` experts replaced in a layer, `Gbar` an expert's share of its
 //! layer's gate mass.
 
+mod build;
 mod error;
 mod estimate;
 mod files;
+mod observe;
 mod scores;
 
 pub mod group;
@@ -22,5 +24,7 @@ pub mod search;
 pub mod select;
 pub mod size;
 
+pub use build::build;
 pub use error::{Error, Result};
 pub use estimate::{Estimate, estimate};
+pub use observe::observe;

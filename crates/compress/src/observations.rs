@@ -54,7 +54,8 @@ impl LayerObservations {
     pub(crate) fn validate(&self) -> std::result::Result<(), String> {
         let layer = self.layer;
         let experts = self.gate_mass.len();
-        if let Some(expert) = self.gate_mass.iter().position(|m| !(*m >= 0.0)) {
+        let impossible = |mass: &f64| mass.is_nan() || *mass < 0.0;
+        if let Some(expert) = self.gate_mass.iter().position(impossible) {
             return Err(format!(
                 "layer {layer}: the gate mass of expert {expert} is {}, expected a number from \
                  0; observe again",

@@ -189,7 +189,7 @@ impl Plan {
     /// [`Plan::validate`].
     pub fn save(&self, path: &Path) -> Result<()> {
         let mut text = self
-            .validate()
+            .rules()
             .and_then(|()| {
                 serde_json::to_vec_pretty(self)
                     .map_err(|e| format!("cannot be encoded ({e}); report it"))
@@ -208,8 +208,7 @@ impl Plan {
         let text = files::read(path)?;
         let plan: Self = serde_json::from_slice(&text)
             .map_err(|e| plan_error(path, format!("not a plan ({e}); correct it or plan again")))?;
-        plan.validate()
-            .map_err(|message| plan_error(path, message))?;
+        plan.rules().map_err(|message| plan_error(path, message))?;
         Ok(plan)
     }
 
@@ -217,8 +216,13 @@ impl Plan {
     /// numbers run from 0 without a gap and each group has one dominant; ranks fit.
     ///
     /// # Errors
-    /// A message naming the layer and the slot.
-    pub fn validate(&self) -> std::result::Result<(), String> {
+    /// [`Error::Invalid`] naming the layer and the slot.
+    pub fn validate(&self) -> Result<()> {
+        self.rules().map_err(Error::Invalid)
+    }
+
+    /// [`Plan::validate`], the message alone.
+    fn rules(&self) -> std::result::Result<(), String> {
         if self.schema_version != SCHEMA_VERSION {
             return Err(format!(
                 "schema version {}, expected {SCHEMA_VERSION}; plan again with this version",
@@ -307,11 +311,12 @@ impl Plan {
         }
     }
 
-    /// Checks that the plan is for a model like `config`.
+    /// Checks the plan in itself and that it is for a model like `config`.
     ///
     /// # Errors
-    /// [`Error::Invalid`] saying what differs.
+    /// [`Error::Invalid`] saying which rule of [`Plan::validate`] is broken or what differs.
     pub fn check_model(&self, config: &ModelConfig) -> Result<()> {
+        self.validate()?;
         let expected = ModelSummary::from(config);
         if self.model != expected {
             return Err(Error::Invalid(format!(

@@ -23,8 +23,8 @@ impl Observations {
     /// such a file, so thresholds will be uniform and groups dealt out.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read; [`Error::Observations`] naming the layer and expert
-    /// that is missing, unknown, negative or not a number.
+    /// [`Io`](crate::Error::Io) if it cannot be read; [`Observations`](crate::Error::Observations)
+    /// naming the layer and expert that is missing, unknown, negative or not a number.
     pub fn from_scores(path: &Path, config: &ModelConfig) -> Result<Self> {
         let bytes = files::read(path)?;
         decode_scores(&bytes, config).map_err(|message| observations_error(path, message))

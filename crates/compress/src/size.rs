@@ -6,7 +6,7 @@
 
 use lightmoe_models::config::ModelConfig;
 
-use crate::plan::{LayerPlan, Parameters, SlotForm};
+use crate::plan::{LayerPlan, Parameters, Plan, SlotForm};
 
 /// Parameters of the adapters of one expert: rank `R` on gate, up and down, `3 R (H + F)`.
 pub fn adapter_parameters(config: &ModelConfig, rank: usize) -> u64 {
@@ -66,6 +66,16 @@ pub fn parameters(config: &ModelConfig, layers: &[LayerPlan], kept_rank: usize) 
         counts.trained += size.bases + size.adapters + size.kept_adapters;
     }
     counts
+}
+
+impl Plan {
+    /// Counts the plan again, after its layers were edited: sets `parameters` and
+    /// `ratio.achieved`.
+    pub fn recount(&mut self, config: &ModelConfig) {
+        let counts = parameters(config, &self.layers, self.settings.kept_rank);
+        self.ratio.achieved = 1.0 - counts.after as f64 / counts.before as f64;
+        self.parameters = counts;
+    }
 }
 
 /// The expert-level ratio of eq. 5 for one layer:

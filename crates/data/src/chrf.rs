@@ -108,6 +108,21 @@ mod tests {
         close(chrf("aa", "ab"), 25.0);
     }
 
+    /// Values of sacreBLEU 2 (`CHRF()`).
+    #[test]
+    fn equal_to_sacrebleu() {
+        close(
+            chrf("le katu moriko tana.", "le kato moriko sana."),
+            49.583_782_230_841_05,
+        );
+        let pairs = [
+            ("ab", "abc"),
+            ("the quick brown fox", "a quick brown dog"),
+            ("xyz", "xy zz"),
+        ];
+        close(corpus_chrf(&pairs), 61.926_248_549_824_46);
+    }
+
     #[test]
     fn a_corpus_sums_counts() {
         // Order 1: p 3/4, r 3/4; order 2: p 1/2, r 1/2: 62.5.

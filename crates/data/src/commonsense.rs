@@ -182,8 +182,7 @@ static WORLD: LazyLock<Vec<Being>> = LazyLock::new(|| {
     while world.len() < BEINGS {
         let name = name(&mut rng);
         if names.insert(name.clone()) {
-            let values =
-                std::array::from_fn(|at| rng.random_range(0..ATTRIBUTES[at].values.len()));
+            let values = std::array::from_fn(|at| rng.random_range(0..ATTRIBUTES[at].values.len()));
             world.push(Being { name, values });
         }
     }
@@ -196,7 +195,8 @@ pub(crate) fn draw(rng: &mut ChaCha8Rng) -> Draft {
     let at = rng.random_range(0..ATTRIBUTES.len());
     let attribute = &ATTRIBUTES[at];
     let value = being.values[at];
-    let question = fill(pick(rng, &attribute.questions), &[("n", &being.name)]);
+    let phrasing = *pick(rng, &attribute.questions);
+    let question = fill(phrasing, &[("n", &being.name)]);
     let mut choices: Vec<usize> = rand::seq::index::sample(rng, attribute.values.len(), CHOICES)
         .into_iter()
         .collect();
@@ -225,12 +225,16 @@ pub(crate) fn statements(rng: &mut ChaCha8Rng) -> String {
     let mut text = String::with_capacity(128);
     for &at in &order[..rng.random_range(2..=3)] {
         let attribute = &ATTRIBUTES[at];
+        let phrasing = *pick(rng, attribute.statements);
         if !text.is_empty() {
             text.push(' ');
         }
         text.push_str(&fill(
-            pick(rng, attribute.statements),
-            &[("n", &being.name), ("v", attribute.values[being.values[at]])],
+            phrasing,
+            &[
+                ("n", &being.name),
+                ("v", attribute.values[being.values[at]]),
+            ],
         ));
     }
     text
@@ -263,7 +267,10 @@ mod tests {
             let value = attribute.values[being.values[at]];
             for statement in attribute.statements {
                 let sentence = fill(statement, &[("n", &being.name), ("v", value)]);
-                assert!(texts.iter().any(|text| text.contains(&sentence)), "{sentence}");
+                assert!(
+                    texts.iter().any(|text| text.contains(&sentence)),
+                    "{sentence}"
+                );
             }
         }
     }

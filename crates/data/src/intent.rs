@@ -78,11 +78,7 @@ static INTENTS: [Intent; 12] = [
     },
     Intent {
         name: "book_table",
-        slots: &[
-            ("place", Name),
-            ("people", UpTo(9)),
-            ("day", Words(DAYS)),
-        ],
+        slots: &[("place", Name), ("people", UpTo(9)), ("day", Words(DAYS))],
         phrasings: &[
             "book a table for {people} at {place}",
             "i need a table at {place} on {day}",
@@ -104,11 +100,7 @@ static INTENTS: [Intent; 12] = [
     },
     Intent {
         name: "call_person",
-        slots: &[
-            ("person", Name),
-            ("time", UpTo(12)),
-            ("day", Words(DAYS)),
-        ],
+        slots: &[("person", Name), ("time", UpTo(12)), ("day", Words(DAYS))],
         phrasings: &[
             "call {person}",
             "call {person} at {time}",
@@ -219,9 +211,10 @@ pub(crate) fn draw(rng: &mut ChaCha8Rng) -> Draft {
 }
 
 fn mentions(phrasing: &str, slot: &str) -> bool {
-    phrasing
-        .split('{')
-        .any(|part| part.strip_prefix(slot).is_some_and(|rest| rest.starts_with('}')))
+    phrasing.split('{').any(|part| {
+        part.strip_prefix(slot)
+            .is_some_and(|rest| rest.starts_with('}'))
+    })
 }
 
 fn value(rng: &mut ChaCha8Rng, values: Values) -> String {

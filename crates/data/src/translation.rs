@@ -40,8 +40,12 @@ const ACTORS: [(&str, &str); 16] = [
     ("bear", "bears"),
 ];
 
-/// Singular and plural of things.
-const THINGS: [(&str, &str); 16] = [
+/// Singular and plural of things; the same twice for what is not counted.
+const THINGS: [(&str, &str); 20] = [
+    ("honey", "honey"),
+    ("bread", "bread"),
+    ("rice", "rice"),
+    ("fruit", "fruit"),
     ("apple", "apples"),
     ("coin", "coins"),
     ("card", "cards"),
@@ -60,14 +64,15 @@ const THINGS: [(&str, &str); 16] = [
     ("coat", "coats"),
 ];
 
-const PLACES: [&str; 14] = [
-    "forest", "river", "desert", "mountain", "cave", "lake", "valley", "swamp", "island", "meadow",
-    "beach", "garden", "kitchen", "hall",
+const PLACES: [&str; 18] = [
+    "table", "train", "bus", "car", "forest", "river", "desert", "mountain", "cave", "lake",
+    "valley", "swamp", "island", "meadow", "beach", "garden", "kitchen", "hall",
 ];
 
-const ADJECTIVES: [&str; 20] = [
-    "old", "young", "red", "blue", "green", "yellow", "black", "white", "brown", "grey", "tiny",
-    "small", "big", "huge", "happy", "sad", "good", "new", "clean", "strong",
+const ADJECTIVES: [&str; 26] = [
+    "large", "little", "tall", "purple", "orange", "pink", "old", "young", "red", "blue", "green",
+    "yellow", "black", "white", "brown", "grey", "tiny", "small", "big", "huge", "happy", "sad",
+    "good", "new", "clean", "strong",
 ];
 
 /// Base and past form.
@@ -102,7 +107,11 @@ const DETERMINERS: [&str; 3] = ["the", "some", "many"];
 static LEXICON: LazyLock<HashMap<&'static str, String>> = LazyLock::new(|| {
     let mut rng = stream(0, "velic", 0, 0);
     let mut taken = HashSet::new();
-    let words = ACTORS.iter().chain(&THINGS).chain(&VERBS).map(|pair| pair.0);
+    let words = ACTORS
+        .iter()
+        .chain(&THINGS)
+        .chain(&VERBS)
+        .map(|pair| pair.0);
     let others = PLACES
         .into_iter()
         .chain(ADJECTIVES)
@@ -136,14 +145,15 @@ fn velic(english: &str) -> &'static str {
 /// Determiner, adjective or none, and a noun.
 fn noun_phrase(rng: &mut ChaCha8Rng, nouns: &[(&'static str, &'static str)]) -> Phrase {
     let (singular, plural) = *pick(rng, nouns);
-    let is_plural = rng.random_range(0..2) == 0;
+    let is_mass = singular == plural;
+    let is_plural = !is_mass && rng.random_range(0..2) == 0;
     let adjective = (rng.random_range(0..2) == 0).then(|| *pick(rng, &ADJECTIVES));
-    let determiner = match (is_plural, rng.random_range(0..4)) {
-        (_, 0 | 1) => "the",
-        (true, 2) => "some",
-        (true, _) => "many",
-        (false, _) if adjective.unwrap_or(singular).starts_with(['a', 'e', 'o']) => "an",
-        (false, _) => "a",
+    let determiner = match rng.random_range(0..4) {
+        0 | 1 => "the",
+        2 if is_plural => "many",
+        _ if is_plural || is_mass => "some",
+        _ if adjective.unwrap_or(singular).starts_with(['a', 'e', 'o']) => "an",
+        _ => "a",
     };
     let mut english = vec![determiner];
     english.extend(adjective);
@@ -167,12 +177,10 @@ fn noun_phrase(rng: &mut ChaCha8Rng, nouns: &[(&'static str, &'static str)]) -> 
 /// One sentence. Its key is the English sentence.
 pub(crate) fn draw(rng: &mut ChaCha8Rng) -> Draft {
     let subject = noun_phrase(rng, &ACTORS);
-    let nouns = if rng.random_range(0..4) == 0 {
-        &ACTORS
-    } else {
-        &THINGS
+    let object = match rng.random_range(0..4) {
+        0 => noun_phrase(rng, &ACTORS),
+        _ => noun_phrase(rng, &THINGS),
     };
-    let object = noun_phrase(rng, nouns);
     let adverb = (rng.random_range(0..4) == 0).then(|| *pick(rng, &ADVERBS));
     let (base, past) = *pick(rng, &VERBS);
     let is_past = rng.random_range(0..3) > 0;
@@ -239,7 +247,11 @@ mod tests {
         }
         let verb_at = words
             .iter()
-            .position(|word| VERBS.iter().any(|(base, past)| word == base || word == past))
+            .position(|word| {
+                VERBS
+                    .iter()
+                    .any(|(base, past)| word == base || word == past)
+            })
             .unwrap();
         let object = words.split_off(verb_at);
         let (base, past) = VERBS
@@ -256,9 +268,16 @@ mod tests {
                 out.push(velic(words[0]).to_string());
             }
             let noun = *words.last().unwrap();
-            let pair = ACTORS.iter().chain(&THINGS).find(|p| p.0 == noun || p.1 == noun);
+            let pair = ACTORS
+                .iter()
+                .chain(&THINGS)
+                .find(|p| p.0 == noun || p.1 == noun);
             let (singular, plural) = pair.unwrap();
-            let suffix = if noun == *plural { PLURAL } else { "" };
+            let suffix = if noun == *plural && plural != singular {
+                PLURAL
+            } else {
+                ""
+            };
             out.push(format!("{}{suffix}", velic(singular)));
             if words.len() == 3 {
                 out.push(velic(words[1]).to_string());

@@ -1,14 +1,20 @@
-//! The expert products and attention, against one dense product of the same number of operations
-//! and against a loop over experts. Throughput is counted in floating-point operations.
+//! The expert products against one dense product of the same number of operations and against a
+//! loop over experts, then attention and the row-wise operations at the size of the nano model.
+//! Throughput is counted in floating-point operations, for row-wise operations in elements.
+//!
+//! A "backward" is measured with its forward, which alone is measured above it.
 
+#![allow(clippy::unwrap_used)]
 #![allow(missing_docs)] // criterion's macros write undocumented functions
 
-use candle_core::{DType, Device, Tensor, Var};
-use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
-use criterion::{measurement::WallTime, SamplingMode};
-use lightmoe_kernels::{Segment, causal_attention, grouped_linear, linear, swiglu};
-use std::hint::black_box;
-use std::sync::Arc;
+use candle_core::{Device, Tensor, Var};
+use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput, measurement::WallTime};
+use criterion::{criterion_group, criterion_main};
+use lightmoe_kernels::{
+    Segment, causal_attention, cross_entropy, grouped_linear, keep_freed_memory, linear, rms_norm,
+    swiglu, weighted_scatter,
+};
+use std::{cell::LazyCell, hint::black_box, sync::Arc};
 
 /// One expert layer: `experts` matrices `[inner, hidden]`, `rows` sorted (token, expert) pairs.
 #[derive(Clone, Copy)]
@@ -21,99 +27,137 @@ struct Shape {
     backward: bool,
 }
 
-const SHAPES: [Shape; 3] = [
-    Shape { name: "nano", experts: 32, hidden: 128, inner: 64, rows: 8192, backward: true },
-    Shape { name: "olmoe", experts: 64, hidden: 2048, inner: 1024, rows: 4096, backward: true },
-    Shape { name: "olmoe-decode", experts: 64, hidden: 2048, inner: 1024, rows: 8, backward: false },
-];
-
 impl Shape {
-    /// Uneven runs, as a router makes them: expert `e` gets a share that grows with `e`.
+    /// Uneven runs, as a router makes them: the share of expert `e` grows with `e`.
     fn segments(self) -> Arc<[Segment]> {
-        let share = |e: usize| self.rows * e * (e + self.experts) / (2 * self.experts * self.experts);
-        (0..self.experts)
-            .map(|e| Segment { group: e, start: share(e), len: share(e + 1) - share(e) })
+        let e = self.experts;
+        let start = |i: usize| self.rows * i * (i + e) / (2 * e * e);
+        (0..e)
+            .map(|i| Segment {
+                group: i,
+                start: start(i),
+                len: start(i + 1) - start(i),
+            })
             .collect()
     }
-
-    fn flops(self) -> u64 {
-        2 * (self.rows * self.hidden * self.inner) as u64
-    }
 }
 
-fn random(shape: &[usize]) -> Tensor {
-    Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
+/// Hashed numbers in `-1..1`: cheap to make in the amounts needed here.
+fn random(shape: &[usize]) -> Var {
+    let hash = |i: u32| i.wrapping_mul(0x9e37_79b1) as i32 as f32 / i32::MAX as f32;
+    let count = shape.iter().product::<usize>() as u32;
+    let tensor = Tensor::from_vec((0..count).map(hash).collect(), shape, &Device::Cpu).unwrap();
+    Var::from_tensor(&tensor).unwrap()
 }
 
-fn bench(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, flops: u64, f: impl Fn() -> Tensor) {
-    group.throughput(Throughput::Elements(flops));
+fn bench(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, ops: usize, f: impl Fn() -> Tensor) {
+    group.throughput(Throughput::Elements(ops as u64));
     group.bench_function(name, |b| b.iter(|| black_box(f())));
 }
 
-/// The gradient of every variable behind `y`, for a gradient of ones.
-fn backward(y: &Tensor) -> Tensor {
-    let grads = y.sum_all().unwrap().backward().unwrap();
-    black_box(&grads);
-    y.clone()
+/// As [`bench`], with the gradient of every variable behind the result for a gradient of ones.
+fn train(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, ops: usize, f: impl Fn() -> Tensor) {
+    group.throughput(Throughput::Elements(ops as u64));
+    group.bench_function(name, |b| b.iter(|| black_box(f().backward().unwrap())));
+}
+
+/// `[S, H] × [H, F]` one expert after the other, with candle's own operations.
+fn expert_loop(x: &Tensor, w: &Tensor, segments: &[Segment]) -> Tensor {
+    let parts: Vec<Tensor> = segments
+        .iter()
+        .filter(|s| s.len > 0)
+        .map(|s| {
+            let w = w.get(s.group).unwrap().t().unwrap();
+            x.narrow(0, s.start, s.len).unwrap().matmul(&w).unwrap()
+        })
+        .collect();
+    Tensor::cat(&parts, 0).unwrap()
 }
 
 fn experts(c: &mut Criterion) {
-    for s in SHAPES {
-        let segments = s.segments();
-        let (x, w) = (random(&[s.rows, s.hidden]), random(&[s.experts, s.inner, s.hidden]));
-        let dense = w.get(0).unwrap().contiguous().unwrap();
-        let mut group = c.benchmark_group(s.name);
-        group.sample_size(20).sampling_mode(SamplingMode::Flat);
-        bench(&mut group, "grouped", s.flops(), || grouped_linear(&x, &w, &segments).unwrap());
-        bench(&mut group, "loop", s.flops(), || {
-            let parts: Vec<Tensor> = segments
-                .iter()
-                .filter(|g| g.len > 0)
-                .map(|g| {
-                    let w = w.get(g.group).unwrap().t().unwrap();
-                    x.narrow(0, g.start, g.len).unwrap().matmul(&w).unwrap()
-                })
-                .collect();
-            Tensor::cat(&parts, 0).unwrap()
-        });
-        bench(&mut group, "dense", s.flops(), || linear(&x, &dense).unwrap());
-        bench(&mut group, "candle-dense", s.flops(), || x.matmul(&dense.t().unwrap()).unwrap());
-        if s.backward {
-            let (x, w) = (Var::from_tensor(&x).unwrap(), Var::from_tensor(&w).unwrap());
-            let dense = Var::from_tensor(&dense).unwrap();
-            let flops = 3 * s.flops();
-            bench(&mut group, "grouped+backward", flops, || {
-                backward(&grouped_linear(&x, &w, &segments).unwrap())
-            });
-            bench(&mut group, "dense+backward", flops, || backward(&linear(&x, &dense).unwrap()));
-            bench(&mut group, "candle-dense+backward", flops, || {
-                backward(&x.matmul(&dense.t().unwrap()).unwrap())
-            });
-        }
-        group.finish();
+    let (nano, olmoe) = ((32, 128, 64), (64, 2048, 1024));
+    let shapes = [
+        ("nano", nano, 8192, true),
+        ("olmoe", olmoe, 4096, true),
+        ("olmoe-decode", olmoe, 8, false),
+    ];
+    for (name, (experts, hidden, inner), rows, backward) in shapes {
+        let s = Shape {
+            name,
+            experts,
+            hidden,
+            inner,
+            rows,
+            backward,
+        };
+        expert_layer(c, s);
     }
+}
+
+fn expert_layer(c: &mut Criterion, s: Shape) {
+    let segments = s.segments();
+    // Made on first use, so that a filter on the command line spares the large ones.
+    let x = LazyCell::new(|| random(&[s.rows, s.hidden]));
+    let w = LazyCell::new(|| random(&[s.experts, s.inner, s.hidden]));
+    let dense = LazyCell::new(|| random(&[s.inner, s.hidden]));
+    let ops = 2 * s.rows * s.hidden * s.inner;
+    let grouped = || grouped_linear(&x, &w, &segments).unwrap();
+    let each = || expert_loop(&x, &w, &segments);
+    let ours = || linear(&x, &dense).unwrap();
+    let candle = || x.matmul(&dense.t().unwrap()).unwrap();
+    let mut group = c.benchmark_group(s.name);
+    group.sample_size(20).sampling_mode(SamplingMode::Flat);
+    bench(&mut group, "grouped", ops, grouped);
+    bench(&mut group, "loop", ops, each);
+    bench(&mut group, "dense", ops, ours);
+    bench(&mut group, "dense-candle", ops, candle);
+    if s.backward {
+        train(&mut group, "grouped+backward", 3 * ops, grouped);
+        train(&mut group, "dense+backward", 3 * ops, ours);
+        train(&mut group, "dense-candle+backward", 3 * ops, candle);
+    }
+    group.finish();
 }
 
 fn attention(c: &mut Criterion) {
     let (batch, len, heads, dim) = (16, 128, 4, 32);
-    let [q, k, v] = [0; 3].map(|_| Var::from_tensor(&random(&[batch, len, heads, dim])).unwrap());
+    let [q, k, v] = [0; 3].map(|_| random(&[batch, len, heads, dim]));
     let run = || causal_attention(&q, &k, &v, 1.0 / (dim as f64).sqrt()).unwrap();
-    // Two products over the causal half of the scores; the backward recomputes one and adds four.
-    let product = (batch * heads * len * (len + 1) * dim) as u64;
+    // Two products over the causal half of the scores; the backward repeats one and adds four.
+    let product = batch * heads * len * (len + 1) * dim;
     let mut group = c.benchmark_group("attention");
-    bench(&mut group, "forward", 2 * product, || run().detach());
-    bench(&mut group, "forward+backward", 7 * product, || backward(&run()));
+    bench(&mut group, "forward", 2 * product, run);
+    train(&mut group, "forward+backward", 7 * product, run);
     group.finish();
 }
 
-fn activation(c: &mut Criterion) {
-    let [gate, up] = [0; 2].map(|_| Var::from_tensor(&random(&[8192, 64])).unwrap());
-    let mut group = c.benchmark_group("swiglu");
-    bench(&mut group, "forward", 8192 * 64, || swiglu(&gate, &up).unwrap().detach());
-    bench(&mut group, "forward+backward", 8192 * 64, || backward(&swiglu(&gate, &up).unwrap()));
+fn rows(c: &mut Criterion) {
+    let (tokens, hidden, rows, inner, vocab) = (2048, 128, 8192, 64, 1024);
+    let [gate, up] = [0; 2].map(|_| random(&[rows, inner]));
+    let (x, weight) = (random(&[tokens, hidden]), random(&[hidden]));
+    let (y, gates) = (random(&[rows, hidden]), random(&[rows]));
+    let logits = random(&[tokens, vocab]);
+    let targets: Vec<u32> = (0..tokens as u32).map(|t| t * 31 % vocab as u32).collect();
+    let back: Arc<[u32]> = (0..rows as u32).map(|r| r * 37 % tokens as u32).collect();
+    let mut group = c.benchmark_group("rows");
+    train(&mut group, "swiglu", rows * inner, || {
+        swiglu(&gate, &up).unwrap()
+    });
+    train(&mut group, "rms_norm", tokens * hidden, || {
+        rms_norm(&x, &weight, 1e-5).unwrap()
+    });
+    train(&mut group, "cross_entropy", tokens * vocab, || {
+        cross_entropy(&logits, &targets).unwrap()
+    });
+    train(&mut group, "weighted_scatter", rows * hidden, || {
+        weighted_scatter(&y, &gates, &back, tokens).unwrap()
+    });
     group.finish();
-    debug_assert_eq!(gate.dtype(), DType::F32);
 }
 
-criterion_group!(benches, experts, attention, activation);
+fn setup(_: &mut Criterion) {
+    keep_freed_memory();
+}
+
+criterion_group!(benches, setup, experts, attention, rows);
 criterion_main!(benches);

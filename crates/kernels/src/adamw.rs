@@ -1,6 +1,7 @@
 //! One fused AdamW update (Loshchilov & Hutter, decoupled weight decay) of one parameter.
 
-use crate::real::slice;
+use crate::lanes::simd;
+use crate::real::{Real, slice};
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor};
 use rayon::prelude::*;
 use std::sync::Mutex;
@@ -40,6 +41,20 @@ struct Update<'a> {
     moments: Mutex<&'a mut Moments>,
 }
 
+simd! {
+    fn update_chunk<T: Real>(state: [&mut [T]; 3], grad: &[T], constants: [T; 7]) {
+        let [b1, b2, eps, step_size, root, keep, scale] = constants;
+        let (c1, c2) = (T::one() - b1, T::one() - b2);
+        let [p, m, v] = state;
+        for (((p, m), v), &g) in p.iter_mut().zip(m).zip(v).zip(grad) {
+            let g = g * scale;
+            *m = b1 * *m + c1 * g;
+            *v = b2 * *v + c2 * g * g;
+            *p = keep * *p - step_size * *m / (v.sqrt() * root + eps);
+        }
+    }
+}
+
 impl InplaceOp2 for Update<'_> {
     fn name(&self) -> &'static str {
         "adamw"
@@ -56,8 +71,21 @@ impl InplaceOp2 for Update<'_> {
             candle_core::bail!("adamw: the moments are poisoned")
         };
         let moments = &mut **moments;
-        moments.first.resize(param.len(), 0.0);
-        moments.second.resize(param.len(), 0.0);
+        if moments.first.is_empty() && moments.second.is_empty() {
+            moments.first.resize(param.len(), 0.0);
+            moments.second.resize(param.len(), 0.0);
+        }
+        if moments.first.len() != param.len() || moments.second.len() != param.len() {
+            candle_core::bail!(
+                "adamw: moments of {} and {} elements do not fit a parameter of {}",
+                moments.first.len(),
+                moments.second.len(),
+                param.len()
+            )
+        }
+        if s.step == 0 {
+            candle_core::bail!("adamw: the first step is number 1")
+        }
         let correction = |beta: f64| 1.0 - beta.powi(s.step as i32);
         let step_size = (s.lr / correction(s.beta1)) as f32;
         let root = (1.0 / correction(s.beta2).sqrt()) as f32;
@@ -73,12 +101,7 @@ impl InplaceOp2 for Update<'_> {
                     .zip(moments.second.par_chunks_mut(CHUNK)),
             )
             .for_each(|((p, g), (m, v))| {
-                for i in 0..p.len() {
-                    let g = g[i] * scale;
-                    m[i] = b1 * m[i] + (1.0 - b1) * g;
-                    v[i] = b2 * v[i] + (1.0 - b2) * g * g;
-                    p[i] = keep * p[i] - step_size * m[i] / (v[i].sqrt() * root + eps);
-                }
+                update_chunk([p, m, v], g, [b1, b2, eps, step_size, root, keep, scale]);
             });
         Ok(())
     }

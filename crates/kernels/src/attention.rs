@@ -4,7 +4,8 @@
 //! The probabilities are recomputed in the backward instead of kept.
 
 use crate::gemm::{Mat, Output};
-use crate::real::{Real, dispatch, max, same_dtype, slice, storage, tensor, view};
+use crate::lanes::{dot, max, simd, sum};
+use crate::real::{Real, dispatch, same_dtype, slice, storage, tracked, view};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -30,7 +31,13 @@ impl Dims {
     fn new(q: &Shape, k: &Shape, v: &Shape) -> Result<Self> {
         let (batch, queries, heads, dim) = q.dims4()?;
         let (kb, keys, kv_heads, kd) = k.dims4()?;
-        if k != v || kb != batch || kd != dim || heads % kv_heads != 0 || keys < queries {
+        if k != v
+            || kb != batch
+            || kd != dim
+            || kv_heads == 0
+            || heads % kv_heads != 0
+            || keys < queries
+        {
             candle_core::bail!("attention: shapes do not fit: q {q:?}, k {k:?}, v {v:?}")
         }
         Ok(Self {
@@ -43,10 +50,17 @@ impl Dims {
         })
     }
 
+    /// Query rows of the largest strip.
+    fn strip(self) -> usize {
+        STRIP.min(self.queries)
+    }
+
     /// (batch, key head) pairs: the unit of parallel work, because all query heads of a key head
     /// add to the same key gradient.
     fn units(self) -> impl IndexedParallelIterator<Item = (usize, usize)> {
-        (0..self.batch * self.kv_heads)
+        // Without keys there are no queries either, and nothing to do.
+        let batch = if self.keys == 0 { 0 } else { self.batch };
+        (0..batch * self.kv_heads)
             .into_par_iter()
             .map(move |i| (i / self.kv_heads, i % self.kv_heads))
     }
@@ -97,17 +111,30 @@ impl Dims {
                 T::zero(),
             )
         };
+        softmax(p, n, visible);
+    }
+}
+
+simd! {
+    /// Softmax of each of the `n` rows of `p: [n, visible]` over what it sees; zero elsewhere.
+    fn softmax<T: Real>(p: &mut [T], n: usize, visible: usize) {
         for (i, row) in p.chunks_exact_mut(visible).enumerate() {
             let (seen, hidden) = row.split_at_mut(visible - n + i + 1);
             let top = max(seen);
-            let mut sum = T::zero();
-            for v in seen.iter_mut() {
-                *v = (*v - top).exp();
-                sum += *v;
-            }
-            let inverse = T::one() / sum;
+            seen.iter_mut().for_each(|v| *v = (*v - top).fast_exp());
+            let inverse = T::one() / sum(seen, |v| v);
             seen.iter_mut().for_each(|v| *v *= inverse);
             hidden.fill(T::zero());
+        }
+    }
+}
+
+simd! {
+    /// `ds = p ∘ (ds − dot(dy, y))` for one row.
+    fn softmax_backward<T: Real>(p: &[T], ds: &mut [T], y: &[T], dy: &[T]) {
+        let dot = dot(y, dy);
+        for (ds, &p) in ds.iter_mut().zip(p) {
+            *ds = p * (*ds - dot);
         }
     }
 }
@@ -118,7 +145,7 @@ impl Attention {
         let out = Output::new(&mut y);
         let (qs, ks) = (d.q_stride(), d.k_stride());
         d.units().for_each(|(batch, kv_head)| {
-            let mut p = vec![T::zero(); STRIP * d.keys];
+            let mut p = vec![T::zero(); d.strip() * d.keys];
             let at = d.k_at(batch, kv_head);
             let (k, v) = (Mat::new(&k[at..], ks, 1), Mat::new(&v[at..], ks, 1));
             for (head, t, n, visible) in d.strips(kv_head) {
@@ -155,7 +182,7 @@ impl Attention {
         let (qs, ks) = (d.q_stride(), d.k_stride());
         let (one, zero, scale) = (T::one(), T::zero(), T::from_f64(self.scale));
         d.units().for_each(|(batch, kv_head)| {
-            let (mut p, mut ds) = (zeros(STRIP * d.keys), zeros(STRIP * d.keys));
+            let (mut p, mut ds) = (zeros(d.strip() * d.keys), zeros(d.strip() * d.keys));
             let kv_at = d.k_at(batch, kv_head);
             let (k, v) = (Mat::new(&k[kv_at..], ks, 1), Mat::new(&v[kv_at..], ks, 1));
             for (head, t, n, visible) in d.strips(kv_head) {
@@ -170,15 +197,8 @@ impl Attention {
                 };
                 for i in 0..n {
                     let row = at + i * qs..at + i * qs + d.dim;
-                    let dot: T = y[row.clone()]
-                        .iter()
-                        .zip(&dy[row])
-                        .map(|(&a, &b)| a * b)
-                        .sum();
                     let cells = i * visible..(i + 1) * visible;
-                    for (ds, &p) in ds[cells.clone()].iter_mut().zip(&p[cells]) {
-                        *ds = p * (*ds - dot);
-                    }
+                    softmax_backward(&p[cells.clone()], &mut ds[cells], &y[row.clone()], &dy[row]);
                 }
                 let (p, ds) = (Mat::new(p, visible, 1), Mat::new(ds, visible, 1));
                 // SAFETY: every (batch, head, strip) owns its part of dq; one (batch, key head) is
@@ -232,11 +252,7 @@ impl CustomOp3 for Attention {
             let [a, b, c, e, f] = &views;
             let slices = [a.slice::<T>()?, b.slice()?, c.slice()?, e.slice()?, f.slice()?];
             let [dq, dk, dv] = self.backward(d, slices);
-            Ok((
-                Some(tensor(dq, q.shape())?),
-                Some(tensor(dk, k.shape())?),
-                Some(tensor(dv, v.shape())?),
-            ))
+            Ok((tracked(q, dq)?, tracked(k, dk)?, tracked(v, dv)?))
         })
     }
 }

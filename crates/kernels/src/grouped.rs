@@ -124,11 +124,12 @@ impl GroupedLinear {
     /// `dw[g] = Σ_s dy[s] ⊗ x[s]` over the rows of group `g`; several segments may share a group.
     fn grad_w<T: Real>(&self, d: &Dims, x: &[T], dy: &[T]) -> Vec<T> {
         let mut dw = vec![T::zero(); d.groups * d.n * d.k];
-        dw.par_chunks_mut(TILE_GRAD.min(d.n) * d.k.max(1))
+        let tile = TILE_GRAD.min(d.n).max(1);
+        dw.par_chunks_mut(tile * d.k.max(1))
             .enumerate()
             .for_each(|(i, chunk)| {
                 let out = Output::new(chunk);
-                let first = i * TILE_GRAD.min(d.n);
+                let first = i * tile;
                 // A chunk may straddle two groups when n is not a multiple of the tile.
                 let mut done = 0;
                 let rows = out.rows(d.k);

@@ -1,6 +1,7 @@
 //! Token-wise cross entropy with a backward that never stores the log-probabilities.
 
-use crate::real::{Real, dispatch, max, slice, storage, tensor, view};
+use crate::lanes::{max, simd, sum};
+use crate::real::{Real, dispatch, slice, storage, tensor, view};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -9,9 +10,23 @@ struct CrossEntropy {
     targets: Arc<[u32]>,
 }
 
-fn log_sum_exp<T: Real>(row: &[T]) -> T {
-    let top = max(row);
-    top + row.iter().map(|&v| (v - top).exp()).sum::<T>().ln()
+simd! {
+    fn log_sum_exp<T: Real>(row: &[T]) -> T {
+        let top = max(row);
+        top + sum(row, |v| (v - top).fast_exp()).ln()
+    }
+}
+
+simd! {
+    /// `d = g · softmax(row)`
+    fn scaled_softmax<T: Real>(d: &mut [T], row: &[T], g: T) {
+        let top = max(row);
+        for (d, &v) in d.iter_mut().zip(row) {
+            *d = (v - top).fast_exp();
+        }
+        let scale = g / sum(d, |v| v);
+        d.iter_mut().for_each(|d| *d *= scale);
+    }
 }
 
 impl CustomOp1 for CrossEntropy {
@@ -30,7 +45,7 @@ impl CustomOp1 for CrossEntropy {
         }
         let loss = dispatch!(logits.dtype(), self.name(), T => {
             let loss: Vec<T> = slice::<T>(logits, layout)?
-                .par_chunks(vocab)
+                .par_chunks(vocab.max(1))
                 .zip(&self.targets[..])
                 .map(|(row, &target)| log_sum_exp(row) - row[target as usize])
                 .collect();
@@ -46,14 +61,11 @@ impl CustomOp1 for CrossEntropy {
         dispatch!(logits.dtype(), self.name(), T => {
             let (logits, grad) = (vl.slice::<T>()?, vg.slice::<T>()?);
             let mut d = vec![<T as num_traits::Zero>::zero(); logits.len()];
-            d.par_chunks_mut(vocab)
-                .zip(logits.par_chunks(vocab))
+            d.par_chunks_mut(vocab.max(1))
+                .zip(logits.par_chunks(vocab.max(1)))
                 .zip(grad.par_iter().zip(&self.targets[..]))
                 .for_each(|((d, row), (&g, &target))| {
-                    let lse = log_sum_exp(row);
-                    for (d, &v) in d.iter_mut().zip(row) {
-                        *d = g * (v - lse).exp();
-                    }
+                    scaled_softmax(d, row, g);
                     d[target as usize] -= g;
                 });
             Ok(Some(tensor(d, shape)?))

@@ -4,9 +4,24 @@ use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, Ten
 use std::ops::Deref;
 
 /// `f32` for work, `f64` for finite-difference tests.
-pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum + 'static {}
-impl Real for f32 {}
-impl Real for f64 {}
+pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum + 'static {
+    /// `exp`, for `f32` without the call into the maths library that keeps loops scalar.
+    fn fast_exp(self) -> Self;
+}
+
+impl Real for f32 {
+    #[inline(always)]
+    fn fast_exp(self) -> Self {
+        crate::lanes::exp(self)
+    }
+}
+
+impl Real for f64 {
+    #[inline(always)]
+    fn fast_exp(self) -> Self {
+        self.exp()
+    }
+}
 
 /// Runs `$body` with `$T` bound to the tensor's element type.
 macro_rules! dispatch {
@@ -58,16 +73,17 @@ impl<G: Deref<Target = Storage>> View<'_, G> {
     }
 }
 
-/// The largest element.
-pub(crate) fn max<T: Real>(values: &[T]) -> T {
-    values
-        .iter()
-        .fold(T::neg_infinity(), |max, &v| if v > max { v } else { max })
-}
-
 /// A new contiguous CPU tensor.
 pub(crate) fn tensor<T: Real>(data: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
     Tensor::from_vec(data, shape.into(), &Device::Cpu)
+}
+
+/// The gradient `data` of `input`, if anybody asked for it.
+pub(crate) fn tracked<T: Real>(input: &Tensor, data: Vec<T>) -> Result<Option<Tensor>> {
+    input
+        .track_op()
+        .then(|| tensor(data, input.shape()))
+        .transpose()
 }
 
 /// The storage that a custom op returns.

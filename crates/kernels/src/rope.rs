@@ -31,7 +31,7 @@ impl Rope {
     }
 
     fn positions(&self) -> usize {
-        self.table.len() / self.half
+        self.table.len() / self.half.max(1)
     }
 }
 
@@ -45,7 +45,7 @@ struct ApplyRope {
 impl ApplyRope {
     fn rotate<T: Real>(&self, x: &[T], (len, heads): (usize, usize)) -> Vec<T> {
         let half = self.rope.half;
-        let row = heads * 2 * half;
+        let row = (heads * 2 * half).max(1);
         let mut y = vec![T::zero(); x.len()];
         y.par_chunks_mut(row)
             .zip(x.par_chunks(row))
@@ -74,7 +74,7 @@ impl CustomOp1 for ApplyRope {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
         let (_, len, heads, dim) = layout.shape().dims4()?;
-        if dim != 2 * self.rope.half || self.offset + len > self.rope.positions() {
+        if dim == 0 || dim != 2 * self.rope.half || self.offset + len > self.rope.positions() {
             candle_core::bail!(
                 "rope: {len} tokens from position {} of heads of {dim} do not fit a table of {} \
                  positions and head size {}; shorten the input to the model's context",

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use std::sync::Arc;
 
 /// The `k` largest entries of every row of `scores: [T, E]`, in descending order, ties to the
-/// lower index: `[T · k]` expert numbers. No gradient flows through a choice.
+/// lower index and NaN last: `[T · k]` expert numbers. No gradient flows through a choice.
 pub fn top_k(scores: &Tensor, k: usize) -> Result<Vec<u32>> {
     let (tokens, experts) = scores.dims2()?;
     if k == 0 || k > experts {
@@ -22,10 +22,10 @@ pub fn top_k(scores: &Tensor, k: usize) -> Result<Vec<u32>> {
         chosen.par_chunks_mut(k).zip(scores.par_chunks(experts)).for_each(|(chosen, row)| {
             let mut order: Vec<u32> = (0..experts as u32).collect();
             let rank = |a: &u32, b: &u32| {
-                row[*b as usize].partial_cmp(&row[*a as usize]).map_or_else(
-                    || row[*a as usize].is_nan().cmp(&row[*b as usize].is_nan()),
-                    |o| o.then(a.cmp(b)),
-                )
+                let (x, y) = (row[*a as usize], row[*b as usize]);
+                y.partial_cmp(&x)
+                    .unwrap_or_else(|| x.is_nan().cmp(&y.is_nan()))
+                    .then(a.cmp(b))
             };
             if k < experts {
                 order.select_nth_unstable_by(k, rank);
@@ -52,6 +52,9 @@ pub struct Dispatch {
 impl Dispatch {
     /// Sorts the choices `chosen: [T · k]` by `position[expert]`, keeping token order within a
     /// position. `positions` is the number of positions in the bank.
+    ///
+    /// # Panics
+    /// If an expert has no position below `positions`, or if `k` is zero and there are choices.
     pub fn new(chosen: &[u32], k: usize, position: &[usize], positions: usize) -> Self {
         let mut starts = vec![0usize; positions + 1];
         for &expert in chosen {

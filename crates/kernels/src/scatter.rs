@@ -3,14 +3,40 @@
 //! `y[target[s]] += weight[s] · rows[s]`, summed in ascending row order per target, so the result
 //! does not depend on the number of threads.
 
-use crate::real::{Real, dispatch, same_dtype, slice, storage, tensor, view};
+use crate::lanes::{dot, simd};
+use crate::real::{Real, dispatch, same_dtype, slice, storage, tracked, view};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 
+/// Fewest rows of a task.
+const TASK_ROWS: usize = 32;
+
 struct WeightedScatter {
     targets: Arc<[u32]>,
     outputs: usize,
+}
+
+simd! {
+    /// `y += Σ weights[row] · rows[row]` over the row numbers in `run`.
+    fn gather<T: Real>(y: &mut [T], run: &[u32], rows: &[T], weights: &[T]) {
+        for &row in run {
+            let (at, w) = (row as usize * y.len(), weights[row as usize]);
+            for (y, &v) in y.iter_mut().zip(&rows[at..]) {
+                *y += w * v;
+            }
+        }
+    }
+}
+
+simd! {
+    /// `d_row = w · dy`; returns the gradient of `w`.
+    fn backward_row<T: Real>(d_row: &mut [T], row: &[T], w: T, dy: &[T]) -> T {
+        for (d, &g) in d_row.iter_mut().zip(dy) {
+            *d = w * g;
+        }
+        dot(row, dy)
+    }
 }
 
 impl WeightedScatter {
@@ -49,16 +75,10 @@ impl WeightedScatter {
     fn forward<T: Real>(&self, width: usize, rows: &[T], weights: &[T]) -> Vec<T> {
         let mut y = vec![T::zero(); self.outputs * width];
         let (order, starts) = self.inverse();
-        y.par_chunks_mut(width)
+        y.par_chunks_mut(width.max(1))
             .zip(starts.par_windows(2))
-            .for_each(|(y, run)| {
-                for &row in &order[run[0]..run[1]] {
-                    let (row, w) = (row as usize * width, weights[row as usize]);
-                    for (y, &v) in y.iter_mut().zip(&rows[row..row + width]) {
-                        *y += w * v;
-                    }
-                }
-            });
+            .with_min_len(TASK_ROWS)
+            .for_each(|(y, run)| gather(y, &order[run[0]..run[1]], rows, weights));
         y
     }
 
@@ -66,21 +86,17 @@ impl WeightedScatter {
         let (mut d_rows, mut d_weights) =
             (vec![T::zero(); rows.len()], vec![T::zero(); weights.len()]);
         d_rows
-            .par_chunks_mut(width)
+            .par_chunks_mut(width.max(1))
             .zip(d_weights.par_iter_mut())
             .zip(
                 self.targets
                     .par_iter()
-                    .zip(rows.par_chunks(width).zip(weights)),
+                    .zip(rows.par_chunks(width.max(1)).zip(weights)),
             )
+            .with_min_len(TASK_ROWS)
             .for_each(|((d_row, d_weight), (&target, (row, &w)))| {
                 let dy = &dy[target as usize * width..(target as usize + 1) * width];
-                let mut dot = T::zero();
-                for ((d, &v), &g) in d_row.iter_mut().zip(row).zip(dy) {
-                    *d = w * g;
-                    dot += v * g;
-                }
-                *d_weight = dot;
+                *d_weight = backward_row(d_row, row, w, dy);
             });
         (d_rows, d_weights)
     }
@@ -120,7 +136,7 @@ impl CustomOp2 for WeightedScatter {
         dispatch!(rows.dtype(), self.name(), T => {
             let (d_rows, d_weights) =
                 self.backward::<T>(width, [vr.slice()?, vw.slice()?, vd.slice()?]);
-            Ok((Some(tensor(d_rows, rows.shape())?), Some(tensor(d_weights, weights.shape())?)))
+            Ok((tracked(rows, d_rows)?, tracked(weights, d_weights)?))
         })
     }
 }

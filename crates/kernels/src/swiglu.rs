@@ -1,6 +1,7 @@
 //! The gated activation of every expert here: `h = silu(gate) · up`, fused, with its backward.
 
-use crate::real::{Real, dispatch, same_dtype, slice, storage, tensor, view};
+use crate::lanes::simd;
+use crate::real::{Real, dispatch, same_dtype, slice, storage, tracked, view};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -8,19 +9,35 @@ const CHUNK: usize = 1 << 14;
 
 struct SwiGlu;
 
+#[inline(always)]
 fn sigmoid<T: Real>(x: T) -> T {
-    T::one() / (T::one() + (-x).exp())
+    T::one() / (T::one() + (-x).fast_exp())
+}
+
+simd! {
+    fn forward_chunk<T: Real>(h: &mut [T], gate: &[T], up: &[T]) {
+        for ((h, &g), &u) in h.iter_mut().zip(gate).zip(up) {
+            *h = g * sigmoid(g) * u;
+        }
+    }
+}
+
+simd! {
+    fn backward_chunk<T: Real>(dg: &mut [T], du: &mut [T], gate: &[T], up: &[T], dh: &[T]) {
+        let outputs = dg.iter_mut().zip(du);
+        for ((dg, du), ((&g, &u), &dh)) in outputs.zip(gate.iter().zip(up).zip(dh)) {
+            let s = sigmoid(g);
+            *du = dh * g * s;
+            *dg = dh * u * s * (T::one() + g * (T::one() - s));
+        }
+    }
 }
 
 fn forward<T: Real>(gate: &[T], up: &[T]) -> Vec<T> {
     let mut h = vec![T::zero(); gate.len()];
     h.par_chunks_mut(CHUNK)
         .zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)))
-        .for_each(|(h, (g, u))| {
-            for ((h, &g), &u) in h.iter_mut().zip(g).zip(u) {
-                *h = g * sigmoid(g) * u;
-            }
-        });
+        .for_each(|(h, (g, u))| forward_chunk(h, g, u));
     h
 }
 
@@ -28,16 +45,9 @@ fn backward<T: Real>(gate: &[T], up: &[T], dh: &[T]) -> (Vec<T>, Vec<T>) {
     let (mut dg, mut du) = (vec![T::zero(); gate.len()], vec![T::zero(); up.len()]);
     dg.par_chunks_mut(CHUNK)
         .zip(du.par_chunks_mut(CHUNK))
-        .enumerate()
-        .for_each(|(i, (dg, du))| {
-            let at = i * CHUNK;
-            for j in 0..dg.len() {
-                let (g, u, dh) = (gate[at + j], up[at + j], dh[at + j]);
-                let s = sigmoid(g);
-                du[j] = dh * g * s;
-                dg[j] = dh * u * s * (T::one() + g * (T::one() - s));
-            }
-        });
+        .zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)))
+        .zip(dh.par_chunks(CHUNK))
+        .for_each(|(((dg, du), (g, u)), dh)| backward_chunk(dg, du, g, u, dh));
     (dg, du)
 }
 
@@ -79,7 +89,7 @@ impl CustomOp2 for SwiGlu {
         let (vg, vu, vd) = (view(gate), view(up), view(&dh));
         dispatch!(gate.dtype(), self.name(), T => {
             let (dg, du) = backward::<T>(vg.slice()?, vu.slice()?, vd.slice()?);
-            Ok((Some(tensor(dg, gate.shape())?), Some(tensor(du, up.shape())?)))
+            Ok((tracked(gate, dg)?, tracked(up, du)?))
         })
     }
 }

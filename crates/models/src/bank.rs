@@ -223,46 +223,54 @@ impl Bank {
         })
     }
 
-    /// Sets the share of the originals; at zero they are dropped from memory (LightMoE §3.3).
+    /// Sets the share of the originals, brought into `0..=1`; at zero they are dropped from memory
+    /// (LightMoE §3.3).
     pub fn anneal(&mut self, beta: f64) {
-        self.beta = beta;
-        if beta <= 0.0 {
+        self.beta = beta.clamp(0.0, 1.0);
+        if self.beta == 0.0 {
             self.originals = None;
         }
     }
 
     /// Adds the adapters of the dense positions to their matrices and drops the adapters.
     pub fn merge_dense_adapters(&mut self) -> Result<()> {
-        let (Some(w), Some(adapters)) = (&mut self.dense, self.dense_adapters.take()) else {
-            return Ok(());
-        };
-        let deltas = adapters.products()?;
-        for ((_, w), (_, delta)) in w.named_mut().into_iter().zip(deltas.named()) {
-            *w = (w.detach() + delta)?;
+        if self.dense_adapters.is_some() {
+            self.dense = self.whole_dense()?;
+            self.dense_adapters = None;
         }
         Ok(())
     }
 
-    /// The dense matrices of every expert, base and adapter multiplied out: `[E, ..]` in the order of
-    /// the router's outputs (the `dense` export).
-    pub fn materialise(&self) -> Result<Projections> {
-        let mut parts: Vec<Projections> = Vec::new();
-        parts.extend(self.dense.clone());
-        let products = self.adapters.as_ref().map(Adapters::products).transpose()?;
+    /// The matrices of the dense positions, adapters added.
+    fn whole_dense(&self) -> Result<Option<Projections>> {
+        sum([
+            self.dense.as_ref().map(|w| scaled(w, 1.0)).transpose()?,
+            products(self.dense_adapters.as_ref())?,
+        ])
+    }
+
+    /// The matrices of the adapted positions: `β·W + (1−β)·B + U·V`.
+    fn whole_adapted(&self) -> Result<Option<Projections>> {
+        let originals = self.originals.as_ref().filter(|_| self.beta > 0.0);
         let bases = self.bases.as_ref().map(|bases| {
             let groups: Vec<u32> = self.groups.iter().map(|&g| g as u32).collect();
             let groups = index(&groups)?;
-            bases.map(|w| Ok(w.detach().index_select(&groups, 0)?))
+            scaled(bases, 1.0 - self.beta)?.map(|w| Ok(w.index_select(&groups, 0)?))
         });
-        match (bases.transpose()?, products) {
-            (Some(mut whole), Some(products)) => {
-                for ((_, w), (_, delta)) in whole.named_mut().into_iter().zip(products.named()) {
-                    *w = (&*w + delta)?;
-                }
-                parts.push(whole);
-            }
-            (whole, products) => parts.extend(whole.or(products)),
-        }
+        sum([
+            originals.map(|w| scaled(w, self.beta)).transpose()?,
+            bases.transpose()?,
+            products(self.adapters.as_ref())?,
+        ])
+    }
+
+    /// The dense matrices of every expert as they compute now, everything multiplied out: `[E, ..]`
+    /// in the order of the router's outputs (the `dense` export).
+    pub fn materialise(&self) -> Result<Projections> {
+        let parts: Vec<Projections> = [self.whole_dense()?, self.whole_adapted()?]
+            .into_iter()
+            .flatten()
+            .collect();
         let order: Vec<u32> = self.position.iter().map(|&p| p as u32).collect();
         let order = index(&order)?;
         let stack = |pick: fn(&Projections) -> &Tensor| -> Result<Tensor> {
@@ -328,6 +336,32 @@ fn add(a: Option<Tensor>, b: Option<Tensor>) -> Result<Option<Tensor>> {
         (Some(a), Some(b)) => Some((a + b)?),
         (a, b) => a.or(b),
     })
+}
+
+/// The sum of what there is, matrix by matrix.
+fn sum(parts: impl IntoIterator<Item = Option<Projections>>) -> Result<Option<Projections>> {
+    let mut whole: Option<Projections> = None;
+    for part in parts.into_iter().flatten() {
+        if let Some(whole) = &mut whole {
+            for ((_, w), (_, more)) in whole.named_mut().into_iter().zip(part.named()) {
+                *w = (&*w + more)?;
+            }
+        } else {
+            whole = Some(part);
+        }
+    }
+    Ok(whole)
+}
+
+fn scaled(w: &Projections, factor: f64) -> Result<Projections> {
+    if factor == 1.0 {
+        return w.map(|w| Ok(w.detach()));
+    }
+    w.map(|w| Ok((w.detach() * factor)?))
+}
+
+fn products(adapters: Option<&Adapters>) -> Result<Option<Projections>> {
+    adapters.map(Adapters::products).transpose()
 }
 
 fn index(values: &[u32]) -> Result<Tensor> {

@@ -3,7 +3,7 @@
 use crate::bank::{Adapters, Bank, Projections};
 use crate::checkpoint::Checkpoint;
 use crate::layout::{LayerLayout, SlotLayout};
-use crate::{Result, names};
+use crate::{Error, Result, names};
 use candle_core::Tensor;
 
 impl Bank {
@@ -21,6 +21,55 @@ impl Bank {
             position[e] = p;
         }
         (experts, position, groups)
+    }
+
+    /// A bank of nothing but dense slots.
+    pub(crate) fn of_dense(layout: &LayerLayout, dense: Projections) -> Self {
+        let (experts, position, groups) = Self::positions(layout);
+        Self {
+            experts,
+            position,
+            groups,
+            dense: Some(dense),
+            dense_adapters: None,
+            bases: None,
+            adapters: None,
+            originals: None,
+            beta: 0.0,
+        }
+    }
+
+    /// This bank of dense slots in another layout: kept slots keep their matrices, the others get
+    /// `bases` (`[G, ..]`) and `adapters` (in the order of [`Bank::adapted_experts`] of the result).
+    pub fn replace(
+        &self,
+        layout: &LayerLayout,
+        bases: Option<Projections>,
+        adapters: Option<Adapters>,
+    ) -> Result<Self> {
+        let (experts, position, groups) = Self::positions(layout);
+        let kept = &experts[..experts.len() - layout.adapted().count()];
+        Ok(Self {
+            dense: self.experts_of(kept)?,
+            dense_adapters: None,
+            bases,
+            adapters,
+            originals: None,
+            beta: 0.0,
+            experts,
+            position,
+            groups,
+        })
+    }
+
+    /// The matrices of the given experts of a bank of dense slots; `None` for no experts.
+    pub fn experts_of(&self, experts: &[usize]) -> Result<Option<Projections>> {
+        let Some(dense) = self.dense.as_ref().filter(|_| !experts.is_empty()) else {
+            return Ok(None);
+        };
+        let rows: Vec<u32> = experts.iter().map(|&e| self.position[e] as u32).collect();
+        let rows = Tensor::new(rows, dense.gate.device())?;
+        dense.map(|w| Ok(w.index_select(&rows, 0)?)).map(Some)
     }
 
     /// Reads the bank of one layer.
@@ -54,9 +103,15 @@ impl Bank {
         })
     }
 
-    /// The tensors of the bank under the names of the checkpoint, adapters of dense slots left out
-    /// (merge them first).
+    /// The tensors of the bank under the names of the checkpoint. Such a checkpoint has no adapters
+    /// of dense slots and no originals: a bank that still computes with them is an error.
     pub fn tensors(&self, layer: usize) -> Result<Vec<(String, Tensor)>> {
+        if self.dense_adapters.is_some() || self.beta > 0.0 {
+            return Err(Error::Invalid(format!(
+                "layer {layer} still computes with adapters of kept experts or with originals; \
+                 merge the adapters and anneal to zero before writing it"
+            )));
+        }
         let mut out = Vec::new();
         let mut unstack = |stack: &Projections, ids: &[usize], suffix: &str, of_base: bool| {
             for (i, &id) in ids.iter().enumerate() {
@@ -119,11 +174,9 @@ fn load_stack(
     (gate_up, down): Shapes,
     name: impl Fn(usize, &str) -> String,
 ) -> Result<Projections> {
-    let stack = |projection: &str, shape: [usize; 2]| -> Result<Tensor> {
-        let all = ids
-            .iter()
-            .map(|&id| checkpoint.tensor(&name(id, projection), &shape));
-        Ok(Tensor::stack(&all.collect::<Result<Vec<_>>>()?, 0)?)
+    let stack = |projection: &str, shape: [usize; 2]| {
+        let all: Vec<String> = ids.iter().map(|&id| name(id, projection)).collect();
+        checkpoint.stack(&all, &shape)
     };
     Ok(Projections {
         gate: stack("gate_proj", gate_up)?,

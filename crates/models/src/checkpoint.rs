@@ -3,21 +3,23 @@
 //! Reading is lazy: opening reads the headers, [`Checkpoint::tensor`] reads one tensor's bytes.
 
 use crate::config::ModelConfig;
-use crate::folder::PartialFolder;
 use crate::layout::BankLayout;
-use crate::{Error, Result};
+use crate::{Error, Result, folder};
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 use safetensors::Dtype;
-use safetensors::tensor::{Metadata, TensorView};
+use safetensors::tensor::Metadata;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-/// The largest shard that [`CheckpointWriter`] writes.
-const SHARD_BYTES: usize = 4 << 30;
+/// The weights, if they are one file.
+pub(crate) const SINGLE: &str = "model.safetensors";
+/// Which shard has which tensor, if they are several.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+/// Elements that are read and converted at a time.
+const READ_ELEMENTS: usize = 1 << 18;
 /// A header larger than this is damage, not data.
 const MAX_HEADER: u64 = 100 << 20;
 
@@ -54,10 +56,11 @@ impl TensorFile {
             .map_err(|e| Error::io(&path, e))?;
         let metadata: Metadata =
             serde_json::from_slice(&bytes).map_err(|e| fail(&format!("not safetensors: {e}")))?;
-        let expected = header + 8 + metadata.data_len() as u64;
-        if expected != size {
+        let data = size - 8 - header;
+        if metadata.data_len() as u64 != data {
             return Err(fail(&format!(
-                "{size} bytes, but its header describes {expected}: truncated"
+                "{data} bytes of tensors, but its header describes {}",
+                metadata.data_len()
             )));
         }
         Ok(Self {
@@ -80,25 +83,68 @@ pub struct Checkpoint {
 
 impl Checkpoint {
     /// Opens a folder: reads the config, the layout and the headers, and checks that an index and
-    /// its shards agree. No weights are read.
+    /// its shards agree. No weights are read. As in `transformers`, a single file comes before an
+    /// index.
     pub fn open(dir: &Path) -> Result<Self> {
+        if let Some(old) = folder::abandoned(dir) {
+            return Err(Error::Invalid(format!(
+                "`{}` is missing, but an interrupted write left its earlier version; \
+                 rename `{}` back",
+                dir.display(),
+                old.display()
+            )));
+        }
         let config_path = dir.join("config.json");
         let config = ModelConfig::from_file(&config_path)?;
         let layout = BankLayout::of(&config, &config_path)?;
-        let index = dir.join(INDEX);
-        let paths = if index.exists() {
-            shards(dir, &index)?
-        } else {
-            vec![dir.join(SINGLE)]
+        let (single, index_path) = (dir.join(SINGLE), dir.join(INDEX));
+        let index = match (single.exists(), index_path.exists()) {
+            (false, false) => {
+                return Err(Error::Invalid(format!(
+                    "`{}` has no weights, neither `{SINGLE}` nor `{INDEX}`; download them, or \
+                     convert other formats to safetensors",
+                    dir.display()
+                )));
+            }
+            (false, true) => read_index(&index_path)?,
+            (true, _) => BTreeMap::new(),
         };
-        let files = paths
-            .into_iter()
-            .map(TensorFile::open)
-            .collect::<Result<Vec<_>>>()?;
-        let mut by_name = HashMap::new();
+        let mut shards: Vec<&str> = index.values().map(String::as_str).collect();
+        shards.sort_unstable();
+        shards.dedup();
+        let paths = match shards.is_empty() {
+            true => vec![single],
+            false => shards.into_iter().map(|name| dir.join(name)).collect(),
+        };
+        let mut files = Vec::new();
+        for path in paths {
+            files.push(TensorFile::open(path).map_err(|e| match e {
+                Error::Io { path, source } if !index.is_empty() => Error::config(
+                    &index_path,
+                    format!(
+                        "the shard `{}` cannot be read: {source}; download it again",
+                        path.display()
+                    ),
+                ),
+                other => other,
+            })?);
+        }
+        let mut by_name: HashMap<String, usize> = HashMap::new();
         for (i, file) in files.iter().enumerate() {
             for name in file.metadata.offset_keys() {
+                if let Some(&other) = by_name.get(&name) {
+                    let other = files[other].path.display();
+                    let message = format!("also stands in `{other}`; download both again");
+                    return Err(Error::tensor(&file.path, name, message));
+                }
                 by_name.insert(name, i);
+            }
+        }
+        for (name, shard) in &index {
+            let found = by_name.get(name).map(|&i| &files[i].path);
+            if found != Some(&dir.join(shard)) {
+                let message = format!("missing, though `{INDEX}` says it is here; download both");
+                return Err(Error::tensor(&dir.join(shard), name, message));
             }
         }
         Ok(Self {
@@ -145,17 +191,12 @@ impl Checkpoint {
         let mut counts = BTreeMap::new();
         for file in &self.files {
             for info in file.metadata.tensors().values() {
-                *counts.entry(format!("{:?}", info.dtype)).or_insert(0usize) += 1;
+                *counts.entry(info.dtype).or_insert(0usize) += 1;
             }
         }
-        match counts
-            .into_iter()
-            .max_by_key(|(_, n)| *n)
-            .as_ref()
-            .map(|(d, _)| d.as_str())
-        {
-            Some("BF16") => DType::BF16,
-            Some("F16") => DType::F16,
+        match counts.into_iter().max_by_key(|(_, n)| *n) {
+            Some((Dtype::BF16, _)) => DType::BF16,
+            Some((Dtype::F16, _)) => DType::F16,
             _ => DType::F32,
         }
     }
@@ -163,200 +204,126 @@ impl Checkpoint {
     /// Reads the tensor `name` of the given shape as f32 on the CPU. A missing tensor, another
     /// shape, an element type that is no float, NaN and infinity are errors.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let fail = |message: String| Error::tensor(&self.dir, name, message);
-        let Some(&file) = self.by_name.get(name) else {
-            return Err(fail(format!(
-                "missing, expected {shape:?}; the checkpoint is incomplete or of another family"
-            )));
+        let stored = self.find(name, shape)?;
+        let mut values = vec![0f32; shape.iter().product()];
+        stored.read(&mut values)?;
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    }
+
+    /// Reads tensors of one shape, as [`Checkpoint::tensor`] does, into one: `[names, ..shape]`.
+    pub fn stack(&self, names: &[String], shape: &[usize]) -> Result<Tensor> {
+        let stored = names
+            .iter()
+            .map(|name| self.find(name, shape))
+            .collect::<Result<Vec<_>>>()?;
+        let each: usize = shape.iter().product();
+        let mut values = vec![0f32; stored.len() * each];
+        values
+            .par_chunks_mut(each.max(1))
+            .zip(&stored)
+            .try_for_each(|(values, stored)| stored.read(values))?;
+        let shape = [&[names.len()], shape].concat();
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    }
+
+    /// Where a tensor of this shape lies: nothing is allocated before its size is known to be real.
+    fn find<'a>(&'a self, name: &'a str, shape: &[usize]) -> Result<Stored<'a>> {
+        let found = self.by_name.get(name).map(|&i| &self.files[i]);
+        let Some((file, info)) = found.and_then(|f| Some((f, f.metadata.info(name)?))) else {
+            let message = format!(
+                "missing, expected {shape:?}; the checkpoint is incomplete or of another family, \
+                 download it again"
+            );
+            return Err(Error::tensor(&self.dir, name, message));
         };
-        let file = &self.files[file];
         let fail = |message: String| Error::tensor(&file.path, name, message);
-        let info = file
-            .metadata
-            .info(name)
-            .ok_or_else(|| fail("missing".into()))?;
         if info.shape != shape {
             return Err(fail(format!(
-                "shape {:?} contradicts config.json, which implies {shape:?}",
+                "shape {:?} contradicts config.json, which implies {shape:?}; use the config.json \
+                 that belongs to the weights",
                 info.shape
             )));
         }
-        let dtype = match info.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::BF16 => DType::BF16,
-            Dtype::F16 => DType::F16,
-            other => {
-                return Err(fail(format!(
-                    "element type {other:?} is not supported; convert it to bf16, f16 or f32"
-                )));
-            }
-        };
-        let (start, end) = info.data_offsets;
-        let mut bytes = vec![0u8; end - start];
-        file.file
-            .read_exact_at(&mut bytes, file.data_start + start as u64)
-            .map_err(|e| Error::io(&file.path, e))?;
-        let tensor = Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu)?;
-        let tensor = tensor.to_dtype(DType::F32)?;
-        let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
-            return Err(fail(format!(
-                "element {at} is {}, not a finite number; the checkpoint is damaged",
-                values[at]
-            )));
+        match info.dtype {
+            Dtype::F32 | Dtype::BF16 | Dtype::F16 => Ok(Stored {
+                file,
+                name,
+                dtype: info.dtype,
+                start: file.data_start + info.data_offsets.0 as u64,
+            }),
+            other => Err(fail(format!(
+                "element type {other:?} is not supported; convert it to bf16, f16 or f32"
+            ))),
         }
-        Ok(tensor)
     }
 }
 
-fn shards(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {
-    let text = fs::read_to_string(index).map_err(|e| Error::io(index, e))?;
-    let value: serde_json::Value = serde_json::from_str(&text)
-        .map_err(|e| Error::config(index, format!("not JSON: {e}; download it again")))?;
+/// A tensor on disk.
+struct Stored<'a> {
+    file: &'a TensorFile,
+    name: &'a str,
+    dtype: Dtype,
+    start: u64,
+}
+
+impl Stored<'_> {
+    /// Reads all elements, a piece at a time.
+    fn read(&self, values: &mut [f32]) -> Result<()> {
+        let width = self.dtype.bitsize() / 8;
+        let mut buffer = vec![0u8; width * READ_ELEMENTS.min(values.len())];
+        for (i, values) in values.chunks_mut(READ_ELEMENTS).enumerate() {
+            let bytes = &mut buffer[..width * values.len()];
+            let at = self.start + (i * READ_ELEMENTS * width) as u64;
+            self.file
+                .file
+                .read_exact_at(bytes, at)
+                .map_err(|e| Error::io(&self.file.path, e))?;
+            match self.dtype {
+                Dtype::BF16 => decode(bytes, values, |b| half::bf16::from_le_bytes(b).to_f32()),
+                Dtype::F16 => decode(bytes, values, |b| half::f16::from_le_bytes(b).to_f32()),
+                _ => decode(bytes, values, f32::from_le_bytes),
+            }
+            // Without an early end, so that the check is vectorised.
+            if !values.iter().fold(true, |ok, v| ok & v.is_finite()) {
+                let at = values.iter().position(|v| !v.is_finite()).unwrap_or(0);
+                let message = format!(
+                    "element {} is {}, not a finite number; the checkpoint is damaged, download \
+                     or build it again",
+                    i * READ_ELEMENTS + at,
+                    values[at]
+                );
+                return Err(Error::tensor(&self.file.path, self.name, message));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn decode<const N: usize>(bytes: &[u8], values: &mut [f32], decode: impl Fn([u8; N]) -> f32) {
+    for (value, &bytes) in values.iter_mut().zip(bytes.as_chunks::<N>().0) {
+        *value = decode(bytes);
+    }
+}
+
+/// The shard of each tensor. Shards are files beside the index and nothing else.
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+    let fail = |message: String| Error::config(path, format!("{message}; download it again"));
+    let text = fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+    let value: serde_json::Value =
+        serde_json::from_str(&text).map_err(|e| fail(format!("not JSON: {e}")))?;
     let map = value
         .get("weight_map")
         .and_then(|m| m.as_object())
-        .ok_or_else(|| {
-            Error::config(
-                index,
-                "no object `weight_map`; the index is damaged, download it again",
-            )
-        })?;
-    let mut names: Vec<&str> = map.values().filter_map(|v| v.as_str()).collect();
-    names.sort_unstable();
-    names.dedup();
-    Ok(names.into_iter().map(|n| dir.join(n)).collect())
-}
-
-/// Writes a model folder, shard by shard, and puts it in its place at the end.
-pub struct CheckpointWriter {
-    folder: PartialFolder,
-    dtype: DType,
-    pending: Vec<(String, Vec<usize>, Vec<u8>)>,
-    pending_bytes: usize,
-    shards: Vec<Vec<String>>,
-    total: u64,
-}
-
-impl CheckpointWriter {
-    /// Begins a folder that appears at `target` on [`CheckpointWriter::finish`]; tensors are stored
-    /// as `dtype` (f32, bf16 or f16).
-    pub fn new(target: &Path, dtype: DType) -> Result<Self> {
-        Ok(Self {
-            folder: PartialFolder::new(target)?,
-            dtype,
-            pending: Vec::new(),
-            pending_bytes: 0,
-            shards: Vec::new(),
-            total: 0,
-        })
-    }
-
-    /// Adds one tensor.
-    pub fn push(&mut self, name: impl Into<String>, tensor: &Tensor) -> Result<()> {
-        let shape = tensor.dims().to_vec();
-        let tensor = tensor.to_dtype(self.dtype)?.flatten_all()?;
-        let bytes = match self.dtype {
-            DType::BF16 => le_bytes(tensor.to_vec1::<half::bf16>()?, |v| v.to_le_bytes()),
-            DType::F16 => le_bytes(tensor.to_vec1::<half::f16>()?, |v| v.to_le_bytes()),
-            _ => le_bytes(tensor.to_vec1::<f32>()?, |v| v.to_le_bytes()),
-        };
-        self.total += bytes.len() as u64;
-        self.pending_bytes += bytes.len();
-        self.pending.push((name.into(), shape, bytes));
-        if self.pending_bytes > SHARD_BYTES {
-            self.flush()?;
-        }
-        Ok(())
-    }
-
-    fn flush(&mut self) -> Result<()> {
-        let path = self
-            .folder
-            .path()
-            .join(format!("shard-{}", self.shards.len()));
-        let dtype = match self.dtype {
-            DType::BF16 => Dtype::BF16,
-            DType::F16 => Dtype::F16,
-            _ => Dtype::F32,
-        };
-        let views = self
-            .pending
-            .iter()
-            .map(|(name, shape, bytes)| {
-                let view = TensorView::new(dtype, shape.clone(), bytes)
-                    .map_err(|e| Error::tensor(&path, name, format!("cannot be written: {e}")))?;
-                Ok((name.clone(), view))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        safetensors::serialize_to_file(views, Some(format), &path)
-            .map_err(|e| Error::io(&path, std::io::Error::other(e)))?;
-        self.shards
-            .push(self.pending.drain(..).map(|(name, ..)| name).collect());
-        self.pending_bytes = 0;
-        Ok(())
-    }
-
-    /// Adds a side file (tokenizer, generation config, …).
-    pub fn side_file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let path = self.folder.path().join(name);
-        fs::write(&path, bytes).map_err(|e| Error::io(path, e))
-    }
-
-    /// Copies every side file of `source`: all but the weights, their index and `config.json`.
-    pub fn copy_side_files(&mut self, source: &Path) -> Result<()> {
-        for entry in fs::read_dir(source).map_err(|e| Error::io(source, e))? {
-            let path = entry.map_err(|e| Error::io(source, e))?.path();
-            let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
-            let Some(name) = name.filter(|_| path.is_file()) else {
-                continue;
-            };
-            let weights = [".safetensors", ".safetensors.index.json", ".bin", ".pth"];
-            if name == "config.json" || weights.iter().any(|w| name.ends_with(w)) {
-                continue;
+        .filter(|m| !m.is_empty())
+        .ok_or_else(|| fail("`weight_map` is no object with entries".into()))?;
+    map.iter()
+        .map(|(tensor, shard)| match shard.as_str() {
+            Some(shard) if Path::new(shard).file_name() == Some(shard.as_ref()) => {
+                Ok((tensor.clone(), shard.to_owned()))
             }
-            let bytes = fs::read(&path).map_err(|e| Error::io(&path, e))?;
-            self.side_file(&name, &bytes)?;
-        }
-        Ok(())
-    }
-
-    /// Writes the last shard, the index if there are several, and `config.json`; then the folder
-    /// appears.
-    pub fn finish(mut self, config: &serde_json::Value) -> Result<()> {
-        if !self.pending.is_empty() {
-            self.flush()?;
-        }
-        let count = self.shards.len();
-        let mut weight_map = serde_json::Map::new();
-        for (i, names) in self.shards.iter().enumerate() {
-            let name = match count {
-                1 => SINGLE.to_owned(),
-                _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
-            };
-            let from = self.folder.path().join(format!("shard-{i}"));
-            fs::rename(&from, self.folder.path().join(&name)).map_err(|e| Error::io(from, e))?;
-            weight_map.extend(names.iter().map(|n| (n.clone(), name.clone().into())));
-        }
-        if count > 1 {
-            let index = serde_json::json!({
-                "metadata": { "total_size": self.total },
-                "weight_map": weight_map,
-            });
-            self.json(INDEX, &index)?;
-        }
-        self.json("config.json", config)?;
-        self.folder.commit()
-    }
-
-    fn json(&mut self, name: &str, value: &serde_json::Value) -> Result<()> {
-        let text = serde_json::to_string_pretty(value)
-            .map_err(|e| Error::Invalid(format!("{name} cannot be written: {e}")))?;
-        self.side_file(name, (text + "\n").as_bytes())
-    }
-}
-
-fn le_bytes<T, const N: usize>(values: Vec<T>, bytes: impl Fn(T) -> [u8; N]) -> Vec<u8> {
-    values.into_iter().flat_map(bytes).collect()
+            _ => Err(fail(format!(
+                "`weight_map` gives `{tensor}` the shard {shard}, which is no file name"
+            ))),
+        })
+        .collect()
 }

@@ -175,8 +175,17 @@ impl ModelConfig {
     /// Whether the decoder can run this model, and not only count and plan it.
     ///
     /// # Errors
-    /// [`Error::Invalid`] naming the family, if it cannot.
+    /// [`Error::Invalid`] naming the family or the setting, if it cannot.
     pub fn check_runnable(&self) -> Result<()> {
+        if let Attention::GroupedQuery { bias, clip_qkv, .. } = self.attention
+            && (bias || clip_qkv.is_some())
+        {
+            return Err(Error::Invalid(
+                "a model with `attention_bias` or `clip_qkv` can be counted and planned but not \
+                 run yet; use `--dry-run`, or a model without them"
+                    .into(),
+            ));
+        }
         if self.family.is_runnable() {
             return Ok(());
         }
@@ -268,6 +277,14 @@ mod tests {
         assert_eq!(config.dense_intermediate_size, 10944);
         let message = config.check_runnable().unwrap_err().to_string();
         assert!(message.contains("deepseek_v2") && message.contains("olmoe"));
+    }
+
+    #[test]
+    fn what_the_decoder_would_ignore_is_not_run() {
+        for (key, value) in [("clip_qkv", json!(8.0)), ("attention_bias", json!(true))] {
+            let refused = olmoe_with(key, value).unwrap().check_runnable();
+            assert!(refused.unwrap_err().to_string().contains(key));
+        }
     }
 
     #[test]

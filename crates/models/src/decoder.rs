@@ -1,8 +1,9 @@
 //! The whole model: embedding, layers, last norm, head.
 
-use crate::checkpoint::{Checkpoint, CheckpointWriter};
+use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::layer::{Layer, LayerCache, ParameterKind, Routing};
+use crate::writer::CheckpointWriter;
 use crate::{Error, Result, names};
 use candle_core::{Device, Tensor};
 use lightmoe_kernels::{Rope, linear, rms_norm};
@@ -56,18 +57,45 @@ impl Ends {
         config.check_runnable()?;
         let (v, h) = (config.vocab_size, config.hidden_size);
         let tied = config.tie_word_embeddings;
-        Ok(Self {
-            embed: checkpoint.tensor(names::EMBED, &[v, h])?,
-            norm: checkpoint.tensor(names::FINAL_NORM, &[h])?,
-            head: (!tied)
-                .then(|| checkpoint.tensor(names::HEAD, &[v, h]))
-                .transpose()?,
-            rope: Rope::new(
-                config.head_dim,
-                config.rope_theta,
-                config.max_position_embeddings,
-            ),
-        })
+        let embed = checkpoint.tensor(names::EMBED, &[v, h])?;
+        let norm = checkpoint.tensor(names::FINAL_NORM, &[h])?;
+        let head = (!tied)
+            .then(|| checkpoint.tensor(names::HEAD, &[v, h]))
+            .transpose()?;
+        Ok(Self::new(config, embed, norm, head))
+    }
+
+    pub(crate) fn new(
+        config: &ModelConfig,
+        embed: Tensor,
+        norm: Tensor,
+        head: Option<Tensor>,
+    ) -> Self {
+        let rope = Rope::new(
+            config.head_dim,
+            config.rope_theta,
+            config.max_position_embeddings,
+        );
+        Self {
+            embed,
+            norm,
+            head,
+            rope,
+        }
+    }
+
+    /// Embedding, last norm and head under the names of the checkpoint.
+    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        let mut out = vec![
+            (names::EMBED.to_owned(), self.embed.clone()),
+            (names::FINAL_NORM.to_owned(), self.norm.clone()),
+        ];
+        out.extend(
+            self.head
+                .iter()
+                .map(|h| (names::HEAD.to_owned(), h.clone())),
+        );
+        out
     }
 
     /// The tables of the rotary embedding.
@@ -122,6 +150,14 @@ impl Decoder {
         })
     }
 
+    pub(crate) fn from_parts(config: ModelConfig, ends: Ends, layers: Vec<Layer>) -> Self {
+        Self {
+            config,
+            ends,
+            layers,
+        }
+    }
+
     /// The configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
@@ -140,6 +176,14 @@ impl Decoder {
         cache: Option<&mut Cache>,
         observe: &mut Observer<'_>,
     ) -> Result<Tensor> {
+        if cache
+            .as_ref()
+            .is_some_and(|c| c.0.len() != self.layers.len())
+        {
+            return Err(Error::Invalid(
+                "the cache belongs to another model; make one with `Decoder::cache`".into(),
+            ));
+        }
         let mut x = self.ends.embed(tokens)?;
         let mut caches = cache.map(|c| c.0.iter_mut());
         for (l, layer) in self.layers.iter().enumerate() {
@@ -175,19 +219,13 @@ impl Decoder {
         Ok(())
     }
 
-    /// Number of parameters held, the adapters of dense slots and replaced originals left out.
+    /// The tensors under the names of the checkpoint; an error while adapters of dense slots or
+    /// originals take part, see [`crate::Bank::tensors`].
     pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut out = vec![(names::EMBED.to_owned(), self.ends.embed.clone())];
+        let mut out = self.ends.tensors();
         for (l, layer) in self.layers.iter().enumerate() {
             out.extend(layer.tensors(l)?);
         }
-        out.push((names::FINAL_NORM.to_owned(), self.ends.norm.clone()));
-        out.extend(
-            self.ends
-                .head
-                .iter()
-                .map(|h| (names::HEAD.to_owned(), h.clone())),
-        );
         Ok(out)
     }
 

@@ -35,16 +35,20 @@ pub fn generate(
                 .into(),
         ));
     }
+    let room = model.config().max_position_embeddings.saturating_sub(len);
+    if room == 0 {
+        return Err(Error::Invalid(format!(
+            "a prompt of {len} tokens fills the context of {}; shorten it",
+            model.config().max_position_embeddings
+        )));
+    }
     let sampling = match (options.temperature, options.top_p) {
         (t, _) if t <= 0.0 => Sampling::ArgMax,
         (temperature, Some(p)) => Sampling::TopP { p, temperature },
         (temperature, None) => Sampling::All { temperature },
     };
     let mut sampler = LogitsProcessor::from_sampling(options.seed, sampling);
-    let (rows, room) = (
-        prompts.len(),
-        model.config().max_position_embeddings.saturating_sub(len),
-    );
+    let rows = prompts.len();
     let mut out = vec![Vec::new(); rows];
     let mut done = vec![false; rows];
     let mut cache = model.cache();

@@ -54,7 +54,8 @@ impl LayerCache {
             ),
             None => (k, v),
         };
-        self.0 = Some((k.clone(), v.clone()));
+        // Without their history, or a model under training would keep the graph of every step.
+        self.0 = Some((k.detach(), v.detach()));
         Ok((k, v))
     }
 
@@ -72,14 +73,14 @@ impl LayerCache {
 /// The weights of one decoder layer.
 #[derive(Debug, Clone)]
 pub struct Layer {
-    input_norm: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    qk_norm: Option<(Tensor, Tensor)>,
-    post_norm: Tensor,
-    router: Tensor,
+    pub(crate) input_norm: Tensor,
+    pub(crate) q: Tensor,
+    pub(crate) k: Tensor,
+    pub(crate) v: Tensor,
+    pub(crate) o: Tensor,
+    pub(crate) qk_norm: Option<(Tensor, Tensor)>,
+    pub(crate) post_norm: Tensor,
+    pub(crate) router: Tensor,
     /// The experts.
     pub bank: Bank,
 }
@@ -96,11 +97,8 @@ impl Layer {
         let layout = checkpoint.layout().layers.get(&layer).ok_or_else(|| {
             Error::Invalid(format!("layer {layer} is no MoE layer; choose another"))
         })?;
-        let qk_norm = match config.attention {
-            Attention::GroupedQuery {
-                qk_norm: QkNorm::WholeProjection,
-                ..
-            } => Some((
+        let qk_norm = match Self::has_qk_norm(config) {
+            true => Some((
                 get("self_attn.q_norm", &[q])?,
                 get("self_attn.k_norm", &[kv])?,
             )),
@@ -117,6 +115,16 @@ impl Layer {
             router: get("mlp.gate", &[config.moe.num_experts, h])?,
             bank: Bank::load(checkpoint, layer, layout)?,
         })
+    }
+
+    pub(crate) fn has_qk_norm(config: &ModelConfig) -> bool {
+        matches!(
+            config.attention,
+            Attention::GroupedQuery {
+                qk_norm: QkNorm::WholeProjection,
+                ..
+            }
+        )
     }
 
     /// `x: [B, T, H]` → (`[B, T, H]`, what the router decided). With a cache the tokens continue it.

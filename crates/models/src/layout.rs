@@ -45,7 +45,7 @@ impl LayerLayout {
     /// Number of shared bases.
     pub fn bases(&self) -> usize {
         self.adapted()
-            .filter_map(|(_, group, _)| group.map(|g| g + 1))
+            .filter_map(|(_, group, _)| group.map(|g| g.saturating_add(1)))
             .max()
             .unwrap_or(0)
     }
@@ -71,6 +71,10 @@ impl LayerLayout {
             return Err(format!("{} slots for {experts} experts", self.slots.len()));
         }
         let (bases, rank) = (self.bases(), self.rank());
+        // Every base is used, so there are no more than slots; the numbers may be of any size.
+        if bases > experts {
+            return Err(format!("base {} for {experts} experts", bases - 1));
+        }
         let mut used = vec![false; bases];
         for (expert, group, r) in self.adapted() {
             if r != rank {
@@ -80,6 +84,9 @@ impl LayerLayout {
                 Some(g) => used[g] = true,
                 None if bases > 0 => {
                     return Err(format!("slot {expert} has no base, another has one"));
+                }
+                None if r == 0 => {
+                    return Err(format!("slot {expert} has neither base nor adapter"));
                 }
                 None => {}
             }
@@ -124,28 +131,43 @@ impl BankLayout {
                 format!("`lightmoe`: {message}; build the checkpoint again"),
             )
         };
-        let layout: Self =
-            serde_json::from_value(value.clone()).map_err(|e| fail(e.to_string()))?;
-        if layout.schema_version != LAYOUT_VERSION {
+        // First of all: a later version need not have this shape.
+        let version = value.get("schema_version").and_then(|v| v.as_u64());
+        if let Some(version) = version.filter(|&v| v != u64::from(LAYOUT_VERSION)) {
             return Err(fail(format!(
-                "schema_version {} is not {LAYOUT_VERSION}",
-                layout.schema_version
+                "schema_version {version} is not {LAYOUT_VERSION}"
             )));
         }
-        for layer in config.moe_layers() {
-            let found = layout
-                .layers
-                .get(&layer)
-                .ok_or_else(|| fail(format!("no layer {layer}")))?;
-            found
-                .check(config.moe.num_experts)
-                .map_err(|message| fail(format!("layer {layer}: {message}")))?;
-        }
+        let layout: Self =
+            serde_json::from_value(value.clone()).map_err(|e| fail(e.to_string()))?;
+        layout.check(config).map_err(fail)?;
         Ok(layout)
     }
 
-    /// `config.json` of a model with this layout: the original's, with or without `"lightmoe"`.
+    fn check(&self, config: &ModelConfig) -> std::result::Result<(), String> {
+        for layer in config.moe_layers() {
+            let found = self
+                .layers
+                .get(&layer)
+                .ok_or_else(|| format!("no layer {layer}"))?;
+            found
+                .check(config.moe.num_experts)
+                .map_err(|message| format!("layer {layer}: {message}"))?;
+        }
+        match self.layers.keys().find(|&&l| !config.is_moe_layer(l)) {
+            Some(layer) => Err(format!("layer {layer} of the model has no experts")),
+            None => Ok(()),
+        }
+    }
+
+    /// `config.json` of a model with this layout: the original's, with or without `"lightmoe"`. A
+    /// layout that does not fit the model is an error.
     pub fn annotate(&self, config: &ModelConfig) -> Result<serde_json::Value> {
+        self.check(config).map_err(|message| {
+            Error::Invalid(format!(
+                "the layout does not fit the model: {message}; plan it again"
+            ))
+        })?;
         let mut raw = config.raw.clone();
         let dense = *self == Self::dense(config);
         if let Some(map) = raw.as_object_mut() {
@@ -157,5 +179,145 @@ impl BankLayout {
             }
         }
         Ok(raw)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    /// Two layers of four experts.
+    fn config(lightmoe: Option<Value>) -> ModelConfig {
+        let mut raw = json!({
+            "model_type": "olmoe", "vocab_size": 32, "hidden_size": 8, "intermediate_size": 8,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 4,
+            "num_experts_per_tok": 2, "hidden_act": "silu", "eos_token_id": 1,
+        });
+        if let Some(value) = lightmoe {
+            raw["lightmoe"] = value;
+        }
+        ModelConfig::from_json(&raw, Path::new("here/config.json")).unwrap()
+    }
+
+    fn read(lightmoe: Value) -> Result<BankLayout> {
+        BankLayout::of(&config(Some(lightmoe)), Path::new("here/config.json"))
+    }
+
+    fn adapted(group: Option<usize>, rank: usize) -> SlotLayout {
+        SlotLayout::Adapted { group, rank }
+    }
+
+    /// A layout with this first layer; the second is dense.
+    fn layout(slots: &[SlotLayout]) -> BankLayout {
+        let mut layout = BankLayout::dense(&config(None));
+        let slots = slots.to_vec();
+        layout.layers.insert(0, LayerLayout { slots });
+        layout
+    }
+
+    const DENSE: SlotLayout = SlotLayout::Dense;
+
+    #[test]
+    fn a_written_layout_is_read_back() {
+        for slots in [
+            [DENSE, adapted(Some(1), 2), DENSE, adapted(Some(0), 2)],
+            [adapted(Some(0), 0); 4],
+            [adapted(None, 3); 4],
+            [DENSE, DENSE, DENSE, adapted(Some(0), 1)],
+        ] {
+            let (original, layout) = (config(None), layout(&slots));
+            let raw = layout.annotate(&original).unwrap();
+            // Through text, as on disk: the layer numbers become strings.
+            let raw: Value = serde_json::from_str(&raw.to_string()).unwrap();
+            let config = ModelConfig::from_json(&raw, Path::new("c")).unwrap();
+            assert_eq!(BankLayout::of(&config, Path::new("c")).unwrap(), layout);
+            // Annotating a compressed config again replaces; a dense layout takes the key away.
+            assert_eq!(layout.annotate(&config).unwrap(), raw);
+            let dense = BankLayout::dense(&config).annotate(&config).unwrap();
+            assert_eq!(dense, original.raw);
+        }
+    }
+
+    #[test]
+    fn without_the_key_every_slot_is_dense() {
+        let layout = BankLayout::of(&config(None), Path::new("c")).unwrap();
+        assert_eq!(layout.layers.keys().collect::<Vec<_>>(), [&0, &1]);
+        assert!(
+            layout
+                .layers
+                .values()
+                .all(|l| l == &LayerLayout::dense(4) && l.bases() == 0 && l.rank() == 0)
+        );
+    }
+
+    #[test]
+    fn counts_bases_rank_and_adapted_slots() {
+        let layer =
+            layout(&[adapted(Some(1), 5), DENSE, adapted(Some(0), 5), DENSE]).layers[&0].clone();
+        assert_eq!((layer.bases(), layer.rank()), (2, 5));
+        let adapted: Vec<_> = layer.adapted().collect();
+        assert_eq!(adapted, [(0, Some(1), 5), (2, Some(0), 5)]);
+    }
+
+    /// Refused when read, and when about to be written.
+    #[track_caller]
+    fn assert_refused(layout: &BankLayout, words: &[&str]) {
+        let written = layout.annotate(&config(None)).unwrap_err().to_string();
+        let message = read(serde_json::to_value(layout).unwrap())
+            .unwrap_err()
+            .to_string();
+        for word in words {
+            assert!(message.contains(word), "`{message}` lacks `{word}`");
+            assert!(written.contains(word), "`{written}` lacks `{word}`");
+        }
+        assert!(message.contains("here/config.json") && message.contains("build"));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let one = |slot| layout(&[DENSE, slot, DENSE, DENSE]);
+        assert_refused(&layout(&[DENSE; 3]), &["layer 0", "3 slots", "4 experts"]);
+        let ranks = [adapted(Some(0), 2), DENSE, DENSE, adapted(Some(0), 3)];
+        assert_refused(&layout(&ranks), &["slot 3", "rank 3", "2"]);
+        let mixed = [adapted(Some(0), 2), DENSE, adapted(None, 2), DENSE];
+        assert_refused(&layout(&mixed), &["slot 2", "no base"]);
+        assert_refused(&one(adapted(Some(1), 2)), &["no slot uses base 0"]);
+        assert_refused(&one(adapted(Some(4), 2)), &["base 4"]);
+        // Neither an overflow nor an allocation of that size.
+        assert_refused(&one(adapted(Some(usize::MAX - 1), 2)), &["base"]);
+        assert_refused(&one(adapted(Some(usize::MAX), 2)), &["base"]);
+        assert_refused(&one(adapted(None, 0)), &["slot 1", "neither"]);
+        let mut missing = layout(&[DENSE, DENSE, DENSE, adapted(Some(0), 1)]);
+        let second = missing.layers.remove(&1).unwrap();
+        assert_refused(&missing, &["no layer 1"]);
+        missing.layers.extend([(1, second.clone()), (2, second)]);
+        assert_refused(&missing, &["layer 2"]);
+    }
+
+    #[test]
+    fn damaged_entries_are_refused() {
+        for (value, word) in [
+            (json!(null), "lightmoe"),
+            (json!([]), "lightmoe"),
+            (json!({"layers": {}}), "schema_version"),
+            (
+                json!({"schema_version": 2, "banks": []}),
+                "schema_version 2",
+            ),
+            (json!({"schema_version": 1}), "layers"),
+            (
+                json!({"schema_version": 1, "layers": {"zero": {"slots": []}}}),
+                "number",
+            ),
+            (
+                json!({"schema_version": 1, "layers": {"0": {"slots": [{"form": "sparse"}]}}}),
+                "sparse",
+            ),
+        ] {
+            let message = read(value).unwrap_err().to_string();
+            assert!(message.contains(word), "`{message}` lacks `{word}`");
+            assert!(message.contains("here/config.json"));
+        }
     }
 }

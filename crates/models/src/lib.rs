@@ -13,16 +13,19 @@ mod generate;
 mod layer;
 mod layout;
 mod tokenizer;
+mod writer;
 
 pub mod config;
 pub mod families;
 pub mod folder;
 pub mod names;
 pub mod parameters;
+pub mod random;
 
 pub use bank::{Adapters, Bank, Projections};
 pub use bank_io::load_experts;
-pub use checkpoint::{Checkpoint, CheckpointWriter};
+pub use candle_core::DType;
+pub use checkpoint::Checkpoint;
 pub use config::ModelConfig;
 pub use decoder::{Cache, Decoder, Ends, Observer, Tokens};
 pub use error::{Error, Result};
@@ -30,3 +33,4 @@ pub use generate::{GenerateOptions, generate};
 pub use layer::{Layer, LayerCache, ParameterKind, Routing};
 pub use layout::{BankLayout, LayerLayout, SlotLayout};
 pub use tokenizer::{ChatMessage, ModelTokenizer};
+pub use writer::CheckpointWriter;

@@ -39,10 +39,10 @@ impl ModelTokenizer {
             )
         })?;
         let config_path = dir.join("tokenizer_config.json");
-        let config: serde_json::Value = match fs::read_to_string(&config_path) {
-            Ok(text) => serde_json::from_str(&text)
+        let config: serde_json::Value = match optional(&config_path)? {
+            Some(text) => serde_json::from_str(&text)
                 .map_err(|e| Error::tokenizer(&config_path, format!("not JSON: {e}; repair it")))?,
-            Err(_) => serde_json::Value::Null,
+            None => serde_json::Value::Null,
         };
         let named = config.get("eos_token").and_then(token_text);
         let eos = named
@@ -55,8 +55,7 @@ impl ModelTokenizer {
                  `eos_token_id` in config.json",
                 )
             })?;
-        let template = fs::read_to_string(dir.join("chat_template.jinja"))
-            .ok()
+        let template = optional(&dir.join("chat_template.jinja"))?
             .or_else(|| config.get("chat_template")?.as_str().map(str::to_owned));
         Ok(Self {
             path,
@@ -126,6 +125,15 @@ impl ModelTokenizer {
             },
         )
         .map_err(|e| fail(format!("the chat template fails: {e:#}; check the roles")))
+    }
+}
+
+/// The text of a file that may be missing, but not unreadable.
+fn optional(path: &Path) -> Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(path, e)),
     }
 }
 

@@ -5,7 +5,9 @@ use std::fmt::Write as _;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
-use super::{HOLE, run};
+use super::HOLE;
+use super::run::{execute, run};
+use super::syntax::parse;
 use crate::Example;
 use crate::rng::pick;
 use crate::task::Draft;
@@ -39,10 +41,7 @@ pub(crate) fn draw(rng: &mut ChaCha8Rng) -> Draft {
             continue;
         };
         let example = match hole {
-            false => Some(Example::new(
-                format!("Program:\n{source}\nOutput:"),
-                output,
-            )),
+            false => Some(Example::new(format!("Program:\n{source}\nOutput:"), output)),
             true if rng.random_range(0..2) == 0 => cut_line(&program, &output),
             true => cut_number(rng, &program, &output),
         };
@@ -108,16 +107,17 @@ fn cut_number(rng: &mut ChaCha8Rng, program: &Program, output: &str) -> Option<E
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(source.len() - start);
     let (before, after) = (&source[..start], &source[start + length..]);
-    let prints = |number: &u32| {
-        run(&format!("{before}{number}{after}")).is_some_and(|printed| printed == output)
+    let holed = format!("{before}{HOLE}{after}");
+    let parsed = parse(&holed)?;
+    let wanted = output.parse().ok();
+    let prints = |number: &i64| match execute(&parsed, Some(*number)).as_deref() {
+        Some([printed]) => Some(*printed) == wanted,
+        _ => false,
     };
-    let unique = (0..=99).filter(prints).nth(1).is_none();
-    unique.then(|| {
-        completion(
-            &format!("{before}{HOLE}{after}"),
-            output,
-            source[start..start + length].to_string(),
-        )
+    let is_unique = (0..=99).filter(prints).nth(1).is_none();
+    is_unique.then(|| {
+        let missing = source[start..start + length].to_string();
+        completion(&holed, output, missing)
     })
 }
 
@@ -232,10 +232,7 @@ fn function(rng: &mut ChaCha8Rng) -> Program {
             format!("print({name}({q}))"),
         ),
         _ => (
-            format!(
-                "def {name}({p}, {q}):\n    return {}",
-                operation(rng, p, q)
-            ),
+            format!("def {name}({p}, {q}):\n    return {}", operation(rng, p, q)),
             format!("print({name}({argument}, {}))", rng.random_range(0..=30)),
         ),
     };

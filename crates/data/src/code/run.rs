@@ -1,7 +1,5 @@
 //! Evaluator of the toy language.
 
-use std::collections::HashMap;
-
 use super::syntax::{Condition, Expr, Statement, parse};
 
 /// Statements and calls a program may execute before it is stopped.
@@ -13,23 +11,56 @@ const CALLS: usize = 32;
 /// the last line break. `None` when it does not parse, uses an unknown name,
 /// overflows, or does not come to an end soon.
 pub fn run(source: &str) -> Option<String> {
-    let program = parse(source)?;
+    let printed = execute(&parse(source)?, None)?;
+    let lines: Vec<String> = printed.iter().map(i64::to_string).collect();
+    Some(lines.join("\n"))
+}
+
+/// Runs a program with `hole` in place of [`Expr::Hole`]; what it printed.
+pub(super) fn execute(program: &[Statement], hole: Option<i64>) -> Option<Vec<i64>> {
     let mut machine = Machine {
-        functions: HashMap::new(),
+        functions: Vec::new(),
         printed: Vec::new(),
         fuel: FUEL,
+        hole,
     };
-    let returned = machine.block(&program, &mut HashMap::new(), CALLS)?;
-    returned.is_none().then(|| machine.printed.join("\n"))
+    let returned = machine.block(program, &mut Scope::default(), CALLS)?;
+    returned.is_none().then_some(machine.printed)
 }
 
 struct Machine<'a> {
-    functions: HashMap<&'a str, (&'a [String], &'a [Statement])>,
-    printed: Vec<String>,
+    functions: Vec<Function<'a>>,
+    printed: Vec<i64>,
     fuel: usize,
+    hole: Option<i64>,
 }
 
-type Scope<'a> = HashMap<&'a str, i64>;
+#[derive(Clone, Copy)]
+struct Function<'a> {
+    name: &'a str,
+    parameters: &'a [String],
+    body: &'a [Statement],
+}
+
+/// Variables of one call. There are few, so a list is faster than a map.
+#[derive(Default)]
+struct Scope<'a>(Vec<(&'a str, i64)>);
+
+impl<'a> Scope<'a> {
+    fn get(&self, name: &str) -> Option<i64> {
+        self.0
+            .iter()
+            .find(|entry| entry.0 == name)
+            .map(|entry| entry.1)
+    }
+
+    fn insert(&mut self, name: &'a str, value: i64) {
+        match self.0.iter_mut().find(|entry| entry.0 == name) {
+            Some(entry) => entry.1 = value,
+            None => self.0.push((name, value)),
+        }
+    }
+}
 
 impl<'a> Machine<'a> {
     fn spend(&mut self) -> Option<()> {
@@ -54,7 +85,7 @@ impl<'a> Machine<'a> {
                 }
                 Statement::Print(value) => {
                     let value = self.value(value, scope, calls)?;
-                    self.printed.push(value.to_string());
+                    self.printed.push(value);
                     None
                 }
                 Statement::Return(value) => Some(self.value(value, scope, calls)?),
@@ -71,7 +102,11 @@ impl<'a> Machine<'a> {
                     self.repeat(name, count, body, scope, calls)?
                 }
                 Statement::Define(name, parameters, body) => {
-                    self.functions.insert(name, (parameters, body));
+                    self.functions.push(Function {
+                        name,
+                        parameters,
+                        body,
+                    });
                     None
                 }
             };
@@ -123,7 +158,8 @@ impl<'a> Machine<'a> {
     fn value(&mut self, expr: &'a Expr, scope: &mut Scope<'a>, calls: usize) -> Option<i64> {
         match expr {
             Expr::Number(number) => Some(*number),
-            Expr::Variable(name) => scope.get(name.as_str()).copied(),
+            Expr::Variable(name) => scope.get(name),
+            Expr::Hole => self.hole,
             Expr::Binary(operator, left, right) => {
                 let left = self.value(left, scope, calls)?;
                 let right = self.value(right, scope, calls)?;
@@ -136,14 +172,15 @@ impl<'a> Machine<'a> {
             }
             Expr::Call(name, arguments) => {
                 self.spend()?;
-                let (parameters, body) = *self.functions.get(name.as_str())?;
-                (parameters.len() == arguments.len()).then_some(())?;
-                let mut inner = Scope::new();
-                for (parameter, argument) in parameters.iter().zip(arguments) {
+                // The latest definition of a name holds.
+                let function = *self.functions.iter().rev().find(|f| f.name == name)?;
+                (function.parameters.len() == arguments.len()).then_some(())?;
+                let mut inner = Scope::default();
+                for (parameter, argument) in function.parameters.iter().zip(arguments) {
                     let value = self.value(argument, scope, calls)?;
                     inner.insert(parameter, value);
                 }
-                self.block(body, &mut inner, calls.checked_sub(1)?)?
+                self.block(function.body, &mut inner, calls.checked_sub(1)?)?
             }
         }
     }
@@ -171,8 +208,14 @@ mod tests {
         let branch = "x = 4\nif x > 3:\n    x = x + 1\nelse:\n    x = 0\nprint(x)";
         prints(branch, "5");
         prints(&branch.replace("> 3", "== 3"), "0");
-        prints("s = 0\nfor i in range(4):\n    s = s + i\nprint(s)\nprint(i)", "6\n3");
-        prints("def f(a, b):\n    if a < b:\n        return b\n    return a\nprint(f(3, 9))", "9");
+        prints(
+            "s = 0\nfor i in range(4):\n    s = s + i\nprint(s)\nprint(i)",
+            "6\n3",
+        );
+        prints(
+            "def f(a, b):\n    if a < b:\n        return b\n    return a\nprint(f(3, 9))",
+            "9",
+        );
     }
 
     #[test]

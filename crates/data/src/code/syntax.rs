@@ -9,11 +9,15 @@
 //! factor    := NUMBER | NAME | NAME "(" [expr {"," expr}] ")" | "(" expr ")" | "-" factor
 //! ```
 
+use super::HOLE;
+
 /// An arithmetic expression.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Expr {
     Number(i64),
     Variable(String),
+    /// A number left out.
+    Hole,
     Call(String, Vec<Expr>),
     Binary(char, Box<Expr>, Box<Expr>),
 }
@@ -68,6 +72,8 @@ fn lex(line: &str) -> Option<Vec<&str>> {
             word(|c| c.is_ascii_digit())
         } else if first.is_ascii_lowercase() {
             word(|c| c.is_ascii_lowercase())
+        } else if rest.starts_with(HOLE) {
+            HOLE.len()
         } else if COMPARISONS[..4].iter().any(|op| rest.starts_with(op)) {
             2
         } else if "=+-*()<>:,".contains(first) {
@@ -160,7 +166,11 @@ impl<'a> Lines<'a> {
                 let name = line.name()?;
                 let parameters = line.list(Line::name)?;
                 line.end_of_header()?;
-                return Some(Statement::Define(name, parameters, self.body(indent, depth)?));
+                return Some(Statement::Define(
+                    name,
+                    parameters,
+                    self.body(indent, depth)?,
+                ));
             }
             _ => {
                 line.at = 0;
@@ -247,11 +257,7 @@ impl<'a> Line<'a> {
         while let Some(operator) = self.peek().filter(|token| operators.contains(token)) {
             self.at += 1;
             let right = operand(self, depth)?;
-            left = Expr::Binary(
-                operator.chars().next()?,
-                Box::new(left),
-                Box::new(right),
-            );
+            left = Expr::Binary(operator.chars().next()?, Box::new(left), Box::new(right));
         }
         Some(left)
     }
@@ -273,6 +279,10 @@ impl<'a> Line<'a> {
                     Box::new(Expr::Number(0)),
                     Box::new(operand),
                 ))
+            }
+            HOLE => {
+                self.at += 1;
+                Some(Expr::Hole)
             }
             token if token.starts_with(|c: char| c.is_ascii_digit()) => {
                 self.at += 1;

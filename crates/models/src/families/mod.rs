@@ -195,7 +195,7 @@ impl<'a> Keys<'a> {
     fn heads(&self) -> Result<(usize, usize)> {
         let heads = self.size("num_attention_heads", None)?;
         let kv_heads = self.size("num_key_value_heads", Some(heads))?;
-        if heads % kv_heads != 0 {
+        if !heads.is_multiple_of(kv_heads) {
             return Err(self.error(format!(
                 "`num_key_value_heads` ({kv_heads}) does not divide `num_attention_heads` \
                  ({heads}); correct one of them"

@@ -54,7 +54,7 @@ pub(super) fn read(keys: &Keys<'_>, raw: &Value) -> Result<ModelConfig> {
 /// The heads tile the hidden size exactly: the query norm spans all of it.
 fn head_dim(keys: &Keys<'_>, hidden_size: usize, num_heads: usize) -> Result<usize> {
     let width = hidden_size / num_heads;
-    if width * num_heads != hidden_size || width % 2 != 0 {
+    if width * num_heads != hidden_size || !width.is_multiple_of(2) {
         return Err(keys.error(format!(
             "`hidden_size` ({hidden_size}) over `num_attention_heads` ({num_heads}) must be \
              an even whole number; correct one of them"

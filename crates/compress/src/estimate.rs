@@ -1,0 +1,85 @@
+//! What a ratio will cost, before anything was observed.
+
+use lightmoe_models::config::ModelConfig;
+use serde::{Deserialize, Serialize};
+
+use crate::methods::{LightmoeOptions, check_ratio};
+use crate::size::adapter_parameters;
+use crate::{Error, Result};
+
+/// A forecast in which every layer replaces the same number of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Estimate {
+    /// Experts replaced in a layer; not whole, since layers will differ.
+    pub experts_replaced_per_layer: f64,
+    /// Experts of a layer.
+    pub experts_per_layer: usize,
+    /// Layers with experts.
+    pub moe_layers: usize,
+    /// Parameters of the original model.
+    pub parameters_before: u64,
+    /// Parameters of the exported model.
+    pub parameters_after: u64,
+    /// Parameters trained during recovery.
+    pub parameters_trained: u64,
+    /// Bytes that one parameter takes in the checkpoint, by its stored type.
+    pub bytes_per_parameter: u64,
+    /// Bytes of the original weights.
+    pub bytes_before: u64,
+    /// Bytes of the exported weights.
+    pub bytes_after: u64,
+}
+
+/// Forecasts the outcome of saving the share `ratio` of all parameters with `options`; 0 groups
+/// means adapters without bases.
+///
+/// # Errors
+/// [`Error::Invalid`] if the options cannot work for the model, or naming the reachable range if
+/// the ratio lies outside of it.
+pub fn estimate(config: &ModelConfig, ratio: f64, options: &LightmoeOptions) -> Result<Estimate> {
+    check_ratio(ratio)?;
+    options.check_replacing(config)?;
+    let before = config.parameters().total();
+    let experts = config.moe.num_experts;
+    let moe_layers = config.num_moe_layers();
+    let bases = (options.groups as u64 * config.expert_parameters()) as f64;
+    let adapter = adapter_parameters(config, options.rank);
+    let gain = (config.expert_parameters() - adapter) as f64;
+    let saved_per_layer = ratio * before as f64 / moe_layers as f64;
+    let replaced = (saved_per_layer + bases) / gain;
+    if replaced > experts as f64 {
+        let most = (experts as f64 * gain - bases) * moe_layers as f64 / before as f64;
+        return Err(Error::Invalid(format!(
+            "a ratio of {ratio} cannot be reached, only up to {:.4} of all parameters; choose a \
+             lower ratio, or lower `rank` or `groups`",
+            most.max(0.0)
+        )));
+    }
+    let trained_per_layer = bases as u64 + experts as u64 * adapter;
+    let after = ((1.0 - ratio) * before as f64).round() as u64;
+    let bytes_per_parameter = bytes_per_parameter(config);
+    Ok(Estimate {
+        experts_replaced_per_layer: replaced,
+        experts_per_layer: experts,
+        moe_layers,
+        parameters_before: before,
+        parameters_after: after,
+        parameters_trained: trained_per_layer * moe_layers as u64,
+        bytes_per_parameter,
+        bytes_before: before * bytes_per_parameter,
+        bytes_after: after * bytes_per_parameter,
+    })
+}
+
+/// By `dtype` or `torch_dtype` of the configuration; two where it does not say, as published
+/// checkpoints have.
+fn bytes_per_parameter(config: &ModelConfig) -> u64 {
+    let stored = ["dtype", "torch_dtype"]
+        .into_iter()
+        .find_map(|key| config.raw.get(key)?.as_str());
+    match stored {
+        Some("float32") => 4,
+        Some("float64") => 8,
+        _ => 2,
+    }
+}

@@ -1,0 +1,214 @@
+//! LightMoE (arXiv 2603.12645, section 3) and its two bounds: the baseline "Replace", which is
+//! the same selection with at most one base, and LoRA, which keeps every expert.
+
+use lightmoe_models::config::ModelConfig;
+
+use super::{LightmoeOptions, MethodName, Target};
+use crate::group::Selection;
+use crate::observations::{LayerObservations, Observations};
+use crate::plan::{
+    LayerPlan, ModelSummary, Parameters, Plan, PlanSettings, Ratio, SCHEMA_VERSION, SlotForm,
+    SlotPlan,
+};
+use crate::search::{LayerChoices, search};
+use crate::select::{ascending, layer_thresholds, prefix, threshold_factors};
+use crate::size::LayerSize;
+use crate::{Error, Result};
+
+/// One layer, ready to be planned.
+struct Layer<'a> {
+    config: &'a ModelConfig,
+    options: &'a LightmoeOptions,
+    observed: &'a LayerObservations,
+    scores: Vec<f64>,
+}
+
+impl Layer<'_> {
+    /// Replaces the experts `selected`, or leaves the layer as it is where that saves nothing.
+    fn replace(&self, selected: &[usize], threshold: Option<f64>) -> LayerPlan {
+        let mut plan = self.untouched(threshold);
+        let rank = self.options.rank;
+        if self.options.groups == 0 {
+            for &expert in selected {
+                plan.slots[expert].form = SlotForm::Adapted {
+                    group: None,
+                    rank,
+                    dominant: false,
+                };
+            }
+            return plan;
+        }
+        let selection = Selection {
+            selected,
+            scores: &self.scores,
+            similarity: self.observed.similarity.as_deref(),
+        };
+        let groups = selection.groups(self.options.groups);
+        plan.groups = groups.len();
+        for (number, group) in groups.iter().enumerate() {
+            for &expert in &group.members {
+                plan.slots[expert].form = SlotForm::Adapted {
+                    group: Some(number),
+                    rank,
+                    dominant: expert == group.dominant,
+                };
+            }
+        }
+        if LayerSize::of(self.config, &plan, rank).saved() == 0 {
+            return self.untouched(threshold);
+        }
+        plan
+    }
+
+    fn untouched(&self, threshold: Option<f64>) -> LayerPlan {
+        let slots = self.scores.iter().enumerate();
+        LayerPlan {
+            layer: self.observed.layer,
+            threshold,
+            router_norm: self.observed.router_norm,
+            groups: 0,
+            slots: slots
+                .map(|(expert, &score)| SlotPlan {
+                    expert,
+                    form: SlotForm::Dense,
+                    score,
+                })
+                .collect(),
+        }
+    }
+
+    /// What every prefix of the layer's experts would save.
+    fn choices(&self, factor: f64) -> LayerChoices {
+        let order = ascending(&self.scores);
+        let saved = (0..=order.len())
+            .map(|count| self.replace(&order[..count], None))
+            .map(|plan| LayerSize::of(self.config, &plan, self.options.rank).saved())
+            .collect();
+        LayerChoices {
+            scores: self.scores.clone(),
+            factor,
+            saved,
+        }
+    }
+}
+
+/// Selects by threshold, groups and counts.
+pub(super) fn plan(
+    config: &ModelConfig,
+    observations: &Observations,
+    target: Target,
+    method: MethodName,
+    options: &LightmoeOptions,
+) -> Result<Plan> {
+    let layers = layers(config, observations, options);
+    let norms = observations.router_norms();
+    let factors = threshold_factors(
+        norms.as_deref(),
+        layers.len(),
+        options.alpha,
+        options.max_delta,
+    );
+    let (p_hat, ratio) = match target {
+        Target::Threshold(p_hat) => (p_hat, None),
+        Target::Ratio(ratio) => {
+            let choices: Vec<LayerChoices> = layers
+                .iter()
+                .zip(&factors)
+                .map(|(layer, &factor)| layer.choices(factor))
+                .collect();
+            let before = config.parameters().total();
+            (search(before, &choices, ratio)?, Some(ratio))
+        }
+    };
+    let planned: Vec<LayerPlan> = layers
+        .iter()
+        .zip(layer_thresholds(p_hat, &factors))
+        .map(|(layer, threshold)| layer.replace(&prefix(&layer.scores, threshold), Some(threshold)))
+        .collect();
+    let mut plan = finish(config, method, options, planned);
+    plan.p_hat = Some(p_hat);
+    plan.ratio.target = ratio;
+    if plan.mean_replaced() == 0.0 {
+        return Err(Error::Invalid(format!(
+            "the threshold {p_hat} replaces no expert in any layer; raise it, or lower `groups` \
+             or `rank`"
+        )));
+    }
+    tracing::info!(
+        p_hat,
+        achieved = plan.ratio.achieved,
+        replaced_per_layer = plan.mean_replaced(),
+        "planned"
+    );
+    Ok(plan)
+}
+
+/// Keeps every expert, each with an adapter to train.
+pub(super) fn uncompressed(
+    config: &ModelConfig,
+    observations: &Observations,
+    options: &LightmoeOptions,
+) -> Result<Plan> {
+    if options.rank == 0 {
+        return Err(Error::Invalid(
+            "rank 0 leaves `lora` nothing to train; raise `rank`".to_owned(),
+        ));
+    }
+    let layers = layers(config, observations, options);
+    let layers = layers.iter().map(|layer| layer.untouched(None)).collect();
+    let without_bases = LightmoeOptions {
+        groups: 0,
+        ..*options
+    };
+    Ok(finish(config, MethodName::Lora, &without_bases, layers))
+}
+
+fn layers<'a>(
+    config: &'a ModelConfig,
+    observations: &'a Observations,
+    options: &'a LightmoeOptions,
+) -> Vec<Layer<'a>> {
+    let layers = observations.layers.iter();
+    layers
+        .map(|observed| Layer {
+            config,
+            options,
+            observed,
+            scores: observed.importance(),
+        })
+        .collect()
+}
+
+fn finish(
+    config: &ModelConfig,
+    method: MethodName,
+    options: &LightmoeOptions,
+    layers: Vec<LayerPlan>,
+) -> Plan {
+    let mut plan = Plan {
+        schema_version: SCHEMA_VERSION,
+        method,
+        model: ModelSummary::from(config),
+        settings: PlanSettings {
+            rank: options.rank,
+            kept_rank: options.rank,
+            groups: options.groups,
+            alpha: options.alpha,
+            max_delta: options.max_delta,
+            base: options.base,
+        },
+        ratio: Ratio {
+            target: None,
+            achieved: 0.0,
+        },
+        p_hat: None,
+        parameters: Parameters {
+            before: 0,
+            after: 0,
+            trained: 0,
+        },
+        layers,
+    };
+    plan.recount(config);
+    plan
+}

@@ -1,0 +1,83 @@
+//! Models and observations that the tests share.
+#![allow(dead_code, reason = "every test binary uses its own part")]
+
+use std::path::{Path, PathBuf};
+
+use lightmoe_compress::methods::LightmoeOptions;
+use lightmoe_compress::observations::{LayerObservations, Observations};
+use lightmoe_models::config::ModelConfig;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+pub fn published(name: &str) -> ModelConfig {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/configs");
+    ModelConfig::from_file(&folder.join(name)).unwrap()
+}
+
+pub fn olmoe() -> ModelConfig {
+    published("olmoe-1b-7b-0924.json")
+}
+
+/// OLMoE in small: `layers` x `experts`, `H` 32, `F` 16.
+pub fn small(layers: usize, experts: usize) -> ModelConfig {
+    let mut raw = olmoe().raw;
+    for (key, value) in [
+        ("vocab_size", 64),
+        ("hidden_size", 32),
+        ("intermediate_size", 16),
+        ("num_attention_heads", 2),
+        ("num_key_value_heads", 2),
+        ("num_hidden_layers", layers),
+        ("num_experts", experts),
+        ("num_experts_per_tok", 2),
+        ("eos_token_id", 0),
+    ] {
+        raw[key] = value.into();
+    }
+    ModelConfig::from_json(&raw, Path::new("small.json")).unwrap()
+}
+
+pub fn options(rank: usize, groups: usize) -> LightmoeOptions {
+    LightmoeOptions {
+        rank,
+        groups,
+        ..LightmoeOptions::default()
+    }
+}
+
+/// Skewed gate masses, rising router norms and symmetric similarities, from `seed`.
+pub fn observations(config: &ModelConfig, seed: u64) -> Observations {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let experts = config.moe.num_experts;
+    let layers = config.moe_layers().map(|layer| {
+        let mut similarity = vec![1.0; experts * experts];
+        for a in 0..experts {
+            for b in 0..a {
+                let value = rng.random_range(-1.0..1.0);
+                similarity[a * experts + b] = value;
+                similarity[b * experts + a] = value;
+            }
+        }
+        LayerObservations {
+            layer,
+            gate_mass: (0..experts)
+                .map(|_| (4.0 * rng.random::<f64>()).exp())
+                .collect(),
+            selections: (0..experts as u64).collect(),
+            router_norm: Some(100.0 + 30.0 * layer as f64),
+            similarity: Some(similarity),
+        }
+    });
+    Observations {
+        layers: layers.collect(),
+        tokens: 1024,
+        samples: 8,
+        fingerprint: format!("seed {seed}"),
+    }
+}
+
+pub fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name)
+}

@@ -1,0 +1,134 @@
+//! The counting, against eq. 5 and the published totals.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use common::{observations, olmoe, options, published, small};
+use lightmoe_compress::methods::{LightmoeOptions, MethodName, Target, plan};
+use lightmoe_compress::plan::{LayerPlan, SlotForm, SlotPlan};
+use lightmoe_compress::size::{ExpertRatio, adapter_parameters, equal_trainable_rank, parameters};
+
+/// A layer of `experts` whose first `replaced` share `groups` bases.
+fn layer(number: usize, experts: usize, replaced: usize, groups: usize) -> LayerPlan {
+    let slots = (0..experts).map(|expert| SlotPlan {
+        expert,
+        form: if expert < replaced {
+            SlotForm::Adapted {
+                group: Some(expert % groups),
+                rank: 16,
+                dominant: expert < groups,
+            }
+        } else {
+            SlotForm::Dense
+        },
+        score: 1.0 / experts as f64,
+    });
+    LayerPlan {
+        layer: number,
+        threshold: None,
+        router_norm: None,
+        groups,
+        slots: slots.collect(),
+    }
+}
+
+/// Table 9's average counts give Table 8's totals.
+#[test]
+fn the_published_counts_give_the_published_totals() {
+    let config = olmoe();
+    for (mean, billions) in [(24.4, "4.82"), (31.4, "4.14"), (38.1, "3.47")] {
+        let replaced = (16.0_f64 * mean).round() as usize;
+        let layers: Vec<LayerPlan> = (0..16)
+            .map(|l| layer(l, 64, (replaced + l) / 16, 3))
+            .collect();
+        let total: usize = layers.iter().map(LayerPlan::replaced).sum();
+        assert_eq!(total, replaced);
+        let counts = parameters(&config, &layers, 16);
+        assert_eq!(counts.before, 6_919_161_856);
+        assert_eq!(format!("{:.2}", counts.after as f64 / 1e9), billions);
+        assert_eq!(counts.trained, 452_984_832);
+    }
+}
+
+#[test]
+fn the_count_is_equation_five() {
+    let config = olmoe();
+    let routed = config.parameters().routed_experts as f64;
+    for replaced in [4, 24, 64] {
+        let layers: Vec<LayerPlan> = (0..16).map(|l| layer(l, 64, replaced, 3)).collect();
+        let counts = parameters(&config, &layers, 16);
+        let ratio = ExpertRatio {
+            experts: 64,
+            replaced: replaced as f64,
+            bases: 3,
+            rank: 16,
+            rows: 1024,
+            columns: 2048,
+        };
+        let saved = (counts.before - counts.after) as f64 / routed;
+        assert!((saved - ratio.value()).abs() < 1e-12);
+    }
+    // The paper's 30% of all parameters is .325 of the experts'.
+    let ratio = ExpertRatio {
+        experts: 64,
+        replaced: 24.4,
+        bases: 3,
+        rank: 16,
+        rows: 1024,
+        columns: 2048,
+    };
+    assert!((ratio.value() - 0.325).abs() < 0.001);
+}
+
+#[test]
+fn a_real_plan_counts_as_equation_five() {
+    let config = olmoe();
+    let seen = observations(&config, 7);
+    let options = LightmoeOptions::default();
+    let target = Target::Ratio(0.4);
+    let plan = plan(&config, &seen, target, MethodName::Lightmoe, &options).unwrap();
+    let per_layer: f64 = plan
+        .layers
+        .iter()
+        .map(|layer| {
+            let ratio = ExpertRatio {
+                experts: 64,
+                replaced: layer.replaced() as f64,
+                bases: layer.groups,
+                rank: 16,
+                rows: 2048,
+                columns: 1024,
+            };
+            ratio.value()
+        })
+        .sum();
+    let saved = per_layer / 16.0 * config.parameters().routed_experts as f64;
+    let counted = (plan.parameters.before - plan.parameters.after) as f64;
+    assert!((saved - counted).abs() < 1.0);
+}
+
+#[test]
+fn equal_budgets() {
+    let config = olmoe();
+    assert_eq!(adapter_parameters(&config, 16), 147_456);
+    assert_eq!(equal_trainable_rank(&config, 16, 3, 0), 48);
+    assert_eq!(equal_trainable_rank(&config, 16, 3, 3), 16);
+    assert_eq!(equal_trainable_rank(&config, 48, 0, 3), 16);
+    assert_eq!(equal_trainable_rank(&config, 16, 0, 3), 0);
+    // One base fewer is worth 10.67 ranks: 26.67, never above the budget.
+    assert_eq!(equal_trainable_rank(&config, 16, 3, 2), 26);
+    let deepseek = published("deepseek-v2-lite.json");
+    assert_eq!(equal_trainable_rank(&deepseek, 16, 3, 0), 55);
+    let config = small(2, 8);
+    let seen = observations(&config, 0);
+    let rank = equal_trainable_rank(&config, 2, 2, 0);
+    let trained = |method, options| {
+        let target = Target::Threshold(0.7);
+        let plan = plan(&config, &seen, target, method, &options).unwrap();
+        plan.parameters.trained
+    };
+    let ours = trained(MethodName::Lightmoe, options(2, 2));
+    let rival = trained(MethodName::Lora, options(rank, 0));
+    let step = trained(MethodName::Lora, options(rank + 1, 0)) - rival;
+    assert!(rival <= ours && ours < rival + step, "{rival} {ours}");
+}

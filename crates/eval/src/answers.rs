@@ -1,0 +1,52 @@
+//! Answers that must be read, not only compared: they are generated, greedily.
+
+use crate::Result;
+use lightmoe_data::Encoded;
+use lightmoe_models::{Decoder, GenerateOptions, ModelTokenizer, generate};
+use std::collections::BTreeMap;
+
+/// A generated answer may be this many tokens longer than the longest target.
+const MARGIN: usize = 16;
+
+/// Generates the answers of the rows `wanted` and returns their texts, by row, without white space
+/// around them. Prompts of one length run together, with at most `batch_tokens` tokens a batch, or
+/// one prompt. `each` is told how many answers a batch finished.
+pub(crate) fn generate_answers(
+    model: &Decoder,
+    tokenizer: &ModelTokenizer,
+    rows: &[Encoded],
+    wanted: &[usize],
+    batch_tokens: usize,
+    each: &mut dyn FnMut(usize) -> Result<()>,
+) -> Result<BTreeMap<usize, String>> {
+    // Of all rows, not only the wanted ones, so that the limit depends on the task alone.
+    let longest = rows.iter().map(|row| row.tokens.len() - row.answer_start);
+    let options = GenerateOptions {
+        max_new_tokens: longest.max().unwrap_or(0) + MARGIN,
+        temperature: 0.0,
+        top_p: None,
+        seed: 0,
+        eos: Some(tokenizer.eos),
+    };
+    let mut by_length: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+    for &row in wanted {
+        let length = rows[row].answer_start;
+        by_length.entry(length).or_default().push(row);
+    }
+    let mut texts = BTreeMap::new();
+    for (length, group) in by_length {
+        let most = batch_tokens / (length + options.max_new_tokens);
+        for batch in group.chunks(most.max(1)) {
+            let prompts: Vec<Vec<u32>> = batch
+                .iter()
+                .map(|&row| rows[row].tokens[..length].to_vec())
+                .collect();
+            let answers = generate(model, &prompts, &options, &mut |_| true)?;
+            for (&row, answer) in batch.iter().zip(answers) {
+                texts.insert(row, tokenizer.decode(&answer)?.trim().to_owned());
+            }
+            each(batch.len())?;
+        }
+    }
+    Ok(texts)
+}

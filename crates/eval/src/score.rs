@@ -1,0 +1,104 @@
+//! A value with its uncertainty, computed as lm-evaluation-harness does.
+
+use lightmoe_data::corpus_chrf;
+use lightmoe_models::random::stream;
+use rand::Rng;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Resamples of a bootstrap: what the harness uses for corpus metrics.
+const RESAMPLES: usize = 100;
+/// Fixed, so that the same answers have the same standard error.
+const SEED: u64 = 1234;
+
+/// Scores by the name of the metric; the names are listed at [`crate::evaluate`].
+pub type Scores = BTreeMap<String, Score>;
+
+/// One metric over all examples.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    /// The value, in the metric's unit.
+    pub value: f64,
+    /// Standard error of the value, in the same unit; 0 for a single example, where it is unknown.
+    pub stderr: f64,
+    /// Number of examples.
+    pub n: usize,
+}
+
+impl Score {
+    /// The mean, with the sample standard deviation over `sqrt(n)`. No values give 0.
+    pub fn mean(values: &[f64]) -> Self {
+        let n = values.len();
+        Self {
+            value: mean(values),
+            stderr: deviation(values) / (n.max(1) as f64).sqrt(),
+            n,
+        }
+    }
+
+    /// chrF2 of a corpus of (hypothesis, reference), 0 to 100, with the standard deviation over 100
+    /// resamples (seed fixed).
+    pub fn chrf(pairs: &[(&str, &str)]) -> Self {
+        let n = pairs.len();
+        let mut rng = stream(SEED, "bootstrap");
+        let resamples = if n > 1 { RESAMPLES } else { 0 };
+        let values: Vec<f64> = (0..resamples)
+            .map(|_| {
+                let drawn: Vec<_> = (0..n).map(|_| pairs[rng.random_range(0..n)]).collect();
+                corpus_chrf(&drawn)
+            })
+            .collect();
+        Self {
+            value: corpus_chrf(pairs),
+            stderr: deviation(&values),
+            n,
+        }
+    }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
+}
+
+/// The standard deviation of a sample; 0 for fewer than two values.
+fn deviation(values: &[f64]) -> f64 {
+    let mean = mean(values);
+    let squares: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
+    (squares / values.len().saturating_sub(1).max(1) as f64).sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_error_of_a_share_is_that_of_the_harness() {
+        let score = Score::mean(&[1.0, 0.0, 1.0, 1.0]);
+        // sqrt(p (1 - p) / (n - 1))
+        assert_eq!((score.value, score.n), (0.75, 4));
+        assert!((score.stderr - (0.75f64 * 0.25 / 3.0).sqrt()).abs() < 1e-12);
+        assert_eq!(Score::mean(&[0.5]).stderr, 0.0);
+    }
+
+    #[test]
+    fn zz_time() {
+        let a: Vec<(String, String)> = (0..1000).map(|i| (format!("le katu moriko {i} savu le nipado telu mabako."), format!("le katu morika {i} savu le nipado telu mabane."))).collect();
+        let p: Vec<(&str,&str)> = a.iter().map(|(a,b)| (a.as_str(), b.as_str())).collect();
+        let t = std::time::Instant::now();
+        let s = Score::chrf(&p);
+        eprintln!("TIME {:?} {s:?}", t.elapsed());
+    }
+
+    #[test]
+    fn the_bootstrap_is_repeatable_and_sees_the_spread() {
+        let good = ("the dog sleeps", "the dog sleeps");
+        let bad = ("zzzz", "the dog sleeps");
+        let mixed = [good, bad, good, bad, good, bad];
+        let score = Score::chrf(&mixed);
+        assert!(score.value > 20.0 && score.value < 80.0, "{score:?}");
+        assert!(score.stderr > 1.0, "{score:?}");
+        assert_eq!(score, Score::chrf(&mixed));
+        assert_eq!(Score::chrf(&[good; 5]).stderr, 0.0);
+        assert_eq!(Score::chrf(&[bad]).stderr, 0.0);
+    }
+}

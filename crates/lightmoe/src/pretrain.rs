@@ -1,0 +1,207 @@
+//! Pre-training of a small OLMoE model from nothing on the built-in mix: how the model that lies in
+//! the repository was made.
+
+use crate::progress::Progress;
+use anyhow::{Context, Result, bail};
+use lightmoe_data::{PackedStream, tokenizer};
+use lightmoe_models::{CheckpointWriter, Decoder, ModelConfig, ParameterKind};
+use lightmoe_train::{Annealing, Group, LearningRate, Outcome, TrainBatch, TrainOptions, train};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// The recipe file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PretrainRecipe {
+    /// Where the model folder goes.
+    pub out: PathBuf,
+    /// Seed of weights and text.
+    pub seed: u64,
+    /// The shape of the model.
+    pub model: Shape,
+    /// The training.
+    pub training: Training,
+}
+
+/// The shape of the model, under the names of `config.json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shape {
+    /// `H`
+    pub hidden_size: usize,
+    /// Layers.
+    pub num_hidden_layers: usize,
+    /// Attention heads.
+    pub num_attention_heads: usize,
+    /// `F`
+    pub intermediate_size: usize,
+    /// `E`
+    pub num_experts: usize,
+    /// `K`
+    pub num_experts_per_tok: usize,
+    /// Longest context.
+    pub max_position_embeddings: usize,
+}
+
+/// The training.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Training {
+    /// Steps.
+    pub steps: usize,
+    /// Windows of a batch.
+    pub rows: usize,
+    /// Tokens of a window.
+    pub length: usize,
+    /// Weight of the load-balancing loss.
+    pub balance: f64,
+    /// Weight decay of matrices (norms have none).
+    pub weight_decay: f64,
+    /// Largest norm of the gradient.
+    pub clip_norm: f64,
+    /// AdamW's first decay.
+    pub beta1: f64,
+    /// AdamW's second decay.
+    pub beta2: f64,
+    /// Learning rate.
+    pub learning_rate: LearningRate,
+}
+
+impl PretrainRecipe {
+    /// Reads a recipe file.
+    ///
+    /// # Errors
+    /// If it cannot be read or has other keys.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the recipe `{}`", path.display()))?;
+        toml::from_str(&text).with_context(|| format!("in the recipe `{}`", path.display()))
+    }
+
+    /// The `config.json` of the model: OLMoE's, in this shape.
+    fn config(&self, vocab_size: usize) -> serde_json::Value {
+        let m = &self.model;
+        serde_json::json!({
+            "architectures": ["OlmoeForCausalLM"],
+            "attention_bias": false,
+            "attention_dropout": 0.0,
+            "bos_token_id": tokenizer::EOS_ID,
+            "clip_qkv": null,
+            "eos_token_id": tokenizer::EOS_ID,
+            "hidden_act": "silu",
+            "hidden_size": m.hidden_size,
+            "initializer_range": 0.02,
+            "intermediate_size": m.intermediate_size,
+            "max_position_embeddings": m.max_position_embeddings,
+            "model_type": "olmoe",
+            "norm_topk_prob": false,
+            "num_attention_heads": m.num_attention_heads,
+            "num_experts": m.num_experts,
+            "num_experts_per_tok": m.num_experts_per_tok,
+            "num_hidden_layers": m.num_hidden_layers,
+            "num_key_value_heads": m.num_attention_heads,
+            "output_router_logits": false,
+            "pad_token_id": tokenizer::PAD_ID,
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": null,
+            "rope_theta": 10000.0,
+            "router_aux_loss_coef": self.training.balance,
+            "tie_word_embeddings": false,
+            "torch_dtype": "bfloat16",
+            "use_cache": true,
+            "vocab_size": vocab_size,
+        })
+    }
+}
+
+/// Trains the model and writes its folder; an interrupted run continues where it was. Returns the
+/// last training losses' mean.
+///
+/// # Errors
+/// If the recipe cannot work, the run is stopped, or files cannot be written.
+pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
+    let tokenizer = tokenizer::build()?;
+    let raw = recipe.config(tokenizer.get_vocab_size(true));
+    let config = ModelConfig::from_json(&raw, Path::new("the recipe's [model]"))?;
+    let t = &recipe.training;
+    let mut model = Decoder::random(&config, recipe.seed)?;
+    let stream = PackedStream::new(t.rows, t.length, recipe.seed)?;
+    let work = recipe.out.with_extension("pretraining");
+    let fingerprint = crate::fingerprint(&(recipe, env!("CARGO_PKG_VERSION")))?;
+    let options = TrainOptions {
+        steps: t.steps,
+        learning_rate: t.learning_rate,
+        beta1: t.beta1,
+        beta2: t.beta2,
+        clip_norm: t.clip_norm,
+        balance: t.balance,
+        annealing: Annealing::default(),
+        groups: vec![
+            Group {
+                kinds: vec![ParameterKind::Norm],
+                lr_scale: 1.0,
+                weight_decay: 0.0,
+            },
+            Group {
+                kinds: vec![
+                    ParameterKind::Embedding,
+                    ParameterKind::Attention,
+                    ParameterKind::Router,
+                    ParameterKind::Expert,
+                ],
+                lr_scale: 1.0,
+                weight_decay: t.weight_decay,
+            },
+        ],
+        checkpoint_every: 500,
+        fingerprint,
+    };
+    let bar = Progress::new("pretrain", t.steps);
+    let mut recent = 0.0;
+    let outcome = train(
+        &mut model,
+        &options,
+        &work,
+        &|step| {
+            let batch = stream.batch(step).map_err(|e| {
+                lightmoe_train::Error::Invalid(format!("the pre-training text fails: {e}"))
+            })?;
+            Ok(TrainBatch {
+                tokens: batch.tokens,
+                rows: batch.rows,
+                loss_mask: batch.loss_mask,
+            })
+        },
+        &mut |point| {
+            recent = if point.step == 0 {
+                point.loss
+            } else {
+                0.99 * recent + 0.01 * point.loss
+            };
+            bar.note(format!("loss {recent:.3}"));
+            bar.at(point.step + 1)
+        },
+    )?;
+    if outcome == Outcome::Interrupted {
+        bail!("interrupted; run the same command again to go on");
+    }
+    let mut writer = CheckpointWriter::new(&recipe.out, lightmoe_models::DType::BF16)?;
+    model.write(&mut writer)?;
+    let json = |value: &serde_json::Value| serde_json::to_vec_pretty(value);
+    let text = tokenizer
+        .to_string(true)
+        .map_err(|e| anyhow::anyhow!("tokenizer: {e}"))?;
+    writer.side_file("tokenizer.json", text.as_bytes())?;
+    writer.side_file(
+        "tokenizer_config.json",
+        &json(&tokenizer::tokenizer_config())?,
+    )?;
+    let generation = serde_json::json!({
+        "bos_token_id": tokenizer::EOS_ID,
+        "eos_token_id": tokenizer::EOS_ID,
+        "pad_token_id": tokenizer::PAD_ID,
+    });
+    writer.side_file("generation_config.json", &json(&generation)?)?;
+    writer.finish(&raw)?;
+    Ok(recent)
+}

@@ -1,0 +1,70 @@
+//! Progress bars and interruption: the only place that draws on the terminal while work goes on.
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static STOP: AtomicBool = AtomicBool::new(false);
+static QUIET: OnceLock<bool> = OnceLock::new();
+
+/// Catches Ctrl-C and SIGTERM: long work ends at its next safe point and can be resumed.
+///
+/// # Errors
+/// If the handler cannot be installed.
+pub fn catch_interrupts() -> anyhow::Result<()> {
+    Ok(ctrlc::set_handler(|| STOP.store(true, Ordering::Relaxed))?)
+}
+
+/// Whether the user asked to stop.
+pub fn stopped() -> bool {
+    STOP.load(Ordering::Relaxed)
+}
+
+/// Draws no bars from now on.
+pub fn set_quiet(quiet: bool) {
+    let _ = QUIET.set(quiet);
+}
+
+/// A bar of one piece of work.
+pub struct Progress(ProgressBar);
+
+impl Progress {
+    /// A bar named `what` of `total` steps; invisible when quiet or without a terminal.
+    pub fn new(what: &str, total: usize) -> Self {
+        let target = match QUIET.get() {
+            Some(true) => ProgressDrawTarget::hidden(),
+            _ => ProgressDrawTarget::stderr(),
+        };
+        let bar = ProgressBar::with_draw_target(Some(total as u64), target);
+        let style = "{prefix:>10} {bar:30.cyan/blue} {pos}/{len} {elapsed}<{eta} {msg}";
+        // The template is a constant; should it ever not parse, the default style serves.
+        bar.set_style(
+            ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()),
+        );
+        bar.set_prefix(what.to_owned());
+        Self(bar)
+    }
+
+    /// Shows `done` of the total and answers whether to go on.
+    pub fn at(&self, done: usize) -> bool {
+        self.0.set_position(done as u64);
+        !stopped()
+    }
+
+    /// As [`Progress::at`], with the total, for callers that learn it late.
+    pub fn of(&self, done: usize, total: usize) -> bool {
+        self.0.set_length(total as u64);
+        self.at(done)
+    }
+
+    /// A word beside the bar.
+    pub fn note(&self, text: String) {
+        self.0.set_message(text);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}

@@ -1,0 +1,182 @@
+//! The pictures with one square per expert, their legend, and the same layer by layer in numbers.
+
+use lightmoe_compress::plan::{LayerPlan, Plan, SlotForm, SlotPlan};
+use serde::Serialize;
+
+use super::LayerCoverage;
+use super::svg::{self, Cell, Row};
+use super::table::thousands;
+
+/// Colours for groups; a group beyond them takes the first again, and its number tells it apart.
+const COLOURS: usize = 8;
+
+/// An entry of the legend.
+#[derive(Serialize)]
+pub(super) struct Swatch {
+    class: String,
+    label: String,
+}
+
+/// A row of the table of layers.
+#[derive(Serialize)]
+pub(super) struct LayerRow {
+    layer: usize,
+    kept: usize,
+    replaced: usize,
+    groups: String,
+    silent: String,
+    threshold: String,
+    norm: String,
+}
+
+fn class_of(form: SlotForm) -> String {
+    match (form.is_replaced(), form.group()) {
+        (false, _) => "kept".to_owned(),
+        (true, Some(group)) => format!("g{}", group % COLOURS),
+        (true, None) => "alone".to_owned(),
+    }
+}
+
+/// One square per expert, coloured by what becomes of it.
+pub(super) fn experts<'a>(
+    plan: &Plan,
+    seen: &dyn Fn(usize) -> Option<&'a LayerCoverage>,
+    experts: usize,
+    replaced: usize,
+) -> String {
+    let cell = |layer: usize, slot: &SlotPlan| {
+        let (mut class, mut text) = (class_of(slot.form), String::new());
+        let mut title = format!("Layer {layer}, expert {}: ", slot.expert);
+        match slot.form {
+            SlotForm::Adapted {
+                group,
+                rank,
+                dominant,
+            } => {
+                match group {
+                    Some(group) => {
+                        title += &format!("replaced, group {group}");
+                        text = group.to_string();
+                    }
+                    None => title += "replaced, no shared base",
+                }
+                if dominant {
+                    title += " (dominant)";
+                    class += " dominant";
+                }
+                title += &format!(", rank {rank}");
+            }
+            SlotForm::Dense => title += "kept",
+        }
+        title += &format!(", score {:.4}", slot.score);
+        let tokens = seen(layer).and_then(|c| c.tokens_per_expert.get(slot.expert));
+        if let Some(&tokens) = tokens {
+            title += &format!(", {} tokens", thousands(tokens));
+        }
+        Cell {
+            class,
+            opacity: 1.0,
+            text,
+            crossed: false,
+            title,
+        }
+    };
+    let rows: Vec<_> = plan
+        .layers
+        .iter()
+        .map(|layer| Row {
+            label: layer.layer.to_string(),
+            cells: layer.slots.iter().map(|s| cell(layer.layer, s)).collect(),
+        })
+        .collect();
+    let describe = format!(
+        "Experts by layer: {replaced} of {experts} are replaced; the table below counts them"
+    );
+    svg::grid(&describe, &rows)
+}
+
+/// Only the kinds of expert that occur.
+pub(super) fn legend(plan: &Plan) -> Vec<Swatch> {
+    let slots = || plan.layers.iter().flat_map(|l| &l.slots);
+    let swatch = |class: &str, label: String| Swatch {
+        class: class.to_owned(),
+        label,
+    };
+    let mut legend = Vec::new();
+    if slots().any(|s| !s.form.is_replaced()) {
+        legend.push(swatch("kept", "kept".to_owned()));
+    }
+    let groups = slots().filter_map(|s| s.form.group()).max();
+    for group in 0..groups.map_or(0, |g| g + 1) {
+        let class = format!("g{}", group % COLOURS);
+        legend.push(swatch(&class, format!("group {group}")));
+    }
+    if slots().any(|s| s.form.is_replaced() && s.form.group().is_none()) {
+        legend.push(swatch("alone", "replaced, no shared base".to_owned()));
+    }
+    if groups.is_some() {
+        legend.push(swatch("dominant", "dominant of its group".to_owned()));
+    }
+    legend
+}
+
+/// A layer in numbers; `silent` experts saw no tokens.
+pub(super) fn layer_row(layer: &LayerPlan, silent: Option<usize>) -> LayerRow {
+    let sizes = (0..layer.groups).map(|g| layer.members(g).count().to_string());
+    let sizes: Vec<_> = sizes.collect();
+    let number = |value: Option<f64>| value.map_or("–".to_owned(), |v| format!("{v:.4}"));
+    LayerRow {
+        layer: layer.layer,
+        kept: layer.slots.len() - layer.replaced(),
+        replaced: layer.replaced(),
+        groups: if sizes.is_empty() {
+            "–".to_owned()
+        } else {
+            sizes.join(" + ")
+        },
+        silent: silent.map_or("–".to_owned(), |n| n.to_string()),
+        threshold: number(layer.threshold),
+        norm: number(layer.router_norm),
+    }
+}
+
+/// Tokens per expert; the fill grows with the square root, so that rare experts stay visible.
+pub(super) fn coverage(coverage: &[LayerCoverage]) -> String {
+    let most = coverage.iter().flat_map(|c| &c.tokens_per_expert).max();
+    let most = most.copied().unwrap_or(0).max(1) as f64;
+    let row = |layer: &LayerCoverage| {
+        let cell = |(expert, &tokens): (usize, &u64)| {
+            let mut title = format!(
+                "Layer {}, expert {expert}: {} tokens",
+                layer.layer,
+                thousands(tokens)
+            );
+            if let Some(share) = layer.share.get(expert) {
+                title += &format!(", {:.2}% of the layer's gate mass", 100.0 * share);
+            }
+            Cell {
+                class: if tokens == 0 { "silent" } else { "heat" }.to_owned(),
+                opacity: if tokens == 0 {
+                    1.0
+                } else {
+                    0.05 + 0.95 * (tokens as f64 / most).sqrt()
+                },
+                text: String::new(),
+                crossed: tokens == 0,
+                title,
+            }
+        };
+        Row {
+            label: layer.layer.to_string(),
+            cells: layer
+                .tokens_per_expert
+                .iter()
+                .enumerate()
+                .map(cell)
+                .collect(),
+        }
+    };
+    let rows: Vec<_> = coverage.iter().map(row).collect();
+    let describe = "Tokens per expert and layer; the table above counts the experts without tokens";
+    svg::grid(describe, &rows)
+}

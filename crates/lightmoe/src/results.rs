@@ -1,0 +1,331 @@
+//! `results.json`: what a run did to the model, in numbers, and the verdict drawn from them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+
+/// Version of the layout of `results.json`.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// The scores of one stage: task, then metric.
+pub type TaskScores = BTreeMap<String, BTreeMap<String, Score>>;
+
+/// The whole of `results.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// Version of the program that wrote it.
+    pub lightmoe_version: String,
+    /// The model's name or folder, as given.
+    pub model: String,
+    /// The task that the model was compressed for.
+    pub task: String,
+    /// The method's name.
+    pub method: String,
+    /// The seed of every random choice.
+    pub seed: u64,
+    /// How much smaller the model became.
+    pub ratio: Ratio,
+    /// Parameter counts.
+    pub parameters: Parameters,
+    /// Bytes of the weights on disk.
+    pub bytes: Bytes,
+    /// Scores of the original, the built and the recovered model; a stage may be missing.
+    pub stages: BTreeMap<Stage, TaskScores>,
+    /// Wall-clock seconds of each step of the run.
+    pub seconds: BTreeMap<String, f64>,
+    /// Greatest resident memory of the run.
+    pub peak_rss_bytes: u64,
+    /// Greatest resident memory while each step ran.
+    pub peak_rss_by_stage: BTreeMap<String, u64>,
+    /// Hash of all that the numbers depend on.
+    pub fingerprint: String,
+    /// When the run ended, where it was noted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub date: Option<String>,
+}
+
+/// How much smaller the model became, as a share of all its parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Ratio {
+    /// What was asked for; `None` where a threshold was given instead.
+    pub target: Option<f64>,
+    /// What was reached.
+    pub achieved: f64,
+}
+
+/// Parameter counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parameters {
+    /// Of the original model.
+    pub before: u64,
+    /// Of the exported model.
+    pub after: u64,
+    /// Trained during recovery.
+    pub trained: u64,
+}
+
+/// Bytes of the weights on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bytes {
+    /// Of the original model.
+    pub before: u64,
+    /// Of the compressed model.
+    pub after: u64,
+}
+
+/// A state of the model that is scored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// As it was given.
+    Original,
+    /// Compressed, before any training.
+    Built,
+    /// Compressed and trained.
+    Recovered,
+}
+
+impl Stage {
+    /// Every state, in the order in which a run passes through them.
+    pub const ALL: [Self; 3] = [Self::Original, Self::Built, Self::Recovered];
+
+    /// The name in `results.json` and in tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Original => "original",
+            Self::Built => "built",
+            Self::Recovered => "recovered",
+        }
+    }
+}
+
+/// One metric of one task.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    /// The estimate.
+    pub value: f64,
+    /// Its standard error.
+    pub stderr: f64,
+    /// Test items behind it.
+    pub n: u64,
+}
+
+impl Score {
+    /// `0.554 ± 0.022`, with `digits` after the point.
+    pub fn show(&self, digits: usize) -> String {
+        format!("{:.digits$} ± {:.digits$}", self.value, self.stderr)
+    }
+}
+
+/// Digits after the point for a metric: one for percentages such as chrF, else three.
+pub fn digits(metric: &str) -> usize {
+    if metric.contains("chrf") { 1 } else { 3 }
+}
+
+/// Whether a smaller value of the metric is the better one.
+pub fn lower_is_better(metric: &str) -> bool {
+    ["nll", "loss", "perplexity"]
+        .iter()
+        .any(|part| metric.contains(part))
+}
+
+/// How the recovered model stands to the original one on one metric.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Comparison {
+    /// The metric.
+    pub metric: String,
+    /// The original model's score.
+    pub original: Score,
+    /// The recovered model's score.
+    pub recovered: Score,
+    /// Two standard errors of the difference, the two scores taken as independent.
+    pub margin: f64,
+    /// What follows.
+    pub outcome: Outcome,
+}
+
+/// What two scores and their standard errors say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Better by more than two standard errors.
+    Better,
+    /// No difference of more than two standard errors.
+    Within,
+    /// Worse by more than two standard errors.
+    Worse,
+}
+
+impl Comparison {
+    fn new(metric: &str, original: Score, recovered: Score) -> Self {
+        let margin = 2.0 * original.stderr.hypot(recovered.stderr);
+        let difference = recovered.value - original.value;
+        let gain = if lower_is_better(metric) {
+            -difference
+        } else {
+            difference
+        };
+        let outcome = if gain.abs() <= margin {
+            Outcome::Within
+        } else if gain > 0.0 {
+            Outcome::Better
+        } else {
+            Outcome::Worse
+        };
+        Self {
+            metric: metric.to_owned(),
+            original,
+            recovered,
+            margin,
+            outcome,
+        }
+    }
+}
+
+impl fmt::Display for Comparison {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let digits = digits(&self.metric);
+        let Self {
+            metric,
+            original,
+            recovered,
+            ..
+        } = self;
+        write!(
+            f,
+            "{metric} {:.digits$} against {:.digits$}: ",
+            recovered.value, original.value
+        )?;
+        let gap = (recovered.value - original.value).abs();
+        match self.outcome {
+            Outcome::Within => write!(f, "within two standard errors"),
+            Outcome::Better => write!(f, "better by {gap:.digits$}"),
+            Outcome::Worse => write!(f, "worse by {gap:.digits$}"),
+        }?;
+        write!(f, " (± {:.digits$}, n = {})", self.margin, recovered.n)
+    }
+}
+
+/// The advice that the scores on the run's own task support.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Verdict {
+    /// No metric got worse by more than two standard errors.
+    Go(Vec<Comparison>),
+    /// At least one did.
+    NoGo(Vec<Comparison>),
+    /// The original or the recovered model was not scored on at least two items of the task.
+    Unknown,
+}
+
+impl Verdict {
+    /// `Go`, `No-go` or `Undecided`.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Go(_) => "Go",
+            Self::NoGo(_) => "No-go",
+            Self::Unknown => "Undecided",
+        }
+    }
+
+    /// The verdict as a sentence.
+    pub fn sentence(&self) -> &'static str {
+        match self {
+            Self::Go(_) => "no loss of more than two standard errors was measured",
+            Self::NoGo(_) => "a loss of more than two standard errors was measured",
+            Self::Unknown => {
+                "the original and the recovered model were not both scored on enough items"
+            }
+        }
+    }
+
+    /// The comparisons behind it.
+    pub fn comparisons(&self) -> &[Comparison] {
+        match self {
+            Self::Go(list) | Self::NoGo(list) => list,
+            Self::Unknown => &[],
+        }
+    }
+}
+
+impl Results {
+    /// Compares the recovered with the original model on every metric of the run's task.
+    pub fn verdict(&self) -> Verdict {
+        let scores = |stage| self.stages.get(&stage).and_then(|s| s.get(&self.task));
+        let (Some(original), Some(recovered)) = (scores(Stage::Original), scores(Stage::Recovered))
+        else {
+            return Verdict::Unknown;
+        };
+        let comparisons: Vec<_> = original
+            .iter()
+            .filter_map(|(metric, &before)| {
+                // One item has no standard error, so nothing follows from it.
+                let after = *recovered.get(metric)?;
+                let enough = before.n > 1 && after.n > 1;
+                enough.then(|| Comparison::new(metric, before, after))
+            })
+            .collect();
+        if comparisons.is_empty() {
+            Verdict::Unknown
+        } else if comparisons.iter().any(|c| c.outcome == Outcome::Worse) {
+            Verdict::NoGo(comparisons)
+        } else {
+            Verdict::Go(comparisons)
+        }
+    }
+
+    /// The file's text: indented JSON.
+    ///
+    /// # Errors
+    /// If a number is not finite: JSON cannot hold it.
+    pub fn to_json(&self) -> Result<String> {
+        let scores = self.stages.values().flat_map(|tasks| tasks.values());
+        for (metric, score) in scores.flatten() {
+            ensure!(
+                score.value.is_finite() && score.stderr.is_finite(),
+                "`{metric}` is {}: the model gives no numbers any more; lower the learning rate \
+                 and recover again",
+                score.show(digits(metric))
+            );
+        }
+        Ok(serde_json::to_string_pretty(self)? + "\n")
+    }
+
+    /// Writes the file, atomically.
+    ///
+    /// # Errors
+    /// If it cannot be written, or as [`Results::to_json`].
+    pub fn save(&self, path: &Path) -> Result<()> {
+        lightmoe_models::folder::write_file(path, self.to_json()?.as_bytes())?;
+        Ok(())
+    }
+
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// If it cannot be read, is no such file, or is of another version.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path)
+            .with_context(|| format!("cannot read `{}`; check the path", path.display()))?;
+        let results: Self = serde_json::from_str(&text).with_context(|| {
+            format!(
+                "`{}` is no results file; evaluate the run again",
+                path.display()
+            )
+        })?;
+        ensure!(
+            results.schema_version == SCHEMA_VERSION,
+            "`{}` has schema version {}, expected {SCHEMA_VERSION}; evaluate the run again",
+            path.display(),
+            results.schema_version
+        );
+        Ok(results)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,298 @@
+//! The expert bank against the formula of LightMoE, token by token and slot by slot, with the
+//! weights read by name from the checkpoints.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use candle_core::{DType, Device, Tensor};
+use lightmoe_models::{Bank, Checkpoint, Decoder, SlotLayout, load_experts, names};
+use serde_json::json;
+use support::{
+    DENSE, FORMS, Folder, Form, PROJECTIONS, Random, adapted, annealing, assert_close, config,
+    config_with, logits, stacks, values,
+};
+
+const F32: f64 = 1e-5;
+const F64: f64 = 1e-12;
+
+struct Matrix {
+    rows: usize,
+    values: Vec<f64>,
+}
+
+impl Matrix {
+    fn zero(rows: usize, columns: usize) -> Self {
+        let values = vec![0.0; rows * columns];
+        Self { rows, values }
+    }
+
+    fn read(checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Self {
+        let values = values(&checkpoint.tensor(name, &shape).unwrap());
+        Self {
+            rows: shape[0],
+            values,
+        }
+    }
+
+    fn add(&mut self, factor: f64, other: &Self) {
+        for (a, b) in self.values.iter_mut().zip(&other.values) {
+            *a += factor * b;
+        }
+    }
+
+    fn times(&self, x: &[f64]) -> Vec<f64> {
+        let row = |r: &[f64]| r.iter().zip(x).map(|(a, b)| a * b).sum();
+        self.values.chunks(x.len()).map(row).collect()
+    }
+
+    fn product(&self, other: &Self) -> Self {
+        let (n, k) = (self.rows, other.rows);
+        let columns = other.values.len() / k;
+        let mut out = Self::zero(n, columns);
+        for i in 0..n {
+            for j in 0..columns {
+                out.values[i * columns + j] = (0..k)
+                    .map(|l| self.values[i * k + l] * other.values[l * columns + j])
+                    .sum();
+            }
+        }
+        out
+    }
+}
+
+/// Gate, up and down of one slot: `W` if dense, otherwise `β·W + (1−β)·B + U·V`.
+fn slot(
+    compressed: &Checkpoint,
+    original: &Checkpoint,
+    (layer, expert): (usize, usize),
+    beta: f64,
+) -> [Matrix; 3] {
+    let (h, f) = (16, 12);
+    PROJECTIONS.map(|p| {
+        let shape = if p == "down_proj" { [h, f] } else { [f, h] };
+        match compressed.layout().layers[&layer].slots[expert] {
+            SlotLayout::Dense => Matrix::read(compressed, &names::expert(layer, expert, p), shape),
+            SlotLayout::Adapted { group, rank } => {
+                let mut whole = Matrix::zero(shape[0], shape[1]);
+                if beta > 0.0 {
+                    let name = names::expert(layer, expert, p);
+                    whole.add(beta, &Matrix::read(original, &name, shape));
+                }
+                if let Some(g) = group {
+                    let base = Matrix::read(compressed, &names::base(layer, g, p), shape);
+                    whole.add(1.0 - beta, &base);
+                }
+                if rank > 0 {
+                    let name = |ab| names::expert(layer, expert, &format!("{p}.lora_{ab}"));
+                    let v = Matrix::read(compressed, &name("A"), [rank, shape[1]]);
+                    let u = Matrix::read(compressed, &name("B"), [shape[0], rank]);
+                    whole.add(1.0, &u.product(&v));
+                }
+                whole
+            }
+        }
+    })
+}
+
+/// Compares the bank of a layer with the formula, in both element types.
+#[track_caller]
+fn check(
+    (compressed, original): (&Checkpoint, &Checkpoint),
+    (layer, beta): (usize, f64),
+    chosen: &[u32],
+    k: usize,
+) {
+    let tokens = chosen.len() / k;
+    let mut random = Random::new(11);
+    let x = random.tensor(&[tokens, 16], 0.0, 1.0);
+    let gates = random.tensor(&[tokens * k], 0.5, 0.4);
+    let (xs, gs) = (values(&x), values(&gates));
+    let slots: Vec<_> = (0..8)
+        .map(|e| slot(compressed, original, (layer, e), beta))
+        .collect();
+    let mut expected = vec![0.0; tokens * 16];
+    for (pair, &expert) in chosen.iter().enumerate() {
+        let token = pair / k * 16..(pair / k + 1) * 16;
+        let [gate, up, down] = &slots[expert as usize];
+        let (gate, up) = (gate.times(&xs[token.clone()]), up.times(&xs[token.clone()]));
+        let inner: Vec<f64> = gate
+            .iter()
+            .zip(up)
+            .map(|(g, u)| g / (1.0 + (-g).exp()) * u)
+            .collect();
+        for (y, d) in expected[token].iter_mut().zip(down.times(&inner)) {
+            *y += gs[pair] * d;
+        }
+    }
+    let expected = Tensor::from_vec(expected, (tokens, 16), &Device::Cpu).unwrap();
+    let mut bank = annealing(compressed, original, beta)
+        .layers
+        .remove(layer)
+        .bank;
+    assert_close(&bank.forward(&x, &gates, chosen).unwrap(), &expected, F32);
+    for stack in stacks(&mut bank) {
+        *stack = stack.map(|t| Ok(t.to_dtype(DType::F64)?)).unwrap();
+    }
+    let (x, gates) = (x.to_dtype(DType::F64), gates.to_dtype(DType::F64));
+    let ours = bank.forward(&x.unwrap(), &gates.unwrap(), chosen).unwrap();
+    assert_close(&ours, &expected, F64);
+}
+
+#[test]
+fn the_bank_computes_the_formula() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    for form in FORMS {
+        let compressed = folder.compressed(&original, form.slots());
+        let both = (&compressed, &original);
+        for layer in 0..2 {
+            for beta in [1.0, 0.7, 0.0] {
+                let mut random = Random::new(3);
+                for k in [1, 2, 8] {
+                    let chosen = random.choices(9, 8, k);
+                    check(both, (layer, beta), &chosen, k);
+                    // One token, so that all slots but K are idle.
+                    check(both, (layer, beta), &chosen[..k], k);
+                }
+                // Each slot by itself: everything else of the bank is idle.
+                for expert in 0..8 {
+                    check(both, (layer, beta), &[expert; 3], 1);
+                }
+                // A token whose slots share a base, beside tokens that do not.
+                check(both, (layer, beta), &[0, 4, 5, 7, 3, 1, 2, 6], 2);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_bank_without_tokens_is_an_error() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let bank = &Decoder::load(&original).unwrap().layers[0].bank;
+    let x = Tensor::zeros((0, 16), DType::F32, &Device::Cpu).unwrap();
+    let gates = Tensor::zeros(0, DType::F32, &Device::Cpu).unwrap();
+    let message = bank.forward(&x, &gates, &[]).unwrap_err().to_string();
+    assert!(message.contains("no tokens"), "{message}");
+}
+
+fn zero_adapters(model: &mut Decoder) {
+    for layer in &mut model.layers {
+        let b = layer.bank.adapters.iter_mut().flat_map(|a| a.b.named_mut());
+        for (_, tensor) in b {
+            *tensor = tensor.zeros_like().unwrap();
+        }
+    }
+}
+
+#[test]
+fn training_starts_at_the_original_model() {
+    for k in [1, 2, 8] {
+        let folder = Folder::new();
+        let original = folder.original(&config_with(json!({"num_experts_per_tok": k})));
+        let ids = Random::new(2).ids(12);
+        let expected = logits(&Decoder::load(&original).unwrap(), &ids, 1);
+        for form in FORMS {
+            let compressed = folder.compressed(&original, form.slots());
+            let mut model = annealing(&compressed, &original, 1.0);
+            if form.has_adapters() {
+                let changed = values(&logits(&model, &ids, 1));
+                assert_ne!(changed, values(&expected), "the adapters do nothing");
+            }
+            zero_adapters(&mut model);
+            assert_close(&logits(&model, &ids, 1), &expected, F32);
+        }
+    }
+}
+
+#[test]
+fn training_ends_without_the_originals() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let ids = Random::new(2).ids(12);
+    for form in FORMS {
+        let compressed = folder.compressed(&original, form.slots());
+        let expected = logits(&Decoder::load(&compressed).unwrap(), &ids, 1);
+        let mut model = annealing(&compressed, &original, 0.5);
+        for layer in &mut model.layers {
+            let bank = &mut layer.bank;
+            let poison = |t: &Tensor| Ok((t * f64::NAN)?);
+            bank.originals = bank.originals.as_ref().map(|w| w.map(poison).unwrap());
+        }
+        assert!(values(&logits(&model, &ids, 1)).iter().any(|v| v.is_nan()));
+        for layer in &mut model.layers {
+            layer.bank.anneal(0.0);
+            assert!(layer.bank.originals.is_none());
+        }
+        assert_eq!(values(&logits(&model, &ids, 1)), values(&expected));
+    }
+}
+
+#[test]
+fn a_share_outside_its_range_is_brought_into_it() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let compressed = folder.compressed(&original, Form::Mixed.slots());
+    for (asked, beta) in [(1.5, 1.0), (-0.5, 0.0), (-0.0, 0.0), (0.25, 0.25)] {
+        let bank = &annealing(&compressed, &original, asked).layers[0].bank;
+        assert_eq!(bank.beta, beta);
+        assert_eq!(bank.originals.is_some(), beta > 0.0);
+    }
+}
+
+#[test]
+fn originals_that_are_needed_and_not_there_are_an_error() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let compressed = folder.compressed(&original, Form::Mixed.slots());
+    let mut model = Decoder::load(&compressed).unwrap();
+    model.layers[0].bank.anneal(0.5);
+    let tokens = lightmoe_models::Tokens::one(&[1, 2, 3, 4, 5, 6, 7]);
+    let message = model
+        .forward(tokens, None, &mut |_, _, _| Ok(()))
+        .unwrap_err()
+        .to_string();
+    assert!(message.contains("originals"), "{message}");
+}
+
+/// One base, rank zero: the plain merge of M-SMoE (checklist 10).
+#[test]
+fn a_merge_is_the_model_whose_experts_all_hold_the_base() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let merged = vec![adapted(0, 0); 8];
+    let compressed = folder.compressed(&original, [merged.clone(), merged]);
+    let mut expected = Decoder::load(&original).unwrap();
+    for (l, layer) in expected.layers.iter_mut().enumerate() {
+        let dense = layer.bank.dense.as_mut().unwrap();
+        for (p, stack) in dense.named_mut() {
+            let shape = &stack.dims()[1..];
+            let base = compressed.tensor(&names::base(l, 0, p), shape).unwrap();
+            *stack = Tensor::stack(&[&base; 8], 0).unwrap();
+        }
+    }
+    let (model, ids) = (Decoder::load(&compressed).unwrap(), Random::new(2).ids(12));
+    assert!(model.layers[0].bank.adapters.is_none() && model.layers[0].bank.dense.is_none());
+    assert_close(&logits(&model, &ids, 1), &logits(&expected, &ids, 1), F32);
+}
+
+/// Positions and numbers: dense first, then by group, then by number.
+#[test]
+fn positions_are_sorted_by_form_and_group() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let mixed = folder.compressed(&original, Form::Mixed.slots());
+    let layout = mixed.layout().layers[&1].clone();
+    let bank = Bank::load(&mixed, 1, &layout).unwrap();
+    assert_eq!(bank.dense_experts(), [0, 4, 6]);
+    assert_eq!(bank.adapted_experts(), [2, 3, 1, 5, 7]);
+    assert_eq!(bank.groups(), [0, 1, 2, 2, 2]);
+    assert_eq!((bank.len(), bank.is_empty()), (8, false));
+    assert!(load_experts(&original, 0, &[]).unwrap().is_none());
+    let slots = [vec![adapted(None, 1); 8], vec![DENSE; 8]];
+    let compressed = folder.compressed(&original, slots);
+    let model = Decoder::load(&compressed).unwrap();
+    assert!(model.layers[0].bank.dense_experts().is_empty());
+    assert!(model.layers[0].bank.groups().is_empty());
+    assert!(model.layers[1].bank.adapted_experts().is_empty());
+}

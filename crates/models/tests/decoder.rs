@@ -1,0 +1,334 @@
+//! The whole model: batches, padding, the cache, generation, and what is written of it.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use candle_core::{DType, Tensor, Var};
+use lightmoe_models::{
+    Adapters, BankLayout, CheckpointWriter, Decoder, GenerateOptions, Tokens, generate, names,
+};
+use std::path::Path;
+use support::{
+    FORMS, Folder, Form, PROJECTIONS, Random, annealing, assert_close, config, config_with, logits,
+    open, values,
+};
+
+/// f32, the same sums in another order.
+const TOLERANCE: f64 = 1e-5;
+
+fn mixed(folder: &Folder) -> Decoder {
+    let original = folder.original(&config());
+    Decoder::load(&folder.compressed(&original, Form::Mixed.slots())).unwrap()
+}
+
+fn rows(tensor: &Tensor, first: usize, count: usize) -> Tensor {
+    tensor.narrow(0, first, count).unwrap()
+}
+
+#[test]
+fn a_row_of_a_batch_is_the_row_alone() {
+    let folder = Folder::new();
+    let (model, ids) = (mixed(&folder), Random::new(4).ids(22));
+    let both = logits(&model, &ids, 2);
+    for row in 0..2 {
+        let alone = logits(&model, &ids[row * 11..][..11], 1);
+        assert_close(&rows(&both, row * 11, 11), &alone, TOLERANCE);
+    }
+}
+
+#[test]
+fn padding_on_the_right_changes_nothing_on_the_left() {
+    let folder = Folder::new();
+    let (model, mut ids) = (mixed(&folder), Random::new(4).ids(12));
+    let before = logits(&model, &ids, 1);
+    for pad in [1, 17] {
+        ids.truncate(7);
+        ids.resize(12, pad);
+        assert_close(
+            &rows(&logits(&model, &ids, 1), 0, 7),
+            &rows(&before, 0, 7),
+            TOLERANCE,
+        );
+    }
+    // The last position does see them.
+    let after = values(&rows(&logits(&model, &ids, 1), 11, 1));
+    assert_ne!(after, values(&rows(&before, 11, 1)));
+}
+
+#[test]
+fn chunks_with_a_cache_equal_one_pass() {
+    let folder = Folder::new();
+    let model = mixed(&folder);
+    let ids = Random::new(4).ids(24);
+    let (first, second) = ids.split_at(12);
+    let whole = logits(&model, &ids, 2);
+    for chunks in [vec![1; 12], vec![5, 1, 4, 2], vec![11, 1], vec![12]] {
+        let (mut cache, mut at) = (model.cache(), 0);
+        for n in chunks {
+            let chunk = [&first[at..at + n], &second[at..at + n]].concat();
+            let tokens = Tokens {
+                ids: &chunk,
+                rows: 2,
+            };
+            let hidden = model
+                .forward(tokens, Some(&mut cache), &mut |_, _, _| Ok(()))
+                .unwrap();
+            let ours = model.logits(&hidden).unwrap();
+            for row in 0..2 {
+                let expected = rows(&whole, row * 12 + at, n);
+                assert_close(&rows(&ours, row * n, n), &expected, TOLERANCE);
+            }
+            at += n;
+        }
+    }
+}
+
+#[test]
+fn a_cache_keeps_no_history_for_gradients() {
+    let folder = Folder::new();
+    // Of dense slots alone, so that every token has a graph of one size.
+    let mut model = Decoder::load(&folder.original(&config())).unwrap();
+    model
+        .visit(&mut |_, _, tensor| {
+            *tensor = Var::from_tensor(tensor)?.into_inner();
+            Ok(())
+        })
+        .unwrap();
+    let mut cache = model.cache();
+    let mut step = |ids: &[u32]| {
+        let hidden = model.forward(Tokens::one(ids), Some(&mut cache), &mut |_, _, _| Ok(()));
+        hidden.unwrap().sum_all().unwrap().sorted_nodes().len()
+    };
+    let (first, second, third) = (step(&[1]), step(&[2]), step(&[3]));
+    assert!(first > 20, "no graph to compare");
+    // From the second step on, the joint of the old and the new is there too.
+    assert!(second < first + 20, "{first} {second}");
+    assert_eq!(third, second);
+}
+
+#[test]
+fn what_cannot_be_run_is_an_error_that_says_what_to_do() {
+    let folder = Folder::new();
+    let model = mixed(&folder);
+    let other = folder.original(&config_with(serde_json::json!({"num_hidden_layers": 1})));
+    let mut short = Decoder::load(&other).unwrap().cache();
+    let fail = |ids: &[u32], rows, cache: Option<&mut _>, word: &str| {
+        let tokens = Tokens { ids, rows };
+        let result = model.forward(tokens, cache, &mut |_, _, _| Ok(()));
+        let message = result.unwrap_err().to_string();
+        assert!(message.contains(word), "`{message}` lacks `{word}`");
+    };
+    fail(&[], 1, None, "at least one token");
+    fail(&[1, 2, 3], 2, None, "2 rows");
+    fail(&[1], 0, None, "0 rows");
+    fail(&[1, 24], 1, None, "tokenizer");
+    fail(&[1; 33], 1, None, "shorten");
+    fail(&[1], 1, Some(&mut short), "another model");
+}
+
+fn options() -> GenerateOptions {
+    GenerateOptions {
+        max_new_tokens: 9,
+        temperature: 0.0,
+        top_p: None,
+        seed: 7,
+        eos: None,
+    }
+}
+
+#[test]
+fn generation_of_a_batch_is_that_of_its_rows() {
+    let folder = Folder::new();
+    let model = mixed(&folder);
+    let prompts: Vec<_> = (0..3).map(|seed| Random::new(seed).ids(5)).collect();
+    let together = generate(&model, &prompts, &options(), &mut |_| true).unwrap();
+    for (prompt, ours) in prompts.iter().zip(&together) {
+        let alone = generate(
+            &model,
+            std::slice::from_ref(prompt),
+            &options(),
+            &mut |_| true,
+        )
+        .unwrap();
+        assert_eq!(&alone[0], ours);
+        // And that of a loop that knows no cache.
+        let mut ids = prompt.clone();
+        for &token in ours {
+            let all = values(&logits(&model, &ids, 1));
+            let last = &all[all.len() - 24..];
+            let best = (0..24).max_by(|&a, &b| last[a].total_cmp(&last[b]));
+            assert_eq!(best, Some(token as usize));
+            ids.push(token);
+        }
+    }
+    assert_ne!(together[0], together[1], "the prompts make no difference");
+}
+
+#[test]
+fn generation_stops_where_it_should() {
+    let folder = Folder::new();
+    let model = mixed(&folder);
+    let prompts: Vec<_> = (0..3).map(|seed| Random::new(seed).ids(5)).collect();
+    let free = generate(&model, &prompts, &options(), &mut |_| true).unwrap();
+    let mut options = options();
+    // After `eos`, which is not returned; the other rows go on.
+    options.eos = Some(free[0][3]);
+    let cut = |row: &[u32]| {
+        row.iter()
+            .copied()
+            .take_while(|&t| t != free[0][3])
+            .collect()
+    };
+    let expected: Vec<Vec<u32>> = free.iter().map(|row| cut(row)).collect();
+    assert!(expected[0].len() < 9);
+    let stopped = generate(&model, &prompts, &options, &mut |_| true).unwrap();
+    assert_eq!(stopped, expected);
+    // Where the caller says so.
+    options.eos = None;
+    let mut seen = Vec::new();
+    let each = &mut |token| {
+        seen.push(token);
+        seen.len() < 4
+    };
+    let stopped = generate(&model, &prompts, &options, each).unwrap();
+    assert_eq!((&stopped[0][..], &seen[..]), (&free[0][..4], &free[0][..4]));
+    // At the end of the context.
+    options.max_new_tokens = 1000;
+    let full = generate(&model, &prompts, &options, &mut |_| true).unwrap();
+    assert_eq!(full[0].len(), 32 - 5);
+    for prompt in [vec![1; 32], vec![]] {
+        generate(&model, &[prompt], &options, &mut |_| true).unwrap_err();
+    }
+    let uneven = [vec![1, 2], vec![1]];
+    generate(&model, &uneven, &options, &mut |_| true).unwrap_err();
+}
+
+#[test]
+fn sampling_follows_its_seed() {
+    let folder = Folder::new();
+    let model = mixed(&folder);
+    let prompt = [Random::new(1).ids(5)];
+    let sample = |seed, top_p| {
+        let options = GenerateOptions {
+            temperature: 1.5,
+            top_p,
+            seed,
+            ..options()
+        };
+        generate(&model, &prompt, &options, &mut |_| true).unwrap()
+    };
+    assert_eq!(sample(1, Some(0.9)), sample(1, Some(0.9)));
+    assert!((2..6).any(|seed| sample(seed, None) != sample(1, None)));
+    let greedy = generate(&model, &prompt, &options(), &mut |_| true).unwrap();
+    assert_eq!(sample(1, Some(1e-6)), greedy);
+}
+
+fn write(model: &Decoder, path: &Path, config: &serde_json::Value) -> Decoder {
+    let mut writer = CheckpointWriter::new(path, DType::F32).unwrap();
+    model.write(&mut writer).unwrap();
+    writer.finish(config).unwrap();
+    Decoder::load(&open(path)).unwrap()
+}
+
+#[test]
+fn a_written_model_is_the_model() {
+    let folder = Folder::new();
+    for tied in [false, true] {
+        let changes = serde_json::json!({"tie_word_embeddings": tied});
+        let original = folder.original(&config_with(changes));
+        for form in FORMS {
+            let checkpoint = folder.compressed(&original, form.slots());
+            let (model, ids) = (Decoder::load(&checkpoint).unwrap(), Random::new(6).ids(12));
+            let copy = write(&model, &folder.path("copy"), &model.config().raw);
+            assert_eq!(
+                values(&logits(&copy, &ids, 1)),
+                values(&logits(&model, &ids, 1))
+            );
+            assert_eq!(open(&folder.path("copy")).names(), checkpoint.names());
+        }
+    }
+}
+
+/// The `dense` export: everything multiplied out, written as a plain OLMoE checkpoint.
+#[test]
+fn a_multiplied_out_model_computes_the_same() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    for form in FORMS {
+        let compressed = folder.compressed(&original, form.slots());
+        for beta in [0.0, 0.3, 1.0] {
+            let mut model = annealing(&compressed, &original, beta);
+            attach_adapters(&mut model);
+            let mut all = Decoder::load(&original).unwrap().tensors().unwrap();
+            all.retain(|(name, _)| !name.contains(".experts."));
+            for (l, layer) in model.layers.iter().enumerate() {
+                let whole = layer.bank.materialise().unwrap();
+                for ((_, stack), p) in whole.named().into_iter().zip(PROJECTIONS) {
+                    assert_eq!(stack.dims()[0], 8);
+                    all.extend((0..8).map(|e| (names::expert(l, e, p), stack.get(e).unwrap())));
+                }
+            }
+            let plain = BankLayout::dense(model.config()).annotate(model.config());
+            let path = folder.write("dense", &all, &plain.unwrap());
+            assert_eq!(open(&path).names(), original.names());
+            let (dense, ids) = (Decoder::load(&open(&path)).unwrap(), Random::new(6).ids(12));
+            assert_close(
+                &logits(&dense, &ids, 1),
+                &logits(&model, &ids, 1),
+                TOLERANCE,
+            );
+        }
+    }
+}
+
+/// Adapters that do something, on every dense slot.
+fn attach_adapters(model: &mut Decoder) {
+    let (config, mut random) = (model.config().clone(), Random::new(9));
+    for (l, layer) in model.layers.iter_mut().enumerate() {
+        let bank = &mut layer.bank;
+        let experts = bank.dense_experts().to_vec();
+        bank.dense_adapters = Adapters::fresh(&config, l, &experts, 2, 1).unwrap();
+        for (_, b) in bank.dense_adapters.iter_mut().flat_map(|a| a.b.named_mut()) {
+            *b = random.tensor(b.dims(), 0.0, 0.5);
+        }
+    }
+}
+
+#[test]
+fn merged_adapters_of_kept_experts_compute_the_same() {
+    let folder = Folder::new();
+    for form in FORMS {
+        let original = folder.original(&config());
+        let compressed = folder.compressed(&original, form.slots());
+        let (mut model, ids) = (Decoder::load(&compressed).unwrap(), Random::new(6).ids(12));
+        let bare = logits(&model, &ids, 1);
+        attach_adapters(&mut model);
+        let expected = logits(&model, &ids, 1);
+        assert_ne!(values(&expected), values(&bare), "the adapters do nothing");
+        for layer in &mut model.layers {
+            layer.bank.merge_dense_adapters().unwrap();
+            assert!(layer.bank.dense_adapters.is_none());
+        }
+        assert_close(&logits(&model, &ids, 1), &expected, TOLERANCE);
+        let copy = write(&model, &folder.path("copy"), &model.config().raw);
+        assert_close(&logits(&copy, &ids, 1), &expected, TOLERANCE);
+        // Merging again changes nothing.
+        let before = values(&logits(&model, &ids, 1));
+        model.layers[1].bank.merge_dense_adapters().unwrap();
+        assert_eq!(values(&logits(&model, &ids, 1)), before);
+    }
+}
+
+#[test]
+fn a_model_that_is_more_than_its_checkpoint_is_not_written() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let compressed = folder.compressed(&original, Form::Mixed.slots());
+    let annealing = annealing(&compressed, &original, 0.1);
+    let mut adapted = Decoder::load(&compressed).unwrap();
+    attach_adapters(&mut adapted);
+    for model in [annealing, adapted] {
+        let message = model.tensors().unwrap_err().to_string();
+        assert!(message.contains("merge"), "{message}");
+    }
+}

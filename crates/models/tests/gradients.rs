@@ -1,0 +1,170 @@
+//! Finite differences in f64 through the whole model, for every kind of parameter, with originals
+//! attached at several shares (LightMoE checklist 8).
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use candle_core::{DType, Tensor, Var};
+use lightmoe_kernels::cross_entropy;
+use lightmoe_models::{Adapters, Decoder, ParameterKind, Tokens};
+use rand::Rng;
+use serde_json::json;
+use support::{Folder, Form, Random, annealing, config, config_with, stacks, values};
+
+const STEP: f64 = 1e-5;
+/// Relative to the largest gradient of the tensor: the truncation error of a central difference.
+const TOLERANCE: f64 = 1e-6;
+/// Random entries of each tensor that are compared, besides the one of the largest gradient.
+const ENTRIES: usize = 4;
+
+/// The model as f64 variables with adapters on its dense slots, and the variables' names.
+fn variables(mut model: Decoder) -> (Decoder, Vec<(String, ParameterKind, Var)>) {
+    let mut random = Random::new(5);
+    let config = model.config().clone();
+    for (l, layer) in model.layers.iter_mut().enumerate() {
+        let bank = &mut layer.bank;
+        let experts = bank.dense_experts().to_vec();
+        bank.dense_adapters = Adapters::fresh(&config, l, &experts, 2, 3).unwrap();
+        // A fresh `lora_B` is zero, which hides the gradient of `lora_A`.
+        for (_, b) in bank.dense_adapters.iter_mut().flat_map(|a| a.b.named_mut()) {
+            *b = random.tensor(b.dims(), 0.0, 0.5);
+        }
+        for stack in stacks(bank) {
+            *stack = stack.map(|t| Ok(t.to_dtype(DType::F64)?)).unwrap();
+        }
+    }
+    let mut vars = Vec::new();
+    model
+        .visit(&mut |name, kind, tensor| {
+            let var = Var::from_tensor(&tensor.to_dtype(DType::F64)?)?;
+            *tensor = var.as_tensor().clone();
+            vars.push((name.to_owned(), kind, var));
+            Ok(())
+        })
+        .unwrap();
+    (model, vars)
+}
+
+/// Loss of the next token, and every choice of the routers.
+fn loss(model: &Decoder, ids: &[u32]) -> (Tensor, Vec<u32>) {
+    let mut chosen = Vec::new();
+    let tokens = Tokens { ids, rows: 2 };
+    let hidden = model
+        .forward(tokens, None, &mut |_, _, routing| {
+            chosen.extend(&routing.chosen);
+            Ok(())
+        })
+        .unwrap();
+    let targets: Vec<u32> = ids.iter().map(|id| (id * 7 + 3) % 24).collect();
+    let nll = cross_entropy(&model.logits(&hidden).unwrap(), &targets).unwrap();
+    (nll.mean_all().unwrap(), chosen)
+}
+
+fn check(model: Decoder, beta: f64) -> Vec<ParameterKind> {
+    let (model, vars) = variables(model);
+    let mut random = Random::new(8);
+    let ids = random.ids(20);
+    let (whole, routed) = loss(&model, &ids);
+    let grads = whole.backward().unwrap();
+    for (name, kind, var) in &vars {
+        let original = values(var);
+        let difference = |entry: usize| {
+            let at = |step: f64| {
+                let mut moved = original.clone();
+                moved[entry] += step;
+                let moved = Tensor::from_vec(moved, var.shape(), var.device()).unwrap();
+                var.set(&moved).unwrap();
+                let (loss, chosen) = loss(&model, &ids);
+                assert_eq!(chosen, routed, "{name}: the step changed the routing");
+                loss.to_scalar::<f64>().unwrap()
+            };
+            let slope = (at(STEP) - at(-STEP)) / (2.0 * STEP);
+            at(0.0);
+            slope
+        };
+        let mut entries: Vec<usize> = (0..ENTRIES)
+            .map(|_| random.0.random_range(0..original.len()))
+            .collect();
+        let Some(grad) = grads.get(var) else {
+            // At β = 1 a base has no share; every other parameter takes part.
+            assert!(
+                beta == 1.0 && *kind == ParameterKind::Base,
+                "{name} at {beta}: no gradient"
+            );
+            for entry in entries {
+                assert_eq!(difference(entry), 0.0, "{name}");
+            }
+            continue;
+        };
+        let grad = values(grad);
+        let steepest = (0..grad.len()).max_by(|&a, &b| grad[a].abs().total_cmp(&grad[b].abs()));
+        entries.extend(steepest);
+        let scale = steepest.map_or(0.0, |e| grad[e].abs());
+        assert!(scale > 1e-6, "{name} at {beta}: gradient vanishes");
+        for entry in entries {
+            let (slope, grad) = (difference(entry), grad[entry]);
+            assert!(
+                (slope - grad).abs() <= TOLERANCE * scale + 1e-10,
+                "{name}[{entry}] at {beta}: gradient {grad}, slope {slope}"
+            );
+        }
+    }
+    vars.into_iter().map(|(_, kind, _)| kind).collect()
+}
+
+#[test]
+fn every_parameter_of_a_mixed_bank() {
+    use ParameterKind::{Adapter, Attention, Base, Embedding, Expert, Norm, Router};
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let compressed = folder.compressed(&original, Form::Mixed.slots());
+    for beta in [1.0, 0.5, 0.0] {
+        let kinds = check(annealing(&compressed, &original, beta), beta);
+        // 2 of the ends and a norm; in each layer 4, 4, 1 and 3 of attention, norms, router and
+        // dense experts, 3 of bases, and 2 · 6 of adapters.
+        let count = |kind| kinds.iter().filter(|k| **k == kind).count();
+        let counts = [Embedding, Attention, Norm, Router, Expert, Base, Adapter].map(count);
+        assert_eq!(counts, [2, 8, 9, 2, 6, 6, 24]);
+    }
+}
+
+#[test]
+fn every_parameter_of_the_other_banks() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    for form in [Form::NoBases, Form::Merge, Form::Extremes] {
+        let compressed = folder.compressed(&original, form.slots());
+        for beta in [0.5, 0.0] {
+            check(annealing(&compressed, &original, beta), beta);
+        }
+    }
+}
+
+#[test]
+fn grouped_queries_a_tied_head_and_renormalised_gates() {
+    let folder = Folder::new();
+    let original = folder.original(&config_with(json!({
+        "num_key_value_heads": 2, "tie_word_embeddings": true, "norm_topk_prob": true,
+        "num_experts_per_tok": 3,
+    })));
+    let compressed = folder.compressed(&original, Form::Mixed.slots());
+    check(annealing(&compressed, &original, 0.5), 0.5);
+}
+
+#[test]
+fn the_originals_are_frozen() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let compressed = folder.compressed(&original, Form::Mixed.slots());
+    let (model, vars) = variables(annealing(&compressed, &original, 0.5));
+    let grads = loss(&model, &Random::new(8).ids(20)).0.backward().unwrap();
+    let mut known = 0;
+    for layer in &model.layers {
+        for (_, tensor) in layer.bank.originals.as_ref().unwrap().named() {
+            assert!(grads.get(tensor).is_none());
+            assert!(vars.iter().all(|(_, _, var)| var.id() != tensor.id()));
+            known += 1;
+        }
+    }
+    assert_eq!(known, 6);
+}

@@ -1,0 +1,321 @@
+//! Small random OLMoE checkpoints, original and compressed, in a temporary folder.
+#![allow(dead_code, reason = "every test binary uses its own part")]
+
+use candle_core::{DType, Device, Tensor};
+use lightmoe_models::{
+    Bank, BankLayout, Checkpoint, CheckpointWriter, Decoder, LayerLayout, ModelConfig, Projections,
+    SlotLayout, Tokens, load_experts, names,
+};
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::{Value, json};
+use std::fs;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+pub const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+pub const DENSE: SlotLayout = SlotLayout::Dense;
+
+pub fn adapted(group: impl Into<Option<usize>>, rank: usize) -> SlotLayout {
+    let group = group.into();
+    SlotLayout::Adapted { group, rank }
+}
+
+/// Two layers of eight experts (`E = 8`, `K = 2`, `H = 16`, `F = 12`, 24 tokens).
+pub fn config() -> Value {
+    json!({
+        "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "hidden_act": "silu",
+        "vocab_size": 24, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 8,
+        "num_experts_per_tok": 2, "max_position_embeddings": 32, "rms_norm_eps": 1e-5,
+        "norm_topk_prob": false, "tie_word_embeddings": false, "eos_token_id": 0,
+    })
+}
+
+/// `config` with some keys changed.
+pub fn config_with(changes: Value) -> Value {
+    let mut config = config();
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    config
+}
+
+/// What the layers of the compressed models look like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Two and three groups beside dense slots.
+    Mixed,
+    /// Adapters alone replace some experts.
+    NoBases,
+    /// Bases alone: a plain merge.
+    Merge,
+    /// Every slot of the first layer adapted, none of the second.
+    Extremes,
+}
+
+pub const FORMS: [Form; 4] = [Form::Mixed, Form::NoBases, Form::Merge, Form::Extremes];
+
+impl Form {
+    /// The slots of layer 0 and 1; groups out of order, so that positions differ from numbers.
+    pub fn slots(self) -> [Vec<SlotLayout>; 2] {
+        let grouped = |groups: [i64; 8], rank| {
+            let slot = |g: i64| usize::try_from(g).map_or(DENSE, |g| adapted(g, rank));
+            groups.map(slot).to_vec()
+        };
+        let few = [adapted(None, 3), DENSE, adapted(None, 3), DENSE];
+        match self {
+            Self::Mixed => [
+                grouped([1, -1, 0, -1, 1, -1, 0, -1], 3),
+                grouped([-1, 2, 0, 1, -1, 2, -1, 2], 3),
+            ],
+            Self::NoBases => [few.repeat(2), few.repeat(2)],
+            Self::Merge => [
+                grouped([0, -1, 0, -1, 0, -1, 0, -1], 0),
+                grouped([1, 2, -1, 0, 0, 1, -1, 2], 0),
+            ],
+            Self::Extremes => [grouped([2, 1, 0, 0, 1, 2, 1, 0], 3), vec![DENSE; 8]],
+        }
+    }
+
+    pub fn has_adapters(self) -> bool {
+        self != Self::Merge
+    }
+}
+
+/// Random numbers: normal weights near zero, norms near one.
+pub struct Random(pub ChaCha8Rng);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(ChaCha8Rng::seed_from_u64(seed))
+    }
+
+    pub fn tensor(&mut self, shape: &[usize], center: f32, spread: f32) -> Tensor {
+        let values: Vec<f32> = (0..shape.iter().product())
+            .map(|_| center + self.0.random_range(-spread..spread))
+            .collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    pub fn ids(&mut self, count: usize) -> Vec<u32> {
+        (0..count).map(|_| self.0.random_range(0..24)).collect()
+    }
+
+    /// `k` different experts for each token.
+    pub fn choices(&mut self, tokens: usize, experts: usize, k: usize) -> Vec<u32> {
+        let mut chosen = Vec::new();
+        for _ in 0..tokens {
+            let mut all: Vec<u32> = (0..experts as u32).collect();
+            all.shuffle(&mut self.0);
+            chosen.extend(&all[..k]);
+        }
+        chosen
+    }
+}
+
+/// Every tensor that a checkpoint of this layout has.
+pub fn tensors(config: &ModelConfig, layout: &BankLayout, seed: u64) -> Vec<(String, Tensor)> {
+    let mut random = Random::new(seed);
+    let (v, h, f) = (
+        config.vocab_size,
+        config.hidden_size,
+        config.moe.intermediate_size,
+    );
+    let (q, kv) = (
+        config.num_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+    );
+    let mut out = Vec::new();
+    let mut weight = |name: String, shape: &[usize], spread: f32| {
+        out.push((name, random.tensor(shape, 0.0, spread)));
+    };
+    weight(names::EMBED.to_owned(), &[v, h], 1.0);
+    if !config.tie_word_embeddings {
+        weight(names::HEAD.to_owned(), &[v, h], 1.0);
+    }
+    let shape = |p: &str| if p == "down_proj" { [h, f] } else { [f, h] };
+    for (&l, layer) in &layout.layers {
+        weight(names::layer(l, "self_attn.q_proj"), &[q, h], 0.5);
+        weight(names::layer(l, "self_attn.k_proj"), &[kv, h], 0.5);
+        weight(names::layer(l, "self_attn.v_proj"), &[kv, h], 0.5);
+        weight(names::layer(l, "self_attn.o_proj"), &[h, q], 0.5);
+        weight(names::layer(l, "mlp.gate"), &[layer.slots.len(), h], 1.0);
+        for p in PROJECTIONS {
+            let [rows, columns] = shape(p);
+            for g in 0..layer.bases() {
+                weight(names::base(l, g, p), &[rows, columns], 0.5);
+            }
+            for (e, slot) in layer.slots.iter().enumerate() {
+                match *slot {
+                    SlotLayout::Dense => weight(names::expert(l, e, p), &[rows, columns], 0.5),
+                    SlotLayout::Adapted { rank: 0, .. } => {}
+                    SlotLayout::Adapted { rank, .. } => {
+                        let name = |ab: &str| names::expert(l, e, &format!("{p}.lora_{ab}"));
+                        weight(name("A"), &[rank, columns], 0.5);
+                        weight(name("B"), &[rows, rank], 0.5);
+                    }
+                }
+            }
+        }
+    }
+    let mut norm = |name: String, width: usize| {
+        out.push((name, random.tensor(&[width], 1.0, 0.3)));
+    };
+    norm(names::FINAL_NORM.to_owned(), h);
+    for &l in layout.layers.keys() {
+        norm(names::layer(l, "input_layernorm"), h);
+        norm(names::layer(l, "post_attention_layernorm"), h);
+        norm(names::layer(l, "self_attn.q_norm"), q);
+        norm(names::layer(l, "self_attn.k_norm"), kv);
+    }
+    out
+}
+
+/// A folder that lives as long as the test.
+pub struct Folder {
+    pub dir: TempDir,
+}
+
+impl Folder {
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self { dir }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Writes tensors and config as the checkpoint `name`.
+    pub fn write(&self, name: &str, tensors: &[(String, Tensor)], config: &Value) -> PathBuf {
+        let path = self.path(name);
+        let mut writer = CheckpointWriter::new(&path, DType::F32).unwrap();
+        for (name, tensor) in tensors {
+            writer.push(name, tensor).unwrap();
+        }
+        writer.finish(config).unwrap();
+        path
+    }
+
+    /// A random original model.
+    pub fn original(&self, config: &Value) -> Checkpoint {
+        let parsed = ModelConfig::from_json(config, Path::new("config.json")).unwrap();
+        let tensors = tensors(&parsed, &BankLayout::dense(&parsed), 1);
+        open(&self.write("original", &tensors, config))
+    }
+
+    /// A compressed model: what is not an expert is as in the original, and so are dense slots.
+    pub fn compressed(&self, original: &Checkpoint, slots: [Vec<SlotLayout>; 2]) -> Checkpoint {
+        let layers = slots.map(|slots| LayerLayout { slots });
+        let mut layout = BankLayout::dense(original.config());
+        layout.layers = layers.into_iter().enumerate().collect();
+        let config = layout.annotate(original.config()).unwrap();
+        let mut all = tensors(original.config(), &layout, 2);
+        for (name, tensor) in &mut all {
+            if original.names().contains(&name.as_str()) {
+                *tensor = original.tensor(name, tensor.dims()).unwrap();
+            }
+        }
+        open(&self.write("compressed", &all, &config))
+    }
+}
+
+pub fn open(path: &Path) -> Checkpoint {
+    Checkpoint::open(path).unwrap()
+}
+
+/// The compressed model in the middle of its training: originals attached, at share `beta`.
+pub fn annealing(compressed: &Checkpoint, original: &Checkpoint, beta: f64) -> Decoder {
+    let mut model = Decoder::load(compressed).unwrap();
+    for (l, layer) in model.layers.iter_mut().enumerate() {
+        let replaced = layer.bank.adapted_experts().to_vec();
+        layer.bank.originals = load_experts(original, l, &replaced).unwrap();
+        layer.bank.anneal(beta);
+    }
+    model
+}
+
+/// Every stack of a bank, those that `Decoder::visit` does not show included.
+pub fn stacks(bank: &mut Bank) -> Vec<&mut Projections> {
+    let mut all = Vec::new();
+    all.extend(&mut bank.dense);
+    all.extend(&mut bank.bases);
+    all.extend(&mut bank.originals);
+    for adapters in [&mut bank.adapters, &mut bank.dense_adapters] {
+        all.extend(adapters.iter_mut().flat_map(|a| [&mut a.a, &mut a.b]));
+    }
+    all
+}
+
+/// Logits `[B · T, V]` of one forward pass without a cache.
+pub fn logits(model: &Decoder, ids: &[u32], rows: usize) -> Tensor {
+    let tokens = Tokens { ids, rows };
+    let hidden = model.forward(tokens, None, &mut |_, _, _| Ok(())).unwrap();
+    model.logits(&hidden).unwrap()
+}
+
+pub fn values(tensor: &Tensor) -> Vec<f64> {
+    let tensor = tensor.to_dtype(DType::F64).unwrap();
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The largest difference, which must be within `tolerance` of the largest expected value.
+#[track_caller]
+pub fn assert_close(ours: &Tensor, expected: &Tensor, tolerance: f64) {
+    assert_eq!(ours.dims(), expected.dims());
+    let (ours, expected) = (values(ours), values(expected));
+    let scale = expected.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+    assert!(scale > 1e-3, "nothing to compare: all zero");
+    for (i, (a, b)) in ours.iter().zip(&expected).enumerate() {
+        let error = (a - b).abs();
+        // Negated, so that NaN fails.
+        assert!(
+            !error.is_nan() && error <= tolerance * scale,
+            "element {i}: {a} is not {b}, off by {error}, largest {scale}"
+        );
+    }
+}
+
+/// A random model's tensors.
+pub fn original_tensors(folder: &Folder) -> Vec<(String, Tensor)> {
+    Decoder::load(&folder.original(&config()))
+        .unwrap()
+        .tensors()
+        .unwrap()
+}
+
+pub fn write_sharded(path: &Path, tensors: &[(String, Tensor)], dtype: DType, shard_bytes: usize) {
+    let mut writer = CheckpointWriter::new(path, dtype)
+        .unwrap()
+        .with_shard_bytes(shard_bytes);
+    for (name, tensor) in tensors {
+        writer.push(name, tensor).unwrap();
+    }
+    writer.finish(&config()).unwrap();
+}
+
+/// Names in a folder, sorted.
+pub fn files(path: &Path) -> Vec<String> {
+    let mut names: Vec<_> = fs::read_dir(path)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+pub fn index_json(path: &Path) -> Value {
+    let text = fs::read_to_string(path.join("model.safetensors.index.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+/// Where element `i` of a tensor lies in a safetensors file.
+pub fn element(path: &Path, name: &str, dtype: DType, i: usize) -> usize {
+    let bytes = fs::read(path).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let json: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let start = json[name]["data_offsets"][0].as_u64().unwrap() as usize;
+    8 + header + start + i * dtype.size_in_bytes()
+}

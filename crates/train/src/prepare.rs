@@ -1,0 +1,40 @@
+//! From a built checkpoint to a model in recovery, and from there to the recovered one.
+
+use crate::Result;
+use lightmoe_models::{Adapters, Checkpoint, Decoder, load_experts};
+
+/// What recovery adds to a built model while it trains.
+#[derive(Debug, Clone, Copy)]
+pub struct Recovery {
+    /// Rank of the adapters on kept experts; zero for none. They are merged at the end.
+    pub kept_rank: usize,
+    /// Whether β starts above zero, so that the replaced experts are needed.
+    pub anneal: bool,
+    /// Seed of the fresh adapters.
+    pub seed: u64,
+}
+
+/// Adds fresh adapters to the kept experts of `model` (which change nothing yet), and the replaced
+/// experts of the `original` checkpoint, with full weight, where annealing wants them.
+pub fn prepare_recovery(model: &mut Decoder, original: &Checkpoint, r: &Recovery) -> Result<()> {
+    let config = model.config().clone();
+    for l in config.moe_layers() {
+        let bank = &mut model.layers[l].bank;
+        let kept = bank.dense_experts().to_vec();
+        bank.dense_adapters = Adapters::fresh(&config, l, &kept, r.kept_rank, r.seed)?;
+        if r.anneal {
+            bank.originals = load_experts(original, l, bank.adapted_experts())?;
+            bank.anneal(if bank.originals.is_some() { 1.0 } else { 0.0 });
+        }
+    }
+    Ok(())
+}
+
+/// Drops the replaced experts and merges the adapters of the kept ones.
+pub fn finish_recovery(model: &mut Decoder) -> Result<()> {
+    for layer in &mut model.layers {
+        layer.bank.anneal(0.0);
+        layer.bank.merge_dense_adapters()?;
+    }
+    Ok(())
+}

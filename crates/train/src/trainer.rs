@@ -1,0 +1,181 @@
+//! The training loop.
+
+use crate::curve::{Curve, Point};
+use crate::objective::{TrainBatch, objective};
+use crate::schedule::{Annealing, LearningRate};
+use crate::{Error, Result, state};
+use candle_core::Var;
+use lightmoe_kernels::{AdamW, Moments};
+use lightmoe_models::{Decoder, ParameterKind};
+use std::path::Path;
+
+/// Parameters that are trained alike.
+#[derive(Debug, Clone)]
+pub struct Group {
+    /// Which parameters.
+    pub kinds: Vec<ParameterKind>,
+    /// Factor on the learning rate.
+    pub lr_scale: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+}
+
+/// How to train.
+#[derive(Debug, Clone)]
+pub struct TrainOptions {
+    /// Number of steps.
+    pub steps: usize,
+    /// Learning rate by step.
+    pub learning_rate: LearningRate,
+    /// AdamW's first decay.
+    pub beta1: f64,
+    /// AdamW's second decay.
+    pub beta2: f64,
+    /// Largest norm of the gradient; a longer one is scaled down to it.
+    pub clip_norm: f64,
+    /// Weight of the load-balancing loss; zero leaves it out.
+    pub balance: f64,
+    /// β by step.
+    pub annealing: Annealing,
+    /// What is trained; the rest is frozen.
+    pub groups: Vec<Group>,
+    /// Steps between checkpoints.
+    pub checkpoint_every: usize,
+    /// Identifies the run; a checkpoint of another run is refused.
+    pub fingerprint: String,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are done.
+    Finished,
+    /// The caller stopped it; a checkpoint is on disk.
+    Interrupted,
+}
+
+/// A trained parameter.
+pub(crate) struct Parameter {
+    pub(crate) name: String,
+    pub(crate) var: Var,
+    pub(crate) moments: Moments,
+    lr_scale: f64,
+    weight_decay: f64,
+}
+
+/// Trains the parameters of `model` that the groups name. `batch(step)` must be a pure function.
+/// `dir` receives the loss curve and the checkpoint; a checkpoint found there is continued. `each`
+/// sees every step and may stop the run by `false`.
+pub fn train(
+    model: &mut Decoder,
+    options: &TrainOptions,
+    dir: &Path,
+    batch: &dyn Fn(usize) -> Result<TrainBatch>,
+    each: &mut dyn FnMut(&Point) -> bool,
+) -> Result<Outcome> {
+    let mut parameters = select(model, &options.groups)?;
+    let state_path = dir.join(state::FILE);
+    let start = state::load(&state_path, &options.fingerprint, &mut parameters)?.unwrap_or(0);
+    let mut curve = Curve::open(dir, start)?;
+    for step in start..options.steps {
+        let beta = options.annealing.beta(step, options.steps);
+        model.layers.iter_mut().for_each(|l| l.bank.anneal(beta));
+        let point = advance(model, options, step, beta, &batch(step)?, &mut parameters)?;
+        curve.push(&point)?;
+        let go_on = each(&point);
+        let done = step + 1;
+        if done == options.steps || !go_on || done.is_multiple_of(options.checkpoint_every.max(1)) {
+            state::save(&state_path, done, &options.fingerprint, &parameters)?;
+        }
+        if !go_on && done < options.steps {
+            return Ok(Outcome::Interrupted);
+        }
+    }
+    model.layers.iter_mut().for_each(|l| l.bank.anneal(0.0));
+    Ok(Outcome::Finished)
+}
+
+/// Makes variables of the selected parameters; they stay part of the model.
+fn select(model: &mut Decoder, groups: &[Group]) -> Result<Vec<Parameter>> {
+    let mut parameters = Vec::new();
+    model.visit(&mut |name, kind, tensor| {
+        if let Some(group) = groups.iter().find(|g| g.kinds.contains(&kind)) {
+            let var = Var::from_tensor(tensor)?;
+            *tensor = var.as_tensor().clone();
+            parameters.push(Parameter {
+                name: name.to_owned(),
+                var,
+                moments: Moments::default(),
+                lr_scale: group.lr_scale,
+                weight_decay: group.weight_decay,
+            });
+        }
+        Ok(())
+    })?;
+    if parameters.is_empty() {
+        return Err(Error::Invalid(
+            "nothing to train: the model has no parameters of the chosen kinds; choose a rank \
+             above zero or train the router"
+                .into(),
+        ));
+    }
+    Ok(parameters)
+}
+
+fn advance(
+    model: &Decoder,
+    options: &TrainOptions,
+    step: usize,
+    beta: f64,
+    batch: &TrainBatch,
+    parameters: &mut [Parameter],
+) -> Result<Point> {
+    let (loss, balance) = objective(model, batch, options.balance > 0.0)?;
+    let total = match &balance {
+        Some(balance) => (&loss + (balance * options.balance)?)?,
+        None => loss.clone(),
+    };
+    let grads = total.backward()?;
+    let mut squares = 0.0;
+    for p in parameters.iter() {
+        if let Some(grad) = grads.get(&p.var) {
+            squares += f64::from(grad.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        }
+    }
+    let (loss, grad_norm) = (f64::from(loss.to_scalar::<f32>()?), squares.sqrt());
+    if !loss.is_finite() || !grad_norm.is_finite() {
+        return Err(Error::Invalid(format!(
+            "step {step}: the loss is {loss} and the gradient's norm {grad_norm}; lower the \
+             learning rate"
+        )));
+    }
+    let lr = options.learning_rate.at(step, options.steps);
+    for p in parameters.iter_mut() {
+        let update = AdamW {
+            lr: lr * p.lr_scale,
+            beta1: options.beta1,
+            beta2: options.beta2,
+            eps: 1e-8,
+            weight_decay: p.weight_decay,
+            step: step + 1,
+            grad_scale: (options.clip_norm / grad_norm).min(1.0),
+        };
+        // No gradient (a base while β = 1, an expert without tokens) leaves the parameter alone.
+        if let Some(grad) = grads.get(&p.var) {
+            update.update(p.var.as_tensor(), grad, &mut p.moments)?;
+        }
+    }
+    let balance = balance
+        .map(|b| b.to_scalar::<f32>())
+        .transpose()?
+        .map(f64::from);
+    Ok(Point {
+        step,
+        loss,
+        balance,
+        lr,
+        beta,
+        grad_norm,
+        tokens: batch.tokens.len(),
+    })
+}

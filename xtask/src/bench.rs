@@ -1,0 +1,20 @@
+//! `bench`: how fast the kernels are, and how good the methods are.
+
+use crate::{Outcome, binary, shell};
+
+/// Runs the bench that the first argument names.
+pub fn run(arguments: &[String]) -> Outcome {
+    let (which, rest) = match arguments.split_first() {
+        Some((which, rest)) => (which.as_str(), rest),
+        None => ("", arguments),
+    };
+    match which {
+        "kernels" => {
+            let mut bench = shell::cargo(&["bench", "--package", "lightmoe-kernels"]);
+            bench.args(rest);
+            shell::replace(bench)
+        }
+        "quality" => binary::run(&["bench", "quality"], rest),
+        _ => Err(format!("no bench `{which}`; use `kernels` or `quality`")),
+    }
+}

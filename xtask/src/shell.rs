@@ -1,0 +1,63 @@
+//! Folders and processes.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use crate::Outcome;
+
+/// The root of the repository.
+pub fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_owned()
+}
+
+/// Where cargo puts what it builds.
+pub fn target() -> PathBuf {
+    root().join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
+}
+
+/// The cargo that runs this command, in the root of the repository.
+pub fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(arguments).current_dir(root());
+    command
+}
+
+/// Runs a command to its end and tells whether it succeeded.
+pub fn succeeds(command: &mut Command) -> Result<bool, String> {
+    let status = command.status().map_err(|e| cannot_start(command, &e))?;
+    Ok(status.success())
+}
+
+/// Puts the command in the place of this process, so that signals and its exit code go to and come
+/// from it alone.
+#[cfg(unix)]
+pub fn replace(mut command: Command) -> Outcome {
+    use std::os::unix::process::CommandExt;
+    let error = command.exec();
+    Err(cannot_start(&command, &error))
+}
+
+/// Runs the command and ends with its exit code.
+#[cfg(not(unix))]
+pub fn replace(mut command: Command) -> Outcome {
+    let status = command.status().map_err(|e| cannot_start(&command, &e))?;
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// Success or failure as an exit code.
+pub fn code(success: bool) -> ExitCode {
+    if success {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// The message for a command that did not even start.
+pub fn cannot_start(command: &Command, error: &std::io::Error) -> String {
+    let program = command.get_program().to_string_lossy();
+    format!("cannot start `{program}` ({error}); check that it is installed")
+}

@@ -1,0 +1,60 @@
+//! `test`: the whole check. Everything in the release profile, because the tests train small
+//! models, and so that dependencies are compiled for one profile only.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use crate::{Outcome, no_arguments, shell};
+
+/// The steps: a name, and the arguments of cargo.
+const STEPS: &[(&str, &[&str])] = &[
+    ("format", &["fmt", "--all", "--check"]),
+    (
+        "lints",
+        &[
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--release",
+            "--",
+            "-D",
+            "warnings",
+        ],
+    ),
+    ("tests", &["test", "--workspace", "--release"]),
+];
+
+/// What is not run here, and the command that runs it.
+const SKIPPED: &[(&str, &str)] = &[
+    (
+        "making the PyTorch parity fixtures again",
+        "cargo xtask fixtures",
+    ),
+    ("the comparison of methods", "cargo xtask bench quality"),
+    ("the timing of kernels", "cargo xtask bench kernels"),
+];
+
+/// Runs every step, whatever became of the one before it, and sums up.
+pub fn run(arguments: &[String]) -> Outcome {
+    no_arguments(arguments)?;
+    let mut summary = String::new();
+    let mut failed = 0;
+    for (name, arguments) in STEPS {
+        eprintln!("\n== {name}: cargo {}", arguments.join(" "));
+        let start = Instant::now();
+        let passed = shell::succeeds(&mut shell::cargo(arguments))?;
+        failed += usize::from(!passed);
+        let result = if passed { "ok" } else { "FAILED" };
+        let seconds = start.elapsed().as_secs_f64();
+        summary += &format!("  {result:<8} {name:<8} {seconds:>7.1} s\n");
+    }
+    for (what, command) in SKIPPED {
+        summary += &format!("  SKIPPED  {what}: run `{command}`\n");
+    }
+    eprint!("\n== summary\n{summary}");
+    match failed {
+        0 => Ok(ExitCode::SUCCESS),
+        1 => Err("1 step failed; see above".to_owned()),
+        n => Err(format!("{n} steps failed; see above")),
+    }
+}
