@@ -81,15 +81,6 @@ mod tests {
     }
 
     #[test]
-    fn zz_time() {
-        let a: Vec<(String, String)> = (0..1000).map(|i| (format!("le katu moriko {i} savu le nipado telu mabako."), format!("le katu morika {i} savu le nipado telu mabane."))).collect();
-        let p: Vec<(&str,&str)> = a.iter().map(|(a,b)| (a.as_str(), b.as_str())).collect();
-        let t = std::time::Instant::now();
-        let s = Score::chrf(&p);
-        eprintln!("TIME {:?} {s:?}", t.elapsed());
-    }
-
-    #[test]
     fn the_bootstrap_is_repeatable_and_sees_the_spread() {
         let good = ("the dog sleeps", "the dog sleeps");
         let bad = ("zzzz", "the dog sleeps");

@@ -1,5 +1,7 @@
 //! The whole evaluation with a model that says what it is told to.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use candle_core::{Device, Tensor};
 use lightmoe_data::{Example, Metric, Split, Task, corpus_chrf, tokenizer};
 use lightmoe_eval::{Error, EvalOptions, Sample, Scores, evaluate, write_samples};
@@ -247,7 +249,7 @@ fn what_cannot_be_scored_is_named() {
     run(&random(&tokenizer), &tokenizer, &[long], &shorter);
     let text = message(&[Example::new("", "dog")], &options);
     assert!(text.contains("give a prompt"), "{text}");
-    let text = message(&[good.clone()], &only(Metric::Accuracy));
+    let text = message(std::slice::from_ref(&good), &only(Metric::Accuracy));
     assert!(text.contains("choices"), "{text}");
     let none = EvalOptions {
         batch_tokens: 0,

@@ -1,5 +1,7 @@
 //! Exports of a small compressed model with random weights.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use candle_core::{DType, Tensor};
 use lightmoe_export::{Card, Error, ExportKind, ExportOptions, ExportReport, export};
 use lightmoe_models::random::{gaussian, stream};

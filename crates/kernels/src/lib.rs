@@ -29,7 +29,7 @@ pub use adamw::{AdamW, Moments};
 pub use attention::causal_attention;
 pub use grouped::{Segment, grouped_linear, linear};
 pub use loss::cross_entropy;
-pub use memory::keep_freed_memory;
+pub use memory::{keep_freed_memory, tune_process};
 pub use norm::rms_norm;
 pub use rope::{Rope, apply_rope};
 pub use route::{Dispatch, TokenGroups, top_k};

@@ -1,4 +1,5 @@
-//! How the process allocates: a training step frees and asks again for the same large buffers.
+//! How the process allocates and threads: a training step frees and asks again for the same large
+//! buffers, and runs hundreds of small operations.
 
 /// Makes the C library keep freed memory instead of returning it to the system.
 ///
@@ -15,5 +16,18 @@ pub fn keep_freed_memory() {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
         libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+    }
+}
+
+/// Tunes the process for training and inference; to be called first thing in `main`.
+///
+/// Besides [`keep_freed_memory`], it keeps candle's own element-wise operations on one thread, unless
+/// `CANDLE_NUM_THREADS` says otherwise: their thread pool waits by spinning, which costs more than it
+/// brings beside our operations, and slows everything down where cores are shared.
+pub fn tune_process() {
+    keep_freed_memory();
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        // SAFETY: called before the program starts a thread, as the contract of this function says.
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
     }
 }

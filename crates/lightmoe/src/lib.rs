@@ -1,9 +1,24 @@
 //! The pipeline of stages and what it tells its user.
+//!
+//! Invariant: this is the only crate that prints, reads the environment or ends the process, and
+//! within it only `main`, [`progress`] and the streaming of [`commands::run_generate`] do.
 
+pub mod cli;
+pub mod commands;
+pub mod compress;
+pub mod inspect;
+pub mod memory;
+pub mod pipeline;
+pub mod preflight;
 pub mod pretrain;
 pub mod progress;
+pub mod quality;
+pub mod recipe;
+pub mod reference;
 pub mod report;
 pub mod results;
+pub mod run;
+pub mod source;
 
 use sha2::{Digest, Sha256};
 

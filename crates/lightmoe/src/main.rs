@@ -1,9 +1,60 @@
-//! The program.
-use lightmoe::pretrain::{PretrainRecipe, pretrain};
-fn main() -> anyhow::Result<()> {
-    lightmoe::progress::catch_interrupts()?;
-    let r = PretrainRecipe::load(std::path::Path::new("fixtures/olmoe-nano.toml"))?;
-    let l = pretrain(&r)?;
-    eprintln!("{l}");
-    Ok(())
+//! The program: parse, run, print, exit.
+
+use clap::Parser;
+use lightmoe::cli::{BenchCommand, Cli, Command, LogFormat};
+use lightmoe::preflight::Refused;
+use lightmoe::{commands, progress, quality, reference};
+use std::io::Write;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    lightmoe_kernels::tune_process();
+    let cli = Cli::parse();
+    log(cli.log_format);
+    progress::set_quiet(cli.quiet);
+    let outcome = progress::catch_interrupts().and_then(|()| run(cli.command));
+    let (text, code) = match outcome {
+        Ok(text) => (text, ExitCode::SUCCESS),
+        Err(error) => {
+            let code = match (progress::stopped(), error.is::<Refused>()) {
+                (true, _) => 130,
+                (_, true) => 2,
+                _ => 1,
+            };
+            // A reader that has gone away wants no message.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            return ExitCode::from(code);
+        }
+    };
+    let _ = writeln!(std::io::stdout(), "{text}");
+    code
+}
+
+fn run(command: Command) -> anyhow::Result<String> {
+    match command {
+        Command::Compress(args) => commands::run_compress(args),
+        Command::Observe(args) => commands::run_observe(args),
+        Command::Plan(args) => commands::run_plan(args),
+        Command::Build(args) => commands::run_build(args),
+        Command::Recover(args) => commands::run_recover(args),
+        Command::Evaluate(args) => commands::run_evaluate(args),
+        Command::Export(args) => commands::run_export(args),
+        Command::Inspect(args) => commands::run_inspect(args),
+        Command::Generate(args) => commands::run_generate(args),
+        Command::Pretrain(args) => commands::run_pretrain(args),
+        Command::Bench(BenchCommand::Quality(args)) => quality::run(args),
+        Command::Reference => Ok(reference::markdown()),
+    }
+}
+
+/// Logs go to standard error; `RUST_LOG` sets the level.
+fn log(format: LogFormat) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => builder.with_target(false).init(),
+        LogFormat::Json => builder.json().init(),
+    }
 }

@@ -170,15 +170,7 @@ impl Bank {
         dispatch: &Dispatch,
         tokens: usize,
     ) -> Result<Tensor> {
-        let originals = if self.beta > 0.0 {
-            Some(
-                self.originals
-                    .as_ref()
-                    .ok_or_else(|| missing("originals while beta > 0"))?,
-            )
-        } else {
-            None
-        };
+        let originals = self.blended()?;
         // What the slot computes by itself: β·W·x + U·V·x. A plain merge has neither.
         let own = |x: &Tensor, pick: fn(&Projections) -> &Tensor| -> Result<Option<Tensor>> {
             let adapter = self
@@ -241,6 +233,21 @@ impl Bank {
         Ok(())
     }
 
+    /// The originals that take part now.
+    pub(crate) fn blended(&self) -> Result<Option<&Projections>> {
+        if self.beta <= 0.0 || self.adapted_experts().is_empty() {
+            return Ok(None);
+        }
+        let originals = self.originals.as_ref().ok_or_else(|| {
+            Error::Invalid(format!(
+                "the expert bank has no originals, but their share is {}; load them, or anneal to \
+                 zero",
+                self.beta
+            ))
+        });
+        originals.map(Some)
+    }
+
     /// The matrices of the dense positions, adapters added.
     fn whole_dense(&self) -> Result<Option<Projections>> {
         sum([
@@ -251,7 +258,7 @@ impl Bank {
 
     /// The matrices of the adapted positions: `β·W + (1−β)·B + U·V`.
     fn whole_adapted(&self) -> Result<Option<Projections>> {
-        let originals = self.originals.as_ref().filter(|_| self.beta > 0.0);
+        let originals = self.blended()?;
         let bases = self.bases.as_ref().map(|bases| {
             let groups: Vec<u32> = self.groups.iter().map(|&g| g as u32).collect();
             let groups = index(&groups)?;

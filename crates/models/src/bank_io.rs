@@ -106,7 +106,7 @@ impl Bank {
     /// The tensors of the bank under the names of the checkpoint. Such a checkpoint has no adapters
     /// of dense slots and no originals: a bank that still computes with them is an error.
     pub fn tensors(&self, layer: usize) -> Result<Vec<(String, Tensor)>> {
-        if self.dense_adapters.is_some() || self.beta > 0.0 {
+        if self.dense_adapters.is_some() || self.blended()?.is_some() {
             return Err(Error::Invalid(format!(
                 "layer {layer} still computes with adapters of kept experts or with originals; \
                  merge the adapters and anneal to zero before writing it"

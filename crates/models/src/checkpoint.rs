@@ -186,6 +186,17 @@ impl Checkpoint {
             .sum()
     }
 
+    /// Numbers in all tensors.
+    pub fn parameters(&self) -> u64 {
+        let infos = self
+            .files
+            .iter()
+            .flat_map(|f| f.metadata.tensors().into_values());
+        infos
+            .map(|i| i.shape.iter().product::<usize>() as u64)
+            .sum()
+    }
+
     /// The element type most tensors have on disk.
     pub fn dtype(&self) -> DType {
         let mut counts = BTreeMap::new();

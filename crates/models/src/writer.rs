@@ -55,14 +55,8 @@ impl CheckpointWriter {
                 )));
             }
         };
+        Self::check_target(target)?;
         let folder = PartialFolder::new(target)?;
-        let occupied = fs::read_dir(folder.target()).is_ok_and(|mut all| all.next().is_some());
-        if occupied && !folder.target().join("config.json").exists() {
-            return Err(Error::Invalid(format!(
-                "`{}` holds other files and no model; give a new or empty folder",
-                target.display()
-            )));
-        }
         Ok(Self {
             folder,
             dtype,
@@ -73,6 +67,19 @@ impl CheckpointWriter {
             shards: Vec::new(),
             total: 0,
         })
+    }
+
+    /// Whether a model may be put at `target`: nothing, an empty folder, or a model stands there. To
+    /// be asked before long work.
+    pub fn check_target(target: &Path) -> Result<()> {
+        let occupied = fs::read_dir(target).is_ok_and(|mut all| all.next().is_some());
+        if occupied && !target.join("config.json").exists() {
+            return Err(Error::Invalid(format!(
+                "`{}` holds other files and no model; give a new or empty folder",
+                target.display()
+            )));
+        }
+        Ok(())
     }
 
     /// The largest shard, in bytes of tensors; only a larger single tensor exceeds it. Shards wait

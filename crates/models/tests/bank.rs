@@ -252,7 +252,18 @@ fn originals_that_are_needed_and_not_there_are_an_error() {
         .forward(tokens, None, &mut |_, _, _| Ok(()))
         .unwrap_err()
         .to_string();
-    assert!(message.contains("originals"), "{message}");
+    assert!(
+        message.contains("no originals") && message.contains("load"),
+        "{message}"
+    );
+    model.layers[0].bank.materialise().unwrap_err();
+    model.tensors().unwrap_err();
+    // Where nothing is replaced there is nothing to miss.
+    let mut model = Decoder::load(&original).unwrap();
+    model.layers[0].bank.anneal(0.5);
+    model.tensors().unwrap();
+    model.layers[0].bank.materialise().unwrap();
+    model.forward(tokens, None, &mut |_, _, _| Ok(())).unwrap();
 }
 
 /// One base, rank zero: the plain merge of M-SMoE (checklist 10).

@@ -19,4 +19,4 @@ pub use error::{Error, Result};
 pub use objective::{TrainBatch, load_balance, objective};
 pub use prepare::{Recovery, finish_recovery, prepare_recovery};
 pub use schedule::{Annealing, AnnealingShape, Decay, LearningRate};
-pub use trainer::{Group, Outcome, TrainOptions, train};
+pub use trainer::{Folders, Group, Outcome, TrainOptions, train};

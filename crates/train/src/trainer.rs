@@ -7,7 +7,7 @@ use crate::{Error, Result, state};
 use candle_core::Var;
 use lightmoe_kernels::{AdamW, Moments};
 use lightmoe_models::{Decoder, ParameterKind};
-use std::path::Path;
+use std::path::PathBuf;
 
 /// Parameters that are trained alike.
 #[derive(Debug, Clone)]
@@ -45,6 +45,15 @@ pub struct TrainOptions {
     pub fingerprint: String,
 }
 
+/// Where a training run writes.
+#[derive(Debug, Clone)]
+pub struct Folders {
+    /// The checkpoint.
+    pub state: PathBuf,
+    /// The loss curve.
+    pub logs: PathBuf,
+}
+
 /// How a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
@@ -64,19 +73,19 @@ pub(crate) struct Parameter {
 }
 
 /// Trains the parameters of `model` that the groups name. `batch(step)` must be a pure function.
-/// `dir` receives the loss curve and the checkpoint; a checkpoint found there is continued. `each`
-/// sees every step and may stop the run by `false`.
+/// A checkpoint found in the state folder is continued. `each` sees every step and may stop the run
+/// by `false`.
 pub fn train(
     model: &mut Decoder,
     options: &TrainOptions,
-    dir: &Path,
+    folders: &Folders,
     batch: &dyn Fn(usize) -> Result<TrainBatch>,
     each: &mut dyn FnMut(&Point) -> bool,
 ) -> Result<Outcome> {
     let mut parameters = select(model, &options.groups)?;
-    let state_path = dir.join(state::FILE);
+    let state_path = folders.state.join(state::FILE);
     let start = state::load(&state_path, &options.fingerprint, &mut parameters)?.unwrap_or(0);
-    let mut curve = Curve::open(dir, start)?;
+    let mut curve = Curve::open(&folders.logs, start)?;
     for step in start..options.steps {
         let beta = options.annealing.beta(step, options.steps);
         model.layers.iter_mut().for_each(|l| l.bank.anneal(beta));

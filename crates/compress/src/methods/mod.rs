@@ -123,8 +123,30 @@ impl Target {
 }
 
 impl LightmoeOptions {
+    /// What the method has no form for.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], saying what to change.
+    pub fn check_method(&self, method: MethodName) -> Result<()> {
+        match (method, self.groups) {
+            (MethodName::Lightmoe, 0) => Err(Error::Invalid(
+                "`lightmoe` needs at least one group; raise `groups`, or use the method `replace` \
+                 for adapters alone"
+                    .to_owned(),
+            )),
+            (MethodName::Replace, groups @ 2..) => Err(Error::Invalid(format!(
+                "`replace` has no base or one, not {groups}; set `groups` to 0 or 1, or use the \
+                 method `lightmoe`"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// What cannot work for this model, whatever the observations.
-    fn check(&self, config: &ModelConfig) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], saying what to change.
+    pub fn check(&self, config: &ModelConfig) -> Result<()> {
         let widest = config.hidden_size.min(config.moe.intermediate_size);
         if self.rank > widest {
             return Err(Error::Invalid(format!(
@@ -184,22 +206,7 @@ pub fn plan(
     method: MethodName,
     options: &LightmoeOptions,
 ) -> Result<Plan> {
-    match (method, options.groups) {
-        (MethodName::Lightmoe, 0) => {
-            return Err(Error::Invalid(
-                "`lightmoe` needs at least one group; raise `groups`, or use the method `replace` \
-                 for adapters alone"
-                    .to_owned(),
-            ));
-        }
-        (MethodName::Replace, groups @ 2..) => {
-            return Err(Error::Invalid(format!(
-                "`replace` has no base or one, not {groups}; set `groups` to 0 or 1, or use the \
-                 method `lightmoe`"
-            )));
-        }
-        _ => {}
-    }
+    options.check_method(method)?;
     options.check(config)?;
     observations.check(config)?;
     if method == MethodName::Lora {

@@ -1,0 +1,275 @@
+//! The command line.
+
+use crate::recipe::Settings;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Makes a Mixture-of-Experts language model smaller and keeps it working
+#[derive(Debug, Parser)]
+#[command(name = "lightmoe", version, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+    /// Form of the log on standard error
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    /// No progress bars
+    #[arg(long, global = true)]
+    pub quiet: bool,
+}
+
+/// Form of the log.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum LogFormat {
+    /// Lines to read
+    Text,
+    /// JSON lines
+    Json,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// All stages: observe, plan, build, recover, evaluate; a compressed model and a report
+    Compress(CompressArgs),
+    /// Record what the routers do on the training examples
+    Observe(ObserveArgs),
+    /// Decide what each expert becomes
+    Plan(PlanArgs),
+    /// Make the compressed checkpoint of a plan
+    Build(BuildArgs),
+    /// Train a built checkpoint
+    Recover(RecoverArgs),
+    /// Score a model on a task
+    Evaluate(EvaluateArgs),
+    /// Write a compressed model for another program
+    Export(ExportArgs),
+    /// Show what a model folder holds
+    Inspect(InspectArgs),
+    /// Continue a text
+    Generate(GenerateArgs),
+    /// Train the small model of the repository from nothing
+    Pretrain(PretrainArgs),
+    /// Measure
+    #[command(subcommand)]
+    Bench(BenchCommand),
+    /// Print the reference of all commands as Markdown
+    Reference,
+}
+
+/// Settings from a recipe file and the command line.
+#[derive(Debug, Args)]
+pub struct RecipeArgs {
+    /// Recipe file (TOML) with the same keys as the options below, `-` written `_`
+    #[arg(long, value_name = "FILE.toml")]
+    pub recipe: Option<PathBuf>,
+    /// The settings
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+/// `compress`
+#[derive(Debug, Args)]
+pub struct CompressArgs {
+    /// The recipe
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    /// Folder of the run [default: runs/<task>-<method>-<ratio>]
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// Go on with an interrupted run
+    #[arg(long)]
+    pub resume: bool,
+    /// Say what the run would leave, and stop
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print results.json instead of the table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `observe`
+#[derive(Debug, Args)]
+pub struct ObserveArgs {
+    /// The recipe
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    /// The observations to write
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub out: PathBuf,
+}
+
+/// `plan`
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// The recipe
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    /// A config.json, where there are no weights at hand
+    #[arg(long, conflicts_with = "model")]
+    pub config: Option<PathBuf>,
+    /// What `observe` wrote
+    #[arg(long, value_name = "FILE.safetensors", required_unless_present = "scores")]
+    pub observations: Option<PathBuf>,
+    /// Importance scores made elsewhere: `{"gate_scores": {"<layer>": {"<expert>": score}}}`
+    #[arg(long, value_name = "FILE.json", conflicts_with = "observations")]
+    pub scores: Option<PathBuf>,
+    /// The plan to write
+    #[arg(long, value_name = "FILE.json")]
+    pub out: PathBuf,
+    /// Print the plan's totals as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `build`
+#[derive(Debug, Args)]
+pub struct BuildArgs {
+    /// The original model
+    #[arg(long)]
+    pub model: String,
+    /// What `plan` wrote
+    #[arg(long, value_name = "FILE.json")]
+    pub plan: PathBuf,
+    /// The model folder to write
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Seed of the fresh adapters
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// `recover`
+#[derive(Debug, Args)]
+pub struct RecoverArgs {
+    /// The recipe; `--model` is the original model
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    /// What `build` wrote
+    #[arg(long)]
+    pub built: PathBuf,
+    /// The plan that it was built from
+    #[arg(long, value_name = "FILE.json")]
+    pub plan: PathBuf,
+    /// The model folder to write; training state and loss curve lie in `<OUT>.recovery` beside it,
+    /// from which an interrupted run goes on
+    #[arg(long)]
+    pub out: PathBuf,
+}
+
+/// `evaluate`
+#[derive(Debug, Args)]
+pub struct EvaluateArgs {
+    /// The recipe; of its keys `model`, `task`, `train` (the held-out records), `eval_examples` and
+    /// `max_length` matter
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    /// Which examples
+    #[arg(long, value_enum, default_value_t = EvalSplit::Test)]
+    pub split: EvalSplit,
+    /// Scores to write, JSON; samples go beside it
+    #[arg(long, value_name = "FILE.json")]
+    pub out: Option<PathBuf>,
+}
+
+/// Which held-out examples.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum EvalSplit {
+    /// To choose settings on
+    Validation,
+    /// To report
+    Test,
+}
+
+/// `export`
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// The compressed model, or the folder of a run
+    #[arg(long)]
+    pub model: PathBuf,
+    /// dense (multiplied out: loads wherever the original loads, saves no memory) or compact
+    #[arg(long, default_value = "dense")]
+    pub kind: String,
+    /// The folder to write
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Element type: auto (the model's own), f32, bf16 or f16
+    #[arg(long, default_value = "auto")]
+    pub dtype: String,
+}
+
+/// `inspect`
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// The model
+    #[arg(long, default_value = crate::source::BUILT_IN)]
+    pub model: String,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `generate`
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// The model
+    #[arg(long, default_value = crate::source::BUILT_IN)]
+    pub model: String,
+    /// The text to continue
+    #[arg(long)]
+    pub prompt: String,
+    /// The most tokens to add
+    #[arg(long, default_value_t = 64)]
+    pub max_new_tokens: usize,
+    /// Zero always takes the likeliest token
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Draw from the smallest set of tokens with this probability
+    #[arg(long)]
+    pub top_p: Option<f64>,
+    /// Seed of the draw
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// `pretrain`
+#[derive(Debug, Args)]
+pub struct PretrainArgs {
+    /// The pre-training recipe
+    #[arg(long, value_name = "FILE.toml", default_value = "fixtures/olmoe-nano.toml")]
+    pub recipe: PathBuf,
+    /// Write the model here instead of where the recipe says
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+}
+
+/// `bench`
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Methods × tasks × ratios × seeds on the built-in model
+    Quality(QualityArgs),
+}
+
+/// `bench quality`
+#[derive(Debug, Args)]
+pub struct QualityArgs {
+    /// Folder of the finished cells; a second call goes on where the first stopped
+    #[arg(long, default_value = "runs/quality")]
+    pub out: PathBuf,
+    /// The table to write
+    #[arg(long, default_value = "docs/benchmarks/quality.md")]
+    pub table: PathBuf,
+    /// Cells at once, each on one thread
+    #[arg(long, default_value_t = 2)]
+    pub jobs: usize,
+    /// Seeds
+    #[arg(long, default_value_t = 3)]
+    pub seeds: u64,
+    /// Training steps of every cell
+    #[arg(long, default_value_t = 300)]
+    pub steps: usize,
+    /// Stop beginning new cells after this many minutes
+    #[arg(long)]
+    pub minutes: Option<f64>,
+}

@@ -1,0 +1,288 @@
+//! One function a subcommand; they return what is to be printed.
+
+use crate::cli::{
+    BuildArgs, CompressArgs, EvalSplit, EvaluateArgs, ExportArgs, GenerateArgs, InspectArgs,
+    ObserveArgs, PlanArgs, PretrainArgs, RecipeArgs, RecoverArgs,
+};
+use crate::compress::{CHECKPOINT_EVERY, compress, default_out, inputs};
+use crate::pipeline::{
+    RecoverInputs, build_stage, evaluate_stage, observe_stage, plan_stage, recover_stage,
+};
+use crate::preflight::{Refused, preflight};
+use crate::pretrain::{PretrainRecipe, pretrain};
+use crate::recipe::{Recipe, Settings};
+use crate::report::table;
+use crate::source::{BUILT_IN, TaskData, model_folder};
+use anyhow::{Context, Result, anyhow};
+use lightmoe_compress::observations::Observations;
+use lightmoe_compress::plan::Plan;
+use lightmoe_export::{Card, ExportKind, ExportOptions, export};
+use lightmoe_models::{
+    Checkpoint, DType, Decoder, GenerateOptions, ModelConfig, ModelTokenizer, folder,
+};
+use lightmoe_train::Folders;
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+
+fn settings(args: RecipeArgs) -> Result<Settings> {
+    let file = args.recipe.map(|path| Settings::load(&path)).transpose().map_err(Refused::of)?;
+    Ok(args.settings.or(file.unwrap_or_default()))
+}
+
+/// The model, recipe, tokenizer and data that most stages begin with.
+struct Opened {
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    tokenizer: ModelTokenizer,
+    data: TaskData,
+}
+
+impl Opened {
+    fn new(args: RecipeArgs) -> Result<Self> {
+        let settings = settings(args)?;
+        let folder = model_folder(settings.model.as_deref().unwrap_or(BUILT_IN));
+        let checkpoint = Checkpoint::open(&folder.map_err(Refused::of)?)?;
+        let recipe = Recipe::resolve(settings, checkpoint.config()).map_err(Refused::of)?;
+        let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
+        let data = TaskData::load(&recipe, &tokenizer)?;
+        Ok(Self { recipe, checkpoint, tokenizer, data })
+    }
+
+    fn encoded(&self) -> Result<Vec<lightmoe_data::Encoded>> {
+        self.data.encoded(&self.tokenizer, self.recipe.max_length)
+    }
+
+    fn fingerprint(&self) -> Result<String> {
+        crate::fingerprint(&(&self.recipe, inputs(&self.recipe, self.checkpoint.dir())?))
+    }
+}
+
+/// `compress`
+///
+/// # Errors
+/// What the pipeline brings.
+pub fn run_compress(args: CompressArgs) -> Result<String> {
+    let opened = Opened::new(args.recipe)?;
+    if args.dry_run {
+        let forecast = preflight(&opened.recipe, &opened.checkpoint, &opened.encoded()?)?;
+        return Ok(match args.json {
+            true => serde_json::to_string_pretty(&forecast)?,
+            false => forecast.to_string(),
+        });
+    }
+    let out = args.out.unwrap_or_else(|| default_out(&opened.recipe, args.resume));
+    let results = compress(&opened.recipe, &out, args.resume)?;
+    if args.json {
+        return results.to_json();
+    }
+    let table = table::terminal(&results, std::io::stdout().is_terminal());
+    Ok(format!(
+        "{table}\n\nmodel   {}\nreport  {}",
+        out.join("model").display(),
+        out.join("report.html").display()
+    ))
+}
+
+/// `observe`
+///
+/// # Errors
+/// What the stage brings.
+pub fn run_observe(args: ObserveArgs) -> Result<String> {
+    let opened = Opened::new(args.recipe)?;
+    let (encoded, fingerprint) = (opened.encoded()?, opened.fingerprint()?);
+    observe_stage(&opened.checkpoint, &encoded, &opened.recipe, &fingerprint, &args.out)?;
+    Ok(format!("observations  {}", args.out.display()))
+}
+
+/// `plan`
+///
+/// # Errors
+/// What the stage brings.
+pub fn run_plan(args: PlanArgs) -> Result<String> {
+    let settings = settings(args.recipe)?;
+    let config = match &args.config {
+        Some(path) => ModelConfig::from_file(path)?,
+        None => {
+            let folder = model_folder(settings.model.as_deref().unwrap_or(BUILT_IN));
+            ModelConfig::from_file(&folder.map_err(Refused::of)?.join("config.json"))?
+        }
+    };
+    let recipe = Recipe::resolve(settings, &config).map_err(Refused::of)?;
+    let observations = match (&args.observations, &args.scores) {
+        (Some(path), _) => Observations::load(path)?,
+        (None, Some(path)) => Observations::from_scores(path, &config)?,
+        (None, None) => return Err(anyhow!("give `--observations` or `--scores`")),
+    };
+    let plan = plan_stage(&config, &observations, &recipe, &args.out).map_err(Refused::of)?;
+    let totals = serde_json::json!({
+        "method": plan.method,
+        "p_hat": plan.p_hat,
+        "ratio": plan.ratio,
+        "parameters": plan.parameters,
+        "experts_replaced_per_layer": plan.mean_replaced(),
+    });
+    Ok(match args.json {
+        true => serde_json::to_string_pretty(&totals)?,
+        false => format!(
+            "plan  {}\n{:.1} of {} experts a layer replaced, {} → {} parameters ({:.1}% saved)",
+            args.out.display(),
+            plan.mean_replaced(),
+            plan.model.num_experts,
+            plan.parameters.before,
+            plan.parameters.after,
+            100.0 * plan.ratio.achieved
+        ),
+    })
+}
+
+/// `build`
+///
+/// # Errors
+/// What the stage brings.
+pub fn run_build(args: BuildArgs) -> Result<String> {
+    let original = Checkpoint::open(&model_folder(&args.model).map_err(Refused::of)?)?;
+    build_stage(&original, &Plan::load(&args.plan)?, args.seed, &args.out)?;
+    Ok(format!("model  {}", args.out.display()))
+}
+
+/// `recover`
+///
+/// # Errors
+/// What the stage brings.
+pub fn run_recover(args: RecoverArgs) -> Result<String> {
+    let opened = Opened::new(args.recipe)?;
+    let beside = args.out.with_extension("recovery");
+    let plan = Plan::load(&args.plan)?;
+    let inputs = RecoverInputs {
+        original: &opened.checkpoint,
+        built: &Checkpoint::open(&args.built)?,
+        plan: &plan,
+        encoded: opened.encoded()?,
+        fingerprint: &crate::fingerprint(&(opened.fingerprint()?, &plan))?,
+        checkpoint_every: CHECKPOINT_EVERY,
+    };
+    let folders = Folders { state: beside.clone(), logs: beside };
+    recover_stage(inputs, &opened.recipe, &folders, &args.out)?;
+    Ok(format!("model  {}", args.out.display()))
+}
+
+/// `evaluate`
+///
+/// # Errors
+/// What the stage brings.
+pub fn run_evaluate(args: EvaluateArgs) -> Result<String> {
+    let opened = Opened::new(args.recipe)?;
+    let examples = match args.split {
+        EvalSplit::Test => &opened.data.test,
+        EvalSplit::Validation => &opened.data.validation,
+    };
+    let samples = args.out.as_ref().map(|path| path.with_extension("samples.jsonl"));
+    let scores = evaluate_stage(
+        "evaluate",
+        &opened.checkpoint,
+        &opened.data,
+        examples,
+        opened.recipe.max_length,
+        samples.as_deref(),
+    )?;
+    let text = serde_json::to_string_pretty(&scores)?;
+    if let Some(path) = &args.out {
+        folder::write_file(path, (text.clone() + "\n").as_bytes())?;
+    }
+    Ok(text)
+}
+
+/// `export`
+///
+/// # Errors
+/// What the export brings.
+pub fn run_export(args: ExportArgs) -> Result<String> {
+    let kind: ExportKind = args.kind.parse().map_err(Refused::of)?;
+    let dtype = match args.dtype.as_str() {
+        "auto" => None,
+        "f32" => Some(DType::F32),
+        "bf16" => Some(DType::BF16),
+        "f16" => Some(DType::F16),
+        other => {
+            return Err(Refused(format!("dtype `{other}`; use auto, f32, bf16 or f16")).into());
+        }
+    };
+    // A run folder holds the model beside its recipe and results; a model folder stands alone.
+    let of_run = args.model.join("model");
+    let (model, run) = match of_run.is_dir() {
+        true => (of_run, args.model.clone()),
+        false => (args.model.clone(), args.model.parent().unwrap_or(Path::new(".")).to_owned()),
+    };
+    let source = Checkpoint::open(&model)?;
+    let results = crate::results::Results::load(&run.join("results.json")).ok();
+    let card = Card {
+        base_model: results.as_ref().map_or("unknown".into(), |r| r.model.clone()),
+        method: results.as_ref().map_or("unknown".into(), |r| r.method.clone()),
+        recipe_toml: std::fs::read_to_string(run.join("recipe.toml")).unwrap_or_default(),
+        table_markdown: results.as_ref().map(table::markdown).unwrap_or_default(),
+    };
+    let bar = crate::progress::Progress::new("export", source.config().num_layers);
+    let report = export(&source, &args.out, &ExportOptions { kind, dtype }, &card, &mut |d, all| bar.of(d, all))?;
+    Ok(format!(
+        "{} export  {}\n{} parameters, {} bytes",
+        report.kind,
+        args.out.display(),
+        report.parameters,
+        report.bytes
+    ))
+}
+
+/// `inspect`
+///
+/// # Errors
+/// If the folder cannot be read.
+pub fn run_inspect(args: InspectArgs) -> Result<String> {
+    let checkpoint = Checkpoint::open(&model_folder(&args.model).map_err(Refused::of)?)?;
+    let summary = crate::inspect::summary(&checkpoint)?;
+    Ok(match args.json {
+        true => serde_json::to_string_pretty(&summary)?,
+        false => summary.to_string(),
+    })
+}
+
+/// `generate`: the text appears as it is made.
+///
+/// # Errors
+/// If the prompt does not fit the model.
+pub fn run_generate(args: GenerateArgs) -> Result<String> {
+    let checkpoint = Checkpoint::open(&model_folder(&args.model).map_err(Refused::of)?)?;
+    let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
+    let model = Decoder::load(&checkpoint)?;
+    let options = GenerateOptions {
+        max_new_tokens: args.max_new_tokens,
+        temperature: args.temperature,
+        top_p: args.top_p,
+        seed: args.seed,
+        eos: Some(tokenizer.eos),
+    };
+    let (mut ids, mut shown) = (Vec::new(), String::new());
+    let mut out = std::io::stdout().lock();
+    let prompt = vec![tokenizer.encode(&args.prompt)?];
+    lightmoe_models::generate(&model, &prompt, &options, &mut |id| {
+        ids.push(id);
+        // A character may take several tokens: show what is whole.
+        let text = tokenizer.decode(&ids).unwrap_or_default();
+        if let Some(new) = text.strip_prefix(shown.as_str()).filter(|t| !t.ends_with('\u{fffd}')) {
+            let _ = out.write_all(new.as_bytes()).and_then(|()| out.flush());
+            shown = text;
+        }
+        !crate::progress::stopped()
+    })?;
+    Ok(String::new())
+}
+
+/// `pretrain`
+///
+/// # Errors
+/// What the training brings.
+pub fn run_pretrain(args: PretrainArgs) -> Result<String> {
+    let mut recipe = PretrainRecipe::load(&args.recipe).map_err(Refused::of)?;
+    recipe.out = args.out.unwrap_or(recipe.out);
+    let loss = pretrain(&recipe).context("pre-training")?;
+    Ok(format!("model  {}\nlast training loss {loss:.4}", recipe.out.display()))
+}

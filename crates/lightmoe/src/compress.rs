@@ -1,0 +1,179 @@
+//! `lightmoe compress`: all stages in a row, in one run folder.
+
+use crate::pipeline::{
+    RecoverInputs, build_stage, evaluate_stage, observe_stage, plan_stage, recover_stage,
+};
+use crate::preflight::preflight;
+use crate::recipe::Recipe;
+use crate::report::{self, LayerCoverage};
+use crate::results::{Bytes, Parameters, Ratio, Results, SCHEMA_VERSION, Stage};
+use crate::run::{Inputs, Run};
+use crate::source::{TaskData, model_fingerprint, model_folder};
+use anyhow::Result;
+use lightmoe_compress::observations::Observations;
+use lightmoe_compress::plan::Plan;
+use lightmoe_models::{Checkpoint, ModelTokenizer, folder};
+use lightmoe_train::{Curve, Folders};
+use std::path::{Path, PathBuf};
+
+/// Steps between training checkpoints.
+pub const CHECKPOINT_EVERY: usize = 50;
+
+/// Runs the pipeline in `out` and returns its results, which are written there too.
+///
+/// # Errors
+/// What any stage brings; what is finished stays, and `resume` goes on behind it.
+pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
+    let original = Checkpoint::open(&model_folder(&recipe.model)?)?;
+    original.config().check_runnable()?;
+    let tokenizer = ModelTokenizer::load(original.dir(), original.config().eos_token_id)?;
+    let data = TaskData::load(recipe, &tokenizer)?;
+    let encoded = data.encoded(&tokenizer, recipe.max_length)?;
+    preflight(recipe, &original, &encoded)?;
+    let inputs = inputs(recipe, original.dir())?;
+    let fingerprint = crate::fingerprint(&(recipe, &inputs))?;
+    let mut run = Run::open(out, recipe, inputs, resume)?;
+    let samples = |run: &Run, stage: Stage| {
+        run.path(&format!("logs/samples_{}_{}.jsonl", data.name, stage.name()))
+    };
+
+    run.stage("observe", |run| {
+        let target = run.path("observations.safetensors");
+        observe_stage(&original, &encoded, recipe, &fingerprint, &target)
+    })?;
+    let observations = Observations::load(&run.path("observations.safetensors"))?;
+    run.stage("plan", |run| {
+        plan_stage(original.config(), &observations, recipe, &run.path("plan.json")).map(|_| ())
+    })?;
+    let plan = Plan::load(&run.path("plan.json"))?;
+    run.stage("build", |run| build_stage(&original, &plan, recipe.seed, &run.path("built")))?;
+    run.scored("evaluate_original", |run| {
+        let samples = samples(run, Stage::Original);
+        evaluate_stage("original", &original, &data, &data.test, recipe.max_length, Some(&samples))
+            .map(Some)
+    })?;
+    let built = Checkpoint::open(&run.path("built"))?;
+    run.scored("evaluate_built", |run| {
+        let samples = samples(run, Stage::Built);
+        evaluate_stage("built", &built, &data, &data.test, recipe.max_length, Some(&samples))
+            .map(Some)
+    })?;
+    run.stage("recover", |run| {
+        let inputs = RecoverInputs {
+            original: &original,
+            built: &built,
+            plan: &plan,
+            encoded,
+            fingerprint: &fingerprint,
+            checkpoint_every: CHECKPOINT_EVERY,
+        };
+        let folders = Folders { state: run.path("recovery"), logs: run.path("logs") };
+        recover_stage(inputs, recipe, &folders, &run.path("model"))
+    })?;
+    let recovered = Checkpoint::open(&run.path("model"))?;
+    run.scored("evaluate_recovered", |run| {
+        let samples = samples(run, Stage::Recovered);
+        evaluate_stage("recovered", &recovered, &data, &data.test, recipe.max_length, Some(&samples))
+            .map(Some)
+    })?;
+    let results = results(recipe, &run, &plan, &data.name, (&original, &recovered), fingerprint);
+    results.save(&run.path("results.json"))?;
+    let page = report::render(
+        &results,
+        &plan,
+        &coverage(&observations),
+        &Curve::read(&run.path("logs"))?,
+        &recipe.to_toml()?,
+    )?;
+    folder::write_file(&run.path("report.html"), page.as_bytes())?;
+    remove_training_state(&run.path("recovery"))?;
+    Ok(results)
+}
+
+/// The folder of a run that names none: `runs/<task>-<method>-<ratio>`, with a number behind it when
+/// that one is taken and not to be resumed.
+pub fn default_out(recipe: &Recipe, resume: bool) -> PathBuf {
+    let task = match (&recipe.task, &recipe.train) {
+        (_, Some(train)) => train.file_stem().map(|s| s.to_string_lossy().into_owned()),
+        (task, None) => task.map(|t| t.to_string()),
+    };
+    let amount = recipe.ratio.or(recipe.threshold).unwrap_or_default();
+    let name = format!("{}-{}-{amount}", task.unwrap_or_default(), recipe.method);
+    let first = Path::new("runs").join(&name);
+    if resume || !first.exists() {
+        return first;
+    }
+    (2..).map(|i| Path::new("runs").join(format!("{name}-{i}"))).find(|p| !p.exists()).unwrap_or(first)
+}
+
+/// What a run depends on besides its recipe.
+///
+/// # Errors
+/// If the model or the records cannot be read.
+pub fn inputs(recipe: &Recipe, model: &Path) -> Result<Inputs> {
+    let data = match &recipe.train {
+        Some(path) => crate::fingerprint(&lightmoe_data::read_text(path)?)?,
+        None => "built-in".to_owned(),
+    };
+    Ok(Inputs {
+        model: model_fingerprint(model)?,
+        data,
+        lightmoe: env!("CARGO_PKG_VERSION").to_owned(),
+    })
+}
+
+fn results(
+    recipe: &Recipe,
+    run: &Run,
+    plan: &Plan,
+    task: &str,
+    (original, recovered): (&Checkpoint, &Checkpoint),
+    fingerprint: String,
+) -> Results {
+    let stages = run.stages();
+    let scores = |stage: Stage| {
+        let done = stages.get(&format!("evaluate_{}", stage.name()))?;
+        Some((stage, done.scores.clone()?))
+    };
+    Results {
+        schema_version: SCHEMA_VERSION,
+        lightmoe_version: env!("CARGO_PKG_VERSION").to_owned(),
+        model: recipe.model.clone(),
+        task: task.to_owned(),
+        method: recipe.method.to_string(),
+        seed: recipe.seed,
+        ratio: Ratio { target: recipe.ratio, achieved: plan.ratio.achieved },
+        parameters: Parameters {
+            before: plan.parameters.before,
+            after: plan.parameters.after,
+            trained: plan.parameters.trained,
+        },
+        bytes: Bytes { before: original.bytes(), after: recovered.bytes() },
+        stages: Stage::ALL.into_iter().filter_map(scores).collect(),
+        seconds: stages.iter().map(|(name, done)| (name.clone(), done.seconds)).collect(),
+        peak_rss_bytes: stages.values().map(|d| d.peak_rss_bytes).max().unwrap_or_default(),
+        peak_rss_by_stage: stages.iter().map(|(n, d)| (n.clone(), d.peak_rss_bytes)).collect(),
+        fingerprint,
+        date: None,
+    }
+}
+
+fn coverage(observations: &Observations) -> Vec<LayerCoverage> {
+    observations
+        .layers
+        .iter()
+        .map(|layer| LayerCoverage {
+            layer: layer.layer,
+            tokens_per_expert: layer.selections.clone(),
+            share: layer.importance(),
+        })
+        .collect()
+}
+
+/// The optimiser's state has served; the model and the curve stay.
+fn remove_training_state(dir: &Path) -> Result<()> {
+    if dir.exists() {
+        std::fs::remove_dir_all(dir)?;
+    }
+    Ok(())
+}

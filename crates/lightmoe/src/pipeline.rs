@@ -1,0 +1,196 @@
+//! The stages as functions from artefact to artefact. The subcommands call them one by one,
+//! `compress` in a row.
+
+use crate::progress::{Progress, stopped};
+use crate::recipe::Recipe;
+use crate::results::{Score, TaskScores};
+use crate::source::{TaskData, calibration};
+use anyhow::{Context, Result, bail};
+use lightmoe_compress::observations::Observations;
+use lightmoe_compress::plan::Plan;
+use lightmoe_compress::{build, methods, observe};
+use lightmoe_data::{Encoded, Sampler};
+use lightmoe_eval::{evaluate, write_samples};
+use lightmoe_models::{Checkpoint, CheckpointWriter, Decoder, ModelTokenizer, ParameterKind};
+use lightmoe_train::{
+    AnnealingShape, Folders, Group, Outcome, Recovery, TrainBatch, TrainOptions, finish_recovery, prepare_recovery,
+    train,
+};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// What the user is told when a run ends early by request.
+const INTERRUPTED: &str = "interrupted; run the same command with `--resume` to go on";
+
+/// Stage observe: the routing of the training examples → `target`.
+///
+/// # Errors
+/// If there is too little text, the model is damaged, or the work was stopped.
+pub fn observe_stage(
+    checkpoint: &Checkpoint,
+    encoded: &[Encoded],
+    recipe: &Recipe,
+    fingerprint: &str,
+    target: &Path,
+) -> Result<()> {
+    let samples = calibration(encoded, recipe.calibration_tokens, checkpoint)?;
+    let bar = Progress::new("observe", checkpoint.config().num_layers);
+    let seen = observe(checkpoint, &samples, fingerprint, &mut |done, all| bar.of(done, all))?;
+    Ok(seen.save(target)?)
+}
+
+/// Stage plan: observations and recipe → `target`.
+///
+/// # Errors
+/// If the recipe cannot work for these observations.
+pub fn plan_stage(
+    config: &lightmoe_models::ModelConfig,
+    observations: &Observations,
+    recipe: &Recipe,
+    target: &Path,
+) -> Result<Plan> {
+    let plan = methods::plan(
+        config,
+        observations,
+        recipe.target(),
+        recipe.method,
+        &recipe.plan_options(),
+    )?;
+    plan.save(target)?;
+    Ok(plan)
+}
+
+/// Stage build: plan and checkpoint → the model folder `target`.
+///
+/// # Errors
+/// If the plan is for another model, the model is damaged, or the work was stopped.
+pub fn build_stage(original: &Checkpoint, plan: &Plan, seed: u64, target: &Path) -> Result<()> {
+    let bar = Progress::new("build", original.config().num_layers);
+    Ok(build(original, plan, seed, target, &mut |done, all| bar.of(done, all))?)
+}
+
+/// What stage recover works on.
+pub struct RecoverInputs<'a> {
+    /// The uncompressed model.
+    pub original: &'a Checkpoint,
+    /// The built model.
+    pub built: &'a Checkpoint,
+    /// The plan it was built from.
+    pub plan: &'a Plan,
+    /// The training sequences.
+    pub encoded: Vec<Encoded>,
+    /// Identifies the run for its training checkpoint.
+    pub fingerprint: &'a str,
+    /// Steps between training checkpoints.
+    pub checkpoint_every: usize,
+}
+
+/// Stage recover: trains the built model → the model folder `target`. State and loss curve go to
+/// `folders`; an interrupted recovery found there is continued.
+///
+/// # Errors
+/// If the training diverges, the work was stopped, or files cannot be written.
+pub fn recover_stage(
+    inputs: RecoverInputs<'_>,
+    recipe: &Recipe,
+    folders: &Folders,
+    target: &Path,
+) -> Result<()> {
+    let (built, plan) = (inputs.built, inputs.plan);
+    let mut model = Decoder::load(built)?;
+    let mut annealing = recipe.annealing();
+    if plan.mean_replaced() == 0.0 {
+        // Nothing is replaced, so there is nothing to fade out.
+        annealing.shape = AnnealingShape::None;
+    }
+    let recovery = Recovery {
+        kept_rank: plan.settings.kept_rank,
+        anneal: annealing.beta(0, recipe.steps) > 0.0,
+        seed: recipe.seed,
+    };
+    prepare_recovery(&mut model, inputs.original, &recovery)?;
+    let pad = built.config().pad_token_id.unwrap_or(0);
+    let sampler = Sampler::new(inputs.encoded, recipe.batch_size, recipe.seed)?.with_pad(pad);
+    let options = TrainOptions {
+        annealing,
+        ..train_options(recipe, inputs.fingerprint, inputs.checkpoint_every)
+    };
+    let bar = Progress::new("recover", recipe.steps);
+    let mut recent = None;
+    let outcome = train(
+        &mut model,
+        &options,
+        folders,
+        &|step| {
+            let batch = sampler.batch(step);
+            Ok(TrainBatch { tokens: batch.tokens, rows: batch.rows, loss_mask: batch.loss_mask })
+        },
+        &mut |point| {
+            let mean = recent.map_or(point.loss, |r| 0.95 * r + 0.05 * point.loss);
+            recent = Some(mean);
+            bar.note(format!("loss {mean:.3} β {:.2}", point.beta));
+            bar.at(point.step + 1)
+        },
+    )?;
+    if outcome == Outcome::Interrupted {
+        bail!(INTERRUPTED);
+    }
+    finish_recovery(&mut model)?;
+    let mut writer = CheckpointWriter::new(target, built.dtype())?;
+    model.write(&mut writer)?;
+    writer.copy_side_files(built.dir())?;
+    Ok(writer.finish(&built.config().raw)?)
+}
+
+fn train_options(recipe: &Recipe, fingerprint: &str, checkpoint_every: usize) -> TrainOptions {
+    let mut kinds = vec![ParameterKind::Base, ParameterKind::Adapter];
+    if recipe.train_router {
+        kinds.push(ParameterKind::Router);
+    }
+    TrainOptions {
+        steps: recipe.steps,
+        learning_rate: recipe.learning_rate(),
+        beta1: 0.9,
+        beta2: 0.999,
+        clip_norm: recipe.clip_norm,
+        balance: 0.0,
+        annealing: recipe.annealing(),
+        groups: vec![Group { kinds, lr_scale: 1.0, weight_decay: recipe.weight_decay }],
+        checkpoint_every,
+        fingerprint: fingerprint.to_owned(),
+    }
+}
+
+/// Stage evaluate: the scores of a model on the test (or validation) examples. Samples go to
+/// `samples`, if given.
+///
+/// # Errors
+/// If an example does not fit the model's context or the work was stopped.
+pub fn evaluate_stage(
+    what: &str,
+    checkpoint: &Checkpoint,
+    data: &TaskData,
+    examples: &[lightmoe_data::Example],
+    max_length: usize,
+    samples: Option<&Path>,
+) -> Result<TaskScores> {
+    let model = Decoder::load(checkpoint)?;
+    let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
+    let bar = Progress::new(what, examples.len());
+    let options = data.eval_options(max_length);
+    let (scores, details) =
+        evaluate(&model, &tokenizer, examples, &options, &mut |done, all| bar.of(done, all))
+            .map_err(|e| match stopped() {
+                true => anyhow::anyhow!(INTERRUPTED),
+                false => e.into(),
+            })?;
+    if let Some(path) = samples {
+        write_samples(path, &details)
+            .with_context(|| format!("cannot write the samples to `{}`", path.display()))?;
+    }
+    let scores = scores
+        .into_iter()
+        .map(|(name, s)| (name, Score { value: s.value, stderr: s.stderr, n: s.n as u64 }))
+        .collect();
+    Ok(BTreeMap::from([(data.name.clone(), scores)]))
+}

@@ -1,0 +1,112 @@
+//! What can be known before anything is spent: whether a recipe can work, and what it will leave.
+
+use crate::recipe::Recipe;
+use crate::source::calibration;
+use lightmoe_compress::methods::{MethodName, Target};
+use lightmoe_compress::{Estimate, estimate};
+use lightmoe_data::Encoded;
+use lightmoe_models::Checkpoint;
+use serde::Serialize;
+
+/// A request that cannot be met whatever happens; the program exits with code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Refused(pub String);
+
+impl Refused {
+    /// Makes a refusal of any error, its causes in one line.
+    pub fn of(error: impl Into<anyhow::Error>) -> Self {
+        Self(format!("{:#}", error.into()))
+    }
+}
+
+/// What `--dry-run` says.
+#[derive(Debug, Clone, Serialize)]
+pub struct Forecast {
+    /// The method.
+    pub method: MethodName,
+    /// Layers with experts.
+    pub moe_layers: usize,
+    /// Experts of a layer.
+    pub experts_per_layer: usize,
+    /// Experts to replace in a layer, on average; unknown for a threshold before observing.
+    pub experts_replaced_per_layer: Option<f64>,
+    /// Parameters of the original.
+    pub parameters_before: u64,
+    /// Parameters of the result.
+    pub parameters_after: Option<u64>,
+    /// Parameters that recovery trains.
+    pub parameters_trained: Option<u64>,
+    /// Bytes of the original's weights.
+    pub bytes_before: u64,
+    /// Bytes of the result's weights.
+    pub bytes_after: Option<u64>,
+    /// Tokens to observe.
+    pub calibration_tokens: usize,
+}
+
+/// Checks that a recipe can work for a model and its training sequences.
+///
+/// # Errors
+/// [`Refused`], in one line: too little text, a rank or ratio that cannot be had.
+pub fn preflight(
+    recipe: &Recipe,
+    checkpoint: &Checkpoint,
+    encoded: &[Encoded],
+) -> Result<Forecast, Refused> {
+    let samples = calibration(encoded, recipe.calibration_tokens, checkpoint).map_err(Refused::of)?;
+    let estimate = estimate_of(recipe, checkpoint).map_err(Refused::of)?;
+    let config = checkpoint.config();
+    let per_parameter = checkpoint.dtype().size_in_bytes() as u64;
+    let parameters_after = match recipe.method {
+        MethodName::Lora => Some(config.parameters().total()),
+        _ => estimate.as_ref().map(|e| e.parameters_after),
+    };
+    Ok(Forecast {
+        method: recipe.method,
+        moe_layers: config.num_moe_layers(),
+        experts_per_layer: config.moe.num_experts,
+        experts_replaced_per_layer: match recipe.method {
+            MethodName::Lora => Some(0.0),
+            _ => estimate.as_ref().map(|e| e.experts_replaced_per_layer),
+        },
+        parameters_before: config.parameters().total(),
+        parameters_after,
+        parameters_trained: estimate.as_ref().map(|e| e.parameters_trained),
+        bytes_before: checkpoint.bytes(),
+        bytes_after: parameters_after.map(|p| p * per_parameter),
+        calibration_tokens: samples.iter().map(Vec::len).sum(),
+    })
+}
+
+/// `None` where nothing can be said before observing.
+fn estimate_of(
+    recipe: &Recipe,
+    checkpoint: &Checkpoint,
+) -> lightmoe_compress::Result<Option<Estimate>> {
+    let (config, options) = (checkpoint.config(), recipe.plan_options());
+    options.check_method(recipe.method)?;
+    options.check(config)?;
+    match (recipe.method, recipe.target()) {
+        (MethodName::Lora, _) | (_, Target::Threshold(_)) => Ok(None),
+        (_, Target::Ratio(ratio)) => estimate(config, ratio, &options).map(Some),
+    }
+}
+
+impl std::fmt::Display for Forecast {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let unknown = || "known after observing".to_owned();
+        let count = |v: Option<u64>| v.map_or_else(unknown, |v| v.to_string());
+        let mib = |v: u64| format!("{:.1} MiB", v as f64 / f64::from(1 << 20));
+        writeln!(f, "method               {}", self.method)?;
+        writeln!(f, "layers with experts  {}", self.moe_layers)?;
+        let replaced = self.experts_replaced_per_layer.map_or_else(unknown, |r| format!("{r:.1}"));
+        writeln!(f, "experts replaced     {replaced} of {} a layer", self.experts_per_layer)?;
+        let after = count(self.parameters_after);
+        writeln!(f, "parameters           {} → {after}", self.parameters_before)?;
+        writeln!(f, "parameters trained   {}", count(self.parameters_trained))?;
+        let after = self.bytes_after.map_or_else(unknown, mib);
+        writeln!(f, "bytes                {} → {after}", mib(self.bytes_before))?;
+        write!(f, "tokens to observe    {}", self.calibration_tokens)
+    }
+}

@@ -1,0 +1,382 @@
+//! The recipe: everything that decides the result of a run. The same keys stand in a TOML file and
+//! on the command line; the command line wins, then the file, then the defaults.
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use lightmoe_compress::methods::{BaseInit, LightmoeOptions, MethodName, Target};
+use lightmoe_compress::size::equal_trainable_rank;
+use lightmoe_data::Task;
+use lightmoe_models::ModelConfig;
+use lightmoe_train::{Annealing, AnnealingShape, Decay, LearningRate};
+use serde::{Deserialize, Serialize};
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// The paper's learning rate (§4.1), at the hidden size of OLMoE-1B-7B.
+const PAPER_LR: f64 = 1e-4;
+const PAPER_HIDDEN: f64 = 2048.0;
+/// Bases per layer of the paper.
+const PAPER_GROUPS: usize = 3;
+
+/// What a user may set, on the command line or in a recipe file.
+#[derive(Debug, Clone, Default, clap::Args, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Model folder (Hugging Face layout), or `olmoe-nano`, the model in the repository [default: olmoe-nano]
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Built-in task: math, code, commonsense, intent or translation [default: math, or the records of `--train`]
+    #[arg(long)]
+    pub task: Option<String>,
+    /// Records to train on, JSON lines of prompt/completion or messages; a tenth is held out
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub train: Option<PathBuf>,
+    /// lightmoe, replace (adapters alone, or with one base) or lora (nothing is replaced) [default: lightmoe]
+    #[arg(long)]
+    pub method: Option<String>,
+    /// Share of all parameters to save, between 0 and 1 [default: 0.5]
+    #[arg(long)]
+    pub ratio: Option<f64>,
+    /// Gate mass to replace in a layer, instead of a ratio
+    #[arg(long, conflicts_with = "ratio")]
+    pub threshold: Option<f64>,
+    /// Rank of the adapters [default: 16, at most a sixteenth of an expert's smaller side; for replace and lora the rank of equal trainable parameters]
+    #[arg(long)]
+    pub rank: Option<usize>,
+    /// Shared bases per layer [default: 3, for replace 0]
+    #[arg(long)]
+    pub groups: Option<usize>,
+    /// How the bases start: gate-weighted or random [default: gate-weighted]
+    #[arg(long)]
+    pub base: Option<String>,
+    /// How much the router norm moves a layer's threshold (eq. 8) [default: 0.3]
+    #[arg(long)]
+    pub alpha: Option<f64>,
+    /// Greatest relative distance of a layer's threshold from the mean [default: 0.2]
+    #[arg(long)]
+    pub max_delta: Option<f64>,
+    /// Training tokens to observe [default: 131072]
+    #[arg(long)]
+    pub calibration_tokens: Option<usize>,
+    /// Training steps of the recovery [default: 500]
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Sequences of a batch [default: 16]
+    #[arg(long)]
+    pub batch_size: Option<usize>,
+    /// Highest learning rate [default: 1e-4 · 2048 / hidden size]
+    #[arg(long)]
+    pub lr: Option<f64>,
+    /// Share of the steps that warm up [default: 0.03]
+    #[arg(long)]
+    pub warmup: Option<f64>,
+    /// How the learning rate falls: linear, cosine or constant [default: linear]
+    #[arg(long)]
+    pub decay: Option<String>,
+    /// Weight decay [default: 0]
+    #[arg(long)]
+    pub weight_decay: Option<f64>,
+    /// Largest norm of the gradient [default: 1]
+    #[arg(long)]
+    pub clip_norm: Option<f64>,
+    /// How the share β of the originals falls: linear, exponential or none [default: linear]
+    #[arg(long)]
+    pub annealing: Option<String>,
+    /// Share of the steps after which β is zero [default: 0.2]
+    #[arg(long)]
+    pub end_ratio: Option<f64>,
+    /// γ of the exponential annealing [default: 3]
+    #[arg(long)]
+    pub gamma: Option<f64>,
+    /// Whether the router is trained too [default: false]
+    #[arg(long, value_name = "BOOL")]
+    pub train_router: Option<bool>,
+    /// Distinct training examples of a built-in task [default: 8000]
+    #[arg(long)]
+    pub train_examples: Option<usize>,
+    /// Test examples [default: 500]
+    #[arg(long)]
+    pub eval_examples: Option<usize>,
+    /// Longest sequence in tokens [default: 512, at most the model's context]
+    #[arg(long)]
+    pub max_length: Option<usize>,
+    /// Seed of every random choice [default: 0]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// auto or cpu [default: auto]
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Element type of the work: auto or f32; files keep the model's own [default: auto]
+    #[arg(long)]
+    pub dtype: Option<String>,
+}
+
+/// Takes each key from the first side that has it.
+macro_rules! first_of {
+    ($a:expr, $b:expr, $($key:ident),+ $(,)?) => { Settings { $($key: $a.$key.or($b.$key)),+ } };
+}
+
+impl Settings {
+    /// Reads a recipe file.
+    ///
+    /// # Errors
+    /// If it cannot be read, or has keys that are not settings.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the recipe `{}`", path.display()))?;
+        toml::from_str(&text).with_context(|| {
+            format!("in the recipe `{}`; see docs/reference.md for its keys", path.display())
+        })
+    }
+
+    /// These settings, and those of `other` where these are silent.
+    pub fn or(self, other: Self) -> Self {
+        // A ratio here overrules a threshold there, and the other way round.
+        let other = match (self.ratio, self.threshold) {
+            (None, None) => other,
+            _ => Self { ratio: None, threshold: None, ..other },
+        };
+        first_of!(
+            self, other, model, task, train, method, ratio, threshold, rank, groups, base, alpha,
+            max_delta, calibration_tokens, steps, batch_size, lr, warmup, decay, weight_decay,
+            clip_norm, annealing, end_ratio, gamma, train_router, train_examples, eval_examples,
+            max_length, seed, device, dtype,
+        )
+    }
+}
+
+/// A recipe with every choice made. Written as `recipe.toml` beside the result.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)] // the keys of `Settings`
+pub struct Recipe {
+    pub model: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task: Option<Task>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train: Option<PathBuf>,
+    pub method: MethodName,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ratio: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<f64>,
+    pub rank: usize,
+    pub groups: usize,
+    pub base: BaseInit,
+    pub alpha: f64,
+    pub max_delta: f64,
+    pub calibration_tokens: usize,
+    pub steps: usize,
+    pub batch_size: usize,
+    pub lr: f64,
+    pub warmup: f64,
+    pub decay: Decay,
+    pub weight_decay: f64,
+    pub clip_norm: f64,
+    pub annealing: AnnealingShape,
+    pub end_ratio: f64,
+    pub gamma: f64,
+    pub train_router: bool,
+    pub train_examples: usize,
+    pub eval_examples: usize,
+    pub max_length: usize,
+    pub seed: u64,
+    pub device: String,
+    pub dtype: String,
+}
+
+fn one_of<T: FromStr<Err: Display>>(text: Option<String>, default: T) -> Result<T> {
+    text.map_or(Ok(default), |t| t.parse().map_err(|e: T::Err| anyhow!("{e}")))
+}
+
+/// Reads a value with the names that serde gives it.
+fn named<T: for<'a> Deserialize<'a>>(
+    key: &str,
+    text: Option<String>,
+    default: T,
+    names: &str,
+) -> Result<T> {
+    let Some(text) = text else { return Ok(default) };
+    serde_json::from_value(serde_json::Value::String(text.clone()))
+        .map_err(|_| anyhow!("`{key}` is `{text}`; use one of {names}"))
+}
+
+impl Recipe {
+    /// Makes every choice that the settings leave open, for the model of `config`.
+    ///
+    /// # Errors
+    /// If a setting has a value that cannot work for this model: one line that says what to do.
+    pub fn resolve(settings: Settings, config: &ModelConfig) -> Result<Self> {
+        let s = settings;
+        let method = one_of(s.method, MethodName::Lightmoe)?;
+        let task = s.task.map(|t| t.parse::<Task>()).transpose()?;
+        let smaller = config.hidden_size.min(config.moe.intermediate_size);
+        let paper_rank = (smaller / 16).clamp(1, 16);
+        let groups = s.groups.unwrap_or(match method {
+            MethodName::Lightmoe => PAPER_GROUPS,
+            MethodName::Replace | MethodName::Lora => 0,
+        });
+        // The baselines train as many parameters as LightMoE does, as in the paper's table.
+        let rank = s.rank.unwrap_or_else(|| match method {
+            MethodName::Lightmoe => paper_rank,
+            _ => equal_trainable_rank(config, paper_rank, PAPER_GROUPS, groups).min(smaller),
+        });
+        let max_length = s.max_length.unwrap_or(512).min(config.max_position_embeddings);
+        let recipe = Self {
+            model: s.model.unwrap_or_else(|| crate::source::BUILT_IN.to_owned()),
+            task: task.or(s.train.is_none().then_some(Task::Math)),
+            train: s.train,
+            method,
+            ratio: match (s.ratio, s.threshold) {
+                (None, None) => Some(0.5),
+                (ratio, _) => ratio,
+            },
+            threshold: s.threshold,
+            rank,
+            groups,
+            base: named("base", s.base, BaseInit::GateWeighted, "gate-weighted, random")?,
+            alpha: s.alpha.unwrap_or(0.3),
+            max_delta: s.max_delta.unwrap_or(0.2),
+            calibration_tokens: s.calibration_tokens.unwrap_or(1 << 17),
+            steps: s.steps.unwrap_or(500),
+            batch_size: s.batch_size.unwrap_or(16),
+            lr: s.lr.unwrap_or(PAPER_LR * PAPER_HIDDEN / config.hidden_size as f64),
+            warmup: s.warmup.unwrap_or(0.03),
+            decay: named("decay", s.decay, Decay::Linear, "linear, cosine, constant")?,
+            weight_decay: s.weight_decay.unwrap_or(0.0),
+            clip_norm: s.clip_norm.unwrap_or(1.0),
+            annealing: named(
+                "annealing",
+                s.annealing,
+                AnnealingShape::Linear,
+                "linear, exponential, none",
+            )?,
+            end_ratio: s.end_ratio.unwrap_or(0.2),
+            gamma: s.gamma.unwrap_or(3.0),
+            train_router: s.train_router.unwrap_or(false),
+            train_examples: s.train_examples.unwrap_or(8000),
+            eval_examples: s.eval_examples.unwrap_or(500),
+            max_length,
+            seed: s.seed.unwrap_or(0),
+            device: s.device.unwrap_or_else(|| "auto".into()),
+            dtype: s.dtype.unwrap_or_else(|| "auto".into()),
+        };
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    fn check(&self) -> Result<()> {
+        ensure!(
+            ["auto", "cpu"].contains(&self.device.as_str()),
+            "`device` is `{}`; this build runs on the CPU, use auto or cpu",
+            self.device
+        );
+        ensure!(
+            ["auto", "f32"].contains(&self.dtype.as_str()),
+            "`dtype` is `{}`; the CPU computes in f32 and files keep the model's own element type, \
+             use auto or f32",
+            self.dtype
+        );
+        let counts = [
+            ("steps", self.steps),
+            ("batch_size", self.batch_size),
+            ("train_examples", self.train_examples),
+            ("eval_examples", self.eval_examples),
+            ("max_length", self.max_length),
+            ("calibration_tokens", self.calibration_tokens),
+        ];
+        for (key, value) in counts {
+            ensure!(value > 0, "`{key}` is 0; give at least 1");
+        }
+        let shares =
+            [("warmup", self.warmup), ("end_ratio", self.end_ratio), ("max_delta", self.max_delta)];
+        for (key, value) in shares {
+            ensure!((0.0..=1.0).contains(&value), "`{key}` is {value}; give a share from 0 to 1");
+        }
+        for (key, value) in [("lr", self.lr), ("clip_norm", self.clip_norm), ("gamma", self.gamma)] {
+            ensure!(value > 0.0 && value.is_finite(), "`{key}` is {value}; give a number above 0");
+        }
+        ensure!(self.weight_decay >= 0.0, "`weight_decay` is below 0; give 0 or more");
+        Ok(())
+    }
+
+    /// The options of plan.
+    pub fn plan_options(&self) -> LightmoeOptions {
+        LightmoeOptions {
+            rank: self.rank,
+            groups: self.groups,
+            alpha: self.alpha,
+            max_delta: self.max_delta,
+            base: self.base,
+        }
+    }
+
+    /// What plan aims at.
+    pub fn target(&self) -> Target {
+        match (self.threshold, self.ratio) {
+            (Some(p), _) => Target::Threshold(p),
+            (None, ratio) => Target::Ratio(ratio.unwrap_or(0.5)),
+        }
+    }
+
+    /// β by step.
+    pub fn annealing(&self) -> Annealing {
+        Annealing { shape: self.annealing, end_ratio: self.end_ratio, gamma: self.gamma }
+    }
+
+    /// Learning rate by step.
+    pub fn learning_rate(&self) -> LearningRate {
+        LearningRate {
+            peak: self.lr,
+            warmup: self.warmup,
+            flat_until: 0.0,
+            decay: self.decay,
+            final_share: 0.0,
+        }
+    }
+
+    /// The recipe as TOML.
+    ///
+    /// # Errors
+    /// If it cannot be written as TOML.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string_pretty(self).context("the recipe cannot be written as TOML")
+    }
+
+    /// Reads a resolved recipe.
+    ///
+    /// # Errors
+    /// If it cannot be read or is none.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the recipe `{}`", path.display()))?;
+        toml::from_str(&text).with_context(|| format!("in the recipe `{}`", path.display()))
+    }
+
+    /// Refuses another recipe than this one, naming each key that differs.
+    ///
+    /// # Errors
+    /// If they differ.
+    pub fn same_as(&self, earlier: &Self) -> Result<()> {
+        let (now, then) = (serde_json::to_value(self)?, serde_json::to_value(earlier)?);
+        let keys = |v: &serde_json::Value| -> Vec<String> {
+            v.as_object().map(|m| m.keys().cloned().collect()).unwrap_or_default()
+        };
+        let mut all = keys(&then);
+        all.extend(keys(&now).into_iter().filter(|k| then.get(k).is_none()));
+        let show = |v: Option<&serde_json::Value>| v.map_or("unset".into(), ToString::to_string);
+        let differences: Vec<String> = all
+            .iter()
+            .filter(|k| now.get(k) != then.get(k))
+            .map(|k| format!("`{k}` was {} and is now {}", show(then.get(k)), show(now.get(k))))
+            .collect();
+        if !differences.is_empty() {
+            bail!(
+                "the run in this folder had another recipe: {}; give the same settings to resume, \
+                 or another `--out`",
+                differences.join(", ")
+            );
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,167 @@
+//! The run folder: which stages are done, how long they took, and what they depended on.
+//!
+//! A stage is done when `run.json` says so, and `run.json` is written, atomically, after the
+//! stage's artefact stands in its place. A run killed in between does that stage again and, because
+//! every stage is a function of its inputs, gets the same bytes.
+
+use crate::memory;
+use crate::recipe::Recipe;
+use crate::results::TaskScores;
+use anyhow::{Context, Result, bail, ensure};
+use lightmoe_models::folder::write_file;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// What a run depends on besides its recipe.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inputs {
+    /// The model's content.
+    pub model: String,
+    /// The training records' content.
+    pub data: String,
+    /// The program's version.
+    pub lightmoe: String,
+}
+
+/// A finished stage.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Done {
+    /// Wall-clock seconds.
+    pub seconds: f64,
+    /// Highest resident memory while it ran.
+    pub peak_rss_bytes: u64,
+    /// Scores, where the stage evaluates.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub scores: Option<TaskScores>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct State {
+    inputs: Inputs,
+    stages: BTreeMap<String, Done>,
+}
+
+/// An open run folder.
+pub struct Run {
+    dir: PathBuf,
+    state: State,
+}
+
+impl Run {
+    /// Begins a run in `dir`, or goes on with the one that stands there if `resume`.
+    ///
+    /// # Errors
+    /// If the folder holds something else, or a run with another recipe, model, data or version: the
+    /// message names what differs.
+    pub fn open(dir: &Path, recipe: &Recipe, inputs: Inputs, resume: bool) -> Result<Self> {
+        let (recipe_path, state_path) = (dir.join("recipe.toml"), dir.join("run.json"));
+        let begun = recipe_path.exists();
+        if begun && resume {
+            recipe.same_as(&Recipe::load(&recipe_path)?)?;
+            let mut state = State { inputs: inputs.clone(), stages: BTreeMap::new() };
+            if state_path.exists() {
+                let text = std::fs::read_to_string(&state_path)
+                    .with_context(|| format!("cannot read `{}`", state_path.display()))?;
+                state = serde_json::from_str(&text).with_context(|| {
+                    format!("`{}` is damaged; remove the folder and start again", state_path.display())
+                })?;
+            }
+            same_inputs(&state.inputs, &inputs)?;
+            return Ok(Self { dir: dir.to_owned(), state });
+        }
+        if begun {
+            bail!(
+                "`{}` holds a run already; go on with it by `--resume`, or give another `--out`",
+                dir.display()
+            );
+        }
+        ensure!(
+            !occupied(dir)?,
+            "`{}` is not empty and holds no run; give another `--out`",
+            dir.display()
+        );
+        let run = Self {
+            dir: dir.to_owned(),
+            state: State { inputs, stages: BTreeMap::new() },
+        };
+        write_file(&recipe_path, recipe.to_toml()?.as_bytes())?;
+        run.save()?;
+        Ok(run)
+    }
+
+    /// A path in the folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// The finished stages.
+    pub fn stages(&self) -> &BTreeMap<String, Done> {
+        &self.state.stages
+    }
+
+    /// Runs `work` unless the stage is done.
+    ///
+    /// # Errors
+    /// What `work` brings.
+    pub fn stage(&mut self, name: &str, work: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
+        self.scored(name, |run| work(run).map(|()| None)).map(|_| ())
+    }
+
+    /// As [`Run::stage`], for a stage that evaluates; returns its scores.
+    ///
+    /// # Errors
+    /// What `work` brings.
+    pub fn scored(
+        &mut self,
+        name: &str,
+        work: impl FnOnce(&Self) -> Result<Option<TaskScores>>,
+    ) -> Result<Option<TaskScores>> {
+        if let Some(done) = self.state.stages.get(name) {
+            tracing::info!(stage = name, "done before");
+            return Ok(done.scores.clone());
+        }
+        let _span = tracing::info_span!("stage", name).entered();
+        memory::reset_peak();
+        let begin = Instant::now();
+        let scores = work(self)?;
+        let done = Done {
+            seconds: begin.elapsed().as_secs_f64(),
+            peak_rss_bytes: memory::peak(),
+            scores: scores.clone(),
+        };
+        self.state.stages.insert(name.to_owned(), done);
+        self.save()?;
+        Ok(scores)
+    }
+
+    fn save(&self) -> Result<()> {
+        let text = serde_json::to_string_pretty(&self.state)?;
+        Ok(write_file(&self.dir.join("run.json"), (text + "\n").as_bytes())?)
+    }
+}
+
+/// Whether something other than the leftovers of a killed write lies in the folder.
+fn occupied(dir: &Path) -> Result<bool> {
+    if !dir.exists() {
+        return Ok(false);
+    }
+    let entries = std::fs::read_dir(dir).with_context(|| format!("cannot read `{}`", dir.display()))?;
+    Ok(entries.flatten().any(|e| !e.file_name().to_string_lossy().starts_with('.')))
+}
+
+fn same_inputs(then: &Inputs, now: &Inputs) -> Result<()> {
+    let parts = [
+        ("model", &then.model, &now.model),
+        ("training data", &then.data, &now.data),
+        ("version of lightmoe", &then.lightmoe, &now.lightmoe),
+    ];
+    for (what, then, now) in parts {
+        ensure!(
+            then == now,
+            "the {what} changed since the run began ({then} → {now}); give another `--out`"
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,195 @@
+//! Where a run's inputs come from: the model folder and the examples.
+
+use crate::recipe::Recipe;
+use anyhow::{Context, Result, bail, ensure};
+use lightmoe_data::{Encoded, Example, Metric, Split, Task, encode, records};
+use lightmoe_eval::EvalOptions;
+use lightmoe_models::{ChatMessage, Checkpoint, ModelTokenizer};
+use sha2::{Digest, Sha256};
+use std::path::{Path, PathBuf};
+
+/// The name of the model in the repository.
+pub const BUILT_IN: &str = "olmoe-nano";
+/// Fewer records than this cannot be split into training and test.
+const FEWEST_RECORDS: usize = 20;
+/// Fewer selections per expert than this say nothing about an expert.
+const FEWEST_SELECTIONS: usize = 16;
+/// Below this many, a warning.
+const FEW_SELECTIONS: usize = 100;
+
+/// The folder of a model: a path, or the built-in model's name.
+///
+/// # Errors
+/// If there is no such folder.
+pub fn model_folder(name: &str) -> Result<PathBuf> {
+    if name == BUILT_IN {
+        let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name);
+        ensure!(
+            repository.exists(),
+            "the built-in model `{name}` lies in the repository, which is no longer where this \
+             program was built; give a model folder with `--model`"
+        );
+        return Ok(repository);
+    }
+    let path = PathBuf::from(name);
+    ensure!(
+        path.join("config.json").is_file(),
+        "`{name}` is no model folder: it has no config.json; give a folder in the Hugging Face \
+         layout, or `{BUILT_IN}`"
+    );
+    Ok(path)
+}
+
+/// The examples of a run.
+pub struct TaskData {
+    /// Name in results.
+    pub name: String,
+    /// The built-in task.
+    pub task: Option<Task>,
+    /// To observe and train on.
+    pub train: Vec<Example>,
+    /// To choose settings on.
+    pub validation: Vec<Example>,
+    /// To report.
+    pub test: Vec<Example>,
+}
+
+impl TaskData {
+    /// The examples of a built-in task.
+    pub fn built_in(task: Task, train: usize, eval: usize, seed: u64) -> Self {
+        Self {
+            name: task.to_string(),
+            task: Some(task),
+            train: task.examples(Split::Train, train, seed),
+            // Evaluation items are the same for every seed, so that seeds can be compared.
+            validation: task.examples(Split::Validation, eval, 0),
+            test: task.examples(Split::Test, eval, 0),
+        }
+    }
+
+    /// The examples that a recipe names: a built-in task, or the user's own records, of which every
+    /// twentieth is for validation and every twentieth for test (at most `eval_examples` each); with
+    /// both, the records train and the task tests.
+    ///
+    /// # Errors
+    /// If the records cannot be read or are too few.
+    pub fn load(recipe: &Recipe, tokenizer: &ModelTokenizer) -> Result<Self> {
+        let built_in = recipe.task.map(|task| {
+            Self::built_in(task, recipe.train_examples, recipe.eval_examples, recipe.seed)
+        });
+        let Some(path) = &recipe.train else {
+            return built_in.context("no data: give `--task` or `--train`");
+        };
+        let chat = |messages: &[records::Message]| {
+            let messages: Vec<ChatMessage> = messages
+                .iter()
+                .map(|m| ChatMessage { role: m.role.clone(), content: m.content.clone() })
+                .collect();
+            tokenizer.chat(&messages).map_err(|e| e.to_string())
+        };
+        let records = records::read_jsonl(path, &chat)?;
+        if let Some(task) = built_in {
+            return Ok(Self { train: records, ..task });
+        }
+        if records.len() < FEWEST_RECORDS {
+            bail!(
+                "`{}` has {} records, too few to hold some out for the test; give at least \
+                 {FEWEST_RECORDS}",
+                path.display(),
+                records.len()
+            );
+        }
+        let name = path.file_stem().map_or("records".into(), |s| s.to_string_lossy().into_owned());
+        let (mut train, mut validation, mut test) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, record) in records.into_iter().enumerate() {
+            match i % 20 {
+                9 if validation.len() < recipe.eval_examples => validation.push(record),
+                19 if test.len() < recipe.eval_examples => test.push(record),
+                _ => train.push(record),
+            }
+        }
+        Ok(Self { name, task: None, train, validation, test })
+    }
+
+    /// How the examples are scored.
+    pub fn eval_options(&self, max_length: usize) -> EvalOptions {
+        EvalOptions {
+            metrics: self.task.map_or(vec![Metric::ExactMatch], |t| t.metrics().to_vec()),
+            task: self.task,
+            max_len: Some(max_length),
+            ..EvalOptions::default()
+        }
+    }
+
+    /// The training examples as tokens.
+    ///
+    /// # Errors
+    /// If one has an answer that does not fit `max_length`.
+    pub fn encoded(&self, tokenizer: &ModelTokenizer, max_length: usize) -> Result<Vec<Encoded>> {
+        let encode = |e| encode(&tokenizer.inner, tokenizer.eos, e, Some(max_length));
+        Ok(self.train.iter().map(encode).collect::<lightmoe_data::Result<_>>()?)
+    }
+}
+
+/// The first training sequences, up to `budget` tokens; the last one is cut to fit.
+///
+/// # Errors
+/// If they are too few to say anything about the experts.
+pub fn calibration(
+    encoded: &[Encoded],
+    budget: usize,
+    checkpoint: &Checkpoint,
+) -> Result<Vec<Vec<u32>>> {
+    let mut left = budget;
+    let mut samples = Vec::new();
+    for e in encoded {
+        let take = e.tokens.len().min(left);
+        if take == 0 {
+            break;
+        }
+        samples.push(e.tokens[..take].to_vec());
+        left -= take;
+    }
+    let moe = &checkpoint.config().moe;
+    let tokens = budget - left;
+    let selections = tokens * moe.top_k / moe.num_experts;
+    ensure!(
+        selections >= FEWEST_SELECTIONS,
+        "too little calibration text: {tokens} tokens choose each of {} experts {selections} times \
+         on average; give at least {} tokens of training data",
+        moe.num_experts,
+        FEWEST_SELECTIONS * moe.num_experts / moe.top_k
+    );
+    if selections < FEW_SELECTIONS {
+        tracing::warn!(tokens, "little calibration text: some experts will hardly be seen");
+    }
+    Ok(samples)
+}
+
+/// A short name of a model's content: its config, and of each weights file the size, the header and
+/// the end. Hashing all of a 60 GB checkpoint would take longer than observing it.
+///
+/// # Errors
+/// If a file cannot be read.
+pub fn model_fingerprint(dir: &Path) -> Result<String> {
+    const EDGE: u64 = 1 << 20;
+    let mut names: Vec<PathBuf> = std::fs::read_dir(dir)?.map(|e| Ok(e?.path())).collect::<Result<_>>()?;
+    names.retain(|p| p.extension().is_some_and(|e| e == "safetensors" || e == "json"));
+    names.sort();
+    let mut hash = Sha256::new();
+    for path in names {
+        let read = || -> std::io::Result<Vec<u8>> {
+            use std::io::{Read, Seek, SeekFrom};
+            let mut file = std::fs::File::open(&path)?;
+            let size = file.metadata()?.len();
+            let mut bytes = size.to_le_bytes().to_vec();
+            (&mut file).take(EDGE).read_to_end(&mut bytes)?;
+            file.seek(SeekFrom::Start(size.saturating_sub(EDGE)))?;
+            file.read_to_end(&mut bytes)?;
+            Ok(bytes)
+        };
+        hash.update(path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default());
+        hash.update(read().with_context(|| format!("cannot read `{}`", path.display()))?);
+    }
+    Ok(hash.finalize()[..16].iter().map(|b| format!("{b:02x}")).collect())
+}
