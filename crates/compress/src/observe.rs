@@ -110,10 +110,10 @@ impl Sums {
         let k = gates.len() / (lengths.len() * width);
         for (row, &length) in lengths.iter().enumerate() {
             let tokens = row * width..row * width + length;
-            for pair in tokens.start * k..tokens.end * k {
-                let expert = routing.chosen[pair] as usize;
-                self.gate_mass[expert] += f64::from(gates[pair]);
-                self.selections[expert] += 1;
+            let pairs = tokens.start * k..tokens.end * k;
+            for (&gate, &expert) in gates[pairs.clone()].iter().zip(&routing.chosen[pairs]) {
+                self.gate_mass[expert as usize] += f64::from(gate);
+                self.selections[expert as usize] += 1;
             }
             self.sample(&logits[tokens.start * self.experts..tokens.end * self.experts]);
         }

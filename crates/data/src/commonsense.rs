@@ -205,6 +205,7 @@ pub(crate) fn draw(rng: &mut ChaCha8Rng) -> Draft {
         choices[slot] = value;
     }
     Draft {
+        worked: None,
         key: format!("{} {}", being.name, attribute.name),
         example: Example {
             prompt: format!("Question: {question}\nAnswer:"),

@@ -202,6 +202,7 @@ pub(crate) fn draw(rng: &mut ChaCha8Rng) -> Draft {
     let borrowed: Vec<(&str, &str)> = slots.iter().map(|(k, v)| (*k, v.as_str())).collect();
     let json = json(intent.name, &borrowed);
     Draft {
+        worked: None,
         example: Example::new(
             format!("Utterance: {}\nJSON:", fill(phrasing, &borrowed)),
             json.clone(),

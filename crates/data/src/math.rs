@@ -1,6 +1,8 @@
 //! Word problems of three or four steps. Every intermediate value and the answer
 //! is an integer from 0 to 99; the answer is given without a trace.
 
+use std::ops::RangeInclusive;
+
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
@@ -87,7 +89,7 @@ enum Step {
 
 impl Step {
     fn propose(rng: &mut ChaCha8Rng, last: bool) -> Self {
-        let small = rng.random_range(1..=20);
+        let small = rng.random_range(1..=9);
         if last && rng.random_range(0..3) == 0 {
             return match rng.random_range(0..4) {
                 0 => Self::OtherMore(small),
@@ -96,13 +98,13 @@ impl Step {
                 _ => Self::Together(small),
             };
         }
-        match weighted(rng, &[34, 34, 9, 5, 10, 8]) {
+        match weighted(rng, &[42, 42, 5, 2, 5, 4]) {
             0 => Self::Gain(small),
             1 => Self::Lose(small),
             2 => Self::Double,
             3 => Self::Triple,
             4 => Self::Halve,
-            _ => Self::Bags(rng.random_range(2..=3), rng.random_range(2..=9)),
+            _ => Self::Bags(rng.random_range(2..=3), rng.random_range(2..=5)),
         }
     }
 
@@ -164,49 +166,70 @@ impl Step {
     }
 }
 
-/// One word problem. Its key is the numbers and the kinds of step, whoever acts
-/// and whatever is counted.
+/// One word problem of three or four steps. Its key is the numbers and the kinds of step, whoever
+/// acts and whatever is counted.
 pub(crate) fn draw(rng: &mut ChaCha8Rng) -> Draft {
-    let (start, steps, answer) = plan(rng);
+    draw_steps(rng, 3..=4)
+}
+
+/// A problem of one or two steps, for pre-training alone: no item of the task is as short.
+pub(crate) fn draw_short(rng: &mut ChaCha8Rng) -> Draft {
+    draw_steps(rng, 1..=2)
+}
+
+fn draw_steps(rng: &mut ChaCha8Rng, count: RangeInclusive<usize>) -> Draft {
+    let (start, steps, answer) = plan(rng, count);
     let people = rand::seq::index::sample(rng, PEOPLE.len(), 3);
     let object = *pick(rng, &OBJECTS);
     let mut key = start.to_string();
     let mut prompt = String::from("Question:");
-    let mut say = |rng: &mut ChaCha8Rng, phrases: &[&str], k: u32, m: u32| {
-        let phrase = *pick(rng, phrases);
-        prompt.push(' ');
-        prompt.push_str(&fill(
-            phrase,
-            &[
-                ("a", PEOPLE[people.index(0)]),
-                ("b", PEOPLE[people.index(1)]),
-                ("c", PEOPLE[people.index(2)]),
-                ("o", object),
-                ("k", &k.to_string()),
-                ("m", &m.to_string()),
-            ],
-        ));
-    };
-    say(rng, &START, start, 0);
+    let mut worked = String::new();
+    let mut say =
+        |rng: &mut ChaCha8Rng, phrases: &[&str], (k, m): (u32, u32), value: Option<u32>| {
+            let phrase = *pick(rng, phrases);
+            let sentence = fill(
+                phrase,
+                &[
+                    ("a", PEOPLE[people.index(0)]),
+                    ("b", PEOPLE[people.index(1)]),
+                    ("c", PEOPLE[people.index(2)]),
+                    ("o", object),
+                    ("k", &k.to_string()),
+                    ("m", &m.to_string()),
+                ],
+            );
+            for text in [&mut prompt, &mut worked] {
+                let space = if text.is_empty() { "" } else { " " };
+                text.push_str(space);
+                text.push_str(&sentence);
+            }
+            if let Some(value) = value {
+                worked.push_str(&format!(" Now {value}."));
+            }
+        };
+    say(rng, &START, (start, 0), None);
+    let mut value = start;
     for step in &steps {
         let (phrases, k, m) = step.phrases();
-        say(rng, phrases, k, m);
+        value = step.apply(value).unwrap_or(value);
+        say(rng, phrases, (k, m), Some(value));
         key.push_str(&step.key());
     }
     if let Some(last) = steps.last() {
-        say(rng, last.question(), 0, 0);
+        say(rng, last.question(), (0, 0), None);
     }
     prompt.push_str("\nAnswer:");
     Draft {
         key,
         example: Example::new(prompt, answer.to_string()),
+        worked: Some(format!("{worked}\nAnswer: {answer}")),
     }
 }
 
 /// Start value, steps, and final value.
-fn plan(rng: &mut ChaCha8Rng) -> (u32, Vec<Step>, u32) {
-    let count = rng.random_range(3..=4);
-    let start = rng.random_range(2..=40);
+fn plan(rng: &mut ChaCha8Rng, count: RangeInclusive<usize>) -> (u32, Vec<Step>, u32) {
+    let count = rng.random_range(count);
+    let start = rng.random_range(2..=20);
     let mut value = start;
     let mut steps = Vec::with_capacity(count);
     while steps.len() < count {
@@ -241,7 +264,7 @@ mod tests {
         let mut seen = std::collections::HashMap::new();
         let mut reworded = 0;
         for _ in 0..100_000 {
-            let Draft { key, example } = draw(&mut rng);
+            let Draft { key, example, .. } = draw(&mut rng);
             let numbers: Vec<u32> = example
                 .prompt
                 .replace("3 times", "")

@@ -7,15 +7,15 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::rng::{stream, weighted};
-use crate::{Task, commonsense, filler};
+use crate::{Task, commonsense, filler, math};
 
 /// Where a pre-training document comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
-    /// Word problems with their answers.
+    /// Word problems with their answers, some with every step worked out, some shorter.
     Math,
-    /// Programs with their outputs or missing parts.
+    /// Programs with their outputs or missing parts, some with the values of their variables.
     Code,
     /// Statements of facts of the invented world.
     Facts,
@@ -38,11 +38,11 @@ impl Source {
     /// The source's part of the stream, in percent of tokens.
     pub fn share(self) -> u32 {
         match self {
-            Self::Math => 30,
-            Self::Code => 25,
-            Self::Facts => 20,
-            Self::Questions => 8,
-            Self::Filler => 17,
+            Self::Math => 32,
+            Self::Code => 31,
+            Self::Facts => 13,
+            Self::Questions => 5,
+            Self::Filler => 19,
         }
     }
 
@@ -51,7 +51,7 @@ impl Source {
     fn mean_length(self) -> u32 {
         match self {
             Self::Math => 469,
-            Self::Code => 361,
+            Self::Code => 385,
             Self::Facts => 235,
             Self::Questions => 161,
             Self::Filler => 274,
@@ -60,9 +60,20 @@ impl Source {
 
     pub(crate) fn document(self, rng: &mut ChaCha8Rng) -> String {
         let item = |task: Task, rng| task.draw_train(rng).example.text();
+        let worked = |task: Task, rng| {
+            let draft = task.draw_train(rng);
+            draft.worked.unwrap_or_else(|| draft.example.text())
+        };
         match self {
-            Self::Math => item(Task::Math, rng),
-            Self::Code => item(Task::Code, rng),
+            Self::Math => match weighted(rng, &[45, 25, 30]) {
+                0 => item(Task::Math, rng),
+                1 => math::draw_short(rng).example.text(),
+                _ => worked(Task::Math, rng),
+            },
+            Self::Code => match weighted(rng, &[65, 35]) {
+                0 => item(Task::Code, rng),
+                _ => worked(Task::Code, rng),
+            },
             Self::Facts => commonsense::statements(rng),
             Self::Questions => item(Task::Commonsense, rng),
             Self::Filler => filler::document(rng),

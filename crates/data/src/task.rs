@@ -59,6 +59,9 @@ pub(crate) struct Draft {
     pub(crate) key: String,
     /// The text.
     pub(crate) example: Example,
+    /// The text with every intermediate value spelled out, where the task has any: for pre-training
+    /// alone, where it teaches the single steps that an item asks for all at once.
+    pub(crate) worked: Option<String>,
 }
 
 impl Task {

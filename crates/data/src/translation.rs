@@ -204,6 +204,7 @@ pub(crate) fn draw(rng: &mut ChaCha8Rng) -> Draft {
 
     let english = english.join(" ");
     Draft {
+        worked: None,
         example: Example::new(
             format!("English: {english}.\nVelic:"),
             format!("{}.", words.join(" ")),

@@ -110,7 +110,11 @@ pub struct PlanArgs {
     #[arg(long, conflicts_with = "model")]
     pub config: Option<PathBuf>,
     /// What `observe` wrote
-    #[arg(long, value_name = "FILE.safetensors", required_unless_present = "scores")]
+    #[arg(
+        long,
+        value_name = "FILE.safetensors",
+        required_unless_present = "scores"
+    )]
     pub observations: Option<PathBuf>,
     /// Importance scores made elsewhere: `{"gate_scores": {"<layer>": {"<expert>": score}}}`
     #[arg(long, value_name = "FILE.json", conflicts_with = "observations")]
@@ -237,7 +241,11 @@ pub struct GenerateArgs {
 #[derive(Debug, Args)]
 pub struct PretrainArgs {
     /// The pre-training recipe
-    #[arg(long, value_name = "FILE.toml", default_value = "fixtures/olmoe-nano.toml")]
+    #[arg(
+        long,
+        value_name = "FILE.toml",
+        default_value = "fixtures/olmoe-nano.toml"
+    )]
     pub recipe: PathBuf,
     /// Write the model here instead of where the recipe says
     #[arg(long)]

@@ -25,7 +25,11 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 
 fn settings(args: RecipeArgs) -> Result<Settings> {
-    let file = args.recipe.map(|path| Settings::load(&path)).transpose().map_err(Refused::of)?;
+    let file = args
+        .recipe
+        .map(|path| Settings::load(&path))
+        .transpose()
+        .map_err(Refused::of)?;
     Ok(args.settings.or(file.unwrap_or_default()))
 }
 
@@ -45,7 +49,12 @@ impl Opened {
         let recipe = Recipe::resolve(settings, checkpoint.config()).map_err(Refused::of)?;
         let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
         let data = TaskData::load(&recipe, &tokenizer)?;
-        Ok(Self { recipe, checkpoint, tokenizer, data })
+        Ok(Self {
+            recipe,
+            checkpoint,
+            tokenizer,
+            data,
+        })
     }
 
     fn encoded(&self) -> Result<Vec<lightmoe_data::Encoded>> {
@@ -70,7 +79,9 @@ pub fn run_compress(args: CompressArgs) -> Result<String> {
             false => forecast.to_string(),
         });
     }
-    let out = args.out.unwrap_or_else(|| default_out(&opened.recipe, args.resume));
+    let out = args
+        .out
+        .unwrap_or_else(|| default_out(&opened.recipe, args.resume));
     let results = compress(&opened.recipe, &out, args.resume)?;
     if args.json {
         return results.to_json();
@@ -90,7 +101,13 @@ pub fn run_compress(args: CompressArgs) -> Result<String> {
 pub fn run_observe(args: ObserveArgs) -> Result<String> {
     let opened = Opened::new(args.recipe)?;
     let (encoded, fingerprint) = (opened.encoded()?, opened.fingerprint()?);
-    observe_stage(&opened.checkpoint, &encoded, &opened.recipe, &fingerprint, &args.out)?;
+    observe_stage(
+        &opened.checkpoint,
+        &encoded,
+        &opened.recipe,
+        &fingerprint,
+        &args.out,
+    )?;
     Ok(format!("observations  {}", args.out.display()))
 }
 
@@ -161,7 +178,10 @@ pub fn run_recover(args: RecoverArgs) -> Result<String> {
         fingerprint: &crate::fingerprint(&(opened.fingerprint()?, &plan))?,
         checkpoint_every: CHECKPOINT_EVERY,
     };
-    let folders = Folders { state: beside.clone(), logs: beside };
+    let folders = Folders {
+        state: beside.clone(),
+        logs: beside,
+    };
     recover_stage(inputs, &opened.recipe, &folders, &args.out)?;
     Ok(format!("model  {}", args.out.display()))
 }
@@ -176,7 +196,10 @@ pub fn run_evaluate(args: EvaluateArgs) -> Result<String> {
         EvalSplit::Test => &opened.data.test,
         EvalSplit::Validation => &opened.data.validation,
     };
-    let samples = args.out.as_ref().map(|path| path.with_extension("samples.jsonl"));
+    let samples = args
+        .out
+        .as_ref()
+        .map(|path| path.with_extension("samples.jsonl"));
     let scores = evaluate_stage(
         "evaluate",
         &opened.checkpoint,
@@ -211,18 +234,31 @@ pub fn run_export(args: ExportArgs) -> Result<String> {
     let of_run = args.model.join("model");
     let (model, run) = match of_run.is_dir() {
         true => (of_run, args.model.clone()),
-        false => (args.model.clone(), args.model.parent().unwrap_or(Path::new(".")).to_owned()),
+        false => (
+            args.model.clone(),
+            args.model.parent().unwrap_or(Path::new(".")).to_owned(),
+        ),
     };
     let source = Checkpoint::open(&model)?;
     let results = crate::results::Results::load(&run.join("results.json")).ok();
     let card = Card {
-        base_model: results.as_ref().map_or("unknown".into(), |r| r.model.clone()),
-        method: results.as_ref().map_or("unknown".into(), |r| r.method.clone()),
+        base_model: results
+            .as_ref()
+            .map_or("unknown".into(), |r| r.model.clone()),
+        method: results
+            .as_ref()
+            .map_or("unknown".into(), |r| r.method.clone()),
         recipe_toml: std::fs::read_to_string(run.join("recipe.toml")).unwrap_or_default(),
         table_markdown: results.as_ref().map(table::markdown).unwrap_or_default(),
     };
     let bar = crate::progress::Progress::new("export", source.config().num_layers);
-    let report = export(&source, &args.out, &ExportOptions { kind, dtype }, &card, &mut |d, all| bar.of(d, all))?;
+    let report = export(
+        &source,
+        &args.out,
+        &ExportOptions { kind, dtype },
+        &card,
+        &mut |d, all| bar.of(d, all),
+    )?;
     Ok(format!(
         "{} export  {}\n{} parameters, {} bytes",
         report.kind,
@@ -267,7 +303,10 @@ pub fn run_generate(args: GenerateArgs) -> Result<String> {
         ids.push(id);
         // A character may take several tokens: show what is whole.
         let text = tokenizer.decode(&ids).unwrap_or_default();
-        if let Some(new) = text.strip_prefix(shown.as_str()).filter(|t| !t.ends_with('\u{fffd}')) {
+        if let Some(new) = text
+            .strip_prefix(shown.as_str())
+            .filter(|t| !t.ends_with('\u{fffd}'))
+        {
             let _ = out.write_all(new.as_bytes()).and_then(|()| out.flush());
             shown = text;
         }
@@ -284,5 +323,8 @@ pub fn run_pretrain(args: PretrainArgs) -> Result<String> {
     let mut recipe = PretrainRecipe::load(&args.recipe).map_err(Refused::of)?;
     recipe.out = args.out.unwrap_or(recipe.out);
     let loss = pretrain(&recipe).context("pre-training")?;
-    Ok(format!("model  {}\nlast training loss {loss:.4}", recipe.out.display()))
+    Ok(format!(
+        "model  {}\nlast training loss {loss:.4}",
+        recipe.out.display()
+    ))
 }

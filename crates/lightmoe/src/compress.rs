@@ -34,7 +34,11 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
     let fingerprint = crate::fingerprint(&(recipe, &inputs))?;
     let mut run = Run::open(out, recipe, inputs, resume)?;
     let samples = |run: &Run, stage: Stage| {
-        run.path(&format!("logs/samples_{}_{}.jsonl", data.name, stage.name()))
+        run.path(&format!(
+            "logs/samples_{}_{}.jsonl",
+            data.name,
+            stage.name()
+        ))
     };
 
     run.stage("observe", |run| {
@@ -43,20 +47,42 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
     })?;
     let observations = Observations::load(&run.path("observations.safetensors"))?;
     run.stage("plan", |run| {
-        plan_stage(original.config(), &observations, recipe, &run.path("plan.json")).map(|_| ())
+        plan_stage(
+            original.config(),
+            &observations,
+            recipe,
+            &run.path("plan.json"),
+        )
+        .map(|_| ())
     })?;
     let plan = Plan::load(&run.path("plan.json"))?;
-    run.stage("build", |run| build_stage(&original, &plan, recipe.seed, &run.path("built")))?;
+    run.stage("build", |run| {
+        build_stage(&original, &plan, recipe.seed, &run.path("built"))
+    })?;
     run.scored("evaluate_original", |run| {
         let samples = samples(run, Stage::Original);
-        evaluate_stage("original", &original, &data, &data.test, recipe.max_length, Some(&samples))
-            .map(Some)
+        evaluate_stage(
+            "original",
+            &original,
+            &data,
+            &data.test,
+            recipe.max_length,
+            Some(&samples),
+        )
+        .map(Some)
     })?;
     let built = Checkpoint::open(&run.path("built"))?;
     run.scored("evaluate_built", |run| {
         let samples = samples(run, Stage::Built);
-        evaluate_stage("built", &built, &data, &data.test, recipe.max_length, Some(&samples))
-            .map(Some)
+        evaluate_stage(
+            "built",
+            &built,
+            &data,
+            &data.test,
+            recipe.max_length,
+            Some(&samples),
+        )
+        .map(Some)
     })?;
     run.stage("recover", |run| {
         let inputs = RecoverInputs {
@@ -67,16 +93,33 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
             fingerprint: &fingerprint,
             checkpoint_every: CHECKPOINT_EVERY,
         };
-        let folders = Folders { state: run.path("recovery"), logs: run.path("logs") };
+        let folders = Folders {
+            state: run.path("recovery"),
+            logs: run.path("logs"),
+        };
         recover_stage(inputs, recipe, &folders, &run.path("model"))
     })?;
     let recovered = Checkpoint::open(&run.path("model"))?;
     run.scored("evaluate_recovered", |run| {
         let samples = samples(run, Stage::Recovered);
-        evaluate_stage("recovered", &recovered, &data, &data.test, recipe.max_length, Some(&samples))
-            .map(Some)
+        evaluate_stage(
+            "recovered",
+            &recovered,
+            &data,
+            &data.test,
+            recipe.max_length,
+            Some(&samples),
+        )
+        .map(Some)
     })?;
-    let results = results(recipe, &run, &plan, &data.name, (&original, &recovered), fingerprint);
+    let results = results(
+        recipe,
+        &run,
+        &plan,
+        &data.name,
+        (&original, &recovered),
+        fingerprint,
+    );
     results.save(&run.path("results.json"))?;
     let page = report::render(
         &results,
@@ -103,7 +146,10 @@ pub fn default_out(recipe: &Recipe, resume: bool) -> PathBuf {
     if resume || !first.exists() {
         return first;
     }
-    (2..).map(|i| Path::new("runs").join(format!("{name}-{i}"))).find(|p| !p.exists()).unwrap_or(first)
+    (2..)
+        .map(|i| Path::new("runs").join(format!("{name}-{i}")))
+        .find(|p| !p.exists())
+        .unwrap_or(first)
 }
 
 /// What a run depends on besides its recipe.
@@ -142,17 +188,33 @@ fn results(
         task: task.to_owned(),
         method: recipe.method.to_string(),
         seed: recipe.seed,
-        ratio: Ratio { target: recipe.ratio, achieved: plan.ratio.achieved },
+        ratio: Ratio {
+            target: recipe.ratio,
+            achieved: plan.ratio.achieved,
+        },
         parameters: Parameters {
             before: plan.parameters.before,
             after: plan.parameters.after,
             trained: plan.parameters.trained,
         },
-        bytes: Bytes { before: original.bytes(), after: recovered.bytes() },
+        bytes: Bytes {
+            before: original.bytes(),
+            after: recovered.bytes(),
+        },
         stages: Stage::ALL.into_iter().filter_map(scores).collect(),
-        seconds: stages.iter().map(|(name, done)| (name.clone(), done.seconds)).collect(),
-        peak_rss_bytes: stages.values().map(|d| d.peak_rss_bytes).max().unwrap_or_default(),
-        peak_rss_by_stage: stages.iter().map(|(n, d)| (n.clone(), d.peak_rss_bytes)).collect(),
+        seconds: stages
+            .iter()
+            .map(|(name, done)| (name.clone(), done.seconds))
+            .collect(),
+        peak_rss_bytes: stages
+            .values()
+            .map(|d| d.peak_rss_bytes)
+            .max()
+            .unwrap_or_default(),
+        peak_rss_by_stage: stages
+            .iter()
+            .map(|(n, d)| (n.clone(), d.peak_rss_bytes))
+            .collect(),
         fingerprint,
         date: None,
     }

@@ -60,24 +60,32 @@ pub struct LayerSummary {
 /// If a tensor's shape cannot be found.
 pub fn summary(checkpoint: &Checkpoint) -> Result<Summary> {
     let config = checkpoint.config();
-    let layers = checkpoint.layout().layers.iter().map(|(&layer, layout)| LayerSummary {
-        layer,
-        dense: layout.slots.iter().filter(|s| **s == SlotLayout::Dense).count(),
-        adapted: layout.adapted().count(),
-        bases: layout.bases(),
-        rank: layout.rank(),
-        slots: layout
-            .slots
-            .iter()
-            .map(|s| match s {
-                SlotLayout::Dense => '#',
-                SlotLayout::Adapted { group: None, .. } => '.',
-                SlotLayout::Adapted { group: Some(g), .. } => {
-                    char::from_digit(*g as u32, 10).unwrap_or('+')
-                }
-            })
-            .collect(),
-    });
+    let layers = checkpoint
+        .layout()
+        .layers
+        .iter()
+        .map(|(&layer, layout)| LayerSummary {
+            layer,
+            dense: layout
+                .slots
+                .iter()
+                .filter(|s| **s == SlotLayout::Dense)
+                .count(),
+            adapted: layout.adapted().count(),
+            bases: layout.bases(),
+            rank: layout.rank(),
+            slots: layout
+                .slots
+                .iter()
+                .map(|s| match s {
+                    SlotLayout::Dense => '#',
+                    SlotLayout::Adapted { group: None, .. } => '.',
+                    SlotLayout::Adapted { group: Some(g), .. } => {
+                        char::from_digit(*g as u32, 10).unwrap_or('+')
+                    }
+                })
+                .collect(),
+        });
     let dtype = checkpoint.dtype();
     Ok(Summary {
         family: config.family.to_string(),
@@ -120,7 +128,11 @@ impl fmt::Display for Summary {
         for l in &self.layers {
             write!(f, "\nlayer {:>3}  {}  {} dense", l.layer, l.slots, l.dense)?;
             if l.adapted > 0 {
-                write!(f, ", {} adapted (rank {}, {} bases)", l.adapted, l.rank, l.bases)?;
+                write!(
+                    f,
+                    ", {} adapted (rank {}, {} bases)",
+                    l.adapted, l.rank, l.bases
+                )?;
             }
         }
         Ok(())

@@ -3,8 +3,14 @@
 /// The highest resident memory since the last [`reset_peak`], in bytes; zero where it is unknown.
 pub fn peak() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap_or_default();
-    let kib = line.split_whitespace().nth(1).and_then(|v| v.parse::<u64>().ok());
+    let line = status
+        .lines()
+        .find(|l| l.starts_with("VmHWM:"))
+        .unwrap_or_default();
+    let kib = line
+        .split_whitespace()
+        .nth(1)
+        .and_then(|v| v.parse::<u64>().ok());
     kib.unwrap_or(0) * 1024
 }
 

@@ -13,8 +13,8 @@ use lightmoe_data::{Encoded, Sampler};
 use lightmoe_eval::{evaluate, write_samples};
 use lightmoe_models::{Checkpoint, CheckpointWriter, Decoder, ModelTokenizer, ParameterKind};
 use lightmoe_train::{
-    AnnealingShape, Folders, Group, Outcome, Recovery, TrainBatch, TrainOptions, finish_recovery, prepare_recovery,
-    train,
+    AnnealingShape, Folders, Group, Outcome, Recovery, TrainBatch, TrainOptions, finish_recovery,
+    prepare_recovery, train,
 };
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -35,7 +35,9 @@ pub fn observe_stage(
 ) -> Result<()> {
     let samples = calibration(encoded, recipe.calibration_tokens, checkpoint)?;
     let bar = Progress::new("observe", checkpoint.config().num_layers);
-    let seen = observe(checkpoint, &samples, fingerprint, &mut |done, all| bar.of(done, all))?;
+    let seen = observe(checkpoint, &samples, fingerprint, &mut |done, all| {
+        bar.of(done, all)
+    })?;
     Ok(seen.save(target)?)
 }
 
@@ -66,7 +68,9 @@ pub fn plan_stage(
 /// If the plan is for another model, the model is damaged, or the work was stopped.
 pub fn build_stage(original: &Checkpoint, plan: &Plan, seed: u64, target: &Path) -> Result<()> {
     let bar = Progress::new("build", original.config().num_layers);
-    Ok(build(original, plan, seed, target, &mut |done, all| bar.of(done, all))?)
+    Ok(build(original, plan, seed, target, &mut |done, all| {
+        bar.of(done, all)
+    })?)
 }
 
 /// What stage recover works on.
@@ -123,7 +127,11 @@ pub fn recover_stage(
         folders,
         &|step| {
             let batch = sampler.batch(step);
-            Ok(TrainBatch { tokens: batch.tokens, rows: batch.rows, loss_mask: batch.loss_mask })
+            Ok(TrainBatch {
+                tokens: batch.tokens,
+                rows: batch.rows,
+                loss_mask: batch.loss_mask,
+            })
         },
         &mut |point| {
             let mean = recent.map_or(point.loss, |r| 0.95 * r + 0.05 * point.loss);
@@ -155,7 +163,11 @@ fn train_options(recipe: &Recipe, fingerprint: &str, checkpoint_every: usize) ->
         clip_norm: recipe.clip_norm,
         balance: 0.0,
         annealing: recipe.annealing(),
-        groups: vec![Group { kinds, lr_scale: 1.0, weight_decay: recipe.weight_decay }],
+        groups: vec![Group {
+            kinds,
+            lr_scale: 1.0,
+            weight_decay: recipe.weight_decay,
+        }],
         checkpoint_every,
         fingerprint: fingerprint.to_owned(),
     }
@@ -178,19 +190,29 @@ pub fn evaluate_stage(
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
     let bar = Progress::new(what, examples.len());
     let options = data.eval_options(max_length);
-    let (scores, details) =
-        evaluate(&model, &tokenizer, examples, &options, &mut |done, all| bar.of(done, all))
-            .map_err(|e| match stopped() {
-                true => anyhow::anyhow!(INTERRUPTED),
-                false => e.into(),
-            })?;
+    let (scores, details) = evaluate(&model, &tokenizer, examples, &options, &mut |done, all| {
+        bar.of(done, all)
+    })
+    .map_err(|e| match stopped() {
+        true => anyhow::anyhow!(INTERRUPTED),
+        false => e.into(),
+    })?;
     if let Some(path) = samples {
         write_samples(path, &details)
             .with_context(|| format!("cannot write the samples to `{}`", path.display()))?;
     }
     let scores = scores
         .into_iter()
-        .map(|(name, s)| (name, Score { value: s.value, stderr: s.stderr, n: s.n as u64 }))
+        .map(|(name, s)| {
+            (
+                name,
+                Score {
+                    value: s.value,
+                    stderr: s.stderr,
+                    n: s.n as u64,
+                },
+            )
+        })
         .collect();
     Ok(BTreeMap::from([(data.name.clone(), scores)]))
 }

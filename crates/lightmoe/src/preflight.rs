@@ -54,7 +54,8 @@ pub fn preflight(
     checkpoint: &Checkpoint,
     encoded: &[Encoded],
 ) -> Result<Forecast, Refused> {
-    let samples = calibration(encoded, recipe.calibration_tokens, checkpoint).map_err(Refused::of)?;
+    let samples =
+        calibration(encoded, recipe.calibration_tokens, checkpoint).map_err(Refused::of)?;
     let estimate = estimate_of(recipe, checkpoint).map_err(Refused::of)?;
     let config = checkpoint.config();
     let per_parameter = checkpoint.dtype().size_in_bytes() as u64;
@@ -100,13 +101,27 @@ impl std::fmt::Display for Forecast {
         let mib = |v: u64| format!("{:.1} MiB", v as f64 / f64::from(1 << 20));
         writeln!(f, "method               {}", self.method)?;
         writeln!(f, "layers with experts  {}", self.moe_layers)?;
-        let replaced = self.experts_replaced_per_layer.map_or_else(unknown, |r| format!("{r:.1}"));
-        writeln!(f, "experts replaced     {replaced} of {} a layer", self.experts_per_layer)?;
+        let replaced = self
+            .experts_replaced_per_layer
+            .map_or_else(unknown, |r| format!("{r:.1}"));
+        writeln!(
+            f,
+            "experts replaced     {replaced} of {} a layer",
+            self.experts_per_layer
+        )?;
         let after = count(self.parameters_after);
-        writeln!(f, "parameters           {} → {after}", self.parameters_before)?;
+        writeln!(
+            f,
+            "parameters           {} → {after}",
+            self.parameters_before
+        )?;
         writeln!(f, "parameters trained   {}", count(self.parameters_trained))?;
         let after = self.bytes_after.map_or_else(unknown, mib);
-        writeln!(f, "bytes                {} → {after}", mib(self.bytes_before))?;
+        writeln!(
+            f,
+            "bytes                {} → {after}",
+            mib(self.bytes_before)
+        )?;
         write!(f, "tokens to observe    {}", self.calibration_tokens)
     }
 }

@@ -5,7 +5,9 @@ use crate::progress::Progress;
 use anyhow::{Context, Result, bail};
 use lightmoe_data::{PackedStream, tokenizer};
 use lightmoe_models::{CheckpointWriter, Decoder, ModelConfig, ParameterKind};
-use lightmoe_train::{Annealing, Folders, Group, LearningRate, Outcome, TrainBatch, TrainOptions, train};
+use lightmoe_train::{
+    Annealing, Folders, Group, LearningRate, Outcome, TrainBatch, TrainOptions, train,
+};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -161,7 +163,10 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
     let outcome = train(
         &mut model,
         &options,
-        &Folders { state: work.clone(), logs: work },
+        &Folders {
+            state: work.clone(),
+            logs: work,
+        },
         &|step| {
             let batch = stream.batch(step).map_err(|e| {
                 lightmoe_train::Error::Invalid(format!("the pre-training text fails: {e}"))

@@ -125,7 +125,10 @@ impl Settings {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the recipe `{}`", path.display()))?;
         toml::from_str(&text).with_context(|| {
-            format!("in the recipe `{}`; see docs/reference.md for its keys", path.display())
+            format!(
+                "in the recipe `{}`; see docs/reference.md for its keys",
+                path.display()
+            )
         })
     }
 
@@ -134,13 +137,44 @@ impl Settings {
         // A ratio here overrules a threshold there, and the other way round.
         let other = match (self.ratio, self.threshold) {
             (None, None) => other,
-            _ => Self { ratio: None, threshold: None, ..other },
+            _ => Self {
+                ratio: None,
+                threshold: None,
+                ..other
+            },
         };
         first_of!(
-            self, other, model, task, train, method, ratio, threshold, rank, groups, base, alpha,
-            max_delta, calibration_tokens, steps, batch_size, lr, warmup, decay, weight_decay,
-            clip_norm, annealing, end_ratio, gamma, train_router, train_examples, eval_examples,
-            max_length, seed, device, dtype,
+            self,
+            other,
+            model,
+            task,
+            train,
+            method,
+            ratio,
+            threshold,
+            rank,
+            groups,
+            base,
+            alpha,
+            max_delta,
+            calibration_tokens,
+            steps,
+            batch_size,
+            lr,
+            warmup,
+            decay,
+            weight_decay,
+            clip_norm,
+            annealing,
+            end_ratio,
+            gamma,
+            train_router,
+            train_examples,
+            eval_examples,
+            max_length,
+            seed,
+            device,
+            dtype,
         )
     }
 }
@@ -186,7 +220,9 @@ pub struct Recipe {
 }
 
 fn one_of<T: FromStr<Err: Display>>(text: Option<String>, default: T) -> Result<T> {
-    text.map_or(Ok(default), |t| t.parse().map_err(|e: T::Err| anyhow!("{e}")))
+    text.map_or(Ok(default), |t| {
+        t.parse().map_err(|e: T::Err| anyhow!("{e}"))
+    })
 }
 
 /// Reads a value with the names that serde gives it.
@@ -221,9 +257,14 @@ impl Recipe {
             MethodName::Lightmoe => paper_rank,
             _ => equal_trainable_rank(config, paper_rank, PAPER_GROUPS, groups).min(smaller),
         });
-        let max_length = s.max_length.unwrap_or(512).min(config.max_position_embeddings);
+        let max_length = s
+            .max_length
+            .unwrap_or(512)
+            .min(config.max_position_embeddings);
         let recipe = Self {
-            model: s.model.unwrap_or_else(|| crate::source::BUILT_IN.to_owned()),
+            model: s
+                .model
+                .unwrap_or_else(|| crate::source::BUILT_IN.to_owned()),
             task: task.or(s.train.is_none().then_some(Task::Math)),
             train: s.train,
             method,
@@ -234,13 +275,20 @@ impl Recipe {
             threshold: s.threshold,
             rank,
             groups,
-            base: named("base", s.base, BaseInit::GateWeighted, "gate-weighted, random")?,
+            base: named(
+                "base",
+                s.base,
+                BaseInit::GateWeighted,
+                "gate-weighted, random",
+            )?,
             alpha: s.alpha.unwrap_or(0.3),
             max_delta: s.max_delta.unwrap_or(0.2),
             calibration_tokens: s.calibration_tokens.unwrap_or(1 << 17),
             steps: s.steps.unwrap_or(500),
             batch_size: s.batch_size.unwrap_or(16),
-            lr: s.lr.unwrap_or(PAPER_LR * PAPER_HIDDEN / config.hidden_size as f64),
+            lr: s
+                .lr
+                .unwrap_or(PAPER_LR * PAPER_HIDDEN / config.hidden_size as f64),
             warmup: s.warmup.unwrap_or(0.03),
             decay: named("decay", s.decay, Decay::Linear, "linear, cosine, constant")?,
             weight_decay: s.weight_decay.unwrap_or(0.0),
@@ -288,15 +336,31 @@ impl Recipe {
         for (key, value) in counts {
             ensure!(value > 0, "`{key}` is 0; give at least 1");
         }
-        let shares =
-            [("warmup", self.warmup), ("end_ratio", self.end_ratio), ("max_delta", self.max_delta)];
+        let shares = [
+            ("warmup", self.warmup),
+            ("end_ratio", self.end_ratio),
+            ("max_delta", self.max_delta),
+        ];
         for (key, value) in shares {
-            ensure!((0.0..=1.0).contains(&value), "`{key}` is {value}; give a share from 0 to 1");
+            ensure!(
+                (0.0..=1.0).contains(&value),
+                "`{key}` is {value}; give a share from 0 to 1"
+            );
         }
-        for (key, value) in [("lr", self.lr), ("clip_norm", self.clip_norm), ("gamma", self.gamma)] {
-            ensure!(value > 0.0 && value.is_finite(), "`{key}` is {value}; give a number above 0");
+        for (key, value) in [
+            ("lr", self.lr),
+            ("clip_norm", self.clip_norm),
+            ("gamma", self.gamma),
+        ] {
+            ensure!(
+                value > 0.0 && value.is_finite(),
+                "`{key}` is {value}; give a number above 0"
+            );
         }
-        ensure!(self.weight_decay >= 0.0, "`weight_decay` is below 0; give 0 or more");
+        ensure!(
+            self.weight_decay >= 0.0,
+            "`weight_decay` is below 0; give 0 or more"
+        );
         Ok(())
     }
 
@@ -321,7 +385,11 @@ impl Recipe {
 
     /// β by step.
     pub fn annealing(&self) -> Annealing {
-        Annealing { shape: self.annealing, end_ratio: self.end_ratio, gamma: self.gamma }
+        Annealing {
+            shape: self.annealing,
+            end_ratio: self.end_ratio,
+            gamma: self.gamma,
+        }
     }
 
     /// Learning rate by step.
@@ -360,7 +428,9 @@ impl Recipe {
     pub fn same_as(&self, earlier: &Self) -> Result<()> {
         let (now, then) = (serde_json::to_value(self)?, serde_json::to_value(earlier)?);
         let keys = |v: &serde_json::Value| -> Vec<String> {
-            v.as_object().map(|m| m.keys().cloned().collect()).unwrap_or_default()
+            v.as_object()
+                .map(|m| m.keys().cloned().collect())
+                .unwrap_or_default()
         };
         let mut all = keys(&then);
         all.extend(keys(&now).into_iter().filter(|k| then.get(k).is_none()));
@@ -368,7 +438,13 @@ impl Recipe {
         let differences: Vec<String> = all
             .iter()
             .filter(|k| now.get(k) != then.get(k))
-            .map(|k| format!("`{k}` was {} and is now {}", show(then.get(k)), show(now.get(k))))
+            .map(|k| {
+                format!(
+                    "`{k}` was {} and is now {}",
+                    show(then.get(k)),
+                    show(now.get(k))
+                )
+            })
             .collect();
         if !differences.is_empty() {
             bail!(

@@ -20,7 +20,11 @@ pub fn markdown() -> String {
 fn section(text: &mut String, mut command: Command, parents: &str) {
     let name = format!("{parents}{}", command.get_name());
     let help = command.clone().bin_name(&name).render_long_help();
-    let help: Vec<String> = help.to_string().lines().map(|l| l.trim_end().to_owned()).collect();
+    let help: Vec<String> = help
+        .to_string()
+        .lines()
+        .map(|l| l.trim_end().to_owned())
+        .collect();
     // Writing to a string cannot fail.
     let _ = write!(text, "\n## `{name}`\n\n```text\n{}\n```\n", help.join("\n"));
     for sub in command.get_subcommands_mut() {

@@ -60,16 +60,25 @@ impl Run {
         let begun = recipe_path.exists();
         if begun && resume {
             recipe.same_as(&Recipe::load(&recipe_path)?)?;
-            let mut state = State { inputs: inputs.clone(), stages: BTreeMap::new() };
+            let mut state = State {
+                inputs: inputs.clone(),
+                stages: BTreeMap::new(),
+            };
             if state_path.exists() {
                 let text = std::fs::read_to_string(&state_path)
                     .with_context(|| format!("cannot read `{}`", state_path.display()))?;
                 state = serde_json::from_str(&text).with_context(|| {
-                    format!("`{}` is damaged; remove the folder and start again", state_path.display())
+                    format!(
+                        "`{}` is damaged; remove the folder and start again",
+                        state_path.display()
+                    )
                 })?;
             }
             same_inputs(&state.inputs, &inputs)?;
-            return Ok(Self { dir: dir.to_owned(), state });
+            return Ok(Self {
+                dir: dir.to_owned(),
+                state,
+            });
         }
         if begun {
             bail!(
@@ -84,7 +93,10 @@ impl Run {
         );
         let run = Self {
             dir: dir.to_owned(),
-            state: State { inputs, stages: BTreeMap::new() },
+            state: State {
+                inputs,
+                stages: BTreeMap::new(),
+            },
         };
         write_file(&recipe_path, recipe.to_toml()?.as_bytes())?;
         run.save()?;
@@ -106,7 +118,8 @@ impl Run {
     /// # Errors
     /// What `work` brings.
     pub fn stage(&mut self, name: &str, work: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
-        self.scored(name, |run| work(run).map(|()| None)).map(|_| ())
+        self.scored(name, |run| work(run).map(|()| None))
+            .map(|_| ())
     }
 
     /// As [`Run::stage`], for a stage that evaluates; returns its scores.
@@ -138,7 +151,10 @@ impl Run {
 
     fn save(&self) -> Result<()> {
         let text = serde_json::to_string_pretty(&self.state)?;
-        Ok(write_file(&self.dir.join("run.json"), (text + "\n").as_bytes())?)
+        Ok(write_file(
+            &self.dir.join("run.json"),
+            (text + "\n").as_bytes(),
+        )?)
     }
 }
 
@@ -147,8 +163,11 @@ fn occupied(dir: &Path) -> Result<bool> {
     if !dir.exists() {
         return Ok(false);
     }
-    let entries = std::fs::read_dir(dir).with_context(|| format!("cannot read `{}`", dir.display()))?;
-    Ok(entries.flatten().any(|e| !e.file_name().to_string_lossy().starts_with('.')))
+    let entries =
+        std::fs::read_dir(dir).with_context(|| format!("cannot read `{}`", dir.display()))?;
+    Ok(entries
+        .flatten()
+        .any(|e| !e.file_name().to_string_lossy().starts_with('.')))
 }
 
 fn same_inputs(then: &Inputs, now: &Inputs) -> Result<()> {

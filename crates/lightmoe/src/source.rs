@@ -23,7 +23,9 @@ const FEW_SELECTIONS: usize = 100;
 /// If there is no such folder.
 pub fn model_folder(name: &str) -> Result<PathBuf> {
     if name == BUILT_IN {
-        let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name);
+        let repository = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../../fixtures")
+            .join(name);
         ensure!(
             repository.exists(),
             "the built-in model `{name}` lies in the repository, which is no longer where this \
@@ -75,7 +77,12 @@ impl TaskData {
     /// If the records cannot be read or are too few.
     pub fn load(recipe: &Recipe, tokenizer: &ModelTokenizer) -> Result<Self> {
         let built_in = recipe.task.map(|task| {
-            Self::built_in(task, recipe.train_examples, recipe.eval_examples, recipe.seed)
+            Self::built_in(
+                task,
+                recipe.train_examples,
+                recipe.eval_examples,
+                recipe.seed,
+            )
         });
         let Some(path) = &recipe.train else {
             return built_in.context("no data: give `--task` or `--train`");
@@ -83,13 +90,19 @@ impl TaskData {
         let chat = |messages: &[records::Message]| {
             let messages: Vec<ChatMessage> = messages
                 .iter()
-                .map(|m| ChatMessage { role: m.role.clone(), content: m.content.clone() })
+                .map(|m| ChatMessage {
+                    role: m.role.clone(),
+                    content: m.content.clone(),
+                })
                 .collect();
             tokenizer.chat(&messages).map_err(|e| e.to_string())
         };
         let records = records::read_jsonl(path, &chat)?;
         if let Some(task) = built_in {
-            return Ok(Self { train: records, ..task });
+            return Ok(Self {
+                train: records,
+                ..task
+            });
         }
         if records.len() < FEWEST_RECORDS {
             bail!(
@@ -99,7 +112,9 @@ impl TaskData {
                 records.len()
             );
         }
-        let name = path.file_stem().map_or("records".into(), |s| s.to_string_lossy().into_owned());
+        let name = path
+            .file_stem()
+            .map_or("records".into(), |s| s.to_string_lossy().into_owned());
         let (mut train, mut validation, mut test) = (Vec::new(), Vec::new(), Vec::new());
         for (i, record) in records.into_iter().enumerate() {
             match i % 20 {
@@ -108,13 +123,21 @@ impl TaskData {
                 _ => train.push(record),
             }
         }
-        Ok(Self { name, task: None, train, validation, test })
+        Ok(Self {
+            name,
+            task: None,
+            train,
+            validation,
+            test,
+        })
     }
 
     /// How the examples are scored.
     pub fn eval_options(&self, max_length: usize) -> EvalOptions {
         EvalOptions {
-            metrics: self.task.map_or(vec![Metric::ExactMatch], |t| t.metrics().to_vec()),
+            metrics: self
+                .task
+                .map_or(vec![Metric::ExactMatch], |t| t.metrics().to_vec()),
             task: self.task,
             max_len: Some(max_length),
             ..EvalOptions::default()
@@ -127,7 +150,11 @@ impl TaskData {
     /// If one has an answer that does not fit `max_length`.
     pub fn encoded(&self, tokenizer: &ModelTokenizer, max_length: usize) -> Result<Vec<Encoded>> {
         let encode = |e| encode(&tokenizer.inner, tokenizer.eos, e, Some(max_length));
-        Ok(self.train.iter().map(encode).collect::<lightmoe_data::Result<_>>()?)
+        Ok(self
+            .train
+            .iter()
+            .map(encode)
+            .collect::<lightmoe_data::Result<_>>()?)
     }
 }
 
@@ -161,7 +188,10 @@ pub fn calibration(
         FEWEST_SELECTIONS * moe.num_experts / moe.top_k
     );
     if selections < FEW_SELECTIONS {
-        tracing::warn!(tokens, "little calibration text: some experts will hardly be seen");
+        tracing::warn!(
+            tokens,
+            "little calibration text: some experts will hardly be seen"
+        );
     }
     Ok(samples)
 }
@@ -173,8 +203,13 @@ pub fn calibration(
 /// If a file cannot be read.
 pub fn model_fingerprint(dir: &Path) -> Result<String> {
     const EDGE: u64 = 1 << 20;
-    let mut names: Vec<PathBuf> = std::fs::read_dir(dir)?.map(|e| Ok(e?.path())).collect::<Result<_>>()?;
-    names.retain(|p| p.extension().is_some_and(|e| e == "safetensors" || e == "json"));
+    let mut names: Vec<PathBuf> = std::fs::read_dir(dir)?
+        .map(|e| Ok(e?.path()))
+        .collect::<Result<_>>()?;
+    names.retain(|p| {
+        p.extension()
+            .is_some_and(|e| e == "safetensors" || e == "json")
+    });
     names.sort();
     let mut hash = Sha256::new();
     for path in names {
@@ -188,8 +223,15 @@ pub fn model_fingerprint(dir: &Path) -> Result<String> {
             file.read_to_end(&mut bytes)?;
             Ok(bytes)
         };
-        hash.update(path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default());
+        hash.update(
+            path.file_name()
+                .map(|n| n.to_string_lossy().into_owned())
+                .unwrap_or_default(),
+        );
         hash.update(read().with_context(|| format!("cannot read `{}`", path.display()))?);
     }
-    Ok(hash.finalize()[..16].iter().map(|b| format!("{b:02x}")).collect())
+    Ok(hash.finalize()[..16]
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect())
 }

@@ -34,8 +34,12 @@ pub(super) enum Method {
 
 impl Method {
     /// The methods that are compared.
-    pub(super) const COMPARED: [Self; 4] =
-        [Self::Lora, Self::ReplaceNone, Self::ReplaceOne, Self::Lightmoe];
+    pub(super) const COMPARED: [Self; 4] = [
+        Self::Lora,
+        Self::ReplaceNone,
+        Self::ReplaceOne,
+        Self::Lightmoe,
+    ];
     /// The controls.
     pub(super) const CONTROLS: [Self; 2] = [Self::RandomBase, Self::NoAnnealing];
 
@@ -102,7 +106,12 @@ impl Cell {
             Rule::EqualRank => "-rank",
         };
         let rate = self.rate.map_or(String::new(), |r| format!("-rate{r}"));
-        format!("{}-{}{ratio}{rule}-{}{rate}", self.task, self.method.id(), self.seed)
+        format!(
+            "{}-{}{ratio}{rule}-{}{rate}",
+            self.task,
+            self.method.id(),
+            self.seed
+        )
     }
 
     pub(super) fn settings(&self, config: &ModelConfig) -> Settings {
@@ -166,8 +175,14 @@ pub(super) fn grid(seeds: u64) -> Vec<Cell> {
     let mut cells: Vec<Cell> = Vec::new();
     let mut add = |method, rule, ratio: f64, seed| {
         for task in Task::ALL {
-            let cell =
-                Cell { method, rule, task, ratio: ratio_of(method, ratio), seed, rate: None };
+            let cell = Cell {
+                method,
+                rule,
+                task,
+                ratio: ratio_of(method, ratio),
+                seed,
+                rate: None,
+            };
             if !cells.contains(&cell) {
                 cells.push(cell);
             }
@@ -202,6 +217,10 @@ pub(super) fn rate_of(
     method: Method,
     task: Task,
 ) -> Option<f64> {
-    let method = if Method::CONTROLS.contains(&method) { Method::Lightmoe } else { method };
+    let method = if Method::CONTROLS.contains(&method) {
+        Method::Lightmoe
+    } else {
+        method
+    };
     rates.get(&(method, task)).copied()
 }

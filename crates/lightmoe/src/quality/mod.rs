@@ -87,7 +87,10 @@ pub fn run(args: QualityArgs) -> Result<String> {
     let mut raw = match std::fs::read_to_string(&raw_path) {
         Ok(text) => serde_json::from_str::<Raw>(&text)
             .with_context(|| format!("`{}`; remove it to start again", raw_path.display()))?,
-        Err(_) => Raw { steps: args.steps, ..Raw::default() },
+        Err(_) => Raw {
+            steps: args.steps,
+            ..Raw::default()
+        },
     };
     if raw.steps != args.steps {
         bail!(
@@ -98,14 +101,29 @@ pub fn run(args: QualityArgs) -> Result<String> {
         );
     }
     raw.records.sort_by_key(|r| r.cell.id());
-    let bench = Bench { original, tokenizer, raw: Mutex::new(raw), raw_path, begin: Instant::now(), args };
+    let bench = Bench {
+        original,
+        tokenizer,
+        raw: Mutex::new(raw),
+        raw_path,
+        begin: Instant::now(),
+        args,
+    };
     bench.originals()?;
     let finished = bench.all(rate_search())? && bench.all(grid(bench.args.seeds))?;
     let raw = bench.raw.lock().map_err(|_| anyhow!("a worker panicked"))?;
     let text = table::markdown(&raw, bench.original.config());
     folder::write_file(&bench.args.table, text.as_bytes())?;
-    let note = if finished { "" } else { "\nunfinished: run the same command again to go on" };
-    Ok(format!("{} cells  {}{note}", raw.records.len(), bench.args.table.display()))
+    let note = if finished {
+        ""
+    } else {
+        "\nunfinished: run the same command again to go on"
+    };
+    Ok(format!(
+        "{} cells  {}{note}",
+        raw.records.len(),
+        bench.args.table.display()
+    ))
 }
 
 impl Bench {
@@ -123,12 +141,17 @@ impl Bench {
     }
 
     fn lock(&self) -> Result<std::sync::MutexGuard<'_, Raw>> {
-        self.raw.lock().map_err(|_| anyhow!("a worker of the bench panicked"))
+        self.raw
+            .lock()
+            .map_err(|_| anyhow!("a worker of the bench panicked"))
     }
 
     fn save(&self) -> Result<()> {
         let text = serde_json::to_string_pretty(&*self.lock()?)?;
-        Ok(folder::write_file(&self.raw_path, (text + "\n").as_bytes())?)
+        Ok(folder::write_file(
+            &self.raw_path,
+            (text + "\n").as_bytes(),
+        )?)
     }
 
     /// Runs the cells that are missing, several at once, each on a thread of its own. False if the
@@ -150,7 +173,8 @@ impl Bench {
                 if stopped() || self.begin.elapsed().as_secs_f64() > 60.0 * minutes {
                     return Ok(false);
                 }
-                let record = pool.install(|| self.cell(cell))
+                let record = pool
+                    .install(|| self.cell(cell))
                     .with_context(|| format!("cell {}", cell.id()))?;
                 let em = Record::score(&record.test, "exact_match").unwrap_or(f64::NAN);
                 let line = format!(
@@ -165,10 +189,14 @@ impl Bench {
             }
         };
         std::thread::scope(|scope| {
-            let jobs: Vec<_> = (0..self.args.jobs.max(1)).map(|_| scope.spawn(worker)).collect();
+            let jobs: Vec<_> = (0..self.args.jobs.max(1))
+                .map(|_| scope.spawn(worker))
+                .collect();
             let mut finished = true;
             for job in jobs {
-                finished &= job.join().map_err(|_| anyhow!("a worker of the bench panicked"))??;
+                finished &= job
+                    .join()
+                    .map_err(|_| anyhow!("a worker of the bench panicked"))??;
             }
             Ok(finished)
         })
@@ -193,15 +221,24 @@ impl Bench {
         let begin = Instant::now();
         let lr = match cell.rate {
             Some(rate) => RATES[rate],
-            None => rate_of(&self.rates()?, cell.method, cell.task).context("no rate was chosen")?,
+            None => {
+                rate_of(&self.rates()?, cell.method, cell.task).context("no rate was chosen")?
+            }
         };
         let config = self.original.config();
-        let settings = Settings { lr: Some(lr), steps: Some(self.args.steps), ..cell.settings(config) };
+        let settings = Settings {
+            lr: Some(lr),
+            steps: Some(self.args.steps),
+            ..cell.settings(config)
+        };
         let recipe = Recipe::resolve(settings, config)?;
         let data = TaskData::built_in(cell.task, recipe.train_examples, ITEMS, cell.seed);
         let encoded = data.encoded(&self.tokenizer, recipe.max_length)?;
         let dir = self.args.out.join(cell.id());
-        let seen = self.args.out.join(format!("{}-{}.safetensors", cell.task, cell.seed));
+        let seen = self
+            .args
+            .out
+            .join(format!("{}-{}.safetensors", cell.task, cell.seed));
         if !seen.exists() {
             observe_stage(&self.original, &encoded, &recipe, "bench", &seen)?;
         }
@@ -221,7 +258,10 @@ impl Bench {
             fingerprint: &crate::fingerprint(&recipe)?,
             checkpoint_every: self.args.steps,
         };
-        let folders = Folders { state: dir.join("recovery"), logs: dir.join("logs") };
+        let folders = Folders {
+            state: dir.join("recovery"),
+            logs: dir.join("logs"),
+        };
         recover_stage(inputs, &recipe, &folders, &dir.join("model"))?;
         let recovered = Checkpoint::open(&dir.join("model"))?;
         let record = Record {

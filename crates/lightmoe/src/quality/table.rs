@@ -48,20 +48,25 @@ struct Row {
 
 impl Row {
     fn new(method: Method, rule: Rule, ratio: f64) -> Self {
-        Self { method, rule, ratio: (method != Method::Lora).then_some(ratio) }
+        Self {
+            method,
+            rule,
+            ratio: (method != Method::Lora).then_some(ratio),
+        }
     }
 
     fn records<'a>(&'a self, raw: &'a Raw) -> impl Iterator<Item = &'a Record> + 'a {
         raw.records.iter().filter(move |r| {
             let c = &r.cell;
-            c.rate.is_none()
-                && (c.method, c.rule, c.ratio) == (self.method, self.rule, self.ratio)
+            c.rate.is_none() && (c.method, c.rule, c.ratio) == (self.method, self.rule, self.ratio)
         })
     }
 
     fn spread(&self, raw: &Raw, task: Task, pick: Pick, metric: &str) -> Option<Spread> {
         let records = self.records(raw).filter(|r| r.cell.task == task);
-        let values: Vec<f64> = records.filter_map(|r| Record::score(pick(r), metric)).collect();
+        let values: Vec<f64> = records
+            .filter_map(|r| Record::score(pick(r), metric))
+            .collect();
         Spread::of(&values)
     }
 
@@ -81,21 +86,54 @@ macro_rules! line {
 
 pub(super) fn markdown(raw: &Raw, config: &ModelConfig) -> String {
     let mut out = String::new();
-    let seeds = raw.records.iter().map(|r| r.cell.seed + 1).max().unwrap_or(0) as usize;
+    let seeds = raw
+        .records
+        .iter()
+        .map(|r| r.cell.seed + 1)
+        .max()
+        .unwrap_or(0) as usize;
     line!(out, "# Quality of the methods on the built-in model\n");
     line!(out, "{}\n", caveats(raw, config, seeds));
-    line!(out, "## Exact match after recovery, equal trainable parameters\n");
+    line!(
+        out,
+        "## Exact match after recovery, equal trainable parameters\n"
+    );
     compared(&mut out, raw, seeds, "exact_match");
-    line!(out, "\n## Answer NLL (nats per token) after recovery, equal trainable parameters\n");
+    line!(
+        out,
+        "\n## Answer NLL (nats per token) after recovery, equal trainable parameters\n"
+    );
     compared(&mut out, raw, seeds, "answer_nll");
     line!(out, "\n## What the paper would have us expect\n");
     expectations(&mut out, raw);
-    line!(out, "\n## Controls: LightMoE with one thing changed, exact match\n");
+    line!(
+        out,
+        "\n## Controls: LightMoE with one thing changed, exact match\n"
+    );
     let with = [&[Method::Lightmoe][..], &Method::CONTROLS].concat();
-    by_ratio(&mut out, raw, seeds, &with, Rule::EqualTrainable, |r| &r.test, "exact_match");
+    by_ratio(
+        &mut out,
+        raw,
+        seeds,
+        &with,
+        Rule::EqualTrainable,
+        |r| &r.test,
+        "exact_match",
+    );
     line!(out, "\n## Untrained: built only, exact match\n");
-    by_ratio(&mut out, raw, seeds, &with, Rule::EqualTrainable, |r| &r.built, "exact_match");
-    line!(out, "\n## Equal rank instead of equal trainable parameters, exact match\n");
+    by_ratio(
+        &mut out,
+        raw,
+        seeds,
+        &with,
+        Rule::EqualTrainable,
+        |r| &r.built,
+        "exact_match",
+    );
+    line!(
+        out,
+        "\n## Equal rank instead of equal trainable parameters, exact match\n"
+    );
     line!(
         out,
         "Every adapter has rank {}; LightMoE, the same cells as above, then trains more parameters \
@@ -103,7 +141,15 @@ pub(super) fn markdown(raw: &Raw, config: &ModelConfig) -> String {
         lightmoe_rank(config)
     );
     let methods = [Method::Lora, Method::ReplaceNone, Method::ReplaceOne];
-    by_ratio(&mut out, raw, seeds, &methods, Rule::EqualRank, |r| &r.test, "exact_match");
+    by_ratio(
+        &mut out,
+        raw,
+        seeds,
+        &methods,
+        Rule::EqualRank,
+        |r| &r.test,
+        "exact_match",
+    );
     line!(out, "\n## Learning rates chosen on the validation split\n");
     rates(&mut out, raw);
     line!(out, "\n## Sizes\n");
@@ -152,11 +198,34 @@ fn compared(out: &mut String, raw: &Raw, seeds: usize, metric: &str) {
     });
     let cells = original.map(|v| v.map_or("–".to_owned(), |v| format!("{v:.3}")));
     let sum: Option<f64> = original.into_iter().sum();
-    row(out, "original, untuned", &cells, sum.map(|s| s / Task::ALL.len() as f64));
-    body(out, raw, seeds, &[Method::Lora], Rule::EqualTrainable, 0.0, |r| &r.test, metric);
+    row(
+        out,
+        "original, untuned",
+        &cells,
+        sum.map(|s| s / Task::ALL.len() as f64),
+    );
+    body(
+        out,
+        raw,
+        seeds,
+        &[Method::Lora],
+        Rule::EqualTrainable,
+        0.0,
+        |r| &r.test,
+        metric,
+    );
     for ratio in RATIOS {
         let rest = &Method::COMPARED[1..];
-        body(out, raw, seeds, rest, Rule::EqualTrainable, ratio, |r| &r.test, metric);
+        body(
+            out,
+            raw,
+            seeds,
+            rest,
+            Rule::EqualTrainable,
+            ratio,
+            |r| &r.test,
+            metric,
+        );
     }
 }
 
@@ -176,7 +245,9 @@ fn body(
         let spreads = Task::ALL.map(|t| this.spread(raw, t, pick, metric));
         let cells = spreads.each_ref().map(|s| Spread::show(s.as_ref(), seeds));
         let sum: Option<f64> = spreads.iter().map(|s| s.as_ref().map(|s| s.mean)).sum();
-        let saved = this.ratio.map_or(String::new(), |r| format!("{:.0}%, ", 100.0 * r));
+        let saved = this
+            .ratio
+            .map_or(String::new(), |r| format!("{:.0}%, ", 100.0 * r));
         let average = sum.map(|s| s / Task::ALL.len() as f64);
         row(out, &format!("{saved}{}", method.label()), &cells, average);
     }
@@ -201,9 +272,8 @@ fn by_ratio(
 }
 
 fn expectations(out: &mut String, raw: &Raw) {
-    let average = |method, ratio| {
-        Row::new(method, Rule::EqualTrainable, ratio).average(raw, "exact_match")
-    };
+    let average =
+        |method, ratio| Row::new(method, Rule::EqualTrainable, ratio).average(raw, "exact_match");
     let difference = |a: Option<f64>, b: Option<f64>| match (a, b) {
         (Some(a), Some(b)) => format!("{:+.1} points", 100.0 * (a - b)),
         _ => "not measured yet".to_owned(),
@@ -216,18 +286,27 @@ fn expectations(out: &mut String, raw: &Raw) {
     line!(
         out,
         "- LightMoE at 50% at least 3.8 points above replacing without a base: measured {}.",
-        difference(average(Method::Lightmoe, 0.5), average(Method::ReplaceNone, 0.5))
+        difference(
+            average(Method::Lightmoe, 0.5),
+            average(Method::ReplaceNone, 0.5)
+        )
     );
     line!(
         out,
         "- LightMoE at 50% above one base (paper: +6.5 points): measured {}.",
-        difference(average(Method::Lightmoe, 0.5), average(Method::ReplaceOne, 0.5))
+        difference(
+            average(Method::Lightmoe, 0.5),
+            average(Method::ReplaceOne, 0.5)
+        )
     );
 }
 
 fn rates(out: &mut String, raw: &Raw) {
     let tried = RATES.map(|r| format!("{r}")).join(", ");
-    line!(out, "Tried: {tried}, at 50% and seed 0; validation answer NLL decides.\n");
+    line!(
+        out,
+        "Tried: {tried}, at 50% and seed 0; validation answer NLL decides.\n"
+    );
     let names = Task::ALL.map(|t| t.to_string()).join(" | ");
     line!(out, "| method | {names} |");
     line!(out, "|---|{}", "---|".repeat(Task::ALL.len()));
@@ -236,9 +315,8 @@ fn rates(out: &mut String, raw: &Raw) {
             let search = raw.records.iter().filter(|r| {
                 r.cell.rate.is_some() && (r.cell.method, r.cell.task) == (method, task)
             });
-            let nll = |r: &Record| {
-                Record::score(&r.validation, "answer_nll").unwrap_or(f64::INFINITY)
-            };
+            let nll =
+                |r: &Record| Record::score(&r.validation, "answer_nll").unwrap_or(f64::INFINITY);
             let best = search.min_by(|a, b| nll(a).total_cmp(&nll(b)));
             best.map_or("–".to_owned(), |r| r.lr.to_string())
         });
@@ -261,7 +339,11 @@ fn sizes(out: &mut String, raw: &Raw) {
             let mean = |f: fn(&Record) -> f64| {
                 records.iter().map(|r| f(r)).sum::<f64>() / records.len() as f64
             };
-            let note = if rule == Rule::EqualRank { ", equal rank" } else { "" };
+            let note = if rule == Rule::EqualRank {
+                ", equal rank"
+            } else {
+                ""
+            };
             line!(
                 out,
                 "| {}{note} | {} | {:.0} | {:.0} | {:.1}% |",
