@@ -12,7 +12,14 @@ pub fn build() -> Result<PathBuf, String> {
     if !path.exists() {
         eprintln!("Building `lightmoe`; the first time takes some minutes.");
     }
-    let mut build = shell::cargo(&["build", "--release", "--quiet", "--package", "lightmoe"]);
+    let mut build = shell::cargo(&[
+        "build",
+        "--release",
+        "--quiet",
+        "--workspace",
+        "--bin",
+        "lightmoe",
+    ]);
     if shell::succeeds(&mut build)? {
         Ok(path)
     } else {

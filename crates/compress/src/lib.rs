@@ -12,7 +12,6 @@
 mod build;
 mod error;
 mod estimate;
-mod files;
 mod observe;
 mod scores;
 
@@ -28,3 +27,11 @@ pub use build::build;
 pub use error::{Error, Result};
 pub use estimate::{Estimate, estimate};
 pub use observe::observe;
+
+/// Reads a whole file.
+fn read(path: &std::path::Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|source| Error::Io {
+        path: path.to_owned(),
+        source,
+    })
+}

@@ -18,10 +18,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use lightmoe_models::config::ModelConfig;
+use lightmoe_models::folder;
 use safetensors::{Dtype, SafeTensors, View, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, files};
+use crate::{Error, Result, read};
 
 /// Version of the file's layout.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -184,7 +185,7 @@ impl Observations {
                 safetensors::serialize(tensors, Some(metadata)).map_err(|e| e.to_string())
             })
             .map_err(|e| observations_error(path, format!("cannot be encoded ({e}); report it")))?;
-        files::write_atomic(path, &bytes)
+        Ok(folder::write_file(path, &bytes)?)
     }
 
     /// Reads a file that [`Observations::save`] wrote.
@@ -193,7 +194,7 @@ impl Observations {
     /// [`Error::Io`] if it cannot be read; [`Error::Observations`] naming the tensor if it is
     /// damaged, of another version, incomplete, or holds impossible values.
     pub fn load(path: &Path) -> Result<Self> {
-        let bytes = files::read(path)?;
+        let bytes = read(path)?;
         decode(&bytes).map_err(|message| observations_error(path, message))
     }
 }

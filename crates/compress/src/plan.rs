@@ -10,10 +10,11 @@
 use std::path::Path;
 
 use lightmoe_models::config::ModelConfig;
+use lightmoe_models::folder;
 use serde::{Deserialize, Serialize};
 
 use crate::methods::{BaseInit, MethodName};
-use crate::{Error, Result, files};
+use crate::{Error, Result, read};
 
 /// Version of the plan's layout.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -196,7 +197,7 @@ impl Plan {
             })
             .map_err(|message| plan_error(path, message))?;
         text.push(b'\n');
-        files::write_atomic(path, &text)
+        Ok(folder::write_file(path, &text)?)
     }
 
     /// Reads and checks a plan.
@@ -205,7 +206,7 @@ impl Plan {
     /// [`Error::Io`] if it cannot be read, [`Error::Plan`] if it is no plan, of another version,
     /// or breaks a rule of [`Plan::validate`].
     pub fn load(path: &Path) -> Result<Self> {
-        let text = files::read(path)?;
+        let text = read(path)?;
         let plan: Self = serde_json::from_slice(&text)
             .map_err(|e| plan_error(path, format!("not a plan ({e}); correct it or plan again")))?;
         plan.rules().map_err(|message| plan_error(path, message))?;

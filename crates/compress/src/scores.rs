@@ -8,7 +8,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use crate::observations::{LayerObservations, Observations, observations_error};
-use crate::{Result, files};
+use crate::{Result, read};
 
 #[derive(Deserialize)]
 struct ScoreFile {
@@ -26,7 +26,7 @@ impl Observations {
     /// [`Io`](crate::Error::Io) if it cannot be read; [`Observations`](crate::Error::Observations)
     /// naming the layer and expert that is missing, unknown, negative or not a number.
     pub fn from_scores(path: &Path, config: &ModelConfig) -> Result<Self> {
-        let bytes = files::read(path)?;
+        let bytes = read(path)?;
         decode_scores(&bytes, config).map_err(|message| observations_error(path, message))
     }
 }

@@ -201,6 +201,10 @@ pub struct ExportArgs {
     /// Element type: auto (the model's own), f32, bf16 or f16
     #[arg(long, default_value = "auto")]
     pub dtype: String,
+    /// Also write some token ids (`input_ids`) and the model's logits on them (`logits`), to check
+    /// the export with another program
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub logits: Option<PathBuf>,
 }
 
 /// `inspect`

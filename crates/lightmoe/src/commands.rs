@@ -18,11 +18,13 @@ use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_export::{Card, ExportKind, ExportOptions, export};
 use lightmoe_models::{
-    Checkpoint, DType, Decoder, GenerateOptions, ModelConfig, ModelTokenizer, folder,
+    Checkpoint, DType, Decoder, GenerateOptions, ModelConfig, ModelTokenizer, Tokens, folder,
 };
 use lightmoe_train::Folders;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 fn settings(args: RecipeArgs) -> Result<Settings> {
     let file = args
@@ -168,7 +170,9 @@ pub fn run_build(args: BuildArgs) -> Result<String> {
 /// What the stage brings.
 pub fn run_recover(args: RecoverArgs) -> Result<String> {
     let opened = Opened::new(args.recipe)?;
-    let beside = args.out.with_extension("recovery");
+    let mut beside = args.out.clone().into_os_string();
+    beside.push(".recovery");
+    let beside = PathBuf::from(beside);
     let plan = Plan::load(&args.plan)?;
     let inputs = RecoverInputs {
         original: &opened.checkpoint,
@@ -259,6 +263,9 @@ pub fn run_export(args: ExportArgs) -> Result<String> {
         &card,
         &mut |d, all| bar.of(d, all),
     )?;
+    if let Some(path) = &args.logits {
+        write_logits(&source, path)?;
+    }
     Ok(format!(
         "{} export  {}\n{} parameters, {} bytes",
         report.kind,
@@ -266,6 +273,42 @@ pub fn run_export(args: ExportArgs) -> Result<String> {
         report.parameters,
         report.bytes
     ))
+}
+
+/// Logits on 2 × 32 token ids spread over the vocabulary, for `fixtures/parity/check_export.py`.
+fn write_logits(checkpoint: &Checkpoint, path: &Path) -> Result<()> {
+    const ROWS: usize = 2;
+    const LENGTH: usize = 32;
+    let vocabulary = checkpoint.config().vocab_size;
+    let ids: Vec<u32> = (0..ROWS * LENGTH)
+        .map(|i| (i * 7919 % vocabulary) as u32)
+        .collect();
+    let model = Decoder::load(checkpoint)?;
+    let hidden = model.forward(
+        Tokens {
+            ids: &ids,
+            rows: ROWS,
+        },
+        None,
+        &mut |_, _, _| Ok(()),
+    )?;
+    let logits = model.logits(&hidden)?.flatten_all()?.to_vec1::<f32>()?;
+    let bytes: Vec<u8> = logits.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let id_bytes: Vec<u8> = ids.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let views = [
+        (
+            "input_ids",
+            TensorView::new(Dtype::U32, vec![ROWS, LENGTH], &id_bytes)?,
+        ),
+        (
+            "logits",
+            TensorView::new(Dtype::F32, vec![ROWS, LENGTH, vocabulary], &bytes)?,
+        ),
+    ];
+    Ok(folder::write_file(
+        path,
+        &safetensors::serialize(views, None)?,
+    )?)
 }
 
 /// `inspect`

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, bail};
 use lightmoe_data::{PackedStream, tokenizer};
 use lightmoe_models::{CheckpointWriter, Decoder, ModelConfig, ParameterKind};
 use lightmoe_train::{
-    Annealing, Folders, Group, LearningRate, Outcome, TrainBatch, TrainOptions, train,
+    Annealing, AnnealingShape, Folders, Group, LearningRate, Outcome, TrainBatch, TrainOptions,
+    train,
 };
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -137,7 +138,10 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
         beta2: t.beta2,
         clip_norm: t.clip_norm,
         balance: t.balance,
-        annealing: Annealing::default(),
+        annealing: Annealing {
+            shape: AnnealingShape::None,
+            ..Annealing::default()
+        },
         groups: vec![
             Group {
                 kinds: vec![ParameterKind::Norm],

@@ -38,7 +38,7 @@ pub struct Settings {
     #[arg(long)]
     pub ratio: Option<f64>,
     /// Gate mass to replace in a layer, instead of a ratio
-    #[arg(long, conflicts_with = "ratio")]
+    #[arg(long)]
     pub threshold: Option<f64>,
     /// Rank of the adapters [default: 16, at most a sixteenth of an expert's smaller side; for replace and lora the rank of equal trainable parameters]
     #[arg(long)]
@@ -124,10 +124,15 @@ impl Settings {
     pub fn load(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the recipe `{}`", path.display()))?;
-        toml::from_str(&text).with_context(|| {
-            format!(
-                "in the recipe `{}`; see docs/reference.md for its keys",
-                path.display()
+        // The parser's own form draws the line over several lines of ours.
+        toml::from_str(&text).map_err(|e: toml::de::Error| {
+            let line = e
+                .span()
+                .map_or(1, |s| 1 + text[..s.start].matches('\n').count());
+            anyhow!(
+                "in the recipe `{}`, line {line}: {}; see docs/reference.md for its keys",
+                path.display(),
+                e.message()
             )
         })
     }
@@ -244,6 +249,9 @@ impl Recipe {
     /// If a setting has a value that cannot work for this model: one line that says what to do.
     pub fn resolve(settings: Settings, config: &ModelConfig) -> Result<Self> {
         let s = settings;
+        if let (Some(ratio), Some(threshold)) = (s.ratio, s.threshold) {
+            bail!("`ratio` is {ratio} and `threshold` is {threshold}; give one of the two");
+        }
         let method = one_of(s.method, MethodName::Lightmoe)?;
         let task = s.task.map(|t| t.parse::<Task>()).transpose()?;
         let smaller = config.hidden_size.min(config.moe.intermediate_size);

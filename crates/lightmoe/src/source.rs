@@ -1,7 +1,8 @@
 //! Where a run's inputs come from: the model folder and the examples.
 
+use crate::preflight::Refused;
 use crate::recipe::Recipe;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use lightmoe_data::{Encoded, Example, Metric, Split, Task, encode, records};
 use lightmoe_eval::EvalOptions;
 use lightmoe_models::{ChatMessage, Checkpoint, ModelTokenizer};
@@ -105,12 +106,13 @@ impl TaskData {
             });
         }
         if records.len() < FEWEST_RECORDS {
-            bail!(
+            let message = format!(
                 "`{}` has {} records, too few to hold some out for the test; give at least \
                  {FEWEST_RECORDS}",
                 path.display(),
                 records.len()
             );
+            return Err(Refused(message).into());
         }
         let name = path
             .file_stem()

@@ -9,7 +9,15 @@ use serde::Serialize;
 use crate::results::{Results, Stage, digits};
 
 /// The steps of a run in their order; a step of another name comes after them.
-const STEPS: [&str; 6] = ["observe", "plan", "build", "recover", "evaluate", "export"];
+const STEPS: [&str; 7] = [
+    "observe",
+    "plan",
+    "build",
+    "evaluate_original",
+    "evaluate_built",
+    "recover",
+    "evaluate_recovered",
+];
 
 /// A table: the first column names the row, the others hold its numbers.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -1,0 +1,10 @@
+//! The program from outside: the built binary on the built-in model, with tiny settings.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod artefacts;
+mod damage;
+mod recipes;
+mod refusals;
+mod resume;
+mod stages;
+mod support;

@@ -1,0 +1,127 @@
+//! Recipes from files and flags, the user's own records, and the other methods.
+
+use crate::support::{Outcome, TINY, base, command, json, scores, tiny};
+use serde_json::json;
+use std::fs;
+use std::path::Path;
+
+fn forecast(recipe: &Path, flags: &[&str]) -> String {
+    let mut call = command("compress");
+    call.args(["--dry-run", "--json"]).args(flags);
+    call.arg("--recipe").arg(recipe).ok()
+}
+
+/// The recipe that a run with these settings writes.
+fn resolved(recipe: &Path, flags: &[&str]) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let mut call = command("compress");
+    call.arg("--recipe").arg(recipe).args(flags);
+    call.arg("--out").arg(&out).ok();
+    fs::read_to_string(out.join("recipe.toml")).unwrap()
+}
+
+#[test]
+fn keys_equal_flags_and_flags_win() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, more: &str| {
+        let path = folder.path().join(name);
+        let tiny = TINY.replace("steps = 12", "steps = 2");
+        fs::write(&path, format!("{tiny}{more}")).unwrap();
+        path
+    };
+    let keys = "ratio = 0.3\nrank = 2\ngroups = 2\nlr = 0.002\nannealing = 'exponential'\n\
+                end_ratio = 0.5\ntrain_router = true\n";
+    let flags = "--ratio 0.3 --rank 2 --groups 2 --lr 0.002 --annealing exponential \
+                 --end-ratio 0.5 --train-router true";
+    let flags: Vec<&str> = flags.split_whitespace().collect();
+    let (plain, keyed) = (file("plain.toml", ""), file("keyed.toml", keys));
+    let recipe = resolved(&keyed, &[]);
+    assert_eq!(resolved(&plain, &flags), recipe);
+    assert!(recipe.contains("ratio = 0.3") && recipe.contains("train_router = true"));
+    let other = file(
+        "other.toml",
+        "ratio = 0.6\nrank = 4\nlr = 7.0\ngroups = 5\n",
+    );
+    assert_eq!(resolved(&other, &flags), recipe);
+    // A threshold on the command line replaces a ratio in the file.
+    let text = forecast(&keyed, &["--threshold", "0.2"]);
+    assert!(text.contains("\"parameters_after\": null"), "{text}");
+}
+
+#[test]
+fn the_written_recipe_can_be_given_back() {
+    let written = base().join("recipe.toml");
+    let text = fs::read_to_string(&written).unwrap();
+    let again = resolved(&written, &["--steps", "12"]);
+    assert_eq!(again, text);
+}
+
+/// Compresses with 60 records made of `record`, and returns the run's results.
+fn own_records(record: impl Fn(usize) -> serde_json::Value) -> serde_json::Value {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, out) = (folder.path().join("mine.jsonl"), folder.path().join("run"));
+    let lines: Vec<String> = (0..60).map(|i| record(i).to_string() + "\n").collect();
+    fs::write(&file, lines.concat()).unwrap();
+    let recipe = folder.path().join("short.toml");
+    fs::write(&recipe, "steps = 3\nbatch_size = 4\n").unwrap();
+    let mut call = command("compress");
+    call.arg("--recipe").arg(&recipe).arg("--train").arg(&file);
+    call.arg("--out").arg(&out).ok();
+    for stage in ["original", "built", "recovered"] {
+        assert!(scores(&out, stage)["mine"].is_object());
+    }
+    let sample = fs::read_to_string(out.join("logs/samples_mine_recovered.jsonl")).unwrap();
+    assert_eq!(sample.lines().count(), 3);
+    json(&out.join("results.json"))
+}
+
+#[test]
+fn own_records_of_both_forms_run_to_the_end() {
+    let (question, answer) = (
+        |i: usize| format!("What is {i} and {i}? Say it."),
+        |i: usize| format!("It is {}.", 2 * i),
+    );
+    let plain =
+        own_records(|i| json!({"prompt": question(i), "completion": format!(" {}", answer(i))}));
+    assert_eq!(plain["task"], "mine");
+    let chat = own_records(|i| {
+        json!({"messages": [
+            {"role": "user", "content": question(i)},
+            {"role": "assistant", "content": answer(i)},
+        ]})
+    });
+    let nll = |results: &serde_json::Value| {
+        results["stages"]["original"]["mine"]["answer_nll"]["value"]
+            .as_f64()
+            .unwrap()
+    };
+    assert!(nll(&plain).is_finite() && nll(&chat).is_finite());
+}
+
+#[test]
+fn the_other_methods_run_to_the_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let cases: [(&str, &[&str]); 3] = [
+        ("adapters", &["--method", "replace", "--groups", "0"]),
+        ("one-base", &["--method", "replace", "--groups", "1"]),
+        ("lora", &["--method", "lora"]),
+    ];
+    for (name, flags) in cases {
+        let out = folder.path().join(name);
+        let mut call = tiny("compress");
+        call.args(flags).args(["--steps", "4"]);
+        call.arg("--out").arg(&out).ok();
+        let results = json(&out.join("results.json"));
+        let parameters = &results["parameters"];
+        let achieved = results["ratio"]["achieved"].as_f64().unwrap();
+        if name == "lora" {
+            assert_eq!(parameters["after"], parameters["before"]);
+            assert_eq!(achieved, 0.0);
+        } else {
+            assert!((achieved - 0.5).abs() < 0.01, "{name}: {achieved}");
+        }
+        assert!(parameters["trained"].as_u64().unwrap() > 0);
+        assert!(scores(&out, "recovered")["intent"].is_object());
+    }
+}

@@ -1,0 +1,76 @@
+//! What cannot work is refused in one line, before anything is spent.
+
+use crate::support::{Outcome, command, names, tiny};
+use std::fs;
+use std::time::{Duration, Instant};
+
+#[test]
+fn a_dry_run_is_quick_and_writes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let begin = Instant::now();
+    let text = command("compress")
+        .arg("--dry-run")
+        .current_dir(folder.path())
+        .ok();
+    // Without optimisation the tokenizer alone takes longer.
+    let limit = if cfg!(debug_assertions) { 60 } else { 2 };
+    let elapsed = begin.elapsed();
+    assert!(elapsed < Duration::from_secs(limit), "{elapsed:?}");
+    for word in ["lightmoe", "experts replaced", "parameters", "tokens"] {
+        assert!(text.contains(word), "{text}");
+    }
+    let mut call = tiny("compress");
+    call.args(["--dry-run", "--json", "--method", "lora", "--out"]);
+    let text = call.arg(folder.path().join("run")).ok();
+    let forecast: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(forecast["parameters_before"], forecast["parameters_after"]);
+    assert!(names(folder.path()).is_empty());
+}
+
+#[test]
+fn what_cannot_work_is_refused_in_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let record = "{\"prompt\": \"a\", \"completion\": \"b\"}\n";
+    let few = write("few.jsonl", &record.repeat(25));
+    let fewer = write("fewer.jsonl", &record.repeat(19));
+    let unknown = write("unknown.toml", "steps = 3\nstepps = 4\n");
+    let broken = write("broken.toml", "steps = 3\n[[[\n");
+    let both = write("both.toml", "ratio = 0.5\nthreshold = 0.1\n");
+    let cases: [(&[&str], &[&str]); 13] = [
+        (&["--ratio", "0.99"], &["0.99", "to", "lower"]),
+        (&["--ratio=-0.5"], &["-0.5"]),
+        (&["--rank", "1000"], &["rank 1000", "64"]),
+        (&["--task", "poetry"], &["poetry", "translation"]),
+        (&["--method", "magic"], &["magic", "replace"]),
+        (&["--train", &few], &["too little", "tokens"]),
+        (&["--train", &fewer], &["19 records", "20"]),
+        (
+            &["--recipe", &unknown],
+            &["line 2", "stepps", "unknown.toml"],
+        ),
+        (&["--recipe", &broken], &["line 2", "broken.toml"]),
+        (&["--recipe", &both], &["ratio", "threshold"]),
+        (
+            &["--ratio", "0.4", "--threshold", "0.1"],
+            &["ratio", "threshold"],
+        ),
+        (&["--decay", "sudden"], &["sudden", "cosine"]),
+        (&["--model", "no/such/folder"], &["no/such/folder"]),
+    ];
+    for (args, words) in cases {
+        let mut call = command("compress");
+        call.args(args).arg("--out").arg(&out);
+        let message = call.fails(2);
+        assert_eq!(message.trim_end().lines().count(), 1, "{message}");
+        for word in words {
+            assert!(message.contains(word), "{args:?}: {message}");
+        }
+        assert!(!out.exists(), "{args:?}");
+    }
+}
