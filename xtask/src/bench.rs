@@ -14,7 +14,9 @@ pub fn run(arguments: &[String]) -> Outcome {
             bench.args(rest);
             shell::replace(bench)
         }
-        "quality" => binary::run(&["bench", "quality"], rest),
-        _ => Err(format!("no bench `{which}`; use `kernels` or `quality`")),
+        "quality" | "usage" => binary::run(&["bench", which], rest),
+        _ => Err(format!(
+            "no bench `{which}`; use `kernels`, `quality` or `usage`"
+        )),
     }
 }

@@ -42,8 +42,8 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "bench",
-        arguments: "kernels|quality [ARGUMENTS]",
-        about: "Time the kernels, or compare the methods on the built-in tasks",
+        arguments: "kernels|quality|usage [ARGUMENTS]",
+        about: "Time the kernels, compare the methods, or show the built-in model",
         run: bench::run,
     },
     Command {

@@ -33,7 +33,7 @@ pub enum Error {
         message: String,
     },
     /// The caller stopped the work; nothing half-written remains.
-    #[error("interrupted; run the same command with `--resume` to go on")]
+    #[error("interrupted; nothing half-written remains, start the stage again or resume the run")]
     Interrupted,
     /// A request that cannot be met, or values that contradict each other.
     #[error("{0}")]

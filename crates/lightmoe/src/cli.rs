@@ -261,6 +261,16 @@ pub struct PretrainArgs {
 pub enum BenchCommand {
     /// Methods × tasks × ratios × seeds on the built-in model
     Quality(QualityArgs),
+    /// The built-in model: its scores, and how its experts share the work between tasks
+    Usage(UsageArgs),
+}
+
+/// `bench usage`
+#[derive(Debug, Args)]
+pub struct UsageArgs {
+    /// The page to write
+    #[arg(long, default_value = "docs/benchmarks/olmoe-nano.md")]
+    pub table: PathBuf,
 }
 
 /// `bench quality`

@@ -24,7 +24,7 @@ use lightmoe_train::Folders;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use std::io::{IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 fn settings(args: RecipeArgs) -> Result<Settings> {
     let file = args
@@ -170,9 +170,9 @@ pub fn run_build(args: BuildArgs) -> Result<String> {
 /// What the stage brings.
 pub fn run_recover(args: RecoverArgs) -> Result<String> {
     let opened = Opened::new(args.recipe)?;
-    let mut beside = args.out.clone().into_os_string();
-    beside.push(".recovery");
-    let beside = PathBuf::from(beside);
+    let mut name = args.out.file_name().unwrap_or_default().to_owned();
+    name.push(".recovery");
+    let beside = args.out.with_file_name(name);
     let plan = Plan::load(&args.plan)?;
     let inputs = RecoverInputs {
         original: &opened.checkpoint,

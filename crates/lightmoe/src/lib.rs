@@ -19,6 +19,7 @@ pub mod report;
 pub mod results;
 pub mod run;
 pub mod source;
+pub mod usage;
 
 use sha2::{Digest, Sha256};
 

@@ -3,7 +3,7 @@
 use clap::Parser;
 use lightmoe::cli::{BenchCommand, Cli, Command, LogFormat};
 use lightmoe::preflight::Refused;
-use lightmoe::{commands, progress, quality, reference};
+use lightmoe::{commands, progress, quality, reference, usage};
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -43,6 +43,7 @@ fn run(command: Command) -> anyhow::Result<String> {
         Command::Generate(args) => commands::run_generate(args),
         Command::Pretrain(args) => commands::run_pretrain(args),
         Command::Bench(BenchCommand::Quality(args)) => quality::run(args),
+        Command::Bench(BenchCommand::Usage(args)) => usage::run(args),
         Command::Reference => Ok(reference::markdown()),
     }
 }

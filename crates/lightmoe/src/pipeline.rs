@@ -1,6 +1,7 @@
 //! The stages as functions from artefact to artefact. The subcommands call them one by one,
 //! `compress` in a row.
 
+use crate::preflight::check_original;
 use crate::progress::{Progress, stopped};
 use crate::recipe::Recipe;
 use crate::results::{Score, TaskScores};
@@ -20,7 +21,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// What the user is told when a run ends early by request.
-const INTERRUPTED: &str = "interrupted; run the same command with `--resume` to go on";
+const INTERRUPTED: &str =
+    "interrupted; run the same command again to go on, `compress` with `--resume`";
 
 /// Stage observe: the routing of the training examples → `target`.
 ///
@@ -67,6 +69,7 @@ pub fn plan_stage(
 /// # Errors
 /// If the plan is for another model, the model is damaged, or the work was stopped.
 pub fn build_stage(original: &Checkpoint, plan: &Plan, seed: u64, target: &Path) -> Result<()> {
+    check_original(original)?;
     let bar = Progress::new("build", original.config().num_layers);
     Ok(build(original, plan, seed, target, &mut |done, all| {
         bar.of(done, all)
@@ -100,6 +103,8 @@ pub fn recover_stage(
     folders: &Folders,
     target: &Path,
 ) -> Result<()> {
+    check_original(inputs.original)?;
+    CheckpointWriter::check_target(target)?;
     let (built, plan) = (inputs.built, inputs.plan);
     let mut model = Decoder::load(built)?;
     let mut annealing = recipe.annealing();

@@ -3,6 +3,7 @@
 use crate::recipe::Recipe;
 use crate::source::calibration;
 use lightmoe_compress::methods::{MethodName, Target};
+use lightmoe_compress::size::adapter_parameters;
 use lightmoe_compress::{Estimate, estimate};
 use lightmoe_data::Encoded;
 use lightmoe_models::Checkpoint;
@@ -54,6 +55,7 @@ pub fn preflight(
     checkpoint: &Checkpoint,
     encoded: &[Encoded],
 ) -> Result<Forecast, Refused> {
+    check_original(checkpoint)?;
     let samples =
         calibration(encoded, recipe.calibration_tokens, checkpoint).map_err(Refused::of)?;
     let estimate = estimate_of(recipe, checkpoint).map_err(Refused::of)?;
@@ -80,6 +82,22 @@ pub fn preflight(
     })
 }
 
+/// Checks that a model is whole: one that is compressed already has no experts to replace or to
+/// anneal from.
+///
+/// # Errors
+/// [`Refused`], naming the folder.
+pub fn check_original(checkpoint: &Checkpoint) -> Result<(), Refused> {
+    let mut layers = checkpoint.layout().layers.values();
+    match layers.any(|layer| layer.adapted().next().is_some()) {
+        false => Ok(()),
+        true => Err(Refused(format!(
+            "`{}` is compressed already; give the original model, or its dense export",
+            checkpoint.dir().display()
+        ))),
+    }
+}
+
 /// `None` where nothing can be said before observing.
 fn estimate_of(
     recipe: &Recipe,
@@ -89,7 +107,18 @@ fn estimate_of(
     options.check_method(recipe.method)?;
     options.check(config)?;
     match (recipe.method, recipe.target()) {
-        (MethodName::Lora, _) | (_, Target::Threshold(_)) => Ok(None),
+        (MethodName::Lora, _) => Ok(None),
+        // What concerns the options alone is known even so.
+        (_, Target::Threshold(_)) => {
+            let adapter = adapter_parameters(config, options.rank);
+            match adapter < config.expert_parameters() {
+                true => Ok(None),
+                false => Err(lightmoe_compress::Error::Invalid(format!(
+                    "adapters of rank {} are as large as the experts they replace; lower `rank`",
+                    options.rank
+                ))),
+            }
+        }
         (_, Target::Ratio(ratio)) => estimate(config, ratio, &options).map(Some),
     }
 }

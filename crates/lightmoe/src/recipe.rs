@@ -365,6 +365,16 @@ impl Recipe {
                 "`{key}` is {value}; give a number above 0"
             );
         }
+        if let Some(threshold) = self.threshold {
+            ensure!(
+                threshold > 0.0 && threshold < 1.0,
+                "`threshold` is {threshold}; give a number between 0 and 1"
+            );
+        }
+        ensure!(
+            self.method != MethodName::Lora || self.rank > 0 || self.train_router,
+            "`rank` is 0, so `lora` has nothing to train; give at least 1"
+        );
         ensure!(
             self.weight_decay >= 0.0,
             "`weight_decay` is below 0; give 0 or more"

@@ -15,7 +15,7 @@ use crate::pipeline::{
 use crate::progress::{set_quiet, stopped};
 use crate::recipe::{Recipe, Settings};
 use crate::results::{Parameters, TaskScores};
-use crate::source::{BUILT_IN, TaskData, model_folder};
+use crate::source::{BUILT_IN, TaskData, model_fingerprint, model_folder};
 use anyhow::{Context, Result, anyhow, bail};
 use cells::{Cell, RATES, grid, rate_of, rate_search};
 use lightmoe_compress::observations::Observations;
@@ -60,6 +60,8 @@ impl Record {
 /// The raw data: the original model's scores and the finished cells.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Raw {
+    /// Content of the model that was compressed.
+    model: String,
     steps: usize,
     original: HashMap<Task, TaskScores>,
     records: Vec<Record>,
@@ -84,20 +86,24 @@ pub fn run(args: QualityArgs) -> Result<String> {
     let original = Checkpoint::open(&model_folder(BUILT_IN)?)?;
     let tokenizer = ModelTokenizer::load(original.dir(), original.config().eos_token_id)?;
     let raw_path = args.table.with_extension("json");
+    let model = model_fingerprint(original.dir())?;
     let mut raw = match std::fs::read_to_string(&raw_path) {
         Ok(text) => serde_json::from_str::<Raw>(&text)
             .with_context(|| format!("`{}`; remove it to start again", raw_path.display()))?,
         Err(_) => Raw {
+            model: model.clone(),
             steps: args.steps,
             ..Raw::default()
         },
     };
-    if raw.steps != args.steps {
+    if (&raw.model, raw.steps) != (&model, args.steps) {
         bail!(
-            "`{}` holds cells of {} steps; give `--steps {}`, or another `--table`",
+            "`{}` holds cells of {} steps on model {}, not of {} steps on model {model}; remove it, \
+             or give another `--table`",
             raw_path.display(),
             raw.steps,
-            raw.steps
+            raw.model,
+            args.steps
         );
     }
     raw.records.sort_by_key(|r| r.cell.id());

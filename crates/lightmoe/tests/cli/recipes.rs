@@ -1,6 +1,6 @@
 //! Recipes from files and flags, the user's own records, and the other methods.
 
-use crate::support::{Outcome, TINY, base, command, json, scores, tiny};
+use crate::support::{Outcome, TINY, base, command, json, model_copy, scores, tiny};
 use serde_json::json;
 use std::fs;
 use std::path::Path;
@@ -97,6 +97,39 @@ fn own_records_of_both_forms_run_to_the_end() {
             .unwrap()
     };
     assert!(nll(&plain).is_finite() && nll(&chat).is_finite());
+}
+
+#[test]
+fn conversations_need_the_chat_template_of_the_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model_copy(&folder.path().join("model"));
+    let file = folder.path().join("chat.jsonl");
+    let record = json!({"messages": [
+        {"role": "user", "content": "Say it, please, as often as you like to."},
+        {"role": "assistant", "content": "It."},
+    ]});
+    fs::write(&file, format!("{record}\n").repeat(60)).unwrap();
+    let call = || {
+        let mut call = command("compress");
+        call.arg("--dry-run").arg("--model").arg(&model);
+        call.arg("--train").arg(&file);
+        call
+    };
+    call().ok();
+    let path = model.join("tokenizer_config.json");
+    let template = |text: &str| {
+        let mut config = json(&path);
+        config["chat_template"] = json!(text);
+        fs::write(&path, config.to_string()).unwrap();
+    };
+    template("{{ raise_exception('no talking') }}");
+    let message = call().fails(1);
+    for part in ["chat.jsonl` line 1", "no talking"] {
+        assert!(message.contains(part), "{message}");
+    }
+    fs::remove_file(&path).unwrap();
+    let message = call().fails(1);
+    assert!(message.contains("no chat template"), "{message}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What cannot work is refused in one line, before anything is spent.
 
-use crate::support::{Outcome, command, names, tiny};
+use crate::support::{Outcome, base, command, names, tiny};
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -41,8 +41,9 @@ fn what_cannot_work_is_refused_in_one_line() {
     let fewer = write("fewer.jsonl", &record.repeat(19));
     let unknown = write("unknown.toml", "steps = 3\nstepps = 4\n");
     let broken = write("broken.toml", "steps = 3\n[[[\n");
+    let compressed = base().join("model").to_str().unwrap().to_owned();
     let both = write("both.toml", "ratio = 0.5\nthreshold = 0.1\n");
-    let cases: [(&[&str], &[&str]); 13] = [
+    let cases: [(&[&str], &[&str]); 17] = [
         (&["--ratio", "0.99"], &["0.99", "to", "lower"]),
         (&["--ratio=-0.5"], &["-0.5"]),
         (&["--rank", "1000"], &["rank 1000", "64"]),
@@ -60,6 +61,10 @@ fn what_cannot_work_is_refused_in_one_line() {
             &["--ratio", "0.4", "--threshold", "0.1"],
             &["ratio", "threshold"],
         ),
+        (&["--threshold", "5"], &["`threshold` is 5"]),
+        (&["--threshold", "0.2", "--rank", "60"], &["rank 60"]),
+        (&["--method", "lora", "--rank", "0"], &["`rank` is 0"]),
+        (&["--model", &compressed], &["compressed already"]),
         (&["--decay", "sudden"], &["sudden", "cosine"]),
         (&["--model", "no/such/folder"], &["no/such/folder"]),
     ];
@@ -73,4 +78,21 @@ fn what_cannot_work_is_refused_in_one_line() {
         }
         assert!(!out.exists(), "{args:?}");
     }
+}
+
+#[test]
+fn a_compressed_model_is_not_taken_for_the_original() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let (model, plan) = (base().join("model"), base().join("plan.json"));
+    let mut build = command("build");
+    build.arg("--model").arg(&model).arg("--plan").arg(&plan);
+    let message = build.arg("--out").arg(&out).fails(2);
+    assert!(message.contains("compressed already"), "{message}");
+    let mut recover = tiny("recover");
+    recover.arg("--model").arg(&model).arg("--plan").arg(&plan);
+    recover.arg("--built").arg(base().join("built"));
+    let message = recover.arg("--out").arg(&out).fails(2);
+    assert!(message.contains("compressed already"), "{message}");
+    assert!(names(folder.path()).is_empty());
 }

@@ -1,6 +1,6 @@
 //! Killed at any moment, a run goes on to the same bytes.
 
-use crate::support::{Outcome, assert_same_run, files, json, model_copy, names, tiny};
+use crate::support::{Outcome, assert_same_run, base, files, json, model_copy, names, tiny};
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -61,6 +61,8 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
     assert!((70..120).contains(&stopped) && lines(&cut) == 120);
     resume().ok();
     assert_same_run(&whole, &cut);
+    let resumed = "events.out.tfevents.0000000050.lightmoe".to_owned();
+    assert!(names(&cut.join("logs")).contains(&resumed));
     // And a finished run is finished.
     let before = files(&cut.join("model"));
     resume().ok();
@@ -124,4 +126,35 @@ fn a_run_is_only_resumed_with_its_own_recipe_and_model() {
     let full = tiny("compress").arg("--out").arg(&strange).fails(1);
     assert!(full.contains("not empty"), "{full}");
     assert_eq!(names(&strange), ["thesis.txt"]);
+}
+
+#[test]
+fn a_recovery_of_its_own_goes_on_by_the_same_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let call = |out: &str| {
+        let mut command = tiny("recover");
+        command.arg("--built").arg(base().join("built"));
+        command.arg("--plan").arg(base().join("plan.json"));
+        command.args(["--steps", "40", "--out", out]);
+        command.current_dir(folder.path());
+        command
+    };
+    call("whole").ok();
+    let state = folder.path().join("cut.recovery");
+    let curve = || fs::read_to_string(state.join("loss.jsonl")).unwrap_or_default();
+    let begun = || curve().lines().count() >= 5;
+    // A slash at the end makes no difference.
+    assert_eq!(end(&mut call("cut/"), "-TERM", begun), Some(130));
+    assert!(state.join("state.safetensors").exists());
+    assert!(!folder.path().join("cut").exists());
+    call("cut/").ok();
+    assert!(files(&folder.path().join("cut")) == files(&folder.path().join("whole")));
+    // A folder with something else is left alone, before any training.
+    let strange = folder.path().join("strange");
+    fs::create_dir(&strange).unwrap();
+    fs::write(strange.join("thesis.txt"), "years of work").unwrap();
+    let message = call("strange").fails(1);
+    assert!(message.contains("holds other files"), "{message}");
+    assert_eq!(names(&strange), ["thesis.txt"]);
+    assert!(!folder.path().join("strange.recovery").exists());
 }
