@@ -33,12 +33,24 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
     let inputs = inputs(recipe, original.dir())?;
     let fingerprint = crate::fingerprint(&(recipe, &inputs))?;
     let mut run = Run::open(out, recipe, inputs, resume)?;
-    let samples = |run: &Run, stage: Stage| {
-        run.path(&format!(
-            "logs/samples_{}_{}.jsonl",
-            data.name,
-            stage.name()
-        ))
+    let evaluate = |run: &mut Run, stage: Stage, checkpoint: &Checkpoint| {
+        run.scored(&format!("evaluate_{}", stage.name()), |run| {
+            let samples = run.path(&format!(
+                "logs/samples_{}_{}.jsonl",
+                data.name,
+                stage.name()
+            ));
+            let length = recipe.max_length;
+            evaluate_stage(
+                stage.name(),
+                checkpoint,
+                &data,
+                &data.test,
+                length,
+                Some(&samples),
+            )
+            .map(Some)
+        })
     };
 
     run.stage("observe", |run| {
@@ -59,31 +71,9 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
     run.stage("build", |run| {
         build_stage(&original, &plan, recipe.seed, &run.path("built"))
     })?;
-    run.scored("evaluate_original", |run| {
-        let samples = samples(run, Stage::Original);
-        evaluate_stage(
-            "original",
-            &original,
-            &data,
-            &data.test,
-            recipe.max_length,
-            Some(&samples),
-        )
-        .map(Some)
-    })?;
+    evaluate(&mut run, Stage::Original, &original)?;
     let built = Checkpoint::open(&run.path("built"))?;
-    run.scored("evaluate_built", |run| {
-        let samples = samples(run, Stage::Built);
-        evaluate_stage(
-            "built",
-            &built,
-            &data,
-            &data.test,
-            recipe.max_length,
-            Some(&samples),
-        )
-        .map(Some)
-    })?;
+    evaluate(&mut run, Stage::Built, &built)?;
     run.stage("recover", |run| {
         let inputs = RecoverInputs {
             original: &original,
@@ -100,18 +90,7 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
         recover_stage(inputs, recipe, &folders, &run.path("model"))
     })?;
     let recovered = Checkpoint::open(&run.path("model"))?;
-    run.scored("evaluate_recovered", |run| {
-        let samples = samples(run, Stage::Recovered);
-        evaluate_stage(
-            "recovered",
-            &recovered,
-            &data,
-            &data.test,
-            recipe.max_length,
-            Some(&samples),
-        )
-        .map(Some)
-    })?;
+    evaluate(&mut run, Stage::Recovered, &recovered)?;
     let results = results(
         recipe,
         &run,
