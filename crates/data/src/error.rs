@@ -12,7 +12,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// A file could not be read.
-    #[error("Could not read `{}`: {source}. Check the path and its permissions.", path.display())]
+    #[error("Could not read `{}`. Check the path and its permissions.", path.display())]
     Read {
         /// The file.
         path: PathBuf,

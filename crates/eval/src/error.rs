@@ -21,7 +21,7 @@ pub enum Error {
         message: String,
     },
     /// An example cannot be made into tokens.
-    #[error("example {index}: {source}")]
+    #[error("example {index} cannot be made into tokens")]
     Encode {
         /// The example's number.
         index: usize,

@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::recipe::Settings;
+use crate::settings::Settings;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 

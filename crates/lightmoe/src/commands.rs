@@ -10,8 +10,9 @@ use crate::pipeline::{
 };
 use crate::preflight::{Refused, preflight};
 use crate::pretrain::{PretrainRecipe, pretrain};
-use crate::recipe::{Recipe, Settings};
+use crate::recipe::Recipe;
 use crate::report::table;
+use crate::settings::Settings;
 use crate::source::{BUILT_IN, TaskData, model_folder};
 use anyhow::{Context, Result, anyhow};
 use lightmoe_compress::observations::Observations;

@@ -9,7 +9,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(thiserror::Error, Debug)]
 pub enum Error {
     /// A file could not be read or written.
-    #[error("cannot access `{}`: {source}; check that it exists and its permissions", path.display())]
+    #[error("cannot access `{}`; check that it exists and its permissions", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,

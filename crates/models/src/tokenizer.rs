@@ -100,6 +100,8 @@ impl ModelTokenizer {
         env.set_syntax(
             syntax.map_err(|e| fail(format!("the template engine fails: {e}; report it")))?,
         );
+        // Published templates call Python's string methods (`.strip()`, …).
+        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         env.add_function(
             "raise_exception",
             |text: String| -> std::result::Result<(), _> {

@@ -51,7 +51,7 @@ fn tokenizers_that_cannot_be_used_are_named() {
     fs::write(&config, "{}").unwrap();
     fs::write(dir.join("chat_template.jinja"), b"\xff").unwrap();
     fail(&["chat_template.jinja"]);
-    let template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n\
+    let template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content.strip() }}\n\
                     {% endfor %}{% if not messages %}{{ raise_exception('empty') }}{% endif %}";
     fs::write(dir.join("chat_template.jinja"), template).unwrap();
     let tokenizer = ModelTokenizer::load(dir, Some(0)).unwrap();

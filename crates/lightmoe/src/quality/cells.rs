@@ -1,6 +1,6 @@
 //! The cells of the quality bench.
 
-use crate::recipe::Settings;
+use crate::settings::Settings;
 use lightmoe_compress::size::equal_trainable_rank;
 use lightmoe_data::Task;
 use lightmoe_models::ModelConfig;

@@ -13,8 +13,9 @@ use crate::pipeline::{
     RecoverInputs, build_stage, evaluate_stage, observe_stage, plan_stage, recover_stage,
 };
 use crate::progress::{set_quiet, stopped};
-use crate::recipe::{Recipe, Settings};
+use crate::recipe::Recipe;
 use crate::results::{Parameters, TaskScores};
+use crate::settings::Settings;
 use crate::source::{BUILT_IN, TaskData, model_fingerprint, model_folder};
 use anyhow::{Context, Result, anyhow, bail};
 use cells::{Cell, RATES, grid, rate_of, rate_search};

@@ -1,0 +1,171 @@
+//! What a user may set, on the command line or in a recipe file, before any choice is made.
+
+use anyhow::{Context, Result, anyhow};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// What a user may set, on the command line or in a recipe file.
+#[derive(Debug, Clone, Default, clap::Args, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Model folder (Hugging Face layout), or `olmoe-nano`, the model in the repository [default: olmoe-nano]
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Built-in task: math, code, commonsense, intent or translation [default: math, or the records of `--train`]
+    #[arg(long)]
+    pub task: Option<String>,
+    /// Records to train on, JSON lines of prompt/completion or messages; a tenth is held out
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub train: Option<PathBuf>,
+    /// lightmoe, replace (adapters alone, or with one base) or lora (nothing is replaced) [default: lightmoe]
+    #[arg(long)]
+    pub method: Option<String>,
+    /// Share of all parameters to save, between 0 and 1 [default: 0.5]
+    #[arg(long)]
+    pub ratio: Option<f64>,
+    /// Gate mass to replace in a layer, instead of a ratio
+    #[arg(long)]
+    pub threshold: Option<f64>,
+    /// Rank of the adapters [default: 16, at most a sixteenth of an expert's smaller side; for replace and lora the rank of equal trainable parameters]
+    #[arg(long)]
+    pub rank: Option<usize>,
+    /// Shared bases per layer [default: 3, for replace 0]
+    #[arg(long)]
+    pub groups: Option<usize>,
+    /// How the bases start: gate-weighted or random [default: gate-weighted]
+    #[arg(long)]
+    pub base: Option<String>,
+    /// How much the router norm moves a layer's threshold (eq. 8) [default: 0.3]
+    #[arg(long)]
+    pub alpha: Option<f64>,
+    /// Greatest relative distance of a layer's threshold from the mean [default: 0.2]
+    #[arg(long)]
+    pub max_delta: Option<f64>,
+    /// Training tokens to observe [default: 131072]
+    #[arg(long)]
+    pub calibration_tokens: Option<usize>,
+    /// Training steps of the recovery [default: 500]
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Sequences of a batch [default: 16]
+    #[arg(long)]
+    pub batch_size: Option<usize>,
+    /// Highest learning rate [default: 1e-4 · 2048 / hidden size]
+    #[arg(long)]
+    pub lr: Option<f64>,
+    /// Share of the steps that warm up [default: 0.03]
+    #[arg(long)]
+    pub warmup: Option<f64>,
+    /// How the learning rate falls: linear, cosine or constant [default: linear]
+    #[arg(long)]
+    pub decay: Option<String>,
+    /// Weight decay [default: 0]
+    #[arg(long)]
+    pub weight_decay: Option<f64>,
+    /// Largest norm of the gradient [default: 1]
+    #[arg(long)]
+    pub clip_norm: Option<f64>,
+    /// How the share β of the originals falls: linear, exponential or none [default: linear]
+    #[arg(long)]
+    pub annealing: Option<String>,
+    /// Share of the steps after which β is zero [default: 0.2]
+    #[arg(long)]
+    pub end_ratio: Option<f64>,
+    /// γ of the exponential annealing [default: 3]
+    #[arg(long)]
+    pub gamma: Option<f64>,
+    /// Whether the router is trained too [default: false]
+    #[arg(long, value_name = "BOOL")]
+    pub train_router: Option<bool>,
+    /// Distinct training examples of a built-in task [default: 8000]
+    #[arg(long)]
+    pub train_examples: Option<usize>,
+    /// Test examples [default: 500]
+    #[arg(long)]
+    pub eval_examples: Option<usize>,
+    /// Longest sequence in tokens [default: 512, at most the model's context]
+    #[arg(long)]
+    pub max_length: Option<usize>,
+    /// Seed of every random choice [default: 0]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// auto or cpu [default: auto]
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Element type of the work: auto or f32; files keep the model's own [default: auto]
+    #[arg(long)]
+    pub dtype: Option<String>,
+}
+
+/// Takes each key from the first side that has it.
+macro_rules! first_of {
+    ($a:expr, $b:expr, $($key:ident),+ $(,)?) => { Settings { $($key: $a.$key.or($b.$key)),+ } };
+}
+
+impl Settings {
+    /// Reads a recipe file.
+    ///
+    /// # Errors
+    /// If it cannot be read, or has keys that are not settings.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the recipe `{}`", path.display()))?;
+        // The parser's own form draws the line over several lines of ours.
+        toml::from_str(&text).map_err(|e: toml::de::Error| {
+            let line = e
+                .span()
+                .map_or(1, |s| 1 + text[..s.start].matches('\n').count());
+            anyhow!(
+                "in the recipe `{}`, line {line}: {}; see docs/reference.md for its keys",
+                path.display(),
+                e.message()
+            )
+        })
+    }
+
+    /// These settings, and those of `other` where these are silent.
+    pub fn or(self, other: Self) -> Self {
+        // A ratio here overrules a threshold there, and the other way round.
+        let other = match (self.ratio, self.threshold) {
+            (None, None) => other,
+            _ => Self {
+                ratio: None,
+                threshold: None,
+                ..other
+            },
+        };
+        first_of!(
+            self,
+            other,
+            model,
+            task,
+            train,
+            method,
+            ratio,
+            threshold,
+            rank,
+            groups,
+            base,
+            alpha,
+            max_delta,
+            calibration_tokens,
+            steps,
+            batch_size,
+            lr,
+            warmup,
+            decay,
+            weight_decay,
+            clip_norm,
+            annealing,
+            end_ratio,
+            gamma,
+            train_router,
+            train_examples,
+            eval_examples,
+            max_length,
+            seed,
+            device,
+            dtype,
+        )
+    }
+}
