@@ -6,7 +6,7 @@ use crate::pipeline::{
 use crate::preflight::preflight;
 use crate::recipe::Recipe;
 use crate::report::{self, LayerCoverage};
-use crate::results::{Bytes, Parameters, Ratio, Results, SCHEMA_VERSION, Stage};
+use crate::results::{Bytes, Ratio, Results, SCHEMA_VERSION, Stage};
 use crate::run::{Inputs, Run};
 use crate::source::{TaskData, model_fingerprint, model_folder};
 use anyhow::Result;
@@ -169,13 +169,9 @@ fn results(
         seed: recipe.seed,
         ratio: Ratio {
             target: recipe.ratio,
-            achieved: plan.ratio.achieved,
+            ..plan.ratio
         },
-        parameters: Parameters {
-            before: plan.parameters.before,
-            after: plan.parameters.after,
-            trained: plan.parameters.trained,
-        },
+        parameters: plan.parameters,
         bytes: Bytes {
             before: original.bytes(),
             after: recovered.bytes(),

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+pub use lightmoe_compress::plan::{Parameters, Ratio};
 use serde::{Deserialize, Serialize};
 
 /// Version of the layout of `results.json`.
@@ -48,26 +49,6 @@ pub struct Results {
     /// When the run ended, where it was noted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub date: Option<String>,
-}
-
-/// How much smaller the model became, as a share of all its parameters.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Ratio {
-    /// What was asked for; `None` where a threshold was given instead.
-    pub target: Option<f64>,
-    /// What was reached.
-    pub achieved: f64,
-}
-
-/// Parameter counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Parameters {
-    /// Of the original model.
-    pub before: u64,
-    /// Of the exported model.
-    pub after: u64,
-    /// Trained during recovery.
-    pub trained: u64,
 }
 
 /// Bytes of the weights on disk.

@@ -275,11 +275,7 @@ impl Bench {
             cell: cell.clone(),
             lr,
             rank: recipe.rank,
-            parameters: Parameters {
-                before: plan.parameters.before,
-                after: plan.parameters.after,
-                trained: plan.parameters.trained,
-            },
+            parameters: plan.parameters,
             achieved: plan.ratio.achieved,
             built: untrained,
             validation: score(&recovered, &data.validation)?,
