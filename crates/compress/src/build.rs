@@ -11,9 +11,19 @@ use candle_core::Tensor;
 use lightmoe_models::random::{gaussian, stream};
 use lightmoe_models::{
     Adapters, Bank, BankLayout, Checkpoint, CheckpointWriter, Ends, Layer, LayerLayout,
-    Projections, SlotLayout,
+    ModelConfig, Projections, SlotLayout,
 };
 use std::path::Path;
+
+impl Plan {
+    /// The layout of the model that the plan describes.
+    pub fn layout(&self, config: &ModelConfig) -> BankLayout {
+        let mut layout = BankLayout::dense(config);
+        let planned = self.layers.iter().map(|l| (l.layer, l.layout()));
+        layout.layers.extend(planned);
+        layout
+    }
+}
 
 impl LayerPlan {
     /// The layout of the layer that the plan describes.
@@ -32,8 +42,8 @@ impl LayerPlan {
 /// `progress(done, total)` counts layers and may stop the work by `false`; then nothing remains.
 ///
 /// # Errors
-/// [`Error::Invalid`] if the plan is for another model or the work was stopped; what reading and
-/// writing may bring.
+/// [`Error::Invalid`] if the plan is for another model, [`Error::Interrupted`] if the work was stopped;
+/// what reading and writing may bring.
 pub fn build(
     checkpoint: &Checkpoint,
     plan: &Plan,
@@ -43,7 +53,6 @@ pub fn build(
 ) -> Result<()> {
     let config = checkpoint.config();
     plan.check_model(config)?;
-    let mut layout = BankLayout::dense(config);
     let mut writer = CheckpointWriter::new(target, checkpoint.dtype())?;
     for (name, tensor) in Ends::load(checkpoint)?.tensors() {
         writer.push(name, &tensor)?;
@@ -53,7 +62,6 @@ pub fn build(
         if let Some(layer_plan) = plan.layers.iter().find(|p| p.layer == l) {
             let slots = layer_plan.layout();
             layer.bank = replace(&layer.bank, layer_plan, &slots, config, plan, seed)?;
-            layout.layers.insert(l, slots);
         }
         for (name, tensor) in layer.tensors(l)? {
             writer.push(name, &tensor)?;
@@ -63,14 +71,14 @@ pub fn build(
         }
     }
     writer.copy_side_files(checkpoint.dir())?;
-    Ok(writer.finish(&layout.annotate(config)?)?)
+    Ok(writer.finish(&plan.layout(config).annotate(config)?)?)
 }
 
 fn replace(
     bank: &Bank,
     plan: &LayerPlan,
     layout: &LayerLayout,
-    config: &lightmoe_models::ModelConfig,
+    config: &ModelConfig,
     whole: &Plan,
     seed: u64,
 ) -> Result<Bank> {

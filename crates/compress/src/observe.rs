@@ -31,7 +31,8 @@ struct Sums {
 /// `false`.
 ///
 /// # Errors
-/// [`Error::Invalid`] if there are no samples, one is empty, or the work was stopped.
+/// [`Error::Invalid`] if there are no samples or one is empty, [`Error::Interrupted`] if the work was
+/// stopped; what reading the weights may bring.
 pub fn observe(
     checkpoint: &Checkpoint,
     samples: &[Vec<u32>],

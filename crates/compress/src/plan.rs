@@ -331,7 +331,10 @@ impl Plan {
                     .to_owned(),
             ));
         }
-        Ok(())
+        // What the bank has no form for, such as two ranks in one layer.
+        self.layout(config)
+            .check(config)
+            .map_err(|message| Error::Invalid(format!("the plan: {message}; correct it")))
     }
 
     /// Experts replaced per layer, on average.

@@ -31,7 +31,7 @@ struct Candidate {
     saved: u64,
 }
 
-/// Finds the `p_hat` in (0, 1) whose plan's saving is closest to the share `target` of `before`
+/// Finds the `p_hat` above 0 whose plan's saving is closest to the share `target` of `before`
 /// parameters; of equals, the smaller. It lies in the middle of the interval of thresholds that
 /// give the same plan.
 ///
@@ -82,10 +82,13 @@ fn candidates(layers: &[LayerChoices]) -> Vec<Candidate> {
     let mut saved: u64 = layers.iter().zip(&selected).map(|(l, &n)| l.saved[n]).sum();
     let mut found = Vec::new();
     let mut low = 0.0;
+    // From here on every layer selects all its experts; above 1 where a factor is below 1.
+    let ends = layers.iter().map(|l| 1.0 / l.factor);
+    let end = ends.filter(|e| e.is_finite()).fold(1.0, f64::max);
     for (high, step) in steps
         .iter()
-        .map(|step| (step.0.min(1.0), Some(step)))
-        .chain([(1.0, None)])
+        .map(|step| (step.0.min(end), Some(step)))
+        .chain([(end, None)])
     {
         if high - low > NARROW * high {
             let p_hat = low + (high - low) / 2.0;

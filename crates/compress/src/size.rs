@@ -78,35 +78,6 @@ impl Plan {
     }
 }
 
-/// The expert-level ratio of eq. 5 for one layer:
-/// `1 - ((N - N' + M) n m + N' R (n + m)) / (N n m)`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct ExpertRatio {
-    /// `N`: experts of the layer.
-    pub experts: usize,
-    /// `N'`: replaced experts; a mean over layers need not be whole.
-    pub replaced: f64,
-    /// `M`: shared bases.
-    pub bases: usize,
-    /// `R`: rank of the adapters.
-    pub rank: usize,
-    /// `n`: rows of one of an expert's matrices.
-    pub rows: usize,
-    /// `m`: its columns.
-    pub columns: usize,
-}
-
-impl ExpertRatio {
-    /// The share of the experts' parameters that is saved; negative where they grow.
-    pub fn value(&self) -> f64 {
-        let matrix = self.rows as f64 * self.columns as f64;
-        let adapter = self.rank as f64 * (self.rows + self.columns) as f64;
-        let experts = self.experts as f64;
-        let left = (experts - self.replaced + self.bases as f64) * matrix + self.replaced * adapter;
-        1.0 - left / (experts * matrix)
-    }
-}
-
 /// The adapter rank that, with `other_groups` bases per layer, trains as many parameters as rank
 /// `rank` with `groups` bases; rounded down, 0 where the bases alone exceed them.
 ///

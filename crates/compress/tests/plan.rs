@@ -7,6 +7,7 @@ use common::{golden, observations, olmoe, options, published, small};
 use lightmoe_compress::methods::{BaseInit, LightmoeOptions, MethodName, Target, plan};
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::{Plan, SlotForm, SlotPlan};
+use lightmoe_compress::size::LayerSize;
 use lightmoe_compress::{Error, Result, estimate};
 use lightmoe_models::config::ModelConfig;
 
@@ -95,29 +96,30 @@ fn layers_with_larger_router_norms_get_lower_thresholds() {
 fn a_layer_with_too_few_selected_stays_untouched() {
     let config = small(2, 8);
     let mut seen = observations(&config, 3);
-    seen.layers[0].gate_mass = vec![1.0, 1.0, 90.0, 90.0, 90.0, 90.0, 90.0, 90.0];
+    seen.layers[0].gate_mass = vec![1.0, 1.0, 1.0, 1.0, 90.0, 90.0, 90.0, 90.0];
     seen.layers[1].gate_mass = vec![1.0; 8];
-    let plan = plan(
-        &config,
-        &seen,
-        Target::Threshold(0.4),
-        MethodName::Lightmoe,
-        &LightmoeOptions {
+    let make = |groups| {
+        let options = LightmoeOptions {
             max_delta: 0.0,
-            ..options(2, 3)
-        },
-    )
-    .unwrap();
-    // 2/542 + 90/542 + 90/542 = .336, + 90/542 = .502: five experts in layer 0.
-    assert!(plan.layers[0].replaced() >= 4 && plan.layers[1].replaced() <= 4);
-    let tight = LightmoeOptions {
-        max_delta: 0.0,
-        ..options(2, 5)
+            ..options(2, groups)
+        };
+        let target = Target::Threshold(0.3);
+        plan(&config, &seen, target, MethodName::Lightmoe, &options)
     };
-    let target = Target::Threshold(0.4);
-    let refused =
-        lightmoe_compress::methods::plan(&config, &seen, target, MethodName::Lightmoe, &tight);
-    assert_refused(refused, &["0.4", "no expert"]);
+    // Layer 0: 94/364 = .258 and 184/364 = .505, so six experts are selected. Layer 1: 3/8 = .375,
+    // so three, as many as there are bases.
+    let plan = make(3).unwrap();
+    let [first, second] = &plan.layers[..] else {
+        panic!("{} layers", plan.layers.len());
+    };
+    assert!(first.groups > 0 && (4..=6).contains(&first.replaced()));
+    assert_eq!((second.groups, second.replaced()), (0, 0));
+    assert!(second.slots.iter().all(|s| s.form == SlotForm::Dense));
+    assert_eq!(second.threshold, Some(0.3));
+    assert_eq!(second.slots[5].score, 0.125);
+    let saved = plan.parameters.before - plan.parameters.after;
+    assert_eq!(saved, LayerSize::of(&config, first, 2).saved());
+    assert_refused(make(6), &["0.3", "no expert"]);
 }
 
 #[test]
@@ -193,7 +195,7 @@ fn impossible_requests_fail_at_once() {
         assert_refused(refused, &["ratio", "between 0 and 1"]);
     }
     let far = ask(Target::Ratio(0.95), lightmoe, options(16, 3));
-    assert_refused(far, &["0.95", "cannot be reached", " to 0.8"]);
+    assert_refused(far, &["0.95", "cannot be reached", " to 0.86"]);
     let nothing = ask(Target::Threshold(1e-9), lightmoe, options(16, 3));
     assert_refused(nothing, &["no expert"]);
     let negative = LightmoeOptions {

@@ -144,7 +144,11 @@ impl BankLayout {
         Ok(layout)
     }
 
-    fn check(&self, config: &ModelConfig) -> std::result::Result<(), String> {
+    /// Whether the layout fits the model.
+    ///
+    /// # Errors
+    /// What does not, as part of a sentence.
+    pub fn check(&self, config: &ModelConfig) -> std::result::Result<(), String> {
         for layer in config.moe_layers() {
             let found = self
                 .layers

@@ -171,7 +171,10 @@ impl LightmoeOptions {
     }
 
     /// What cannot replace anything in this model, whatever the observations.
-    pub(crate) fn check_replacing(&self, config: &ModelConfig) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], saying what to change.
+    pub fn check_replacing(&self, config: &ModelConfig) -> Result<()> {
         self.check(config)?;
         if self.rank == 0 && self.groups == 0 {
             return Err(Error::Invalid(

@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use lightmoe_compress::methods::LightmoeOptions;
 use lightmoe_compress::observations::{LayerObservations, Observations};
 use lightmoe_models::config::ModelConfig;
+use lightmoe_models::{Checkpoint, CheckpointWriter, DType, Decoder};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use tempfile::TempDir;
 
 pub fn published(name: &str) -> ModelConfig {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/configs");
@@ -35,6 +37,21 @@ pub fn small(layers: usize, experts: usize) -> ModelConfig {
         raw[key] = value.into();
     }
     ModelConfig::from_json(&raw, Path::new("small.json")).unwrap()
+}
+
+/// A checkpoint of random weights in `folder`.
+pub fn random_checkpoint(
+    config: &ModelConfig,
+    dtype: DType,
+    seed: u64,
+    folder: &TempDir,
+) -> Checkpoint {
+    let path = folder.path().join("model");
+    let mut writer = CheckpointWriter::new(&path, dtype).unwrap();
+    let model = Decoder::random(config, seed).unwrap();
+    model.write(&mut writer).unwrap();
+    writer.finish(&config.raw).unwrap();
+    Checkpoint::open(&path).unwrap()
 }
 
 pub fn options(rank: usize, groups: usize) -> LightmoeOptions {

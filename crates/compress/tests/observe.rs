@@ -1,0 +1,210 @@
+//! Observe, against the whole model run on each sample alone: no layer at a time, no padding.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use candle_core::DType;
+use common::{random_checkpoint, small};
+use lightmoe_compress::observations::Observations;
+use lightmoe_compress::{Error, observe};
+use lightmoe_models::{Checkpoint, Decoder, Tokens};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tempfile::TempDir;
+
+const LAYERS: usize = 3;
+const EXPERTS: usize = 6;
+const TOP_K: usize = 2;
+
+fn checkpoint(folder: &TempDir) -> Checkpoint {
+    let config = small(LAYERS, EXPERTS);
+    assert_eq!(config.moe.top_k, TOP_K);
+    random_checkpoint(&config, DType::F32, 3, folder)
+}
+
+/// Random token ids, one sample of each length.
+fn samples(lengths: &[usize]) -> Vec<Vec<u32>> {
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    lengths
+        .iter()
+        .map(|&length| (0..length).map(|_| rng.random_range(0..64)).collect())
+        .collect()
+}
+
+fn observed(checkpoint: &Checkpoint, samples: &[Vec<u32>]) -> Observations {
+    observe(checkpoint, samples, "these", &mut |_, _| true).unwrap()
+}
+
+/// What one router did, from its logits alone.
+#[derive(Default)]
+struct Router {
+    gate_mass: [f64; EXPERTS],
+    selections: [u64; EXPERTS],
+    /// Of each token.
+    norms: Vec<f64>,
+    /// Of each sample.
+    cosines: Vec<Vec<f64>>,
+}
+
+impl Router {
+    /// Adds the logits `[T, E]` of one sample.
+    fn add(&mut self, logits: &[Vec<f32>]) {
+        for token in logits {
+            let token: Vec<f64> = token.iter().map(|&v| f64::from(v)).collect();
+            let total: f64 = token.iter().map(|v| v.exp()).sum();
+            let mut order: Vec<usize> = (0..EXPERTS).collect();
+            order.sort_by(|&a, &b| token[b].total_cmp(&token[a]));
+            for &expert in &order[..TOP_K] {
+                self.gate_mass[expert] += token[expert].exp() / total;
+                self.selections[expert] += 1;
+            }
+            let square: f64 = token.iter().map(|v| v * v).sum();
+            self.norms.push(square.sqrt());
+        }
+        let columns: Vec<Vec<f64>> = (0..EXPERTS)
+            .map(|e| logits.iter().map(|token| f64::from(token[e])).collect())
+            .collect();
+        let dot = |a: usize, b: usize| -> f64 {
+            let pairs = columns[a].iter().zip(&columns[b]);
+            pairs.map(|(x, y)| x * y).sum()
+        };
+        let cosine = |a: usize, b: usize| dot(a, b) / (dot(a, a).sqrt() * dot(b, b).sqrt());
+        let pairs = (0..EXPERTS * EXPERTS).map(|i| (i / EXPERTS, i % EXPERTS));
+        self.cosines
+            .push(pairs.map(|(a, b)| cosine(a, b)).collect());
+    }
+
+    fn mean_norm(&self) -> f64 {
+        self.norms.iter().sum::<f64>() / self.norms.len() as f64
+    }
+
+    /// Every sample counts alike, however long it is.
+    fn mean_cosines(&self) -> Vec<f64> {
+        let count = self.cosines.len() as f64;
+        let mean = |i: usize| self.cosines.iter().map(|c| c[i]).sum::<f64>() / count;
+        (0..EXPERTS * EXPERTS).map(mean).collect()
+    }
+}
+
+/// What the routers of all layers do on each sample by itself.
+fn alone(checkpoint: &Checkpoint, samples: &[Vec<u32>]) -> Vec<Router> {
+    let model = Decoder::load(checkpoint).unwrap();
+    let mut routers: Vec<Router> = (0..LAYERS).map(|_| Router::default()).collect();
+    for sample in samples {
+        model
+            .forward(Tokens::one(sample), None, &mut |layer, _, routing| {
+                routers[layer].add(&routing.logits.to_vec2::<f32>()?);
+                Ok(())
+            })
+            .unwrap();
+    }
+    routers
+}
+
+/// Each number within `tolerance` of its own size, but of `floor` where it is smaller than that.
+#[track_caller]
+fn assert_close(ours: &[f64], expected: &[f64], tolerance: f64, floor: f64) {
+    assert_eq!(ours.len(), expected.len());
+    for (i, (a, b)) in ours.iter().zip(expected).enumerate() {
+        let bound = tolerance * b.abs().max(floor);
+        assert!((a - b).abs() <= bound, "{i}: {a} is not {b}");
+    }
+}
+
+#[track_caller]
+fn check(lengths: &[usize]) {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = checkpoint(&folder);
+    let samples = samples(lengths);
+    let seen = observed(&checkpoint, &samples);
+    seen.check(checkpoint.config()).unwrap();
+    let tokens: usize = lengths.iter().sum();
+    assert_eq!(seen.tokens, tokens as u64);
+    assert_eq!(seen.samples, lengths.len() as u64);
+    assert_eq!(seen.fingerprint, "these");
+    let expected = alone(&checkpoint, &samples);
+    assert_eq!(seen.layers.len(), expected.len());
+    for (number, (layer, router)) in seen.layers.iter().zip(&expected).enumerate() {
+        assert_eq!(layer.layer, number);
+        assert_eq!(layer.selections, router.selections);
+        assert_eq!(
+            layer.selections.iter().sum::<u64>(),
+            (tokens * TOP_K) as u64
+        );
+        assert_close(&layer.gate_mass, &router.gate_mass, 1e-5, 0.0);
+        let norm = layer.router_norm.unwrap();
+        assert_close(&[norm], &[router.mean_norm()], 1e-5, 0.0);
+        let similarity = layer.similarity.as_ref().unwrap();
+        assert_close(similarity, &router.mean_cosines(), 1e-5, 1.0);
+    }
+}
+
+#[test]
+fn the_numbers_are_those_of_every_sample_alone() {
+    check(&[5, 17, 1, 9, 17, 3, 30]);
+    check(&[1]);
+}
+
+/// A long sample leaves room for one short one beside it, which is then nearly all padding; the
+/// others come in a batch of their own.
+#[test]
+fn the_numbers_do_not_depend_on_the_batches() {
+    check(&[4, 2800, 11, 2, 7]);
+}
+
+#[test]
+fn the_order_of_the_samples_does_not_matter() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = checkpoint(&folder);
+    let mut samples = samples(&[5, 17, 1, 9, 17, 3, 30, 9]);
+    let expected = observed(&checkpoint, &samples);
+    for turn in 0..3 {
+        samples.rotate_left(3);
+        if turn == 1 {
+            samples.reverse();
+        }
+        let seen = observed(&checkpoint, &samples);
+        assert_eq!((seen.tokens, seen.samples), (expected.tokens, 8));
+        for (layer, other) in seen.layers.iter().zip(&expected.layers) {
+            assert_eq!(layer.selections, other.selections);
+            assert_close(&layer.gate_mass, &other.gate_mass, 1e-9, 0.0);
+            let norms = [layer, other].map(|l| l.router_norm.unwrap());
+            assert_close(&norms[..1], &norms[1..], 1e-9, 0.0);
+            let [ours, theirs] = [layer, other].map(|l| l.similarity.as_ref().unwrap());
+            assert_close(ours, theirs, 1e-9, 1.0);
+        }
+    }
+}
+
+#[test]
+fn samples_without_tokens_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = checkpoint(&folder);
+    let mut one_empty = samples(&[4, 2]);
+    one_empty.insert(1, Vec::new());
+    for samples in [Vec::new(), one_empty] {
+        let refused = observe(&checkpoint, &samples, "these", &mut |_, _| {
+            panic!("a layer was observed")
+        });
+        assert!(matches!(&refused, Err(Error::Invalid(_))));
+        let message = refused.unwrap_err().to_string();
+        assert!(message.contains("sample"), "{message}");
+    }
+}
+
+#[test]
+fn the_work_can_be_stopped_after_any_layer() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = checkpoint(&folder);
+    let samples = samples(&[4, 2]);
+    for last in 1..=LAYERS {
+        let mut calls = Vec::new();
+        let stopped = observe(&checkpoint, &samples, "these", &mut |done, total| {
+            calls.push((done, total));
+            done < last
+        });
+        assert!(matches!(stopped, Err(Error::Interrupted)));
+        let expected: Vec<_> = (1..=last).map(|done| (done, LAYERS)).collect();
+        assert_eq!(calls, expected);
+    }
+}
