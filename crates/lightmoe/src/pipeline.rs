@@ -170,7 +170,6 @@ fn train_options(recipe: &Recipe, fingerprint: &str, checkpoint_every: usize) ->
         annealing: recipe.annealing(),
         groups: vec![Group {
             kinds,
-            lr_scale: 1.0,
             weight_decay: recipe.weight_decay,
         }],
         checkpoint_every,

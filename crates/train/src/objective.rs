@@ -16,9 +16,10 @@ pub struct TrainBatch {
     pub loss_mask: Vec<bool>,
 }
 
-/// The load-balancing loss of Switch Transformers (arXiv 2101.03961, eq. 4) as OLMoE uses it:
-/// `E · Σ_e f_e · p_e`, the mean over layers, with `f_e` the share of selections and `p_e` the mean
-/// router probability. One when the load is even. `[]`
+/// The load-balancing loss of Switch Transformers (arXiv 2101.03961, eq. 4): `E · Σ_e f_e · p_e`,
+/// the mean over layers, with `f_e` the share of selections and `p_e` the mean router probability.
+/// One when the load is even; `transformers` counts selections per token instead of shares, which is
+/// `K` times as much, and pools the layers. `[]`
 pub fn load_balance(routing: &[Routing]) -> Result<Tensor> {
     let mut sum: Option<Tensor> = None;
     for r in routing {

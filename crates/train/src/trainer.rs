@@ -14,8 +14,6 @@ use std::path::PathBuf;
 pub struct Group {
     /// Which parameters.
     pub kinds: Vec<ParameterKind>,
-    /// Factor on the learning rate.
-    pub lr_scale: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
 }
@@ -68,7 +66,6 @@ pub(crate) struct Parameter {
     pub(crate) name: String,
     pub(crate) var: Var,
     pub(crate) moments: Moments,
-    lr_scale: f64,
     weight_decay: f64,
 }
 
@@ -115,7 +112,6 @@ fn select(model: &mut Decoder, groups: &[Group]) -> Result<Vec<Parameter>> {
                 name: name.to_owned(),
                 var,
                 moments: Moments::default(),
-                lr_scale: group.lr_scale,
                 weight_decay: group.weight_decay,
             });
         }
@@ -161,7 +157,7 @@ fn advance(
     let lr = options.learning_rate.at(step, options.steps);
     for p in parameters.iter_mut() {
         let update = AdamW {
-            lr: lr * p.lr_scale,
+            lr,
             beta1: options.beta1,
             beta2: options.beta2,
             eps: 1e-8,
@@ -169,7 +165,8 @@ fn advance(
             step: step + 1,
             grad_scale: (options.clip_norm / grad_norm).min(1.0),
         };
-        // No gradient (a base while β = 1, an expert without tokens) leaves the parameter alone.
+        // Without a gradient (the bases while β = 1) a parameter stays as it is. Experts and bases are
+        // stacked, so one that no token reached has a gradient of zeros and moves by its moments.
         if let Some(grad) = grads.get(&p.var) {
             update.update(p.var.as_tensor(), grad, &mut p.moments)?;
         }

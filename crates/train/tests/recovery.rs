@@ -115,7 +115,6 @@ fn options() -> TrainOptions {
         },
         groups: vec![Group {
             kinds: vec![ParameterKind::Base, ParameterKind::Adapter],
-            lr_scale: 1.0,
             weight_decay: 0.0,
         }],
         checkpoint_every: 5,
