@@ -2,13 +2,17 @@
 //! at equal rank, with seeds and controls.
 //!
 //! Every cell is one compression of the built-in model through the stages that `compress` runs, and
-//! one JSON line in the raw data; finished cells are kept, so an interrupted bench goes on. The
-//! learning rate is chosen per method and task on the validation split, at 50% and seed 0.
+//! one record in the raw data; finished cells are kept, so an interrupted bench goes on. The
+//! learning rate is chosen per method and task on the validation split, at 50% and seed 0; the cells
+//! tried for that with the chosen rate are cells of the table as well.
 
 mod cells;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use crate::cli::QualityArgs;
+use crate::machine;
 use crate::pipeline::{
     RecoverInputs, build_stage, evaluate_stage, observe_stage, plan_stage, recover_stage,
 };
@@ -20,7 +24,7 @@ use crate::source::{BUILT_IN, TaskData, model_fingerprint, model_folder};
 use anyhow::{Context, Result, anyhow, bail};
 use cells::{Cell, RATES, grid, rate_of, rate_search};
 use lightmoe_compress::observations::Observations;
-use lightmoe_data::Task;
+use lightmoe_data::{Encoded, Task};
 use lightmoe_models::{Checkpoint, ModelTokenizer, folder};
 use lightmoe_train::Folders;
 use serde::{Deserialize, Serialize};
@@ -64,6 +68,9 @@ struct Raw {
     /// Content of the model that was compressed.
     model: String,
     steps: usize,
+    /// The day on which the last cell was finished, and the processor.
+    date: String,
+    processor: String,
     original: HashMap<Task, TaskScores>,
     records: Vec<Record>,
 }
@@ -75,6 +82,10 @@ struct Bench {
     tokenizer: ModelTokenizer,
     raw: Mutex<Raw>,
     raw_path: PathBuf,
+    /// Observations and unfinished cells, of this model alone.
+    work: PathBuf,
+    /// Held while observing, so that cells at work do not observe the same examples at once.
+    observing: Mutex<()>,
     begin: Instant,
 }
 
@@ -109,6 +120,8 @@ pub fn run(args: QualityArgs) -> Result<String> {
     }
     raw.records.sort_by_key(|r| r.cell.id());
     let bench = Bench {
+        work: args.out.join(&model),
+        observing: Mutex::default(),
         original,
         tokenizer,
         raw: Mutex::new(raw),
@@ -144,7 +157,7 @@ impl Bench {
                 self.lock()?.original.insert(task, scores);
             }
         }
-        self.save()
+        self.save(&*self.lock()?)
     }
 
     fn lock(&self) -> Result<std::sync::MutexGuard<'_, Raw>> {
@@ -153,8 +166,8 @@ impl Bench {
             .map_err(|_| anyhow!("a worker of the bench panicked"))
     }
 
-    fn save(&self) -> Result<()> {
-        let text = serde_json::to_string_pretty(&*self.lock()?)?;
+    fn save(&self, raw: &Raw) -> Result<()> {
+        let text = serde_json::to_string_pretty(raw)?;
         Ok(folder::write_file(
             &self.raw_path,
             (text + "\n").as_bytes(),
@@ -191,8 +204,10 @@ impl Bench {
                     record.seconds
                 );
                 let _ = writeln!(std::io::stderr(), "{line}");
-                self.lock()?.records.push(record);
-                self.save()?;
+                let mut raw = self.lock()?;
+                raw.records.push(record);
+                (raw.date, raw.processor) = (machine::today(), machine::processor());
+                self.save(&raw)?;
             }
         };
         std::thread::scope(|scope| {
@@ -224,6 +239,40 @@ impl Bench {
         Ok(best.into_iter().map(|(key, (_, lr))| (key, lr)).collect())
     }
 
+    /// The record of `cell` if it was made while choosing the learning rate.
+    fn tried(&self, cell: &Cell, lr: f64) -> Result<Option<Record>> {
+        let raw = self.lock()?;
+        let mut records = raw.records.iter();
+        let is_it = |r: &&Record| {
+            let fixed = Cell {
+                rate: None,
+                ..r.cell.clone()
+            };
+            r.lr == lr && fixed == *cell
+        };
+        // Its time is counted where it was spent.
+        Ok(records.find(is_it).map(|r| Record {
+            cell: cell.clone(),
+            seconds: 0.0,
+            ..r.clone()
+        }))
+    }
+
+    /// What the routers do on the training examples of a cell; the same for all methods.
+    fn observed(&self, cell: &Cell, encoded: &[Encoded], recipe: &Recipe) -> Result<Observations> {
+        let _one = self
+            .observing
+            .lock()
+            .map_err(|_| anyhow!("a worker of the bench panicked"))?;
+        let path = self
+            .work
+            .join(format!("{}-{}.safetensors", cell.task, cell.seed));
+        if !path.exists() {
+            observe_stage(&self.original, encoded, recipe, "bench", &path)?;
+        }
+        Ok(Observations::load(&path)?)
+    }
+
     fn cell(&self, cell: &Cell) -> Result<Record> {
         let begin = Instant::now();
         let lr = match cell.rate {
@@ -232,6 +281,9 @@ impl Bench {
                 rate_of(&self.rates()?, cell.method, cell.task).context("no rate was chosen")?
             }
         };
+        if let Some(record) = self.tried(cell, lr)? {
+            return Ok(record);
+        }
         let config = self.original.config();
         let settings = Settings {
             lr: Some(lr),
@@ -241,15 +293,8 @@ impl Bench {
         let recipe = Recipe::resolve(settings, config)?;
         let data = TaskData::built_in(cell.task, recipe.train_examples, ITEMS, cell.seed);
         let encoded = data.encoded(&self.tokenizer, recipe.max_length)?;
-        let dir = self.args.out.join(cell.id());
-        let seen = self
-            .args
-            .out
-            .join(format!("{}-{}.safetensors", cell.task, cell.seed));
-        if !seen.exists() {
-            observe_stage(&self.original, &encoded, &recipe, "bench", &seen)?;
-        }
-        let observations = Observations::load(&seen)?;
+        let dir = self.work.join(cell.id());
+        let observations = self.observed(cell, &encoded, &recipe)?;
         let plan = plan_stage(config, &observations, &recipe, &dir.join("plan.json"))?;
         build_stage(&self.original, &plan, cell.seed, &dir.join("built"))?;
         let built = Checkpoint::open(&dir.join("built"))?;
@@ -257,12 +302,13 @@ impl Bench {
             evaluate_stage("cell", checkpoint, &data, examples, recipe.max_length, None)
         };
         let untrained = score(&built, &data.test)?;
+        let fingerprint = crate::fingerprint(&(&recipe, &self.lock()?.model))?;
         let inputs = RecoverInputs {
             original: &self.original,
             built: &built,
             plan: &plan,
             encoded,
-            fingerprint: &crate::fingerprint(&recipe)?,
+            fingerprint: &fingerprint,
             checkpoint_every: self.args.steps,
         };
         let folders = Folders {

@@ -1,6 +1,6 @@
 //! The page of the quality bench, made from its raw data alone.
 
-use super::cells::{Method, RATES, RATIOS, Rule, lightmoe_rank};
+use super::cells::{Method, RATES, RATIOS, Rule, TELLING, lightmoe_rank};
 use super::{ITEMS, Raw, Record};
 use crate::results::TaskScores;
 use lightmoe_data::Task;
@@ -73,8 +73,7 @@ impl Row {
     /// The mean over the five tasks of the means over seeds, if every task has one.
     fn average(&self, raw: &Raw, metric: &str) -> Option<f64> {
         let means = Task::ALL.map(|t| self.spread(raw, t, |r| &r.test, metric).map(|s| s.mean));
-        let sum: Option<f64> = means.into_iter().sum();
-        sum.map(|s| s / Task::ALL.len() as f64)
+        mean(&means, |_| true)
     }
 }
 
@@ -84,26 +83,42 @@ macro_rules! line {
     ($out:expr, $($arg:tt)*) => { { let _ = writeln!($out, $($arg)*); } };
 }
 
+/// What a table shows of the raw data.
+#[derive(Clone, Copy)]
+struct View<'a> {
+    raw: &'a Raw,
+    seeds: usize,
+    rule: Rule,
+    pick: Pick,
+    metric: &'static str,
+}
+
 pub(super) fn markdown(raw: &Raw, config: &ModelConfig) -> String {
     let mut out = String::new();
-    let seeds = raw
-        .records
-        .iter()
-        .map(|r| r.cell.seed + 1)
-        .max()
-        .unwrap_or(0) as usize;
+    let seeds = raw.records.iter().map(|r| r.cell.seed + 1).max();
+    let exact = View {
+        raw,
+        seeds: seeds.unwrap_or(0) as usize,
+        rule: Rule::EqualTrainable,
+        pick: |r| &r.test,
+        metric: "exact_match",
+    };
     line!(out, "# Quality of the methods on the built-in model\n");
-    line!(out, "{}\n", caveats(raw, config, seeds));
+    line!(out, "{}\n", caveats(raw, config, exact.seeds));
     line!(
         out,
         "## Exact match after recovery, equal trainable parameters\n"
     );
-    compared(&mut out, raw, seeds, "exact_match");
+    exact.compared(&mut out);
     line!(
         out,
         "\n## Answer NLL (nats per token) after recovery, equal trainable parameters\n"
     );
-    compared(&mut out, raw, seeds, "answer_nll");
+    let nll = View {
+        metric: "answer_nll",
+        ..exact
+    };
+    nll.compared(&mut out);
     line!(out, "\n## What the paper would have us expect\n");
     expectations(&mut out, raw);
     line!(
@@ -111,25 +126,13 @@ pub(super) fn markdown(raw: &Raw, config: &ModelConfig) -> String {
         "\n## Controls: LightMoE with one thing changed, exact match\n"
     );
     let with = [&[Method::Lightmoe][..], &Method::CONTROLS].concat();
-    by_ratio(
-        &mut out,
-        raw,
-        seeds,
-        &with,
-        Rule::EqualTrainable,
-        |r| &r.test,
-        "exact_match",
-    );
+    exact.table(&mut out, &with, &[TELLING]);
     line!(out, "\n## Untrained: built only, exact match\n");
-    by_ratio(
-        &mut out,
-        raw,
-        seeds,
-        &with,
-        Rule::EqualTrainable,
-        |r| &r.built,
-        "exact_match",
-    );
+    let untrained = View {
+        pick: |r| &r.built,
+        ..exact
+    };
+    untrained.table(&mut out, &with, &[TELLING]);
     line!(
         out,
         "\n## Equal rank instead of equal trainable parameters, exact match\n"
@@ -140,16 +143,12 @@ pub(super) fn markdown(raw: &Raw, config: &ModelConfig) -> String {
          than the others.\n",
         lightmoe_rank(config)
     );
+    let equal_rank = View {
+        rule: Rule::EqualRank,
+        ..exact
+    };
     let methods = [Method::Lora, Method::ReplaceNone, Method::ReplaceOne];
-    by_ratio(
-        &mut out,
-        raw,
-        seeds,
-        &methods,
-        Rule::EqualRank,
-        |r| &r.test,
-        "exact_match",
-    );
+    equal_rank.table(&mut out, &methods, &RATIOS);
     line!(out, "\n## Learning rates chosen on the validation split\n");
     rates(&mut out, raw);
     line!(out, "\n## Sizes\n");
@@ -162,7 +161,8 @@ fn caveats(raw: &Raw, config: &ModelConfig, seeds: usize) -> String {
     let minutes: f64 = raw.records.iter().map(|r| r.seconds).sum::<f64>() / 60.0;
     format!(
         "Written by `cargo xtask bench quality` from the raw data beside this page ({cells} cells, \
-         {minutes:.0} minutes of one CPU thread each). `fixtures/olmoe-nano` ({} parameters, {} \
+         {minutes:.0} minutes of one thread in all; last on {}, {}). What we read from it: \
+         [quality-reading.md](quality-reading.md). `fixtures/olmoe-nano` ({} parameters, {} \
          layers, {} experts, top {}), five built-in tasks, {} recovery steps of 16 sequences on \
          8,000 examples, {ITEMS} test items: the standard error of one exact match is at most \
          {:.3}. Cells show the mean over {seeds} seeds ± the distance between the best and the \
@@ -170,6 +170,8 @@ fn caveats(raw: &Raw, config: &ModelConfig, seeds: usize) -> String {
          training examples, their order and the fresh weights, not the base model or the test \
          items. One small model on synthetic text says which way effects point, not how large they \
          are elsewhere.",
+        raw.date,
+        raw.processor,
         config.parameters().total(),
         config.num_layers,
         config.moe.num_experts,
@@ -181,93 +183,66 @@ fn caveats(raw: &Raw, config: &ModelConfig, seeds: usize) -> String {
 
 fn header(out: &mut String, first: &str) {
     let names = Task::ALL.map(|t| t.to_string()).join(" | ");
-    line!(out, "| {first} | {names} | average |");
-    line!(out, "|---|{}", "---|".repeat(Task::ALL.len() + 1));
+    line!(out, "| {first} | {names} | preserved | new | average |");
+    line!(out, "|---|{}", "---|".repeat(Task::ALL.len() + 3));
 }
 
-fn row(out: &mut String, label: &str, cells: &[String], average: Option<f64>) {
-    let average = average.map_or("–".to_owned(), |a| format!("{a:.3}"));
-    line!(out, "| {label} | {} | {average} |", cells.join(" | "));
+/// A row: one cell a task, and the means of `values` over the tasks of pre-training, over the new
+/// ones and over all, where every task has one.
+fn row(out: &mut String, label: &str, cells: &[String], values: &PerTask) {
+    let of: [fn(Task) -> bool; 3] = [|t| t.is_preserved(), |t| !t.is_preserved(), |_| true];
+    let means = of.map(|which| mean(values, which).map_or("–".to_owned(), |m| format!("{m:.3}")));
+    let (cells, means) = (cells.join(" | "), means.join(" | "));
+    line!(out, "| {label} | {cells} | {means} |");
 }
 
-fn compared(out: &mut String, raw: &Raw, seeds: usize, metric: &str) {
-    header(out, "method");
-    let original = Task::ALL.map(|t| {
-        let scores = raw.original.get(&t)?;
-        scores.values().next()?.get(metric).map(|s| s.value)
-    });
-    let cells = original.map(|v| v.map_or("–".to_owned(), |v| format!("{v:.3}")));
-    let sum: Option<f64> = original.into_iter().sum();
-    row(
-        out,
-        "original, untuned",
-        &cells,
-        sum.map(|s| s / Task::ALL.len() as f64),
-    );
-    body(
-        out,
-        raw,
-        seeds,
-        &[Method::Lora],
-        Rule::EqualTrainable,
-        0.0,
-        |r| &r.test,
-        metric,
-    );
-    for ratio in RATIOS {
-        let rest = &Method::COMPARED[1..];
-        body(
-            out,
-            raw,
-            seeds,
-            rest,
-            Rule::EqualTrainable,
-            ratio,
-            |r| &r.test,
-            metric,
-        );
+/// One value a task, in the order of [`Task::ALL`], where there is one.
+type PerTask = [Option<f64>; Task::ALL.len()];
+
+fn mean(values: &PerTask, which: fn(Task) -> bool) -> Option<f64> {
+    let chosen = Task::ALL.iter().zip(values).filter(|(t, _)| which(**t));
+    let n = chosen.clone().count();
+    let sum: Option<f64> = chosen.map(|(_, value)| *value).sum();
+    sum.map(|s| s / n as f64)
+}
+
+impl View<'_> {
+    /// The original model, LoRA, and the methods at every ratio.
+    fn compared(self, out: &mut String) {
+        header(out, "method");
+        let original = Task::ALL.map(|t| {
+            let scores = self.raw.original.get(&t)?;
+            scores.values().next()?.get(self.metric).map(|s| s.value)
+        });
+        let cells = original.map(|v| v.map_or("–".to_owned(), |v| format!("{v:.3}")));
+        row(out, "original, untuned", &cells, &original);
+        self.rows(out, &Method::COMPARED, &RATIOS);
     }
-}
 
-#[allow(clippy::too_many_arguments)] // the coordinates of a table
-fn body(
-    out: &mut String,
-    raw: &Raw,
-    seeds: usize,
-    methods: &[Method],
-    rule: Rule,
-    ratio: f64,
-    pick: Pick,
-    metric: &str,
-) {
-    for &method in methods {
-        let this = Row::new(method, rule, ratio);
-        let spreads = Task::ALL.map(|t| this.spread(raw, t, pick, metric));
-        let cells = spreads.each_ref().map(|s| Spread::show(s.as_ref(), seeds));
-        let sum: Option<f64> = spreads.iter().map(|s| s.as_ref().map(|s| s.mean)).sum();
-        let saved = this
-            .ratio
-            .map_or(String::new(), |r| format!("{:.0}%, ", 100.0 * r));
-        let average = sum.map(|s| s / Task::ALL.len() as f64);
-        row(out, &format!("{saved}{}", method.label()), &cells, average);
+    fn table(self, out: &mut String, methods: &[Method], ratios: &[f64]) {
+        header(out, "method");
+        self.rows(out, methods, ratios);
     }
-}
 
-fn by_ratio(
-    out: &mut String,
-    raw: &Raw,
-    seeds: usize,
-    methods: &[Method],
-    rule: Rule,
-    pick: Pick,
-    metric: &str,
-) {
-    header(out, "method");
-    let (without_ratio, with): (Vec<_>, Vec<_>) =
-        methods.iter().copied().partition(|m| *m == Method::Lora);
-    body(out, raw, seeds, &without_ratio, rule, 0.0, pick, metric);
-    for ratio in RATIOS {
-        body(out, raw, seeds, &with, rule, ratio, pick, metric);
+    /// LoRA once, the others at each ratio.
+    fn rows(self, out: &mut String, methods: &[Method], ratios: &[f64]) {
+        let lora = methods.iter().filter(|m| **m == Method::Lora);
+        let others = ratios.iter().flat_map(|&ratio| {
+            let others = methods.iter().filter(|m| **m != Method::Lora);
+            others.map(move |&m| Row::new(m, self.rule, ratio))
+        });
+        for this in lora.map(|&m| Row::new(m, self.rule, 0.0)).chain(others) {
+            let spreads = Task::ALL.map(|t| this.spread(self.raw, t, self.pick, self.metric));
+            let cells = spreads
+                .each_ref()
+                .map(|s| Spread::show(s.as_ref(), self.seeds));
+            let means = spreads.each_ref().map(|s| s.as_ref().map(|s| s.mean));
+            let saved = this
+                .ratio
+                .map_or(String::new(), |r| format!("{:.0}%, ", 100.0 * r));
+            let label = format!("{saved}{}", this.method.label());
+            row(out, &label, &cells, &means);
+        }
     }
 }
 
@@ -305,7 +280,8 @@ fn rates(out: &mut String, raw: &Raw) {
     let tried = RATES.map(|r| format!("{r}")).join(", ");
     line!(
         out,
-        "Tried: {tried}, at 50% and seed 0; validation answer NLL decides.\n"
+        "Tried: {tried}, at {:.0}% and seed 0; validation answer NLL decides.\n",
+        100.0 * TELLING
     );
     let names = Task::ALL.map(|t| t.to_string()).join(" | ");
     line!(out, "| method | {names} |");
