@@ -28,7 +28,8 @@ struct Record {
 ///
 /// A line is `{"prompt", "completion"}`, or `{"messages": [{"role", "content"}, ..]}`
 /// whose last message is the assistant's: its content is the completion, and
-/// `render_chat` makes the prompt of those before. Other keys are ignored.
+/// `render_chat` makes the prompt of those before. Other keys are ignored. `check` says what
+/// else is wrong with an example, such as its length in tokens.
 ///
 /// # Errors
 /// [`Error::Read`] if the file cannot be read, [`Error::Empty`] if it has no record,
@@ -36,6 +37,7 @@ struct Record {
 pub fn read_jsonl(
     path: &Path,
     render_chat: &dyn Fn(&[Message]) -> Result<String, String>,
+    check: &dyn Fn(&Example) -> Result<(), String>,
 ) -> Result<Vec<Example>> {
     let text = read(path)?;
     let mut examples = Vec::new();
@@ -43,11 +45,13 @@ pub fn read_jsonl(
         if content.trim().is_empty() {
             continue;
         }
-        let example = parse(content, render_chat).map_err(|problem| Error::Record {
-            path: path.into(),
-            line,
-            problem,
-        })?;
+        let example = parse(content, render_chat)
+            .and_then(|example| check(&example).map(|()| example))
+            .map_err(|problem| Error::Record {
+                path: path.into(),
+                line,
+                problem,
+            })?;
         examples.push(example);
     }
     if examples.is_empty() {
@@ -106,6 +110,9 @@ fn parse(
             return Err("`messages` and `prompt` or `completion` are both there".into());
         }
     };
+    if example.prompt.is_empty() {
+        return Err("the prompt is empty".into());
+    }
     if example.completion.trim().is_empty() {
         return Err("the completion is empty".into());
     }
@@ -120,10 +127,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("train.jsonl");
         fs::write(&path, lines).unwrap();
-        read_jsonl(&path, &|messages| match messages[0].content.as_str() {
+        let render = |messages: &[Message]| match messages[0].content.as_str() {
             "fail" => Err("no such role".into()),
             first => Ok(format!("<{}>{first}", messages.len())),
-        })
+        };
+        let check = |example: &Example| match example.completion.len() {
+            0..=5 => Ok(()),
+            n => Err(format!("{n} letters")),
+        };
+        read_jsonl(&path, &render, &check)
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::report::table;
 use crate::settings::Settings;
 use crate::source::{BUILT_IN, TaskData, model_folder};
 use anyhow::{Context, Result, anyhow};
+use lightmoe_compress::methods::MethodName;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_export::{Card, ExportKind, ExportOptions, export};
@@ -127,6 +128,10 @@ pub fn run_plan(args: PlanArgs) -> Result<String> {
             ModelConfig::from_file(&folder.map_err(Refused::of)?.join("config.json"))?
         }
     };
+    let lora = settings.method.as_deref() == Some(MethodName::Lora.name());
+    if settings.ratio.is_none() && settings.threshold.is_none() && !lora {
+        return Err(Refused("how much to replace? give `--ratio` or `--threshold`".into()).into());
+    }
     let recipe = Recipe::resolve(settings, &config).map_err(Refused::of)?;
     let observations = match (&args.observations, &args.scores) {
         (Some(path), _) => Observations::load(path)?,
@@ -260,7 +265,10 @@ pub fn run_export(args: ExportArgs) -> Result<String> {
     let report = export(
         &source,
         &args.out,
-        &ExportOptions { kind, dtype },
+        &ExportOptions {
+            dtype,
+            ..ExportOptions::new(kind)
+        },
         &card,
         &mut |d, all| bar.of(d, all),
     )?;

@@ -3,10 +3,10 @@
 use crate::pipeline::{
     RecoverInputs, build_stage, evaluate_stage, observe_stage, plan_stage, recover_stage,
 };
-use crate::preflight::preflight;
+use crate::preflight::{Refused, preflight};
 use crate::recipe::Recipe;
 use crate::report::{self, LayerCoverage};
-use crate::results::{Bytes, Ratio, Results, SCHEMA_VERSION, Stage};
+use crate::results::{Bytes, Results, SCHEMA_VERSION, Stage};
 use crate::run::{Inputs, Run};
 use crate::source::{TaskData, model_fingerprint, model_folder};
 use anyhow::Result;
@@ -66,6 +66,11 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
             &run.path("plan.json"),
         )
         .map(|_| ())
+        .map_err(|e| match e.downcast_ref() {
+            // What only the observations could tell: a ratio or threshold out of reach.
+            Some(lightmoe_compress::Error::Invalid(_)) => Refused::of(e).into(),
+            _ => e,
+        })
     })?;
     let plan = Plan::load(&run.path("plan.json"))?;
     run.stage("build", |run| {
@@ -113,7 +118,7 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
 }
 
 /// The folder of a run that names none: `runs/<task>-<method>-<ratio>`, with a number behind it when
-/// that one is taken and not to be resumed.
+/// that one is taken. To resume is to take the last such folder.
 pub fn default_out(recipe: &Recipe, resume: bool) -> PathBuf {
     let task = match (&recipe.task, &recipe.train) {
         (_, Some(train)) => train.file_stem().map(|s| s.to_string_lossy().into_owned()),
@@ -121,14 +126,12 @@ pub fn default_out(recipe: &Recipe, resume: bool) -> PathBuf {
     };
     let amount = recipe.ratio.or(recipe.threshold).unwrap_or_default();
     let name = format!("{}-{}-{amount}", task.unwrap_or_default(), recipe.method);
-    let first = Path::new("runs").join(&name);
-    if resume || !first.exists() {
-        return first;
-    }
-    (2..)
-        .map(|i| Path::new("runs").join(format!("{name}-{i}")))
-        .find(|p| !p.exists())
-        .unwrap_or(first)
+    let number = |i: usize| match i {
+        1 => Path::new("runs").join(&name),
+        _ => Path::new("runs").join(format!("{name}-{i}")),
+    };
+    let taken = (1..).take_while(|&i| number(i).exists()).count();
+    number(if resume { taken.max(1) } else { taken + 1 })
 }
 
 /// What a run depends on besides its recipe.
@@ -167,10 +170,7 @@ fn results(
         task: task.to_owned(),
         method: recipe.method.to_string(),
         seed: recipe.seed,
-        ratio: Ratio {
-            target: recipe.ratio,
-            ..plan.ratio
-        },
+        ratio: plan.ratio,
         parameters: plan.parameters,
         bytes: Bytes {
             before: original.bytes(),
@@ -191,7 +191,6 @@ fn results(
             .map(|(n, d)| (n.clone(), d.peak_rss_bytes))
             .collect(),
         fingerprint,
-        date: None,
     }
 }
 

@@ -14,6 +14,8 @@ pub struct Summary {
     pub parameters: u64,
     /// Parameters of the architecture uncompressed.
     pub parameters_original: u64,
+    /// Of these, the parameters that one token uses.
+    pub parameters_original_active: u64,
     /// Bytes of the weights.
     pub bytes: u64,
     /// Most common element type.
@@ -91,6 +93,7 @@ pub fn summary(checkpoint: &Checkpoint) -> Result<Summary> {
         family: config.family.to_string(),
         parameters: checkpoint.parameters(),
         parameters_original: config.parameters().total(),
+        parameters_original_active: config.active_parameters(),
         bytes: checkpoint.bytes(),
         dtype: dtype.as_str().to_owned(),
         shape: Shape {
@@ -122,8 +125,13 @@ impl fmt::Display for Summary {
         let share = 100.0 * (1.0 - self.parameters as f64 / self.parameters_original as f64);
         writeln!(
             f,
-            "{} parameters ({share:.1}% less than the original's {}), {} bytes, {}",
-            self.parameters, self.parameters_original, self.bytes, self.dtype
+            "{} parameters ({share:.1}% less than the original's {}, of which a token uses {}), {} \
+             bytes, {}",
+            self.parameters,
+            self.parameters_original,
+            self.parameters_original_active,
+            self.bytes,
+            self.dtype
         )?;
         for l in &self.layers {
             write!(f, "\nlayer {:>3}  {}  {} dense", l.layer, l.slots, l.dense)?;

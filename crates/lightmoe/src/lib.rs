@@ -7,7 +7,7 @@ pub mod cli;
 pub mod commands;
 pub mod compress;
 pub mod inspect;
-pub mod memory;
+pub mod machine;
 pub mod pipeline;
 pub mod preflight;
 pub mod pretrain;

@@ -61,21 +61,27 @@ pub fn preflight(
     let estimate = estimate_of(recipe, checkpoint).map_err(Refused::of)?;
     let config = checkpoint.config();
     let per_parameter = checkpoint.dtype().size_in_bytes() as u64;
-    let parameters_after = match recipe.method {
-        MethodName::Lora => Some(config.parameters().total()),
-        _ => estimate.as_ref().map(|e| e.parameters_after),
+    let (replaced, parameters_after, trained) = match recipe.method {
+        MethodName::Lora => {
+            let adapters = (config.moe.num_experts * config.num_moe_layers()) as u64
+                * adapter_parameters(config, recipe.rank);
+            let total = config.parameters().total();
+            (Some(0.0), Some(total), Some(adapters))
+        }
+        _ => (
+            estimate.map(|e| e.experts_replaced_per_layer),
+            estimate.map(|e| e.parameters_after),
+            estimate.map(|e| e.parameters_trained),
+        ),
     };
     Ok(Forecast {
         method: recipe.method,
         moe_layers: config.num_moe_layers(),
         experts_per_layer: config.moe.num_experts,
-        experts_replaced_per_layer: match recipe.method {
-            MethodName::Lora => Some(0.0),
-            _ => estimate.as_ref().map(|e| e.experts_replaced_per_layer),
-        },
+        experts_replaced_per_layer: replaced,
         parameters_before: config.parameters().total(),
         parameters_after,
-        parameters_trained: estimate.as_ref().map(|e| e.parameters_trained),
+        parameters_trained: trained,
         bytes_before: checkpoint.bytes(),
         bytes_after: parameters_after.map(|p| p * per_parameter),
         calibration_tokens: samples.iter().map(Vec::len).sum(),
@@ -109,16 +115,7 @@ fn estimate_of(
     match (recipe.method, recipe.target()) {
         (MethodName::Lora, _) => Ok(None),
         // What concerns the options alone is known even so.
-        (_, Target::Threshold(_)) => {
-            let adapter = adapter_parameters(config, options.rank);
-            match adapter < config.expert_parameters() {
-                true => Ok(None),
-                false => Err(lightmoe_compress::Error::Invalid(format!(
-                    "adapters of rank {} are as large as the experts they replace; lower `rank`",
-                    options.rank
-                ))),
-            }
-        }
+        (_, Target::Threshold(_)) => options.check_replacing(config).map(|()| None),
         (_, Target::Ratio(ratio)) => estimate(config, ratio, &options).map(Some),
     }
 }

@@ -108,7 +108,8 @@ impl PretrainRecipe {
             "rms_norm_eps": 1e-5,
             "rope_scaling": null,
             "rope_theta": 10000.0,
-            "router_aux_loss_coef": self.training.balance,
+            // `transformers` sums over the chosen experts where we take the mean.
+            "router_aux_loss_coef": self.training.balance / m.num_experts_per_tok as f64,
             "tie_word_embeddings": false,
             "torch_dtype": "bfloat16",
             "use_cache": true,
@@ -145,7 +146,6 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
         groups: vec![
             Group {
                 kinds: vec![ParameterKind::Norm],
-                lr_scale: 1.0,
                 weight_decay: 0.0,
             },
             Group {
@@ -155,7 +155,6 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
                     ParameterKind::Router,
                     ParameterKind::Expert,
                 ],
-                lr_scale: 1.0,
                 weight_decay: t.weight_decay,
             },
         ],

@@ -210,6 +210,13 @@ impl Recipe {
             self.method != MethodName::Lora || self.rank > 0 || self.train_router,
             "`rank` is 0, so `lora` has nothing to train; give at least 1"
         );
+        let fades = self.annealing().beta(0, self.steps) > 0.0;
+        ensure!(
+            self.method != MethodName::Replace || self.groups > 0 || fades,
+            "`replace` without a base cannot begin at β = 0: adapters that start at zero, with \
+             nothing beside them, get no gradient; use `annealing` linear or exponential with \
+             `end_ratio` above 0, or `groups` 1"
+        );
         ensure!(
             self.weight_decay >= 0.0,
             "`weight_decay` is below 0; give 0 or more"

@@ -46,9 +46,6 @@ pub struct Results {
     pub peak_rss_by_stage: BTreeMap<String, u64>,
     /// Hash of all that the numbers depend on.
     pub fingerprint: String,
-    /// When the run ended, where it was noted.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub date: Option<String>,
 }
 
 /// Bytes of the weights on disk.

@@ -4,7 +4,7 @@
 //! stage's artefact stands in its place. A run killed in between does that stage again and, because
 //! every stage is a function of its inputs, gets the same bytes.
 
-use crate::memory;
+use crate::machine;
 use crate::recipe::Recipe;
 use crate::results::TaskScores;
 use anyhow::{Context, Result, bail, ensure};
@@ -136,12 +136,12 @@ impl Run {
             return Ok(done.scores.clone());
         }
         let _span = tracing::info_span!("stage", name).entered();
-        memory::reset_peak();
+        machine::reset_peak();
         let begin = Instant::now();
         let scores = work(self)?;
         let done = Done {
             seconds: begin.elapsed().as_secs_f64(),
-            peak_rss_bytes: memory::peak(),
+            peak_rss_bytes: machine::peak(),
             scores: scores.clone(),
         };
         self.state.stages.insert(name.to_owned(), done);

@@ -3,7 +3,7 @@
 use crate::preflight::Refused;
 use crate::recipe::Recipe;
 use anyhow::{Context, Result, ensure};
-use lightmoe_data::{Encoded, Example, Metric, Split, Task, encode, records};
+use lightmoe_data::{Encoded, Example, Split, Task, encode, records};
 use lightmoe_eval::EvalOptions;
 use lightmoe_models::{ChatMessage, Checkpoint, ModelTokenizer};
 use sha2::{Digest, Sha256};
@@ -98,7 +98,17 @@ impl TaskData {
                 .collect();
             tokenizer.chat(&messages).map_err(|e| e.to_string())
         };
-        let records = records::read_jsonl(path, &chat)?;
+        let fits = |example: &Example| {
+            encode(
+                &tokenizer.inner,
+                tokenizer.eos,
+                example,
+                Some(recipe.max_length),
+            )
+            .map(|_| ())
+            .map_err(|e| e.to_string())
+        };
+        let records = records::read_jsonl(path, &chat, &fits)?;
         if let Some(task) = built_in {
             return Ok(Self {
                 train: records,
@@ -137,12 +147,10 @@ impl TaskData {
     /// How the examples are scored.
     pub fn eval_options(&self, max_length: usize) -> EvalOptions {
         EvalOptions {
-            metrics: self
-                .task
-                .map_or(vec![Metric::ExactMatch], |t| t.metrics().to_vec()),
-            task: self.task,
             max_len: Some(max_length),
-            ..EvalOptions::default()
+            ..self
+                .task
+                .map_or_else(EvalOptions::default, EvalOptions::for_task)
         }
     }
 
@@ -198,13 +206,15 @@ pub fn calibration(
     Ok(samples)
 }
 
-/// A short name of a model's content: its config, and of each weights file the size, the header and
-/// the end. Hashing all of a 60 GB checkpoint would take longer than observing it.
+/// A short name of a model's content: its JSON files and weights. Of a file above 256 MiB only the
+/// size and 256 pieces of 1 MiB at even distances count, the first and the last among them: hashing
+/// all of a 60 GB checkpoint would take as long as observing it.
 ///
 /// # Errors
 /// If a file cannot be read.
 pub fn model_fingerprint(dir: &Path) -> Result<String> {
-    const EDGE: u64 = 1 << 20;
+    const PIECE: u64 = 1 << 20;
+    const PIECES: u64 = 256;
     let mut names: Vec<PathBuf> = std::fs::read_dir(dir)?
         .map(|e| Ok(e?.path()))
         .collect::<Result<_>>()?;
@@ -215,22 +225,26 @@ pub fn model_fingerprint(dir: &Path) -> Result<String> {
     names.sort();
     let mut hash = Sha256::new();
     for path in names {
-        let read = || -> std::io::Result<Vec<u8>> {
+        hash.update(path.file_name().unwrap_or_default().as_encoded_bytes());
+        let mut read = || -> std::io::Result<()> {
             use std::io::{Read, Seek, SeekFrom};
             let mut file = std::fs::File::open(&path)?;
             let size = file.metadata()?.len();
-            let mut bytes = size.to_le_bytes().to_vec();
-            (&mut file).take(EDGE).read_to_end(&mut bytes)?;
-            file.seek(SeekFrom::Start(size.saturating_sub(EDGE)))?;
-            file.read_to_end(&mut bytes)?;
-            Ok(bytes)
+            hash.update(size.to_le_bytes());
+            let pieces = size.div_ceil(PIECE).min(PIECES);
+            let mut bytes = Vec::new();
+            for piece in 0..pieces {
+                // The last piece ends with the file; in a small file the pieces meet or overlap.
+                let last = size.saturating_sub(PIECE);
+                let start = (last as u128 * piece as u128 / (pieces - 1).max(1) as u128) as u64;
+                file.seek(SeekFrom::Start(start))?;
+                bytes.clear();
+                (&mut file).take(PIECE).read_to_end(&mut bytes)?;
+                hash.update(&bytes);
+            }
+            Ok(())
         };
-        hash.update(
-            path.file_name()
-                .map(|n| n.to_string_lossy().into_owned())
-                .unwrap_or_default(),
-        );
-        hash.update(read().with_context(|| format!("cannot read `{}`", path.display()))?);
+        read().with_context(|| format!("cannot read `{}`", path.display()))?;
     }
     Ok(hash.finalize()[..16]
         .iter()

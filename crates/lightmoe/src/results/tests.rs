@@ -75,8 +75,7 @@ const GOLDEN: &str = r#"{
     "observe": 41943040,
     "recover": 104857600
   },
-  "fingerprint": "0123456789abcdef",
-  "date": "2026-01-31"
+  "fingerprint": "0123456789abcdef"
 }
 "#;
 
@@ -101,7 +100,6 @@ fn save_and_load_give_the_same_results() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("results.json");
     let mut results = sample();
-    results.date = None;
     results.ratio.target = None;
     results.stages.remove(&Stage::Built);
     results.save(&path).unwrap();

@@ -92,9 +92,7 @@ fn the_seed_decides_every_byte() {
 
 #[test]
 fn the_reference_in_the_repository_is_up_to_date() {
-    let Ok(page) = fs::read_to_string(repository("docs/reference.md")) else {
-        return;
-    };
+    let page = fs::read_to_string(repository("docs/reference.md")).unwrap();
     let made = command("reference").ok();
     assert!(
         page.trim_end() == made.trim_end(),

@@ -92,14 +92,26 @@ fn a_broken_record_is_named_by_its_line() {
     let folder = tempfile::tempdir().unwrap();
     let (file, out) = (folder.path().join("mine.jsonl"), folder.path().join("run"));
     let good = "{\"prompt\": \"a\", \"completion\": \"b\"}\n";
-    fs::write(&file, format!("{good}{good}{{\"prompt\": \"a\"\n{good}")).unwrap();
-    let mut call = tiny("compress");
-    let message = call
-        .arg("--train")
-        .arg(&file)
-        .arg("--out")
-        .arg(&out)
-        .fails(1);
-    assert!(message.contains("mine.jsonl` line 3"), "{message}");
-    assert!(!out.exists());
+    let long = format!(
+        "{{\"prompt\": \"a\", \"completion\": \"{}\"}}",
+        "b ".repeat(90)
+    );
+    for (bad, words) in [
+        ("{\"prompt\": \"a\"", "not a valid record"),
+        (
+            "{\"prompt\": \"\", \"completion\": \"b\"}",
+            "prompt is empty",
+        ),
+        // In the test part too, which is only read after the training.
+        (long.as_str(), "limit of 64"),
+    ] {
+        let text = format!("{}{bad}\n{good}", good.repeat(19));
+        fs::write(&file, text).unwrap();
+        let mut call = tiny("compress");
+        call.args(["--max-length", "64", "--train"]).arg(&file);
+        let message = call.arg("--out").arg(&out).fails(1);
+        assert!(message.contains("mine.jsonl` line 20"), "{message}");
+        assert!(message.contains(words), "{message}");
+        assert!(!out.exists());
+    }
 }

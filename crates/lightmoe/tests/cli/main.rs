@@ -3,6 +3,7 @@
 
 mod artefacts;
 mod damage;
+mod pretrain;
 mod recipes;
 mod refusals;
 mod resume;

@@ -43,7 +43,7 @@ fn what_cannot_work_is_refused_in_one_line() {
     let broken = write("broken.toml", "steps = 3\n[[[\n");
     let compressed = base().join("model").to_str().unwrap().to_owned();
     let both = write("both.toml", "ratio = 0.5\nthreshold = 0.1\n");
-    let cases: [(&[&str], &[&str]); 17] = [
+    let cases: [(&[&str], &[&str]); 20] = [
         (&["--ratio", "0.99"], &["0.99", "to", "lower"]),
         (&["--ratio=-0.5"], &["-0.5"]),
         (&["--rank", "1000"], &["rank 1000", "64"]),
@@ -64,6 +64,18 @@ fn what_cannot_work_is_refused_in_one_line() {
         (&["--threshold", "5"], &["`threshold` is 5"]),
         (&["--threshold", "0.2", "--rank", "60"], &["rank 60"]),
         (&["--method", "lora", "--rank", "0"], &["`rank` is 0"]),
+        (
+            &["--method", "replace", "--annealing", "none"],
+            &["`replace`", "end_ratio"],
+        ),
+        (
+            &["--method", "replace", "--groups", "0", "--end-ratio", "0"],
+            &["`replace`", "end_ratio"],
+        ),
+        (
+            &["--method", "replace", "--rank", "0", "--threshold", "0.2"],
+            &["rank 0"],
+        ),
         (&["--model", &compressed], &["compressed already"]),
         (&["--decay", "sudden"], &["sudden", "cosine"]),
         (&["--model", "no/such/folder"], &["no/such/folder"]),
@@ -78,6 +90,49 @@ fn what_cannot_work_is_refused_in_one_line() {
         }
         assert!(!out.exists(), "{args:?}");
     }
+}
+
+#[test]
+fn what_only_the_observations_can_tell_is_refused_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let mut call = tiny("compress");
+    call.args(["--threshold", "0.0000001", "--out"]).arg(&out);
+    let message = call.fails(2);
+    assert!(message.contains("replaces no expert"), "{message}");
+    let mut plan = tiny("plan");
+    plan.arg("--observations");
+    plan.arg(base().join("observations.safetensors"));
+    let message = plan
+        .arg("--out")
+        .arg(folder.path().join("plan.json"))
+        .fails(2);
+    for word in ["--ratio", "--threshold"] {
+        assert!(message.contains(word), "{message}");
+    }
+    assert_eq!(names(folder.path()), ["run"]);
+}
+
+/// Any plan may be edited; one that no bank can hold is refused before the weights are read.
+#[test]
+fn an_edited_plan_of_two_ranks_in_a_layer_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, out) = (folder.path().join("plan.json"), folder.path().join("out"));
+    let mut plan = crate::support::json(&base().join("plan.json"));
+    let slots = plan["layers"][1]["slots"].as_array_mut().unwrap();
+    let adapted = slots.iter_mut().find(|s| s["form"] == "adapted").unwrap();
+    adapted["rank"] = 2.into();
+    fs::write(&path, plan.to_string()).unwrap();
+    let mut build = command("build");
+    build
+        .args(["--model", "olmoe-nano"])
+        .arg("--plan")
+        .arg(&path);
+    let message = build.arg("--out").arg(&out).fails(1);
+    for word in ["layer 1", "rank 4", "has 2"] {
+        assert!(message.contains(word), "{message}");
+    }
+    assert_eq!(names(folder.path()), ["plan.json"]);
 }
 
 #[test]

@@ -113,8 +113,8 @@ fn a_run_is_only_resumed_with_its_own_recipe_and_model() {
     assert!(other.contains("0.007"), "{other}");
     let weights = model.join("model.safetensors");
     let mut bytes = fs::read(&weights).unwrap();
-    let last = bytes.len() - 2;
-    bytes[last] ^= 1;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
     fs::write(&weights, bytes).unwrap();
     let changed = call().arg("--resume").fails(1);
     assert!(changed.contains("the model changed"), "{changed}");
@@ -126,6 +126,23 @@ fn a_run_is_only_resumed_with_its_own_recipe_and_model() {
     let full = tiny("compress").arg("--out").arg(&strange).fails(1);
     assert!(full.contains("not empty"), "{full}");
     assert_eq!(names(&strange), ["thesis.txt"]);
+}
+
+#[test]
+fn a_run_without_a_folder_gets_the_next_free_one_and_resumes_the_last() {
+    let folder = tempfile::tempdir().unwrap();
+    let call = || {
+        let mut command = tiny("compress");
+        command.args(["--steps", "2"]).current_dir(folder.path());
+        command
+    };
+    call().ok();
+    let second = folder.path().join("runs/intent-lightmoe-0.5-2");
+    let observed = || second.join("observations.safetensors").exists();
+    assert_eq!(end(&mut call(), "-KILL", observed), None);
+    let text = call().arg("--resume").ok();
+    assert!(text.contains("intent-lightmoe-0.5-2"), "{text}");
+    assert_same_run(&folder.path().join("runs/intent-lightmoe-0.5"), &second);
 }
 
 #[test]

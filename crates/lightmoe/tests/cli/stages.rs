@@ -13,7 +13,8 @@ fn the_stages_one_by_one_make_the_same_model() {
     let (built, model) = (at("built-0.5"), at("model-0.5"));
     tiny("observe").arg("--out").arg(&seen).ok();
     let mut call = tiny("plan");
-    call.arg("--observations").arg(&seen).arg("--json");
+    call.arg("--observations").arg(&seen);
+    call.args(["--ratio", "0.5", "--json"]);
     let totals: Value = from_str(&call.arg("--out").arg(&plan).ok()).unwrap();
     let mut call = command("build");
     call.args(["--model", "olmoe-nano"])
@@ -88,7 +89,8 @@ fn scores_made_elsewhere_give_a_plan_without_weights() {
     fs::write(&file, scores.to_string()).unwrap();
     let mut call = command("plan");
     call.arg("--config").arg(&config).arg("--scores").arg(&file);
-    let message = call.arg("--out").arg(folder.path().join("q.json")).fails(1);
+    call.args(["--ratio", "0.5", "--out"]);
+    let message = call.arg(folder.path().join("q.json")).fails(1);
     assert!(
         message.contains("s.json") && message.contains("layer 7"),
         "{message}"
