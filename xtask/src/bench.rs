@@ -10,7 +10,16 @@ pub fn run(arguments: &[String]) -> Outcome {
     };
     match which {
         "kernels" => {
-            let mut bench = shell::cargo(&["bench", "--package", "lightmoe-kernels"]);
+            // The whole workspace, so that dependencies keep the features they are built with.
+            let benches = [
+                "bench",
+                "--workspace",
+                "--bench",
+                "experts",
+                "--bench",
+                "decoder",
+            ];
+            let mut bench = shell::cargo(&benches);
             bench.args(rest);
             shell::replace(bench)
         }

@@ -1,11 +1,13 @@
-//! `fixtures`: makes the parity fixtures again with PyTorch and compares every byte.
+//! `fixtures`: makes the parity fixtures again with PyTorch and compares every byte; then exports a
+//! compressed model and compares its logits with those that `transformers` computes of the export.
 
 use std::env;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::{Outcome, no_arguments, shell};
+use crate::{Outcome, binary, no_arguments, shell};
 
 const FOLDER: &str = "fixtures/parity";
 const FILES: [&str; 3] = ["config.json", "model.safetensors", "reference.safetensors"];
@@ -49,7 +51,38 @@ pub fn run(arguments: &[String]) -> Outcome {
             made.display()
         );
     }
-    Ok(shell::code(same))
+    let exported = check_export(&python)?;
+    Ok(shell::code(same && exported))
+}
+
+/// Compresses the built-in model with little training, exports it, and lets `transformers` judge.
+fn check_export(python: &OsStr) -> Result<bool, String> {
+    let lightmoe = binary::build()?;
+    let folder = shell::target().join("parity-export");
+    if folder.exists() {
+        fs::remove_dir_all(&folder)
+            .map_err(|e| format!("cannot remove `{}` ({e})", folder.display()))?;
+    }
+    let (run, dense) = (folder.join("run"), folder.join("dense"));
+    let logits = folder.join("logits.safetensors");
+    let mut compress = Command::new(&lightmoe);
+    compress.args(["compress", "--quiet", "--steps", "50", "--eval-examples"]);
+    compress.args(["50", "--out"]).arg(&run);
+    // The table of the run is of no interest here.
+    compress.stdout(Stdio::null());
+    let mut export = Command::new(&lightmoe);
+    export.args(["export", "--quiet", "--kind", "dense", "--dtype", "f32"]);
+    export.arg("--model").arg(&run).arg("--out").arg(&dense);
+    export.arg("--logits").arg(&logits);
+    let mut check = Command::new(python);
+    check.arg(shell::root().join(FOLDER).join("check_export.py"));
+    check.arg(&dense).arg(&logits);
+    for step in [&mut compress, &mut export, &mut check] {
+        if !shell::succeeds(step)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, String> {

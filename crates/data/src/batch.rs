@@ -84,11 +84,6 @@ impl Sampler {
         self
     }
 
-    /// Steps in which every example is visited at least once.
-    pub fn steps_per_epoch(&self) -> usize {
-        self.items.len().div_ceil(self.batch_size)
-    }
-
     /// The batch of `step`, counted from 0.
     pub fn batch(&self, step: usize) -> Batch {
         let first = step * self.batch_size;
@@ -193,7 +188,6 @@ mod tests {
     #[test]
     fn each_epoch_visits_everything_in_another_order() {
         let sampler = Sampler::new(items(12), 5, 3).unwrap();
-        assert_eq!(sampler.steps_per_epoch(), 3);
         let firsts: Vec<u32> = (0..12)
             .flat_map(|step| {
                 let batch = sampler.batch(step);
