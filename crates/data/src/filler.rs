@@ -75,20 +75,21 @@ static POOLS: LazyLock<Pools> = LazyLock::new(|| {
 type Kind = fn(&mut ChaCha8Rng) -> String;
 
 /// Kinds of filler with their weights by document.
-const KINDS: [(u32, Kind); 13] = [
-    (30, echo),
-    (14, quote),
+const KINDS: [(u32, Kind); 14] = [
+    (20, echo),
+    (12, quote),
     (16, object_echo),
     (6, object_lookup),
     (6, object_from_words),
-    (6, reverse),
+    (8, reverse),
     (4, count),
     (5, sort),
     (6, compare),
     (3, days),
     (6, spell),
     (4, pairs),
-    (10, story),
+    (8, story),
+    (16, parts),
 ];
 
 /// One document of filler.
@@ -113,12 +114,12 @@ fn spaced(rng: &mut ChaCha8Rng) -> String {
     }
 }
 
-/// A word as it stands in quotes. Numbers end at 30 there, which saves tokens.
+/// A word as it stands in quotes. Numbers end at 20 there, which saves tokens.
 fn bare(rng: &mut ChaCha8Rng) -> String {
-    match weighted(rng, &[6, 3, 2]) {
+    match weighted(rng, &[6, 3, 3]) {
         0 => pick(rng, &POOLS.bare).clone(),
         1 => name(rng),
-        _ => number(rng, 30),
+        _ => number(rng, 20),
     }
 }
 
@@ -287,6 +288,13 @@ fn pairs(rng: &mut ChaCha8Rng) -> String {
     let mut syllables = || format!("{}{}", pick(rng, &CONSONANTS), pick(rng, &VOWELS));
     let (a, b) = (syllables(), syllables());
     format!("Say: {a} {b} {a} {b}\nEcho: {a} {b} {a} {b}")
+}
+
+/// A sentence and its parts, asked for one by one: finding what stands elsewhere in a sentence is
+/// what translation by another word order rests on.
+fn parts(rng: &mut ChaCha8Rng) -> String {
+    let draft = Task::Translation.draw_train(rng);
+    draft.worked.unwrap_or(draft.key)
 }
 
 /// Plain sentences: the English side of translation's train split.

@@ -89,7 +89,7 @@ enum Step {
 
 impl Step {
     fn propose(rng: &mut ChaCha8Rng, last: bool) -> Self {
-        let small = rng.random_range(1..=9);
+        let small = rng.random_range(1..=6);
         if last && rng.random_range(0..3) == 0 {
             return match rng.random_range(0..4) {
                 0 => Self::OtherMore(small),
@@ -98,7 +98,7 @@ impl Step {
                 _ => Self::Together(small),
             };
         }
-        match weighted(rng, &[42, 42, 5, 2, 5, 4]) {
+        match weighted(rng, &[46, 46, 3, 1, 2, 2]) {
             0 => Self::Gain(small),
             1 => Self::Lose(small),
             2 => Self::Double,
@@ -229,7 +229,7 @@ fn draw_steps(rng: &mut ChaCha8Rng, count: RangeInclusive<usize>) -> Draft {
 /// Start value, steps, and final value.
 fn plan(rng: &mut ChaCha8Rng, count: RangeInclusive<usize>) -> (u32, Vec<Step>, u32) {
     let count = rng.random_range(count);
-    let start = rng.random_range(2..=20);
+    let start = rng.random_range(2..=12);
     let mut value = start;
     let mut steps = Vec::with_capacity(count);
     while steps.len() < count {

@@ -38,11 +38,11 @@ impl Source {
     /// The source's part of the stream, in percent of tokens.
     pub fn share(self) -> u32 {
         match self {
-            Self::Math => 32,
-            Self::Code => 31,
-            Self::Facts => 13,
-            Self::Questions => 5,
-            Self::Filler => 19,
+            Self::Math => 33,
+            Self::Code => 33,
+            Self::Facts => 12,
+            Self::Questions => 4,
+            Self::Filler => 18,
         }
     }
 

@@ -78,6 +78,8 @@ fn every_task_has_enough_distinct_items() {
     }
 }
 
+/// What an item of math is about cannot be read off its text so easily; that its key holds it is
+/// tested beside the generator.
 #[test]
 fn splits_share_no_content() {
     for task in Task::ALL.into_iter().filter(|task| *task != Task::Math) {

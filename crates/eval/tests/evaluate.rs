@@ -150,12 +150,12 @@ fn a_program_that_differs_but_passes_counts() {
 #[test]
 fn chrf_reads_what_is_generated() {
     let tokenizer = model_tokenizer();
-    let lessons = [("the king", "dog cat horse"), ("the river", "wolf bear")];
+    let lessons = [("the king", "dog farmer horse"), ("the river", "wolf girl")];
     let model = taught(&tokenizer, &lessons);
     let examples = [
-        Example::new("the king", "dog cat bird"),
-        Example::new("a green river", "wolf bear"),
-        Example::new("a red king", "dog cat horse"),
+        Example::new("the king", "dog farmer child"),
+        Example::new("a green river", "wolf girl"),
+        Example::new("a red king", "dog farmer horse"),
     ];
     let mut seen = Vec::new();
     let options = EvalOptions::for_task(Task::Translation);
@@ -183,7 +183,7 @@ fn chrf_reads_what_is_generated() {
 fn the_likeliest_choice_is_taken() {
     let tokenizer = model_tokenizer();
     let model = taught(&tokenizer, &[("the king", "dog"), ("the river", "horse")]);
-    let choices = ["bear", "dog", "wolf", "horse"].map(String::from).to_vec();
+    let choices = ["girl", "dog", "wolf", "horse"].map(String::from).to_vec();
     let example = |prompt: &str, completion: &str| Example {
         choices: choices.clone(),
         ..Example::new(prompt, completion)

@@ -151,8 +151,8 @@ fn two(rng: &mut ChaCha8Rng) -> (&'static str, &'static str) {
 /// `operand op operand`, the first one a variable.
 fn operation(rng: &mut ChaCha8Rng, left: &str, other: &str) -> String {
     match rng.random_range(0..6) {
-        0 | 1 => format!("{left} + {}", rng.random_range(1..=9)),
-        2 => format!("{left} - {}", rng.random_range(1..=9)),
+        0 | 1 => format!("{left} + {}", rng.random_range(1..=5)),
+        2 => format!("{left} - {}", rng.random_range(1..=5)),
         3 => format!("{left} * {}", rng.random_range(2..=3)),
         _ if left == other => format!("{left} + {left}"),
         4 => format!("{left} + {other}"),
@@ -172,7 +172,7 @@ fn print_of(rng: &mut ChaCha8Rng, first: &str, second: &str) -> String {
 /// Assignments only.
 fn straight(rng: &mut ChaCha8Rng) -> Program {
     let (p, q) = two(rng);
-    let mut body = format!("{p} = {}", rng.random_range(1..=20));
+    let mut body = format!("{p} = {}", rng.random_range(1..=9));
     let second = operation(rng, p, p);
     let _ = write!(body, "\n{q} = {second}");
     for _ in 0..rng.random_range(1..=2) {
@@ -193,11 +193,11 @@ fn straight(rng: &mut ChaCha8Rng) -> Program {
 /// A comparison and two branches.
 fn branch(rng: &mut ChaCha8Rng) -> Program {
     let (p, q) = two(rng);
-    let (first, second) = (rng.random_range(0..=20), rng.random_range(0..=20));
+    let (first, second) = (rng.random_range(0..=9), rng.random_range(0..=9));
     let comparison = pick(rng, &COMPARISONS);
     let right = match rng.random_range(0..2) {
         0 => q.to_string(),
-        _ => rng.random_range(0..=20).to_string(),
+        _ => rng.random_range(0..=9).to_string(),
     };
     let (then, otherwise) = (operation(rng, p, q), operation(rng, p, q));
     Program {
@@ -212,16 +212,16 @@ fn branch(rng: &mut ChaCha8Rng) -> Program {
 /// A loop that sums.
 fn accumulate(rng: &mut ChaCha8Rng) -> Program {
     let (p, q) = two(rng);
-    let (start, step) = (rng.random_range(0..=20), rng.random_range(1..=9));
+    let (start, step) = (rng.random_range(0..=9), rng.random_range(1..=5));
     let added = match rng.random_range(0..3) {
         0 => format!("{p} + i"),
         1 => format!("{p} + {q}"),
-        _ => format!("{p} + {}", rng.random_range(1..=9)),
+        _ => format!("{p} + {}", rng.random_range(1..=5)),
     };
     Program {
         body: format!(
             "{p} = {start}\n{q} = {step}\nfor i in range({}):\n    {p} = {added}",
-            rng.random_range(2..=4)
+            rng.random_range(2..=3)
         ),
         variables: vec![p, q],
         last: print_of(rng, p, q),
@@ -232,12 +232,12 @@ fn accumulate(rng: &mut ChaCha8Rng) -> Program {
 fn function(rng: &mut ChaCha8Rng) -> Program {
     let (p, q) = two(rng);
     let name = *pick(rng, &["f", "g", "h"]);
-    let argument = rng.random_range(0..=20);
+    let argument = rng.random_range(0..=9);
     let inner = operation(rng, p, p);
     let (body, last) = match rng.random_range(0..3) {
         0 => (
             format!("def {name}({p}):\n    return {inner}\n{q} = {name}({argument})"),
-            format!("print({q} + {})", rng.random_range(1..=9)),
+            format!("print({q} + {})", rng.random_range(1..=5)),
         ),
         1 => (
             format!("def {name}({p}):\n    {p} = {inner}\n    return {p} + 1\n{q} = {argument}"),
@@ -245,7 +245,7 @@ fn function(rng: &mut ChaCha8Rng) -> Program {
         ),
         _ => (
             format!("def {name}({p}, {q}):\n    return {}", operation(rng, p, q)),
-            format!("print({name}({argument}, {}))", rng.random_range(0..=20)),
+            format!("print({name}({argument}, {}))", rng.random_range(0..=9)),
         ),
     };
     Program {

@@ -16,8 +16,9 @@ pub(crate) const HOLE: &str = "___";
 /// Whether `completion` answers `prompt`, a prompt of [`crate::Task::Code`].
 ///
 /// Without a hole it must equal the program's output; with one, the program with
-/// `completion` put in must print the required output, however it does so. White
-/// space around `completion` is ignored.
+/// `completion` put in must print the required output. A missing line may do so in any
+/// way but by numbers of its own: writing down the output is no answer. White space
+/// around `completion` is ignored.
 pub fn check(prompt: &str, completion: &str) -> bool {
     let completion = completion.trim();
     let Some((program, rest)) = prompt
@@ -28,6 +29,10 @@ pub fn check(prompt: &str, completion: &str) -> bool {
     };
     if !program.contains(HOLE) {
         return run(program).is_some_and(|output| output == completion);
+    }
+    let whole_line = program.lines().any(|line| line.trim() == HOLE);
+    if whole_line && completion.contains(|c: char| c.is_ascii_digit()) {
+        return false;
     }
     let required = rest.lines().next().unwrap_or_default().trim();
     run(&program.replacen(HOLE, completion, 1)).is_some_and(|output| output == required)
@@ -47,12 +52,14 @@ mod tests {
     }
 
     #[test]
-    fn any_completion_that_prints_the_output_counts() {
+    fn a_completion_that_computes_the_output_counts() {
         let prompt = "Program:\nx = 3\ny = 4\n___\nOutput: 7\nMissing:";
         assert!(check(prompt, " print(x + y)"));
         assert!(check(prompt, " print(y + x)"));
         assert!(!check(prompt, " print(x)"));
         assert!(!check(prompt, " x + y"));
+        assert!(!check(prompt, " print(7)"));
+        assert!(!check(prompt, " print(x + 4)"));
         assert!(!check("Question: 3", "3"));
     }
 
