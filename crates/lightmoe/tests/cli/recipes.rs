@@ -132,8 +132,17 @@ fn conversations_need_the_chat_template_of_the_model() {
     assert!(message.contains("no chat template"), "{message}");
 }
 
+/// The loss of the first training step.
+fn first_loss(run: &Path) -> f64 {
+    let curve = fs::read_to_string(run.join("logs/loss.jsonl")).unwrap();
+    let first: serde_json::Value = serde_json::from_str(curve.lines().next().unwrap()).unwrap();
+    first["loss"].as_f64().unwrap()
+}
+
 #[test]
 fn the_other_methods_run_to_the_end() {
+    // At β = 1, with adapters that start at zero, every method is the original model (eq. 6).
+    let original = first_loss(base());
     let folder = tempfile::tempdir().unwrap();
     let cases: [(&str, &[&str]); 3] = [
         ("adapters", &["--method", "replace", "--groups", "0"]),
@@ -145,6 +154,8 @@ fn the_other_methods_run_to_the_end() {
         let mut call = tiny("compress");
         call.args(flags).args(["--steps", "4"]);
         call.arg("--out").arg(&out).ok();
+        let (loss, tolerance) = (first_loss(&out), 1e-5 * original);
+        assert!((loss - original).abs() < tolerance, "{name}: {loss} {original}");
         let results = json(&out.join("results.json"));
         let parameters = &results["parameters"];
         let achieved = results["ratio"]["achieved"].as_f64().unwrap();
