@@ -288,8 +288,8 @@ pub struct QualityArgs {
     /// Seeds
     #[arg(long, default_value_t = 3)]
     pub seeds: u64,
-    /// Training steps of every cell
-    #[arg(long, default_value_t = 300)]
+    /// Training steps of every cell; translation has three times as many
+    #[arg(long, default_value_t = 400)]
     pub steps: usize,
     /// Stop beginning new cells after this many minutes
     #[arg(long)]

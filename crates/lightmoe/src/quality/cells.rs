@@ -13,6 +13,9 @@ pub(super) const RATES: [f64; 3] = [2e-3, 4e-3, 8e-3];
 pub(super) const RATIOS: [f64; 2] = [0.3, 0.5];
 /// The ratio of the rate search and of the controls: the one that tells methods apart.
 pub(super) const TELLING: f64 = 0.5;
+/// Translation is trained this many times as long as the rest: its words are learned in jumps, kind
+/// by kind, and a bench that stops before the last of them tells the jumps of the seeds, not methods.
+pub(super) const TRANSLATION_STEPS: usize = 3;
 /// LightMoE's bases per layer.
 const GROUPS: usize = 3;
 
@@ -114,6 +117,14 @@ impl Cell {
             self.method.id(),
             self.seed
         )
+    }
+
+    /// The training steps of the cell where most cells have `steps`.
+    pub(super) fn steps(&self, steps: usize) -> usize {
+        match self.task {
+            Task::Translation => TRANSLATION_STEPS * steps,
+            _ => steps,
+        }
     }
 
     pub(super) fn settings(&self, config: &ModelConfig) -> Settings {

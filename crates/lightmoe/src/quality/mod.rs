@@ -287,7 +287,7 @@ impl Bench {
         let config = self.original.config();
         let settings = Settings {
             lr: Some(lr),
-            steps: Some(self.args.steps),
+            steps: Some(cell.steps(self.args.steps)),
             ..cell.settings(config)
         };
         let recipe = Recipe::resolve(settings, config)?;
@@ -309,7 +309,7 @@ impl Bench {
             plan: &plan,
             encoded,
             fingerprint: &fingerprint,
-            checkpoint_every: self.args.steps,
+            checkpoint_every: recipe.steps,
         };
         let folders = Folders {
             state: dir.join("recovery"),

@@ -1,6 +1,6 @@
 //! The page of the quality bench, made from its raw data alone.
 
-use super::cells::{Method, RATES, RATIOS, Rule, TELLING, lightmoe_rank};
+use super::cells::{Method, RATES, RATIOS, Rule, TELLING, TRANSLATION_STEPS, lightmoe_rank};
 use super::{ITEMS, Raw, Record};
 use crate::results::TaskScores;
 use lightmoe_data::Task;
@@ -163,8 +163,8 @@ fn caveats(raw: &Raw, config: &ModelConfig, seeds: usize) -> String {
         "Written by `cargo xtask bench quality` from the raw data beside this page ({cells} cells, \
          {minutes:.0} minutes of one thread in all; last on {}, {}). What we read from it: \
          [quality-reading.md](quality-reading.md). `fixtures/olmoe-nano` ({} parameters, {} \
-         layers, {} experts, top {}), five built-in tasks, {} recovery steps of 16 sequences on \
-         8,000 examples, {ITEMS} test items: the standard error of one exact match is at most \
+         layers, {} experts, top {}), five built-in tasks, {} recovery steps ({} for translation, \
+         whose words are learned in jumps) of 16 sequences on 8,000 examples, {ITEMS} test items: the standard error of one exact match is at most \
          {:.3}. Cells show the mean over {seeds} seeds ± the distance between the best and the \
          worst seed; a number in brackets says that fewer seeds are done. A seed changes the \
          training examples, their order and the fresh weights, not the base model or the test \
@@ -177,6 +177,7 @@ fn caveats(raw: &Raw, config: &ModelConfig, seeds: usize) -> String {
         config.moe.num_experts,
         config.moe.top_k,
         raw.steps,
+        TRANSLATION_STEPS * raw.steps,
         0.5 / (ITEMS as f64).sqrt(),
     )
 }

@@ -155,7 +155,10 @@ fn the_other_methods_run_to_the_end() {
         call.args(flags).args(["--steps", "4"]);
         call.arg("--out").arg(&out).ok();
         let (loss, tolerance) = (first_loss(&out), 1e-5 * original);
-        assert!((loss - original).abs() < tolerance, "{name}: {loss} {original}");
+        assert!(
+            (loss - original).abs() < tolerance,
+            "{name}: {loss} {original}"
+        );
         let results = json(&out.join("results.json"));
         let parameters = &results["parameters"];
         let achieved = results["ratio"]["achieved"].as_f64().unwrap();
