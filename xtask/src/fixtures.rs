@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use crate::{Outcome, binary, no_arguments, shell};
 
 const FOLDER: &str = "fixtures/parity";
+const FAMILIES: [&str; 4] = ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe"];
 const FILES: [&str; 3] = ["config.json", "model.safetensors", "reference.safetensors"];
 
 /// Makes the fixtures in the target folder, so that the committed ones stay as they are.
@@ -34,13 +35,15 @@ pub fn run(arguments: &[String]) -> Outcome {
     if !shell::succeeds(&mut make)? {
         return Err("make_parity.py failed; see the messages above".to_owned());
     }
-    let committed = root.join(FOLDER).join("olmoe");
+    let committed = root.join(FOLDER);
     let mut same = true;
-    for file in FILES {
-        let equal = read(&made.join(file))? == read(&committed.join(file))?;
+    for (family, file) in FAMILIES.iter().flat_map(|f| FILES.map(|file| (f, file))) {
+        let path = Path::new(family).join(file);
+        let equal = read(&made.join(&path))? == read(&committed.join(&path))?;
         eprintln!(
-            "  {:<9} {file}",
-            if equal { "identical" } else { "DIFFERENT" }
+            "  {:<9} {}",
+            if equal { "identical" } else { "DIFFERENT" },
+            path.display()
         );
         same &= equal;
     }

@@ -53,7 +53,7 @@ pub fn build(
 ) -> Result<()> {
     let config = checkpoint.config();
     plan.check_model(config)?;
-    let mut writer = CheckpointWriter::new(target, checkpoint.dtype())?;
+    let mut writer = CheckpointWriter::new(target, checkpoint.dtype(), config.family)?;
     for (name, tensor) in Ends::load(checkpoint)?.tensors() {
         writer.push(name, &tensor)?;
     }

@@ -14,9 +14,7 @@ pub use error::{Error, Result};
 pub use kind::ExportKind;
 
 use candle_core::{DType, Tensor};
-use lightmoe_models::{
-    BankLayout, Checkpoint, CheckpointWriter, Ends, Layer, ParameterKind, names,
-};
+use lightmoe_models::{BankLayout, Checkpoint, CheckpointWriter, Ends, Layer, names};
 use serde::Serialize;
 use serde_json::Value;
 use std::fs;
@@ -74,7 +72,7 @@ pub fn export(
     target::check(source.dir(), target)?;
     let dtype = options.dtype.unwrap_or_else(|| source.dtype());
     let mut out = Output {
-        writer: CheckpointWriter::new(target, dtype)?,
+        writer: CheckpointWriter::new(target, dtype, source.config().family)?,
         parameters: 0,
     };
     let layers = source.config().num_layers;
@@ -88,7 +86,7 @@ pub fn export(
         let layer = Layer::load(source, number)?;
         match options.kind {
             ExportKind::Compact => out.push_all(layer.tensors(number)?)?,
-            ExportKind::Dense => out.push_dense(layer, number)?,
+            ExportKind::Dense => out.push_dense(&layer, number)?,
         }
         report_progress(number + 1)?;
     }
@@ -149,16 +147,8 @@ impl Output {
     }
 
     /// One layer in the tensors of the original architecture.
-    fn push_dense(&mut self, mut layer: Layer, number: usize) -> Result<()> {
-        let mut shared = Vec::new();
-        layer.visit(&mut |name, kind, tensor| {
-            use ParameterKind::{Attention, Norm, Router};
-            if matches!(kind, Attention | Norm | Router) {
-                shared.push((names::layer(number, name), tensor.clone()));
-            }
-            Ok(())
-        })?;
-        self.push_all(shared)?;
+    fn push_dense(&mut self, layer: &Layer, number: usize) -> Result<()> {
+        self.push_all(layer.tensors_beside_bank(number)?)?;
         let experts = layer.bank.materialise()?;
         for expert in 0..layer.bank.len() {
             for (projection, stack) in experts.named() {

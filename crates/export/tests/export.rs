@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use lightmoe_export::{Card, Error, ExportKind, ExportOptions, ExportReport, export};
 use lightmoe_models::random::{gaussian, stream};
 use lightmoe_models::{
-    Adapters, BankLayout, Checkpoint, CheckpointWriter, Decoder, LayerLayout, ModelConfig,
+    Adapters, BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, LayerLayout, ModelConfig,
     Projections, SlotLayout, Tokens,
 };
 use serde_json::Value;
@@ -78,7 +78,7 @@ fn compressed(dir: &Path, dtype: DType) -> Checkpoint {
         });
         layer.bank = layer.bank.replace(layout, bases, adapters).unwrap();
     }
-    let mut writer = CheckpointWriter::new(dir, dtype).unwrap();
+    let mut writer = CheckpointWriter::new(dir, dtype, Family::Olmoe).unwrap();
     model.write(&mut writer).unwrap();
     for (name, text) in [
         ("tokenizer.json", "{}"),
@@ -226,7 +226,7 @@ fn an_original_model_loads_everywhere_in_either_kind() {
     let root = tempfile::tempdir().unwrap();
     let dir = root.path().join("original");
     let model = Decoder::random(&config(), 1).unwrap();
-    let mut writer = CheckpointWriter::new(&dir, DType::F32).unwrap();
+    let mut writer = CheckpointWriter::new(&dir, DType::F32, Family::Olmoe).unwrap();
     model.write(&mut writer).unwrap();
     writer.finish(&config().raw).unwrap();
     let source = Checkpoint::open(&dir).unwrap();

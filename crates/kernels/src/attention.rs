@@ -14,6 +14,8 @@ const STRIP: usize = 64;
 
 struct Attention {
     scale: f64,
+    /// Keys that a query sees, its own the last.
+    window: usize,
 }
 
 /// `q: [B, T, Hq, D]`, `k, v: [B, S, Hkv, D]`; query `t` sees keys `0 ..= S - T + t`.
@@ -96,7 +98,7 @@ impl Dims {
     fn probabilities<T: Real>(
         self,
         (q, k): (Mat<'_, T>, Mat<'_, T>),
-        (n, visible): (usize, usize),
+        (n, visible, window): (usize, usize, usize),
         scale: T,
         p: &mut [T],
     ) {
@@ -111,15 +113,17 @@ impl Dims {
                 T::zero(),
             )
         };
-        softmax(p, n, visible);
+        softmax(p, n, visible, window);
     }
 }
 
 simd! {
     /// Softmax of each of the `n` rows of `p: [n, visible]` over what it sees; zero elsewhere.
-    fn softmax<T: Real>(p: &mut [T], n: usize, visible: usize) {
+    fn softmax<T: Real>(p: &mut [T], n: usize, visible: usize, window: usize) {
         for (i, row) in p.chunks_exact_mut(visible).enumerate() {
-            let (seen, hidden) = row.split_at_mut(visible - n + i + 1);
+            let (past, hidden) = row.split_at_mut(visible - n + i + 1);
+            let (gone, seen) = past.split_at_mut(past.len().saturating_sub(window));
+            gone.fill(T::zero());
             let top = max(seen);
             seen.iter_mut().for_each(|v| *v = (*v - top).fast_exp());
             let inverse = T::one() / sum(seen, |v| v);
@@ -152,7 +156,8 @@ impl Attention {
                 let at = d.q_at(batch, t, head);
                 let p = &mut p[..n * visible];
                 let q = Mat::new(&q[at..], qs, 1);
-                d.probabilities((q, k), (n, visible), T::from_f64(self.scale), p);
+                let scale = T::from_f64(self.scale);
+                d.probabilities((q, k), (n, visible, self.window), scale, p);
                 let shape = (n, visible, d.dim);
                 // SAFETY: every (batch, head, strip) owns its rows and columns of the output.
                 unsafe {
@@ -189,7 +194,7 @@ impl Attention {
                 let at = d.q_at(batch, t, head);
                 let (p, ds) = (&mut p[..n * visible], &mut ds[..n * visible]);
                 let (q, dyt) = (Mat::new(&q[at..], qs, 1), Mat::new(&dy[at..], qs, 1));
-                d.probabilities((q, k), (n, visible), scale, p);
+                d.probabilities((q, k), (n, visible, self.window), scale, p);
                 // SAFETY: `ds` is this task's own buffer.
                 unsafe {
                     let shape = (n, d.dim, visible);
@@ -260,6 +265,24 @@ impl CustomOp3 for Attention {
 /// Causal softmax attention: `q: [B, T, heads, D]`, `k, v: [B, S, kv_heads, D]` with `S ≥ T` (the
 /// queries are the last `T` of the `S` positions); result `[B, T, heads, D]`.
 pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
-    q.contiguous()?
-        .apply_op3(&k.contiguous()?, &v.contiguous()?, Attention { scale })
+    sliding_window_attention(q, k, v, scale, usize::MAX)
+}
+
+/// As [`causal_attention`], but a query sees at most `window` keys (at least 1): its own position and
+/// those right before it (Mistral, arXiv 2310.06825, section 2).
+pub fn sliding_window_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f64,
+    window: usize,
+) -> Result<Tensor> {
+    if window == 0 {
+        candle_core::bail!("attention: a window of 0 keys, expected at least 1")
+    }
+    q.contiguous()?.apply_op3(
+        &k.contiguous()?,
+        &v.contiguous()?,
+        Attention { scale, window },
+    )
 }

@@ -7,8 +7,8 @@ mod common;
 use candle_core::{Result, Tensor, Var};
 use common::{random, segments, values};
 use lightmoe_kernels::{
-    Rope, apply_rope, causal_attention, cross_entropy, grouped_linear, linear, rms_norm, swiglu,
-    weighted_scatter,
+    Rope, apply_rope, causal_attention, cross_entropy, grouped_linear, linear, rms_norm,
+    sliding_window_attention, swiglu, weighted_scatter,
 };
 use std::sync::Arc;
 
@@ -154,6 +154,9 @@ fn attention(batch: usize, (t, s): (usize, usize), (heads, kv): (usize, usize), 
     let (q, k) = ([batch, t, heads, dim], [batch, s, kv, dim]);
     let inputs = [random(1, &q), random(2, &k), random(3, &k)];
     check(&inputs, |v| causal_attention(&v[0], &v[1], &v[2], 0.7));
+    check(&inputs, |v| {
+        sliding_window_attention(&v[0], &v[1], &v[2], 0.7, 3)
+    });
 }
 
 #[test]

@@ -9,7 +9,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 use common::{close, random, segments, values};
 use lightmoe_kernels::{
     AdamW, Moments, Rope, Segment, apply_rope, causal_attention, cross_entropy, grouped_linear,
-    linear, rms_norm, swiglu, top_k, weighted_scatter,
+    linear, rms_norm, sliding_window_attention, swiglu, top_k, weighted_scatter,
 };
 use std::sync::Arc;
 
@@ -147,8 +147,8 @@ fn rope_rotates_pairs_half_a_head_apart() {
     );
 }
 
-/// Attention with the whole masked score matrix.
-fn attention_reference(v: &[Tensor], scale: f64) -> Result<Tensor> {
+/// Attention with the whole masked score matrix; a query sees `window` keys.
+fn attention_reference(v: &[Tensor], scale: f64, window: usize) -> Result<Tensor> {
     let ((_, t, heads, _), (_, s, kv, _)) = (v[0].dims4()?, v[1].dims4()?);
     let spread = |x: &Tensor| {
         let head = |h| x.narrow(2, h / (heads / kv), 1);
@@ -159,10 +159,10 @@ fn attention_reference(v: &[Tensor], scale: f64) -> Result<Tensor> {
     let scores = (q.matmul(&spread(&v[1])?.t()?)? * scale)?;
     let mask: Vec<f64> = (0..t * s)
         .map(|i| {
-            if i % s <= s - t + i / s {
-                0.0
-            } else {
-                f64::NEG_INFINITY
+            let (query, key) = (s - t + i / s, i % s);
+            match key <= query && query - key < window {
+                true => 0.0,
+                false => f64::NEG_INFINITY,
             }
         })
         .collect();
@@ -189,8 +189,15 @@ fn attention_is_the_masked_softmax() {
         compare(
             &inputs,
             |v| causal_attention(&v[0], &v[1], &v[2], 3.0),
-            |v| attention_reference(v, 3.0),
+            |v| attention_reference(v, 3.0, s),
         );
+        for window in [1, 2, 7, 65, s + 3] {
+            compare(
+                &inputs,
+                |v| sliding_window_attention(&v[0], &v[1], &v[2], 3.0, window),
+                |v| attention_reference(v, 3.0, window),
+            );
+        }
     }
 }
 
@@ -358,6 +365,7 @@ fn element_types_that_do_not_fit_are_errors() {
     assert!(rms_norm(&r(&[2, 3]), &single(&[3]), 1.0).is_err());
     let (q, k) = (r(&[1, 2, 2, 4]), single(&[1, 2, 2, 4]));
     assert!(causal_attention(&q, &k, &q, 1.0).is_err());
+    assert!(sliding_window_attention(&q, &q, &q, 1.0, 0).is_err());
     assert!(causal_attention(&q, &q, &k, 1.0).is_err());
     assert!(weighted_scatter(&r(&[2, 3]), &single(&[2]), &[0, 1].into(), 2).is_err());
     assert!(linear(&half(&[2, 3]), &half(&[2, 3])).is_err());

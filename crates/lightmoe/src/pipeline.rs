@@ -149,7 +149,7 @@ pub fn recover_stage(
         bail!(INTERRUPTED);
     }
     finish_recovery(&mut model)?;
-    let mut writer = CheckpointWriter::new(target, built.dtype())?;
+    let mut writer = CheckpointWriter::new(target, built.dtype(), built.config().family)?;
     model.write(&mut writer)?;
     writer.copy_side_files(built.dir())?;
     Ok(writer.finish(&built.config().raw)?)

@@ -193,7 +193,8 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
     if outcome == Outcome::Interrupted {
         bail!("interrupted; run the same command again to go on");
     }
-    let mut writer = CheckpointWriter::new(&recipe.out, lightmoe_models::DType::BF16)?;
+    let mut writer =
+        CheckpointWriter::new(&recipe.out, lightmoe_models::DType::BF16, config.family)?;
     model.write(&mut writer)?;
     let json = |value: &serde_json::Value| serde_json::to_vec_pretty(value);
     let text = tokenizer

@@ -4,7 +4,7 @@
 
 use crate::config::ModelConfig;
 use crate::layout::BankLayout;
-use crate::{Error, Result, folder};
+use crate::{Error, Result, folder, names};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -171,7 +171,7 @@ impl Checkpoint {
         &self.layout
     }
 
-    /// All tensor names, sorted.
+    /// All tensor names as they stand in the files, sorted.
     pub fn names(&self) -> Vec<&str> {
         let mut names: Vec<&str> = self.by_name.keys().map(String::as_str).collect();
         names.sort_unstable();
@@ -212,7 +212,7 @@ impl Checkpoint {
         }
     }
 
-    /// Reads the tensor `name` of the given shape as f32 on the CPU. A missing tensor, another
+    /// Reads the tensor `name` (our name, see [`names::stored`]) of the given shape as f32 on the CPU. A missing tensor, another
     /// shape, an element type that is no float, NaN and infinity are errors.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let stored = self.find(name, shape)?;
@@ -238,16 +238,17 @@ impl Checkpoint {
     }
 
     /// Where a tensor of this shape lies: nothing is allocated before its size is known to be real.
-    fn find<'a>(&'a self, name: &'a str, shape: &[usize]) -> Result<Stored<'a>> {
-        let found = self.by_name.get(name).map(|&i| &self.files[i]);
-        let Some((file, info)) = found.and_then(|f| Some((f, f.metadata.info(name)?))) else {
+    fn find(&self, name: &str, shape: &[usize]) -> Result<Stored<'_>> {
+        let name = names::stored(self.config.family, name);
+        let found = self.by_name.get(&name).map(|&i| &self.files[i]);
+        let Some((file, info)) = found.and_then(|f| Some((f, f.metadata.info(&name)?))) else {
             let message = format!(
                 "missing, expected {shape:?}; the checkpoint is incomplete or of another family, \
                  download it again"
             );
             return Err(Error::tensor(&self.dir, name, message));
         };
-        let fail = |message: String| Error::tensor(&file.path, name, message);
+        let fail = |message: String| Error::tensor(&file.path, &name, message);
         if info.shape != shape {
             return Err(fail(format!(
                 "shape {:?} contradicts config.json, which implies {shape:?}; use the config.json \
@@ -258,9 +259,9 @@ impl Checkpoint {
         match info.dtype {
             Dtype::F32 | Dtype::BF16 | Dtype::F16 => Ok(Stored {
                 file,
-                name,
                 dtype: info.dtype,
                 start: file.data_start + info.data_offsets.0 as u64,
+                name,
             }),
             other => Err(fail(format!(
                 "element type {other:?} is not supported; convert it to bf16, f16 or f32"
@@ -272,7 +273,7 @@ impl Checkpoint {
 /// A tensor on disk.
 struct Stored<'a> {
     file: &'a TensorFile,
-    name: &'a str,
+    name: String,
     dtype: Dtype,
     start: u64,
 }
@@ -303,7 +304,7 @@ impl Stored<'_> {
                     i * READ_ELEMENTS + at,
                     values[at]
                 );
-                return Err(Error::tensor(&self.file.path, self.name, message));
+                return Err(Error::tensor(&self.file.path, &self.name, message));
             }
         }
         Ok(())

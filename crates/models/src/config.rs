@@ -73,6 +73,8 @@ pub struct MoeConfig {
     pub routed_scaling_factor: f64,
     /// Intermediate size of the shared experts together; 0 means none.
     pub shared_intermediate_size: usize,
+    /// Whether the shared expert's output is scaled by a sigmoid gate of its own (Qwen2-MoE).
+    pub shared_gate: bool,
     /// Weight of the load-balancing loss in the model's own training.
     pub router_aux_loss_coef: f64,
 }
@@ -84,10 +86,12 @@ pub enum Attention {
     GroupedQuery {
         /// Normalisation of queries and keys before the rotation.
         qk_norm: QkNorm,
-        /// Whether the four projections have a bias.
-        bias: bool,
+        /// Which projections have a bias.
+        bias: ProjectionBias,
         /// Queries, keys and values are clamped to `[-clip, clip]`.
         clip_qkv: Option<f64>,
+        /// A query sees this many keys, its own the last; all before it where there is no window.
+        sliding_window: Option<usize>,
     },
     /// Keys and values from one low-rank latent (DeepSeek-V2, section 2.1).
     MultiHeadLatent {
@@ -111,6 +115,19 @@ pub enum QkNorm {
     None,
     /// One RMS norm over the whole projection, all heads together (OLMoE).
     WholeProjection,
+    /// An RMS norm over each head, with one weight for all heads (Qwen3).
+    PerHead,
+}
+
+/// Which attention projections have a bias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProjectionBias {
+    /// None.
+    None,
+    /// Query, key and value (Qwen2).
+    QueryKeyValue,
+    /// These and the output.
+    All,
 }
 
 impl ModelConfig {
@@ -177,12 +194,13 @@ impl ModelConfig {
     /// # Errors
     /// [`Error::Invalid`] naming the family or the setting, if it cannot.
     pub fn check_runnable(&self) -> Result<()> {
-        if let Attention::GroupedQuery { bias, clip_qkv, .. } = self.attention
-            && (bias || clip_qkv.is_some())
+        if let Attention::GroupedQuery {
+            clip_qkv: Some(_), ..
+        } = self.attention
         {
             return Err(Error::Invalid(
-                "a model with `attention_bias` or `clip_qkv` can be counted and planned but not \
-                 run yet; use `--dry-run`, or a model without them"
+                "a model with `clip_qkv` can be counted and planned but not run yet; use \
+                 `--dry-run`, or a model without it"
                     .into(),
             ));
         }
@@ -244,8 +262,9 @@ mod tests {
         assert_eq!((config.pad_token_id, config.bos_token_id), (Some(1), None));
         let attention = Attention::GroupedQuery {
             qk_norm: QkNorm::WholeProjection,
-            bias: false,
+            bias: ProjectionBias::None,
             clip_qkv: None,
+            sliding_window: None,
         };
         assert_eq!(config.attention, attention);
         assert_eq!(config.raw, raw);
@@ -281,9 +300,46 @@ mod tests {
 
     #[test]
     fn what_the_decoder_would_ignore_is_not_run() {
-        for (key, value) in [("clip_qkv", json!(8.0)), ("attention_bias", json!(true))] {
-            let refused = olmoe_with(key, value).unwrap().check_runnable();
-            assert!(refused.unwrap_err().to_string().contains(key));
+        let refused = olmoe_with("clip_qkv", json!(8.0)).unwrap().check_runnable();
+        assert!(refused.unwrap_err().to_string().contains("clip_qkv"));
+    }
+
+    #[test]
+    fn the_facts_of_the_families() {
+        let facts = |name: &str| {
+            let raw = fixture(&format!("parity/{name}/config.json"));
+            let config = ModelConfig::from_json(&raw, Path::new("c")).unwrap();
+            config.check_runnable().unwrap();
+            let Attention::GroupedQuery {
+                qk_norm,
+                bias,
+                sliding_window,
+                ..
+            } = config.attention
+            else {
+                panic!("{name} has latent attention");
+            };
+            let shared = (config.moe.shared_intermediate_size, config.moe.shared_gate);
+            let renormalize = config.moe.renormalize;
+            (qk_norm, bias, sliding_window, renormalize, shared)
+        };
+        let (plain, qkv) = (ProjectionBias::None, ProjectionBias::QueryKeyValue);
+        let mixtral = (QkNorm::None, plain, Some(6), true, (0, false));
+        assert_eq!(facts("mixtral"), mixtral);
+        // A window that is written down but not used.
+        let qwen2 = (QkNorm::None, qkv, None, false, (40, true));
+        assert_eq!(facts("qwen2_moe"), qwen2);
+        let qwen3 = (QkNorm::PerHead, plain, None, true, (0, false));
+        assert_eq!(facts("qwen3_moe"), qwen3);
+        for (key, value) in [
+            ("decoder_sparse_step", json!(2)),
+            ("mlp_only_layers", json!([1])),
+            ("use_sliding_window", json!(true)),
+            ("head_dim", json!(15)),
+            ("hidden_act", json!("gelu")),
+        ] {
+            let refused = changed("parity/qwen3_moe/config.json", key, value);
+            assert_refused(refused, &[key]);
         }
     }
 

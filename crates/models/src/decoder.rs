@@ -1,8 +1,9 @@
 //! The whole model: embedding, layers, last norm, head.
 
+use crate::attention::LayerCache;
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
-use crate::layer::{Layer, LayerCache, ParameterKind, Routing};
+use crate::layer::{Layer, ParameterKind, Routing, Visitor};
 use crate::writer::CheckpointWriter;
 use crate::{Error, Result, names};
 use candle_core::{Device, Tensor};
@@ -204,10 +205,7 @@ impl Decoder {
     }
 
     /// Every parameter with its full name, to train, replace or inspect it.
-    pub fn visit(
-        &mut self,
-        f: &mut dyn FnMut(&str, ParameterKind, &mut Tensor) -> Result<()>,
-    ) -> Result<()> {
+    pub fn visit(&mut self, f: &mut Visitor<'_>) -> Result<()> {
         f(names::EMBED, ParameterKind::Embedding, &mut self.ends.embed)?;
         for (l, layer) in self.layers.iter_mut().enumerate() {
             layer.visit(&mut |name, kind, tensor| f(&names::layer(l, name), kind, tensor))?;

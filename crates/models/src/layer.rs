@@ -1,13 +1,16 @@
-//! One decoder layer: attention with QK-norm and rotary positions, then the mixture of experts.
+//! One decoder layer: attention, then the mixture of experts, each on the normed residual stream.
 //!
-//! Follows `OlmoeDecoderLayer` of `transformers` and the OLMoE paper (arXiv 2409.02060).
+//! Follows the decoder layers of `transformers`, whose families differ in the facts of
+//! [`crate::ModelConfig`] alone.
 
+use crate::attention::{LayerCache, SelfAttention};
 use crate::bank::Bank;
 use crate::checkpoint::Checkpoint;
-use crate::config::{Attention, ModelConfig, QkNorm};
+use crate::config::ModelConfig;
+use crate::shared::SharedExpert;
 use crate::{Error, Result, names};
 use candle_core::{D, Tensor};
-use lightmoe_kernels::{Rope, apply_rope, causal_attention, linear, rms_norm, top_k};
+use lightmoe_kernels::{Rope, linear, rms_norm, top_k};
 
 /// What a parameter belongs to; decides who trains it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,11 +25,20 @@ pub enum ParameterKind {
     Router,
     /// Matrices of dense slots.
     Expert,
+    /// The expert that every token passes, and its gate.
+    SharedExpert,
     /// Shared bases.
     Base,
     /// Low-rank adapters.
     Adapter,
 }
+
+/// What is called with each parameter of a part: its name within the part, its kind, itself.
+pub type Visitor<'a> = dyn FnMut(&str, ParameterKind, &mut Tensor) -> Result<()> + 'a;
+
+/// Where the tensors of a layer come from, by name within the layer and shape: a checkpoint, or
+/// fresh random numbers.
+pub(crate) type Source<'a> = dyn Fn(&str, &[usize]) -> Result<Tensor> + 'a;
 
 /// What the router decided for the tokens of a batch.
 #[derive(Debug, Clone)]
@@ -41,46 +53,14 @@ pub struct Routing {
     pub gates: Tensor,
 }
 
-/// Keys and values of one layer seen so far, `[B, S, kv_heads, D]` each.
-#[derive(Debug, Clone, Default)]
-pub struct LayerCache(Option<(Tensor, Tensor)>);
-
-impl LayerCache {
-    fn append(&mut self, k: Tensor, v: Tensor) -> Result<(Tensor, Tensor)> {
-        let (k, v) = match self.0.take() {
-            Some((old_k, old_v)) => (
-                Tensor::cat(&[&old_k, &k], 1)?,
-                Tensor::cat(&[&old_v, &v], 1)?,
-            ),
-            None => (k, v),
-        };
-        // Without their history, or a model under training would keep the graph of every step.
-        self.0 = Some((k.detach(), v.detach()));
-        Ok((k, v))
-    }
-
-    /// Number of cached positions.
-    pub fn len(&self) -> usize {
-        self.0.as_ref().map_or(0, |(k, _)| k.dims()[1])
-    }
-
-    /// Whether nothing is cached.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
 /// The weights of one decoder layer.
 #[derive(Debug, Clone)]
 pub struct Layer {
     pub(crate) input_norm: Tensor,
-    pub(crate) q: Tensor,
-    pub(crate) k: Tensor,
-    pub(crate) v: Tensor,
-    pub(crate) o: Tensor,
-    pub(crate) qk_norm: Option<(Tensor, Tensor)>,
+    pub(crate) attention: SelfAttention,
     pub(crate) post_norm: Tensor,
     pub(crate) router: Tensor,
+    pub(crate) shared: Option<SharedExpert>,
     /// The experts.
     pub bank: Bank,
 }
@@ -90,41 +70,20 @@ impl Layer {
     pub fn load(checkpoint: &Checkpoint, layer: usize) -> Result<Self> {
         let config = checkpoint.config();
         config.check_runnable()?;
-        let (h, d) = (config.hidden_size, config.head_dim);
-        let (q, kv) = (config.num_heads * d, config.num_kv_heads * d);
+        let h = config.hidden_size;
         let get =
             |rest: &str, shape: &[usize]| checkpoint.tensor(&names::layer(layer, rest), shape);
         let layout = checkpoint.layout().layers.get(&layer).ok_or_else(|| {
             Error::Invalid(format!("layer {layer} is no MoE layer; choose another"))
         })?;
-        let qk_norm = match Self::has_qk_norm(config) {
-            true => Some((
-                get("self_attn.q_norm", &[q])?,
-                get("self_attn.k_norm", &[kv])?,
-            )),
-            _ => None,
-        };
         Ok(Self {
             input_norm: get("input_layernorm", &[h])?,
-            q: get("self_attn.q_proj", &[q, h])?,
-            k: get("self_attn.k_proj", &[kv, h])?,
-            v: get("self_attn.v_proj", &[kv, h])?,
-            o: get("self_attn.o_proj", &[h, q])?,
-            qk_norm,
+            attention: SelfAttention::build(config, &get)?,
             post_norm: get("post_attention_layernorm", &[h])?,
             router: get("mlp.gate", &[config.moe.num_experts, h])?,
+            shared: SharedExpert::build(config, &get)?,
             bank: Bank::load(checkpoint, layer, layout)?,
         })
-    }
-
-    pub(crate) fn has_qk_norm(config: &ModelConfig) -> bool {
-        matches!(
-            config.attention,
-            Attention::GroupedQuery {
-                qk_norm: QkNorm::WholeProjection,
-                ..
-            }
-        )
     }
 
     /// `x: [B, T, H]` → (`[B, T, H]`, what the router decided). With a cache the tokens continue it.
@@ -135,39 +94,16 @@ impl Layer {
         rope: &Rope,
         cache: Option<&mut LayerCache>,
     ) -> Result<(Tensor, Routing)> {
-        let x = (x + self.attention(x, config, rope, cache)?)?;
+        let normed = rms_norm(x, &self.input_norm, config.rms_norm_eps)?;
+        let x = (x + self.attention.forward(&normed, config, rope, cache)?)?;
         let (b, t, h) = x.dims3()?;
         let flat = rms_norm(&x, &self.post_norm, config.rms_norm_eps)?.reshape((b * t, h))?;
         let routing = self.route(&flat, config)?;
-        let y = self.bank.forward(&flat, &routing.gates, &routing.chosen)?;
-        Ok(((x + y.reshape((b, t, h))?)?, routing))
-    }
-
-    fn attention(
-        &self,
-        x: &Tensor,
-        config: &ModelConfig,
-        rope: &Rope,
-        cache: Option<&mut LayerCache>,
-    ) -> Result<Tensor> {
-        let (b, t, _) = x.dims3()?;
-        let (heads, kv_heads, d) = (config.num_heads, config.num_kv_heads, config.head_dim);
-        let x = rms_norm(x, &self.input_norm, config.rms_norm_eps)?;
-        let (mut q, mut k) = (linear(&x, &self.q)?, linear(&x, &self.k)?);
-        if let Some((q_norm, k_norm)) = &self.qk_norm {
-            q = rms_norm(&q, q_norm, config.rms_norm_eps)?;
-            k = rms_norm(&k, k_norm, config.rms_norm_eps)?;
+        let mut y = self.bank.forward(&flat, &routing.gates, &routing.chosen)?;
+        if let Some(shared) = &self.shared {
+            y = (y + shared.forward(&flat)?)?;
         }
-        let v = linear(&x, &self.v)?.reshape((b, t, kv_heads, d))?;
-        let offset = cache.as_ref().map_or(0, |c| c.len());
-        let q = apply_rope(&q.reshape((b, t, heads, d))?, rope, offset)?;
-        let k = apply_rope(&k.reshape((b, t, kv_heads, d))?, rope, offset)?;
-        let (k, v) = match cache {
-            Some(cache) => cache.append(k, v)?,
-            None => (k, v),
-        };
-        let y = causal_attention(&q, &k, &v, 1.0 / (d as f64).sqrt())?;
-        Ok(linear(&y.reshape((b, t, heads * d))?, &self.o)?)
+        Ok(((x + y.reshape((b, t, h))?)?, routing))
     }
 
     fn route(&self, x: &Tensor, config: &ModelConfig) -> Result<Routing> {
@@ -199,22 +135,15 @@ impl Layer {
 
     /// Every parameter with its name within the layer, to train, replace or inspect it. Stacked
     /// expert tensors come as one parameter each.
-    pub fn visit(
-        &mut self,
-        f: &mut dyn FnMut(&str, ParameterKind, &mut Tensor) -> Result<()>,
-    ) -> Result<()> {
-        use ParameterKind::{Adapter, Attention, Base, Expert, Norm, Router};
+    pub fn visit(&mut self, f: &mut Visitor<'_>) -> Result<()> {
+        use ParameterKind::{Adapter, Base, Expert, Norm, Router};
         f("input_layernorm", Norm, &mut self.input_norm)?;
-        f("self_attn.q_proj", Attention, &mut self.q)?;
-        f("self_attn.k_proj", Attention, &mut self.k)?;
-        f("self_attn.v_proj", Attention, &mut self.v)?;
-        f("self_attn.o_proj", Attention, &mut self.o)?;
-        if let Some((q_norm, k_norm)) = &mut self.qk_norm {
-            f("self_attn.q_norm", Norm, q_norm)?;
-            f("self_attn.k_norm", Norm, k_norm)?;
-        }
+        self.attention.visit(f)?;
         f("post_attention_layernorm", Norm, &mut self.post_norm)?;
         f("mlp.gate", Router, &mut self.router)?;
+        if let Some(shared) = &mut self.shared {
+            shared.visit(f)?;
+        }
         let bank = &mut self.bank;
         let mut stack = |what: &str, kind, stack: Option<&mut crate::bank::Projections>| {
             for (name, tensor) in stack.into_iter().flat_map(|s| s.named_mut()) {
@@ -236,18 +165,24 @@ impl Layer {
         Ok(())
     }
 
-    /// The layer's tensors under the names of the checkpoint.
+    /// The layer's tensors.
     pub fn tensors(&self, layer: usize) -> Result<Vec<(String, Tensor)>> {
+        let mut out = self.tensors_beside_bank(layer)?;
+        out.extend(self.bank.tensors(layer)?);
+        Ok(out)
+    }
+
+    /// The tensors of all that compression leaves alone: everything but the bank.
+    pub fn tensors_beside_bank(&self, layer: usize) -> Result<Vec<(String, Tensor)>> {
         let mut out = Vec::new();
         // Visiting wants a mutable layer; cloning one copies handles, not weights.
         self.clone().visit(&mut |name, kind, tensor| {
-            use ParameterKind::{Attention, Norm, Router};
-            if matches!(kind, Attention | Norm | Router) {
+            use ParameterKind::{Attention, Norm, Router, SharedExpert};
+            if matches!(kind, Attention | Norm | Router | SharedExpert) {
                 out.push((names::layer(layer, name), tensor.clone()));
             }
             Ok(())
         })?;
-        out.extend(self.bank.tensors(layer)?);
         Ok(out)
     }
 }

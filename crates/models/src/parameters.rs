@@ -3,7 +3,7 @@
 //! Arithmetic saturates, so that a damaged file gives an absurd count (which
 //! [`ModelConfig::from_json`] refuses) and not an overflow.
 
-use crate::config::{Attention, ModelConfig, QkNorm};
+use crate::config::{Attention, ModelConfig, ProjectionBias, QkNorm};
 
 /// How many parameters each part of a model has, all layers together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -18,7 +18,7 @@ pub struct ParameterCounts {
     pub router: u64,
     /// Routed experts.
     pub routed_experts: u64,
-    /// Shared experts.
+    /// Shared experts, their gate included.
     pub shared_experts: u64,
     /// MLPs of the layers without experts.
     pub dense_mlp: u64,
@@ -73,7 +73,10 @@ impl ModelConfig {
             routed_experts: self
                 .expert_parameters()
                 .saturating_mul(product(&[moe_layers, self.moe.num_experts])),
-            shared_experts: product(&[3, moe_layers, hidden, self.moe.shared_intermediate_size]),
+            shared_experts: sum(&[
+                product(&[3, moe_layers, hidden, self.moe.shared_intermediate_size]),
+                product(&[usize::from(self.moe.shared_gate), moe_layers, hidden]),
+            ]),
             dense_mlp: product(&[
                 3,
                 self.first_dense_layers,
@@ -115,15 +118,16 @@ impl ModelConfig {
                 let query = product(&[self.num_heads, self.head_dim]);
                 let key = product(&[self.num_kv_heads, self.head_dim]);
                 let widths = sum(&[query, key, key]);
-                let biases = if *bias {
-                    sum(&[widths, hidden as u64])
-                } else {
-                    0
+                let biases = match bias {
+                    ProjectionBias::None => 0,
+                    ProjectionBias::QueryKeyValue => widths,
+                    ProjectionBias::All => sum(&[widths, hidden as u64]),
                 };
                 let matrices = sum(&[widths, query]).saturating_mul(hidden as u64);
                 let norms = match qk_norm {
                     QkNorm::None => 0,
                     QkNorm::WholeProjection => sum(&[query, key]),
+                    QkNorm::PerHead => product(&[2, self.head_dim]),
                 };
                 (sum(&[matrices, biases]), norms)
             }
@@ -152,6 +156,7 @@ impl ModelConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
     use std::path::Path;
 
     fn config(name: &str) -> ModelConfig {
@@ -184,6 +189,36 @@ mod tests {
         assert!((2.2..2.8).contains(&active), "{active}");
     }
 
+    /// The published sizes, from the facts of the published configurations.
+    #[test]
+    fn other_families_have_their_published_sizes() {
+        let mixtral = json!({
+            "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096,
+            "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+        });
+        let qwen2 = json!({
+            "model_type": "qwen2_moe", "vocab_size": 151936, "hidden_size": 2048,
+            "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+            "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16,
+            "num_experts": 60, "num_experts_per_tok": 4,
+        });
+        let qwen3 = json!({
+            "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
+            "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+            "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+            "num_experts_per_tok": 8, "norm_topk_prob": true,
+        });
+        for (config, total) in [
+            (mixtral, 46_702_792_704),
+            (qwen2, 14_315_784_192),
+            (qwen3, 30_532_122_624),
+        ] {
+            let config = ModelConfig::from_json(&config, Path::new("config.json")).unwrap();
+            assert_eq!(config.parameters().total(), total, "{}", config.family);
+        }
+    }
+
     #[test]
     fn a_tied_head_a_bias_and_a_query_latent_change_the_count() {
         let mut tied = config("configs/olmoe-1b-7b-0924.json");
@@ -195,7 +230,7 @@ mod tests {
             config("configs/olmoe-1b-7b-0924.json").active_parameters()
         );
         if let Attention::GroupedQuery { bias, .. } = &mut tied.attention {
-            *bias = true;
+            *bias = ProjectionBias::All;
         }
         let biases = tied.parameters().attention - before.attention;
         assert_eq!(biases, 16 * 4 * 2048);
@@ -210,21 +245,20 @@ mod tests {
         assert_eq!(low.norms - full.norms, 27 * 100);
     }
 
-    /// The committed checkpoint holds as many values as its configuration promises.
+    /// The committed checkpoints hold as many values as their configurations promise.
     #[test]
     fn the_count_agrees_with_real_tensors() {
-        let folder = format!(
-            "{}/../../fixtures/parity/olmoe/",
-            env!("CARGO_MANIFEST_DIR")
-        );
-        let bytes = std::fs::read(folder + "model.safetensors").unwrap();
-        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        let stored: usize = tensors
-            .tensors()
-            .iter()
-            .map(|(_, view)| view.shape().iter().product::<usize>())
-            .sum();
-        let counts = config("parity/olmoe/config.json").parameters();
-        assert_eq!(counts.total(), stored as u64);
+        for family in ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe"] {
+            let root = env!("CARGO_MANIFEST_DIR");
+            let folder = format!("{root}/../../fixtures/parity/{family}/");
+            let bytes = std::fs::read(folder + "model.safetensors").unwrap();
+            let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            let sizes = tensors.tensors().into_iter();
+            let stored: usize = sizes
+                .map(|(_, view)| view.shape().iter().product::<usize>())
+                .sum();
+            let counts = config(&format!("parity/{family}/config.json")).parameters();
+            assert_eq!(counts.total(), stored as u64, "{family}");
+        }
     }
 }

@@ -1,11 +1,13 @@
 //! Random numbers: one seed, named streams, the same numbers on every machine; and what is drawn
 //! from them, fresh adapters and fresh models.
 
+use crate::attention::SelfAttention;
 use crate::bank::{Adapters, Bank, Projections};
 use crate::config::ModelConfig;
 use crate::decoder::{Decoder, Ends};
 use crate::layer::Layer;
 use crate::layout::LayerLayout;
+use crate::shared::SharedExpert;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use rand::{Rng, SeedableRng};
@@ -90,10 +92,6 @@ impl Decoder {
             gaussian(&mut stream(seed, &format!("init/{name}")), std, shape)
         };
         let ones = |n: usize| Tensor::ones(n, DType::F32, &Device::Cpu);
-        let (q, kv) = (
-            config.num_heads * config.head_dim,
-            config.num_kv_heads * config.head_dim,
-        );
         let f = config.moe.intermediate_size;
         if config.first_dense_layers > 0 {
             return Err(Error::Invalid(
@@ -107,17 +105,27 @@ impl Decoder {
                 up: draw(&at("up_proj"), inverse(h), &[e, f, h])?,
                 down: draw(&at("down_proj"), inverse(f) * residual, &[e, h, f])?,
             };
+            // Norms are one, biases zero, matrices Gaussian, each from a stream of its own.
+            let fresh = |name: &str, shape: &[usize]| -> Result<Tensor> {
+                let stream = match name.strip_prefix("self_attn.") {
+                    Some(short) => short.trim_end_matches("_proj"),
+                    None => name,
+                };
+                match (name.rsplit('.').next().unwrap_or(name), shape) {
+                    ("bias", _) => Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?),
+                    (_, &[n]) => Ok(ones(n)?),
+                    ("o_proj" | "down_proj", &[_, width]) => {
+                        draw(&at(stream), inverse(width) * residual, shape)
+                    }
+                    _ => draw(&at(stream), inverse(h), shape),
+                }
+            };
             Ok(Layer {
                 input_norm: ones(h)?,
-                q: draw(&at("q"), inverse(h), &[q, h])?,
-                k: draw(&at("k"), inverse(h), &[kv, h])?,
-                v: draw(&at("v"), inverse(h), &[kv, h])?,
-                o: draw(&at("o"), inverse(q) * residual, &[h, q])?,
-                qk_norm: Layer::has_qk_norm(config)
-                    .then(|| Ok::<_, Error>((ones(q)?, ones(kv)?)))
-                    .transpose()?,
+                attention: SelfAttention::build(config, &fresh)?,
                 post_norm: ones(h)?,
                 router: draw(&at("router"), inverse(h), &[e, h])?,
+                shared: SharedExpert::build(config, &fresh)?,
                 bank: Bank::of_dense(&LayerLayout::dense(e), dense),
             })
         });

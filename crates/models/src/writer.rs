@@ -1,8 +1,9 @@
 //! Writing a model folder: tensors into safetensors shards, an index, side files, `config.json`.
 
 use crate::checkpoint::{INDEX, SINGLE};
+use crate::families::Family;
 use crate::folder::PartialFolder;
-use crate::{Error, Result};
+use crate::{Error, Result, names};
 use candle_core::{DType, Tensor};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -32,6 +33,7 @@ const WEIGHTS: [&str; 11] = [
 pub struct CheckpointWriter {
     folder: PartialFolder,
     dtype: Dtype,
+    family: Family,
     shard_bytes: usize,
     names: HashSet<String>,
     pending: Vec<(String, Vec<usize>, Vec<u8>)>,
@@ -42,9 +44,9 @@ pub struct CheckpointWriter {
 
 impl CheckpointWriter {
     /// Begins a folder that appears at `target` on [`CheckpointWriter::finish`]; tensors are stored
-    /// as `dtype` (f32, bf16 or f16). A folder at `target` is replaced as a whole, if it is empty or
-    /// has a `config.json`; any other is an error.
-    pub fn new(target: &Path, dtype: DType) -> Result<Self> {
+    /// as `dtype` (f32, bf16 or f16), under the names of `family`. A folder at `target` is replaced as
+    /// a whole, if it is empty or has a `config.json`; any other is an error.
+    pub fn new(target: &Path, dtype: DType, family: Family) -> Result<Self> {
         let dtype = match dtype {
             DType::F32 => Dtype::F32,
             DType::BF16 => Dtype::BF16,
@@ -60,6 +62,7 @@ impl CheckpointWriter {
         Ok(Self {
             folder,
             dtype,
+            family,
             shard_bytes: SHARD_BYTES,
             names: HashSet::new(),
             pending: Vec::new(),
@@ -89,10 +92,10 @@ impl CheckpointWriter {
         self
     }
 
-    /// Adds one tensor. A second one of a name, and a number that is not finite as stored, are
-    /// errors.
-    pub fn push(&mut self, name: impl Into<String>, tensor: &Tensor) -> Result<()> {
-        let name = name.into();
+    /// Adds one tensor by our name for it. A second one of a name, and a number that is not finite as
+    /// stored, are errors.
+    pub fn push(&mut self, name: impl AsRef<str>, tensor: &Tensor) -> Result<()> {
+        let name = names::stored(self.family, name.as_ref());
         let fail = |message: String| Error::tensor(self.folder.target(), &name, message);
         if self.names.contains(&name) {
             return Err(fail(

@@ -4,7 +4,7 @@
 mod support;
 
 use candle_core::DType;
-use lightmoe_models::{Checkpoint, CheckpointWriter, Decoder, names};
+use lightmoe_models::{Checkpoint, CheckpointWriter, Decoder, Family, names};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -244,6 +244,6 @@ fn a_folder_lost_in_a_kill_is_pointed_to() {
     assert!(message.contains(&*old.to_string_lossy()) && message.contains("rename"));
     // A reader leaves it alone; the next writer puts it back before it begins.
     assert!(!path.exists());
-    drop(CheckpointWriter::new(&path, DType::F32).unwrap());
+    drop(CheckpointWriter::new(&path, DType::F32, Family::Olmoe).unwrap());
     Decoder::load(&open(&path)).unwrap();
 }

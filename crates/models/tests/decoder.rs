@@ -5,7 +5,8 @@ mod support;
 
 use candle_core::{DType, Tensor, Var};
 use lightmoe_models::{
-    Adapters, BankLayout, CheckpointWriter, Decoder, GenerateOptions, Tokens, generate, names,
+    Adapters, BankLayout, CheckpointWriter, Decoder, Family, GenerateOptions, Tokens, generate,
+    names,
 };
 use std::collections::HashSet;
 use std::path::Path;
@@ -230,7 +231,7 @@ fn sampling_follows_its_seed() {
 }
 
 fn write(model: &Decoder, path: &Path, config: &serde_json::Value) -> Decoder {
-    let mut writer = CheckpointWriter::new(path, DType::F32).unwrap();
+    let mut writer = CheckpointWriter::new(path, DType::F32, Family::Olmoe).unwrap();
     model.write(&mut writer).unwrap();
     writer.finish(config).unwrap();
     Decoder::load(&open(path)).unwrap()

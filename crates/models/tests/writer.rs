@@ -4,7 +4,7 @@
 mod support;
 
 use candle_core::{DType, Device, Tensor};
-use lightmoe_models::CheckpointWriter;
+use lightmoe_models::{CheckpointWriter, Family};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -15,7 +15,7 @@ fn tensor(values: &[f32]) -> Tensor {
 }
 
 fn begin(path: &Path, dtype: DType) -> CheckpointWriter {
-    CheckpointWriter::new(path, dtype).unwrap()
+    CheckpointWriter::new(path, dtype, Family::Olmoe).unwrap()
 }
 
 #[test]
@@ -111,7 +111,7 @@ fn a_folder_of_other_things_is_not_replaced() {
     fs::create_dir(&target).unwrap();
     begin(&target, DType::F32);
     fs::write(target.join("thesis.tex"), "years of work").unwrap();
-    let message = CheckpointWriter::new(&target, DType::F32)
+    let message = CheckpointWriter::new(&target, DType::F32, Family::Olmoe)
         .err()
         .unwrap()
         .to_string();
@@ -170,7 +170,9 @@ fn what_could_not_be_read_back_is_not_written() {
     writer.push("v", &tensor(&[2.0])).unwrap();
     writer.finish(&config()).unwrap();
     assert_eq!(open(&path).names(), ["v", "w"]);
-    let integers = CheckpointWriter::new(&path, DType::U8).err().unwrap();
+    let integers = CheckpointWriter::new(&path, DType::U8, Family::Olmoe)
+        .err()
+        .unwrap();
     assert!(integers.to_string().contains("bf16"));
 }
 

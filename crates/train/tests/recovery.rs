@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Tensor};
 use lightmoe_models::{
-    Adapters, BankLayout, Checkpoint, CheckpointWriter, Decoder, LayerLayout, ModelConfig,
+    Adapters, BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, LayerLayout, ModelConfig,
     ParameterKind, SlotLayout, Tokens,
 };
 use lightmoe_train::{
@@ -88,7 +88,7 @@ impl Models {
 }
 
 fn write(model: &Decoder, path: &Path, config: &serde_json::Value) -> Checkpoint {
-    let mut writer = CheckpointWriter::new(path, DType::F32).unwrap();
+    let mut writer = CheckpointWriter::new(path, DType::F32, Family::Olmoe).unwrap();
     model.write(&mut writer).unwrap();
     writer.finish(config).unwrap();
     Checkpoint::open(path).unwrap()

@@ -47,7 +47,7 @@ pub fn random_checkpoint(
     folder: &TempDir,
 ) -> Checkpoint {
     let path = folder.path().join("model");
-    let mut writer = CheckpointWriter::new(&path, dtype).unwrap();
+    let mut writer = CheckpointWriter::new(&path, dtype, config.family).unwrap();
     let model = Decoder::random(config, seed).unwrap();
     model.write(&mut writer).unwrap();
     writer.finish(&config.raw).unwrap();

@@ -51,7 +51,7 @@ pub(super) fn read(keys: &Keys<'_>, raw: &Value) -> Result<ModelConfig> {
             v_head_dim: keys.size("v_head_dim", None)?,
         },
         rms_norm_eps: keys.positive("rms_norm_eps", Some(1e-6))?,
-        rope_theta: keys.rope_theta(&["yarn"])?,
+        rope_theta: keys.rope_theta(10_000.0, &["yarn"])?,
         max_position_embeddings: keys.size("max_position_embeddings", None)?,
         tie_word_embeddings: keys.flag("tie_word_embeddings", false)?,
         moe: MoeConfig {
@@ -62,6 +62,7 @@ pub(super) fn read(keys: &Keys<'_>, raw: &Value) -> Result<ModelConfig> {
             routed_scaling_factor: keys.positive("routed_scaling_factor", Some(1.0))?,
             shared_intermediate_size: intermediate_size
                 .saturating_mul(keys.count("n_shared_experts", Some(0))?),
+            shared_gate: false,
             router_aux_loss_coef: keys.non_negative("aux_loss_alpha", Some(0.001))?,
         },
         first_dense_layers,

@@ -6,14 +6,17 @@
 //! both, they must agree.
 
 mod deepseek_v2;
+mod mixtral;
 mod olmoe;
+mod qwen2_moe;
+mod qwen3_moe;
 
 use std::fmt;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::config::ModelConfig;
+use crate::config::{Attention, ModelConfig, MoeConfig, ProjectionBias};
 use crate::{Error, Result};
 
 /// A model family that we can read.
@@ -21,28 +24,40 @@ use crate::{Error, Result};
 pub enum Family {
     /// OLMoE (arXiv 2409.02060).
     Olmoe,
+    /// Mixtral (arXiv 2401.04088).
+    Mixtral,
+    /// Qwen1.5-MoE and Qwen2-MoE (arXiv 2407.10671).
+    Qwen2Moe,
+    /// Qwen3-MoE (arXiv 2505.09388).
+    Qwen3Moe,
     /// DeepSeek-V2 and DeepSeek-V2-Lite (arXiv 2405.04434).
     DeepseekV2,
 }
 
 impl Family {
     /// Every family, in the order in which messages list them.
-    pub const ALL: [Self; 2] = [Self::Olmoe, Self::DeepseekV2];
+    pub const ALL: [Self; 5] = [
+        Self::Olmoe,
+        Self::Mixtral,
+        Self::Qwen2Moe,
+        Self::Qwen3Moe,
+        Self::DeepseekV2,
+    ];
 
     /// The family's `model_type`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Olmoe => "olmoe",
+            Self::Mixtral => "mixtral",
+            Self::Qwen2Moe => "qwen2_moe",
+            Self::Qwen3Moe => "qwen3_moe",
             Self::DeepseekV2 => "deepseek_v2",
         }
     }
 
     /// Whether the decoder can run the family.
     pub fn is_runnable(self) -> bool {
-        match self {
-            Self::Olmoe => true,
-            Self::DeepseekV2 => false,
-        }
+        self != Self::DeepseekV2
     }
 }
 
@@ -73,11 +88,56 @@ pub(crate) fn read(value: &Value, path: &Path) -> Result<ModelConfig> {
     let model_type = keys.text("model_type", None)?;
     match Family::ALL.into_iter().find(|f| f.name() == model_type) {
         Some(Family::Olmoe) => olmoe::read(&keys, value),
+        Some(Family::Mixtral) => mixtral::read(&keys, value),
+        Some(Family::Qwen2Moe) => qwen2_moe::read(&keys, value),
+        Some(Family::Qwen3Moe) => qwen3_moe::read(&keys, value),
         Some(Family::DeepseekV2) => deepseek_v2::read(&keys, value),
         None => Err(keys.error(format!(
             "`model_type` is `{model_type}`; use a model of one of the supported types: {}",
             names(|_| true)
         ))),
+    }
+}
+
+/// A model whose layers all have ordinary attention and experts; numbers are what `transformers`
+/// takes where the file does not say.
+struct Uniform {
+    family: Family,
+    attention: Attention,
+    moe: MoeConfig,
+    rms_norm_eps: f64,
+    rope_theta: f64,
+    max_position_embeddings: usize,
+}
+
+impl Uniform {
+    /// Reads what the families do not differ in.
+    fn read(self, keys: &Keys<'_>, raw: &Value) -> Result<ModelConfig> {
+        keys.one_of("hidden_act", &["silu"])?;
+        let hidden_size = keys.size("hidden_size", None)?;
+        let (num_heads, num_kv_heads) = keys.heads()?;
+        let positions = Some(self.max_position_embeddings);
+        Ok(ModelConfig {
+            family: self.family,
+            vocab_size: keys.size("vocab_size", None)?,
+            hidden_size,
+            num_layers: keys.size("num_hidden_layers", None)?,
+            num_heads,
+            num_kv_heads,
+            head_dim: keys.head_dim(hidden_size, num_heads)?,
+            attention: self.attention,
+            rms_norm_eps: keys.positive("rms_norm_eps", Some(self.rms_norm_eps))?,
+            rope_theta: keys.rope_theta(self.rope_theta, &[])?,
+            max_position_embeddings: keys.size("max_position_embeddings", positions)?,
+            tie_word_embeddings: keys.flag("tie_word_embeddings", false)?,
+            moe: self.moe,
+            first_dense_layers: 0,
+            dense_intermediate_size: 0,
+            eos_token_id: keys.token("eos_token_id")?,
+            pad_token_id: keys.token("pad_token_id")?,
+            bos_token_id: keys.token("bos_token_id")?,
+            raw: raw.clone(),
+        })
     }
 }
 
@@ -204,8 +264,50 @@ impl<'a> Keys<'a> {
         Ok((heads, kv_heads))
     }
 
-    /// The rotary base, from either spelling. The kinds of scaling in `allowed` pass.
-    fn rope_theta(&self, allowed: &[&str]) -> Result<f64> {
+    /// Width of a head: its own key, or the hidden size over the heads.
+    fn head_dim(&self, hidden_size: usize, heads: usize) -> Result<usize> {
+        let width = self.size("head_dim", Some((hidden_size / heads).max(1)))?;
+        if !width.is_multiple_of(2) {
+            return Err(self.error(format!(
+                "a head of {width} numbers cannot be rotated; correct `head_dim`, or \
+                 `hidden_size` and `num_attention_heads`"
+            )));
+        }
+        Ok(width)
+    }
+
+    /// `attention_bias`: all four projections or none.
+    fn attention_bias(&self) -> Result<ProjectionBias> {
+        Ok(match self.flag("attention_bias", false)? {
+            true => ProjectionBias::All,
+            false => ProjectionBias::None,
+        })
+    }
+
+    /// Refuses what Qwen's configs can ask for and no published model does: dense layers among
+    /// the others, and windows in some of them.
+    fn uniform_layers(&self) -> Result<()> {
+        if self.size("decoder_sparse_step", Some(1))? != 1 {
+            let message =
+                "`decoder_sparse_step` must be 1; use a model with experts in every layer";
+            return Err(self.error(message));
+        }
+        let dense = self.get("mlp_only_layers").and_then(Value::as_array);
+        if dense.is_some_and(|layers| !layers.is_empty()) {
+            let message =
+                "`mlp_only_layers` must be empty; use a model with experts in every layer";
+            return Err(self.error(message));
+        }
+        if self.flag("use_sliding_window", false)? {
+            let message = "`use_sliding_window` is not supported; use a model with full attention";
+            return Err(self.error(message));
+        }
+        Ok(())
+    }
+
+    /// The rotary base, from either spelling, `default` where neither is there. The kinds of
+    /// scaling in `allowed` pass.
+    fn rope_theta(&self, default: f64, allowed: &[&str]) -> Result<f64> {
         let mut inner_theta = None;
         for key in ["rope_parameters", "rope_scaling"] {
             let Some(value) = self.get(key) else { continue };
@@ -230,7 +332,7 @@ impl<'a> Keys<'a> {
                 inner_theta = Some(inner.positive("rope_theta", theta.as_f64())?);
             }
         }
-        let theta = self.positive("rope_theta", Some(inner_theta.unwrap_or(10_000.0)))?;
+        let theta = self.positive("rope_theta", Some(inner_theta.unwrap_or(default)))?;
         if inner_theta.is_some_and(|inner| inner != theta) {
             let message = "`rope_theta` differs from the one in `rope_parameters`; remove one";
             return Err(self.error(message));

@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use lightmoe_models::{
-    Bank, BankLayout, Checkpoint, CheckpointWriter, Decoder, LayerLayout, ModelConfig, Projections,
-    SlotLayout, Tokens, load_experts, names,
+    Bank, BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, LayerLayout, ModelConfig,
+    Projections, SlotLayout, Tokens, load_experts, names,
 };
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
@@ -191,7 +191,7 @@ impl Folder {
     /// Writes tensors and config as the checkpoint `name`.
     pub fn write(&self, name: &str, tensors: &[(String, Tensor)], config: &Value) -> PathBuf {
         let path = self.path(name);
-        let mut writer = CheckpointWriter::new(&path, DType::F32).unwrap();
+        let mut writer = CheckpointWriter::new(&path, DType::F32, Family::Olmoe).unwrap();
         for (name, tensor) in tensors {
             writer.push(name, tensor).unwrap();
         }
@@ -287,7 +287,7 @@ pub fn original_tensors(folder: &Folder) -> Vec<(String, Tensor)> {
 }
 
 pub fn write_sharded(path: &Path, tensors: &[(String, Tensor)], dtype: DType, shard_bytes: usize) {
-    let mut writer = CheckpointWriter::new(path, dtype)
+    let mut writer = CheckpointWriter::new(path, dtype, Family::Olmoe)
         .unwrap()
         .with_shard_bytes(shard_bytes);
     for (name, tensor) in tensors {

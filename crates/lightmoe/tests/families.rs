@@ -1,0 +1,93 @@
+//! Every family through observe, plan, build, recover and export, on the small random checkpoints of
+//! the parity fixtures.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use lightmoe_compress::methods::{LightmoeOptions, MethodName, Target, plan};
+use lightmoe_compress::{build, observe};
+use lightmoe_export::{Card, ExportKind, ExportOptions, export};
+use lightmoe_models::{Checkpoint, DType, Decoder, Family, Tokens};
+use lightmoe_train::{Recovery, finish_recovery, prepare_recovery};
+use std::path::Path;
+
+const IDS: [u32; 12] = [5, 90, 17, 33, 64, 2, 118, 71, 8, 45, 99, 12];
+
+fn logits(model: &Decoder) -> Vec<f32> {
+    let tokens = Tokens { ids: &IDS, rows: 1 };
+    let hidden = model.forward(tokens, None, &mut |_, _, _| Ok(())).unwrap();
+    let logits = model.logits(&hidden).unwrap();
+    logits.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[track_caller]
+fn assert_close(ours: &[f32], expected: &[f32], what: &str) {
+    let scale = expected.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let error = ours.iter().zip(expected).map(|(a, b)| (a - b).abs());
+    let error = error.fold(0f32, f32::max);
+    assert!(error <= 1e-4 * scale, "{what}: {error} of {scale}");
+}
+
+#[test]
+fn every_family_goes_the_whole_way() {
+    for family in Family::ALL.into_iter().filter(|f| f.is_runnable()) {
+        let parity = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/parity");
+        let original = Checkpoint::open(&parity.join(family.name())).unwrap();
+        let samples: Vec<Vec<u32>> = (0..40)
+            .map(|s| {
+                (0..16)
+                    .map(|t| (s * 31 + t * 7 + s * t) % 126 + 2)
+                    .collect()
+            })
+            .collect();
+        let seen = observe(&original, &samples, "families", &mut |_, _| true).unwrap();
+        let options = LightmoeOptions {
+            rank: 2,
+            groups: 2,
+            ..LightmoeOptions::default()
+        };
+        let (config, target) = (original.config(), Target::Threshold(0.5));
+        let plan = plan(config, &seen, target, MethodName::Lightmoe, &options).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("built");
+        build(&original, &plan, 0, &path, &mut |_, _| true).unwrap();
+        let built = Checkpoint::open(&path).unwrap();
+        assert_eq!(built.parameters(), plan.parameters.after, "{family}");
+
+        // While nothing has faded, the model is the original.
+        let mut model = Decoder::load(&built).unwrap();
+        let recovery = Recovery {
+            kept_rank: 2,
+            anneal: true,
+            seed: 0,
+        };
+        prepare_recovery(&mut model, &original, &recovery).unwrap();
+        let whole = logits(&Decoder::load(&original).unwrap());
+        model.layers.iter_mut().for_each(|l| l.bank.anneal(1.0));
+        assert_close(&logits(&model), &whole, &format!("{family} at the start"));
+        model.layers.iter_mut().for_each(|l| l.bank.anneal(0.0));
+        finish_recovery(&mut model).unwrap();
+        let compressed = logits(&Decoder::load(&built).unwrap());
+        assert_close(
+            &logits(&model),
+            &compressed,
+            &format!("{family} at the end"),
+        );
+        assert_ne!(compressed, whole);
+
+        let dense = folder.path().join("dense");
+        let options = ExportOptions {
+            dtype: Some(DType::F32),
+            ..ExportOptions::new(ExportKind::Dense)
+        };
+        let card = Card {
+            base_model: "parity".into(),
+            method: "lightmoe".into(),
+            recipe_toml: String::new(),
+            table_markdown: String::new(),
+        };
+        export(&built, &dense, &options, &card, &mut |_, _| true).unwrap();
+        let dense = Checkpoint::open(&dense).unwrap();
+        assert_eq!(dense.names(), original.names(), "{family}");
+        let exported = logits(&Decoder::load(&dense).unwrap());
+        assert_close(&exported, &compressed, &format!("{family} exported"));
+    }
+}
