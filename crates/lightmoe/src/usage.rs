@@ -35,10 +35,11 @@ pub fn run(args: UsageArgs) -> Result<String> {
         let all = evaluate_stage("evaluate", &checkpoint, &data, &data.test, LENGTH, None)?;
         scores.push(all.into_values().next().unwrap_or_default());
     }
-    let mut page = String::from(
-        "# The built-in model\n\nWritten by `cargo xtask bench usage`; `fixtures/olmoe-nano` was \
+    let mut page = format!(
+        "# The built-in model\n\nWritten by `cargo xtask bench usage` on {}; `fixtures/olmoe-nano` was \
          made by `cargo xtask pretrain` with the recipe `fixtures/olmoe-nano.toml`. The first three \
          tasks are part of its pre-training, the last two are not.\n\n## Scores\n\n",
+        crate::machine::today()
     );
     scores_table(&mut page, &scores);
     for (title, text, value) in [
