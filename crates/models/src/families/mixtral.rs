@@ -8,7 +8,6 @@ use crate::Result;
 use crate::config::{Attention, ModelConfig, MoeConfig, ProjectionBias, QkNorm};
 
 pub(super) fn read(keys: &Keys<'_>, raw: &Value) -> Result<ModelConfig> {
-    let (num_experts, top_k) = keys.experts("num_local_experts")?;
     let model = Uniform {
         family: Family::Mixtral,
         attention: Attention::GroupedQuery {
@@ -18,14 +17,8 @@ pub(super) fn read(keys: &Keys<'_>, raw: &Value) -> Result<ModelConfig> {
             sliding_window: keys.optional_size("sliding_window")?,
         },
         moe: MoeConfig {
-            num_experts,
-            top_k,
-            intermediate_size: keys.size("intermediate_size", None)?,
             renormalize: true,
-            routed_scaling_factor: 1.0,
-            shared_intermediate_size: 0,
-            shared_gate: false,
-            router_aux_loss_coef: keys.non_negative("router_aux_loss_coef", Some(0.001))?,
+            ..keys.routed("num_local_experts", "intermediate_size")?
         },
         rms_norm_eps: 1e-5,
         rope_theta: 1e6,

@@ -264,6 +264,22 @@ impl<'a> Keys<'a> {
         Ok((heads, kv_heads))
     }
 
+    /// Routed experts alone, their number under `experts` and their width under `width`; the chosen
+    /// gates as `norm_topk_prob` says.
+    fn routed(&self, experts: &str, width: &str) -> Result<MoeConfig> {
+        let (num_experts, top_k) = self.experts(experts)?;
+        Ok(MoeConfig {
+            num_experts,
+            top_k,
+            intermediate_size: self.size(width, None)?,
+            renormalize: self.flag("norm_topk_prob", false)?,
+            routed_scaling_factor: 1.0,
+            shared_intermediate_size: 0,
+            shared_gate: false,
+            router_aux_loss_coef: self.non_negative("router_aux_loss_coef", Some(0.001))?,
+        })
+    }
+
     /// Width of a head: its own key, or the hidden size over the heads.
     fn head_dim(&self, hidden_size: usize, heads: usize) -> Result<usize> {
         let width = self.size("head_dim", Some((hidden_size / heads).max(1)))?;

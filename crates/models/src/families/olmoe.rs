@@ -10,7 +10,6 @@ use crate::config::{Attention, ModelConfig, MoeConfig, QkNorm};
 pub(super) fn read(keys: &Keys<'_>, raw: &Value) -> Result<ModelConfig> {
     keys.absent("sliding_window", "use a model with full attention")?;
     whole_heads(keys)?;
-    let (num_experts, top_k) = keys.experts("num_experts")?;
     let clip_qkv = keys.get("clip_qkv");
     let model = Uniform {
         family: Family::Olmoe,
@@ -23,14 +22,8 @@ pub(super) fn read(keys: &Keys<'_>, raw: &Value) -> Result<ModelConfig> {
             sliding_window: None,
         },
         moe: MoeConfig {
-            num_experts,
-            top_k,
-            intermediate_size: keys.size("intermediate_size", None)?,
-            renormalize: keys.flag("norm_topk_prob", false)?,
-            routed_scaling_factor: 1.0,
-            shared_intermediate_size: 0,
-            shared_gate: false,
             router_aux_loss_coef: keys.non_negative("router_aux_loss_coef", Some(0.01))?,
+            ..keys.routed("num_experts", "intermediate_size")?
         },
         rms_norm_eps: 1e-5,
         rope_theta: 10_000.0,

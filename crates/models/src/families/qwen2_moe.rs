@@ -9,7 +9,6 @@ use crate::config::{Attention, ModelConfig, MoeConfig, ProjectionBias, QkNorm};
 
 pub(super) fn read(keys: &Keys<'_>, raw: &Value) -> Result<ModelConfig> {
     keys.uniform_layers()?;
-    let (num_experts, top_k) = keys.experts("num_experts")?;
     let model = Uniform {
         family: Family::Qwen2Moe,
         attention: Attention::GroupedQuery {
@@ -22,14 +21,9 @@ pub(super) fn read(keys: &Keys<'_>, raw: &Value) -> Result<ModelConfig> {
             sliding_window: None,
         },
         moe: MoeConfig {
-            num_experts,
-            top_k,
-            intermediate_size: keys.size("moe_intermediate_size", None)?,
-            renormalize: keys.flag("norm_topk_prob", false)?,
-            routed_scaling_factor: 1.0,
             shared_intermediate_size: keys.size("shared_expert_intermediate_size", None)?,
             shared_gate: true,
-            router_aux_loss_coef: keys.non_negative("router_aux_loss_coef", Some(0.001))?,
+            ..keys.routed("num_experts", "moe_intermediate_size")?
         },
         rms_norm_eps: 1e-6,
         rope_theta: 10_000.0,

@@ -5,11 +5,10 @@ use serde_json::Value;
 
 use super::{Family, Keys, Uniform};
 use crate::Result;
-use crate::config::{Attention, ModelConfig, MoeConfig, QkNorm};
+use crate::config::{Attention, ModelConfig, QkNorm};
 
 pub(super) fn read(keys: &Keys<'_>, raw: &Value) -> Result<ModelConfig> {
     keys.uniform_layers()?;
-    let (num_experts, top_k) = keys.experts("num_experts")?;
     let model = Uniform {
         family: Family::Qwen3Moe,
         attention: Attention::GroupedQuery {
@@ -18,16 +17,7 @@ pub(super) fn read(keys: &Keys<'_>, raw: &Value) -> Result<ModelConfig> {
             clip_qkv: None,
             sliding_window: None,
         },
-        moe: MoeConfig {
-            num_experts,
-            top_k,
-            intermediate_size: keys.size("moe_intermediate_size", None)?,
-            renormalize: keys.flag("norm_topk_prob", false)?,
-            routed_scaling_factor: 1.0,
-            shared_intermediate_size: 0,
-            shared_gate: false,
-            router_aux_loss_coef: keys.non_negative("router_aux_loss_coef", Some(0.001))?,
-        },
+        moe: keys.routed("num_experts", "moe_intermediate_size")?,
         rms_norm_eps: 1e-6,
         rope_theta: 10_000.0,
         max_position_embeddings: 32_768,
