@@ -35,7 +35,7 @@ pub enum Command {
     Compress(CompressArgs),
     /// Record what the routers do on the training examples
     Observe(ObserveArgs),
-    /// Decide what each expert becomes
+    /// Decide what each expert becomes; needs `--ratio` or `--threshold`, but for `lora`
     Plan(PlanArgs),
     /// Make the compressed checkpoint of a plan
     Build(BuildArgs),
