@@ -1,4 +1,5 @@
-//! Build: a plan and a checkpoint become a checkpoint, one layer in memory at a time.
+//! Build: a plan and a checkpoint become a checkpoint. What stays is copied byte by byte; in memory
+//! are the sums of the bases under work, and one expert each.
 //!
 //! The base of a group is the mean of its members' weights, weighted by their importance (LightMoE
 //! eq. 4), for each of the three matrices; adapters start as Gaussian · zero, so a built model
@@ -10,9 +11,11 @@ use crate::{Error, Result};
 use candle_core::Tensor;
 use lightmoe_models::random::{gaussian, stream};
 use lightmoe_models::{
-    Adapters, Bank, BankLayout, Checkpoint, CheckpointWriter, Ends, Layer, LayerLayout,
-    ModelConfig, Projections, SlotLayout,
+    Adapters, BankLayout, Checkpoint, CheckpointWriter, Format, LayerLayout, Manifest, ModelConfig,
+    SlotLayout, names,
 };
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
 use std::path::Path;
 
 impl Plan {
@@ -38,12 +41,13 @@ impl LayerPlan {
     }
 }
 
-/// Builds the compressed checkpoint in the folder `target`, in the element type of the original.
-/// `progress(done, total)` counts layers and may stop the work by `false`; then nothing remains.
+/// Builds the compressed checkpoint in the folder `target`, in the element type and with the names
+/// and packing of the original. `progress(done, total)` counts layers and may stop the work by
+/// `false`; the same call goes on with the layer where it stopped, or was killed.
 ///
 /// # Errors
 /// [`Error::Invalid`] if the plan is for another model, [`Error::Interrupted`] if the work was stopped;
-/// what reading and writing may bring.
+/// what reading and writing may bring, too little room on the disk included.
 pub fn build(
     checkpoint: &Checkpoint,
     plan: &Plan,
@@ -53,20 +57,34 @@ pub fn build(
 ) -> Result<()> {
     let config = checkpoint.config();
     plan.check_model(config)?;
-    let mut writer = CheckpointWriter::new(target, checkpoint.dtype(), config.family)?;
-    for (name, tensor) in Ends::load(checkpoint)?.tensors() {
-        writer.push(name, &tensor)?;
-    }
+    let manifest = Manifest::of(config, &plan.layout(config))?;
+    let extras = checkpoint.extras()?;
+    let format = Format::new(checkpoint.dtype(), checkpoint.scheme());
+    let key = key(checkpoint, plan, seed)?;
+    let mut writer = CheckpointWriter::resume(target, &format, &manifest, &extras, &key)?;
+    writer.copy_extras(checkpoint, &extras)?;
+    let (layers, ends): (Vec<_>, Vec<_>) = manifest
+        .tensors
+        .into_iter()
+        .partition(|(name, _)| names::layer_of(name).is_some());
+    writer.copy(checkpoint, &ends)?;
+    let mut layers = &layers[..];
     for l in 0..config.num_layers {
-        let mut layer = Layer::load(checkpoint, l)?;
-        if let Some(layer_plan) = plan.layers.iter().find(|p| p.layer == l) {
-            let slots = layer_plan.layout();
-            layer.bank = replace(&layer.bank, layer_plan, &slots, config, plan, seed)?;
-        }
-        for (name, tensor) in layer.tensors(l)? {
-            writer.push(name, &tensor)?;
+        let here = |(name, _): &(String, Vec<usize>)| names::layer_of(name) == Some(l);
+        let (tensors, rest) = layers.split_at(layers.partition_point(here));
+        layers = rest;
+        let layer = Layer {
+            checkpoint,
+            seed,
+            base: plan.settings.base,
+            plan: plan.layers.iter().find(|p| p.layer == l),
+        };
+        if tensors.iter().any(|(name, _)| !writer.is_done(name)) {
+            layer.write(tensors, &mut writer)?;
+            writer.checkpoint()?;
         }
         if !progress(l + 1, config.num_layers) {
+            writer.keep()?;
             return Err(Error::Interrupted);
         }
     }
@@ -74,68 +92,105 @@ pub fn build(
     Ok(writer.finish(&plan.layout(config).annotate(config)?)?)
 }
 
-fn replace(
-    bank: &Bank,
-    plan: &LayerPlan,
-    layout: &LayerLayout,
-    config: &ModelConfig,
-    whole: &Plan,
-    seed: u64,
-) -> Result<Bank> {
-    let mut bases: Vec<Projections> = Vec::new();
-    for group in 0..plan.groups {
-        let members: Vec<usize> = plan.members(group).collect();
-        let scores: Vec<f64> = members.iter().map(|&e| plan.slots[e].score).collect();
-        let experts = bank.experts_of(&members)?.ok_or_else(|| {
-            Error::Invalid(format!(
-                "layer {}: group {group} is empty; plan again",
-                plan.layer
-            ))
-        })?;
-        let mean = experts.map(|w| Ok(weighted_mean(w, &scores)?))?;
-        bases.push(match whole.settings.base {
-            BaseInit::GateWeighted => mean,
-            BaseInit::Random => {
-                let mut rng = stream(seed, &format!("base/{}/{group}", plan.layer));
-                let mut random = mean.clone();
-                for (_, w) in random.named_mut() {
-                    *w = gaussian(&mut rng, root_mean_square(w)?, w.dims())?;
-                }
-                random
-            }
-        });
-    }
-    let stack = |pick: fn(&Projections) -> &Tensor| -> Result<Tensor> {
-        Ok(Tensor::stack(
-            &bases.iter().map(pick).collect::<Vec<_>>(),
-            0,
-        )?)
-    };
-    let bases = match plan.groups {
-        0 => None,
-        _ => Some(Projections {
-            gate: stack(|p| &p.gate)?,
-            up: stack(|p| &p.up)?,
-            down: stack(|p| &p.down)?,
-        }),
-    };
-    // The adapters belong to slots in the order of the new bank.
-    let mut bank = bank.replace(layout, bases, None)?;
-    let adapted = bank.adapted_experts();
-    bank.adapters = Adapters::fresh(config, plan.layer, adapted, layout.rank(), seed)?;
-    Ok(bank)
+/// Names all that decides the content of the result.
+fn key(checkpoint: &Checkpoint, plan: &Plan, seed: u64) -> Result<String> {
+    let plan = serde_json::to_vec(plan)
+        .map_err(|e| Error::Invalid(format!("the plan cannot be written: {e}")))?;
+    let mut hash = Sha256::new();
+    hash.update(seed.to_le_bytes());
+    hash.update(&plan);
+    hash.update(checkpoint.stamp()?);
+    Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }
 
-/// `Σ s_i W_i / Σ s_i` over the first dimension; the plain mean where no expert has a score, so that
-/// experts without calibration tokens make no NaN.
-fn weighted_mean(w: &Tensor, scores: &[f64]) -> candle_core::Result<Tensor> {
+/// One layer under work.
+struct Layer<'a> {
+    checkpoint: &'a Checkpoint,
+    seed: u64,
+    base: BaseInit,
+    plan: Option<&'a LayerPlan>,
+}
+
+impl Layer<'_> {
+    /// Writes all tensors of the layer: those that stay, bases, adapters.
+    fn write(&self, tensors: &[(String, Vec<usize>)], writer: &mut CheckpointWriter) -> Result<()> {
+        let ours = |name: &str| name.contains(".mlp.bases.") || name.contains(".lora_");
+        let kept: Vec<_> = tensors
+            .iter()
+            .filter(|(name, _)| !ours(name))
+            .cloned()
+            .collect();
+        writer.copy(self.checkpoint, &kept)?;
+        let Some(plan) = self.plan else {
+            return Ok(());
+        };
+        let config = self.checkpoint.config();
+        let mut push = |name: String, tensor: &Tensor| match writer.is_done(&name) {
+            true => Ok(()),
+            false => writer.push(name, tensor),
+        };
+        // As many at a time as there are threads: each holds the sums of one group.
+        let groups: Vec<usize> = (0..plan.groups).collect();
+        for some in groups.chunks(rayon::current_num_threads()) {
+            let bases = some.par_iter().map(|&group| self.base(plan, group));
+            for (&group, base) in some.iter().zip(bases.collect::<Result<Vec<_>>>()?) {
+                for (projection, tensor) in names::PROJECTIONS.iter().zip(&base) {
+                    push(names::base(plan.layer, group, projection), tensor)?;
+                }
+            }
+        }
+        for (expert, _, rank) in plan.layout().adapted() {
+            let fresh = Adapters::fresh(config, plan.layer, &[expert], rank, self.seed)?;
+            let Some(adapters) = fresh else { continue };
+            for (side, stack) in [("lora_A", &adapters.a), ("lora_B", &adapters.b)] {
+                for (projection, tensor) in stack.named() {
+                    let name = format!("{projection}.{side}");
+                    push(names::expert(plan.layer, expert, &name), &tensor.get(0)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The three matrices of the base of a group.
+    fn base(&self, plan: &LayerPlan, group: usize) -> Result<[Tensor; 3]> {
+        let members: Vec<usize> = plan.members(group).collect();
+        let scores: Vec<f64> = members.iter().map(|&e| plan.slots[e].score).collect();
+        let shares = shares(&scores);
+        let config = self.checkpoint.config();
+        let (h, f) = (config.hidden_size, config.moe.intermediate_size);
+        let mut rng = stream(self.seed, &format!("base/{}/{group}", plan.layer));
+        let mut base = |projection: &str, shape: [usize; 2]| -> Result<Tensor> {
+            let mut sum: Option<Tensor> = None;
+            for (&expert, &share) in members.iter().zip(&shares) {
+                let name = names::expert(plan.layer, expert, projection);
+                let part = (self.checkpoint.tensor(&name, &shape)? * share)?;
+                sum = Some(match sum {
+                    Some(sum) => (sum + part)?,
+                    None => part,
+                });
+            }
+            let mean = sum.ok_or_else(|| {
+                let layer = plan.layer;
+                Error::Invalid(format!("layer {layer}: group {group} is empty; plan again"))
+            })?;
+            Ok(match self.base {
+                BaseInit::GateWeighted => mean,
+                BaseInit::Random => gaussian(&mut rng, root_mean_square(&mean)?, &shape)?,
+            })
+        };
+        let [gate, up, down] = names::PROJECTIONS;
+        Ok([base(gate, [f, h])?, base(up, [f, h])?, base(down, [h, f])?])
+    }
+}
+
+/// `s_i / Σ s_i`; even shares where no expert has a score, so that experts without calibration tokens
+/// make no NaN.
+fn shares(scores: &[f64]) -> Vec<f64> {
     let total: f64 = scores.iter().sum();
-    let weights: Vec<f32> = scores
-        .iter()
-        .map(|s| if total > 0.0 { s / total } else { 1.0 / scores.len() as f64 } as f32)
-        .collect();
-    let weights = Tensor::from_vec(weights, (scores.len(), 1, 1), w.device())?;
-    w.broadcast_mul(&weights)?.sum(0)
+    let even = 1.0 / scores.len() as f64;
+    let share = |s: &f64| if total > 0.0 { s / total } else { even };
+    scores.iter().map(share).collect()
 }
 
 fn root_mean_square(w: &Tensor) -> candle_core::Result<f64> {

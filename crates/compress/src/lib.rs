@@ -12,8 +12,10 @@
 mod build;
 mod error;
 mod estimate;
+mod memory;
 mod observe;
 mod scores;
+mod states;
 
 pub mod group;
 pub mod methods;
@@ -26,7 +28,8 @@ pub mod size;
 pub use build::build;
 pub use error::{Error, Result};
 pub use estimate::{Estimate, estimate};
-pub use observe::observe;
+pub use memory::{batch_tokens, layer_bytes};
+pub use observe::{ObserveOptions, observe};
 
 /// Reads a whole file.
 fn read(path: &std::path::Path) -> Result<Vec<u8>> {

@@ -1,42 +1,44 @@
 //! Observe: what the routers do on the task's training tokens (LightMoE §3.1, eq. 1–3).
 //!
-//! One layer's weights are in memory at a time; the hidden states of the samples travel from layer
-//! to layer.
+//! One pass over the weights, one layer in memory at a time. The hidden states of the samples travel
+//! from layer to layer in files, of which the page cache keeps what fits; so a run that was stopped
+//! goes on with the layer where it stopped.
 
+use crate::memory::batch_tokens;
 use crate::observations::{LayerObservations, Observations};
+use crate::states::States;
 use crate::{Error, Result};
-use candle_core::Tensor;
-use lightmoe_models::{Checkpoint, Ends, Layer, Routing, Tokens};
+use lightmoe_models::{Checkpoint, Embedding, Layer, Rotary, Routing, Tokens};
+use std::path::Path;
 
-/// Tokens that run through a layer at once, padding included.
-const BATCH_TOKENS: usize = 8192;
-
-/// Sequences of one batch, right-padded: their lengths and their hidden states `[B, T, H]`.
-struct Batch {
-    lengths: Vec<usize>,
-    hidden: Tensor,
+/// What [`observe`] needs beside the model and the samples.
+#[derive(Debug, Clone, Copy)]
+pub struct ObserveOptions<'a> {
+    /// Names the model and the data.
+    pub fingerprint: &'a str,
+    /// Folder for what lies between two layers; it is removed at the end.
+    pub state: &'a Path,
+    /// The most memory to use, in bytes.
+    pub max_memory: u64,
 }
 
-/// Sums over the tokens of one layer.
-struct Sums {
-    experts: usize,
-    gate_mass: Vec<f64>,
-    selections: Vec<u64>,
-    norm: f64,
-    cosine: Vec<f64>,
+/// Samples of one batch, right-padded to `width`.
+pub(crate) struct Batch<'a> {
+    pub(crate) samples: &'a [&'a Vec<u32>],
+    pub(crate) width: usize,
 }
 
 /// Runs `samples` (token ids, as in training, without padding) through the model and records the
 /// routing of every MoE layer. `progress(done, total)` counts layers and may stop the work by
-/// `false`.
+/// `false`; the same call goes on behind the last layer that was done.
 ///
 /// # Errors
-/// [`Error::Invalid`] if there are no samples or one is empty, [`Error::Interrupted`] if the work was
-/// stopped; what reading the weights may bring.
+/// [`Error::Invalid`] if there are no samples, one is empty, or the memory is too little for a layer;
+/// [`Error::Interrupted`] if the work was stopped; what reading the weights may bring.
 pub fn observe(
     checkpoint: &Checkpoint,
     samples: &[Vec<u32>],
-    fingerprint: &str,
+    options: &ObserveOptions<'_>,
     progress: &mut dyn FnMut(usize, usize) -> bool,
 ) -> Result<Observations> {
     let config = checkpoint.config();
@@ -46,51 +48,86 @@ pub fn observe(
                 .to_owned(),
         ));
     }
-    let ends = Ends::load(checkpoint)?;
-    let mut batches = batches(&ends, samples)?;
-    let mut layers = Vec::new();
-    for l in 0..config.num_layers {
+    checkpoint.check()?;
+    // Samples of like length together, so that little is padded.
+    let mut order: Vec<&Vec<u32>> = samples.iter().collect();
+    order.sort_by_key(|s| std::cmp::Reverse(s.len()));
+    let tokens = batch_tokens(config, order[0].len(), options.max_memory)?;
+    let batches = batches(&order, tokens);
+    let states = States::new(options.state, config.hidden_size, &batches);
+    let (first, mut seen) = match states.resume(options.fingerprint)? {
+        Some(found) => found,
+        None => {
+            embed(checkpoint, &batches, &states)?;
+            let none = Observations {
+                layers: Vec::new(),
+                tokens: samples.iter().map(|s| s.len() as u64).sum(),
+                samples: samples.len() as u64,
+                fingerprint: options.fingerprint.to_owned(),
+            };
+            (0, none)
+        }
+    };
+    let rotary = Rotary::new(config);
+    for l in first..config.num_layers {
         let layer = Layer::load(checkpoint, l)?;
         let mut sums = Sums::new(config.moe.num_experts);
-        for batch in &mut batches {
-            let (hidden, routing) = layer.forward(&batch.hidden, config, ends.rope(), None)?;
-            sums.add(&routing, &batch.lengths, hidden.dim(1)?)?;
-            batch.hidden = hidden;
+        let mut next = states.writer(l + 1)?;
+        for (i, batch) in batches.iter().enumerate() {
+            let hidden = states.read(l, i, batch)?;
+            let (hidden, routing) = layer.forward(&hidden, config, &rotary, None)?;
+            if let Some(routing) = routing {
+                sums.add(&routing, batch)?;
+            }
+            next.push(&hidden)?;
         }
-        layers.push(sums.finish(l, samples));
+        if layer.bank().is_some() {
+            seen.layers.push(sums.finish(l, samples));
+        }
+        next.finish(&seen)?;
         if !progress(l + 1, config.num_layers) {
             return Err(Error::Interrupted);
         }
     }
-    Ok(Observations {
-        layers,
-        tokens: samples.iter().map(|s| s.len() as u64).sum(),
-        samples: samples.len() as u64,
-        fingerprint: fingerprint.to_owned(),
-    })
+    states.remove()?;
+    Ok(seen)
 }
 
-/// Samples of like length together, so that little is padded.
-fn batches(ends: &Ends, samples: &[Vec<u32>]) -> Result<Vec<Batch>> {
-    let mut order: Vec<&Vec<u32>> = samples.iter().collect();
-    order.sort_by_key(|s| std::cmp::Reverse(s.len()));
-    let mut batches = Vec::new();
-    let mut rest = &order[..];
-    while let Some(longest) = rest.first() {
-        let width = longest.len();
-        let rows = (BATCH_TOKENS / width).clamp(1, rest.len());
-        let (now, later) = rest.split_at(rows);
-        rest = later;
-        let mut ids = vec![0u32; rows * width];
-        for (row, sample) in ids.chunks_exact_mut(width).zip(now) {
+/// Writes the states before the first layer.
+fn embed(checkpoint: &Checkpoint, batches: &[Batch<'_>], states: &States) -> Result<()> {
+    let embedding = Embedding::load(checkpoint)?;
+    let mut first = states.writer(0)?;
+    for batch in batches {
+        let mut ids = vec![0u32; batch.samples.len() * batch.width];
+        for (row, sample) in ids.chunks_exact_mut(batch.width).zip(batch.samples) {
             row[..sample.len()].copy_from_slice(sample);
         }
-        batches.push(Batch {
-            lengths: now.iter().map(|s| s.len()).collect(),
-            hidden: ends.embed(Tokens { ids: &ids, rows })?,
-        });
+        let rows = batch.samples.len();
+        first.push(&embedding.embed(Tokens { ids: &ids, rows })?)?;
     }
-    Ok(batches)
+    first.close()
+}
+
+/// Batches of at most `tokens` tokens, padding included, but of at least one sample.
+fn batches<'a>(order: &'a [&'a Vec<u32>], tokens: usize) -> Vec<Batch<'a>> {
+    let mut batches = Vec::new();
+    let mut rest = order;
+    while let Some(longest) = rest.first() {
+        let width = longest.len();
+        let (samples, later) = rest.split_at((tokens / width).clamp(1, rest.len()));
+        rest = later;
+        batches.push(Batch { samples, width });
+    }
+    batches
+}
+
+/// Sums over the tokens of one layer.
+struct Sums {
+    experts: usize,
+    gate_mass: Vec<f64>,
+    selections: Vec<u64>,
+    norm: f64,
+    cosine: Vec<f64>,
 }
 
 impl Sums {
@@ -104,13 +141,14 @@ impl Sums {
         }
     }
 
-    /// Adds the routing of a batch of `width` positions a row, padding excluded.
-    fn add(&mut self, routing: &Routing, lengths: &[usize], width: usize) -> Result<()> {
+    /// Adds the routing of a batch, padding excluded.
+    fn add(&mut self, routing: &Routing, batch: &Batch<'_>) -> Result<()> {
+        let width = batch.width;
         let gates = routing.gates.to_vec1::<f32>()?;
         let logits = routing.logits.flatten_all()?.to_vec1::<f32>()?;
-        let k = gates.len() / (lengths.len() * width);
-        for (row, &length) in lengths.iter().enumerate() {
-            let tokens = row * width..row * width + length;
+        let k = gates.len() / (batch.samples.len() * width);
+        for (row, sample) in batch.samples.iter().enumerate() {
+            let tokens = row * width..row * width + sample.len();
             let pairs = tokens.start * k..tokens.end * k;
             for (&gate, &expert) in gates[pairs.clone()].iter().zip(&routing.chosen[pairs]) {
                 self.gate_mass[expert as usize] += f64::from(gate);

@@ -265,7 +265,7 @@ fn rank_zero_is_a_plain_merge() {
     let x: Vec<f32> = (0..3 * HIDDEN).map(|_| rng.random()).collect();
     let x = Tensor::from_vec(x, (3, HIDDEN), &Device::Cpu).unwrap();
     for (layer, group) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
-        let bank = &model.layers[layer].bank;
+        let bank = model.layers[layer].bank().unwrap();
         assert!(bank.adapters.is_none());
         let [gate, up, down] = PROJECTIONS.map(|p| mean(&before, &plan, (layer, group, p)));
         let mut expected = Vec::new();

@@ -6,8 +6,8 @@ mod common;
 use candle_core::DType;
 use common::{random_checkpoint, small};
 use lightmoe_compress::observations::Observations;
-use lightmoe_compress::{Error, observe};
-use lightmoe_models::{Checkpoint, Decoder, Tokens};
+use lightmoe_compress::{Error, ObserveOptions, observe};
+use lightmoe_models::{Checkpoint, Decoder, LanguageModel, Tokens};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tempfile::TempDir;
@@ -31,8 +31,17 @@ fn samples(lengths: &[usize]) -> Vec<Vec<u32>> {
         .collect()
 }
 
+fn options(state: &TempDir) -> ObserveOptions<'_> {
+    ObserveOptions {
+        fingerprint: "these",
+        state: state.path(),
+        max_memory: 1 << 32,
+    }
+}
+
 fn observed(checkpoint: &Checkpoint, samples: &[Vec<u32>]) -> Observations {
-    observe(checkpoint, samples, "these", &mut |_, _| true).unwrap()
+    let state = tempfile::tempdir().unwrap();
+    observe(checkpoint, samples, &options(&state), &mut |_, _| true).unwrap()
 }
 
 /// What one router did, from its logits alone.
@@ -93,7 +102,7 @@ fn alone(checkpoint: &Checkpoint, samples: &[Vec<u32>]) -> Vec<Router> {
     for sample in samples {
         model
             .forward(Tokens::one(sample), None, &mut |layer, _, routing| {
-                routers[layer].add(&routing.logits.to_vec2::<f32>()?);
+                routers[layer].add(&routing.unwrap().logits.to_vec2::<f32>()?);
                 Ok(())
             })
             .unwrap();
@@ -183,7 +192,8 @@ fn samples_without_tokens_are_refused() {
     let mut one_empty = samples(&[4, 2]);
     one_empty.insert(1, Vec::new());
     for samples in [Vec::new(), one_empty] {
-        let refused = observe(&checkpoint, &samples, "these", &mut |_, _| {
+        let state = tempfile::tempdir().unwrap();
+        let refused = observe(&checkpoint, &samples, &options(&state), &mut |_, _| {
             panic!("a layer was observed")
         });
         assert!(matches!(&refused, Err(Error::Invalid(_))));
@@ -199,10 +209,16 @@ fn the_work_can_be_stopped_after_any_layer() {
     let samples = samples(&[4, 2]);
     for last in 1..=LAYERS {
         let mut calls = Vec::new();
-        let stopped = observe(&checkpoint, &samples, "these", &mut |done, total| {
-            calls.push((done, total));
-            done < last
-        });
+        let state = tempfile::tempdir().unwrap();
+        let stopped = observe(
+            &checkpoint,
+            &samples,
+            &options(&state),
+            &mut |done, total| {
+                calls.push((done, total));
+                done < last
+            },
+        );
         assert!(matches!(stopped, Err(Error::Interrupted)));
         let expected: Vec<_> = (1..=last).map(|done| (done, LAYERS)).collect();
         assert_eq!(calls, expected);

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use lightmoe_data::Encoded;
-use lightmoe_models::{Decoder, GenerateOptions, ModelTokenizer, generate};
+use lightmoe_models::{GenerateOptions, LanguageModel, ModelTokenizer, generate};
 use std::collections::BTreeMap;
 
 /// A generated answer may be this many tokens longer than the longest target.
@@ -12,7 +12,7 @@ const MARGIN: usize = 16;
 /// around them. Prompts of one length run together, with at most `batch_tokens` tokens a batch, or
 /// one prompt. `each` is told how many answers a batch finished.
 pub(crate) fn generate_answers(
-    model: &Decoder,
+    model: &dyn LanguageModel,
     tokenizer: &ModelTokenizer,
     rows: &[Encoded],
     wanted: &[usize],

@@ -20,7 +20,7 @@ pub use score::{Score, Scores};
 
 use items::Items;
 use lightmoe_data::{Example, Metric, Task};
-use lightmoe_models::{Decoder, ModelTokenizer};
+use lightmoe_models::{LanguageModel, ModelTokenizer};
 
 /// How to evaluate.
 #[derive(Debug, Clone)]
@@ -97,7 +97,7 @@ impl Progress<'_> {
 /// is longer than `max_position_embeddings`, has an empty prompt, or has no choices though they are
 /// to be ranked; [`Error::NotFinite`] if the model gives no numbers; [`Error::Interrupted`].
 pub fn evaluate(
-    model: &Decoder,
+    model: &dyn LanguageModel,
     tokenizer: &ModelTokenizer,
     examples: &[Example],
     options: &EvalOptions,

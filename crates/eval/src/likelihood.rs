@@ -7,7 +7,7 @@ use crate::{Error, Result};
 use candle_core::{D, Tensor};
 use lightmoe_data::Encoded;
 use lightmoe_kernels::cross_entropy;
-use lightmoe_models::{Decoder, Tokens};
+use lightmoe_models::{LanguageModel, Tokens};
 
 /// The most logits held at once (64 MiB of f32): answer rows go through the head in parts.
 const LOGITS: usize = 1 << 24;
@@ -25,7 +25,7 @@ pub(crate) struct Answer {
 /// Scores the answers of `rows`, in their order. Every row must have a prompt token. `each` is told
 /// how many rows a batch finished.
 pub(crate) fn score(
-    model: &Decoder,
+    model: &dyn LanguageModel,
     rows: &[Encoded],
     batch_tokens: usize,
     each: &mut dyn FnMut(usize) -> Result<()>,
@@ -63,7 +63,11 @@ fn batches(rows: &[Encoded], batch_tokens: usize) -> Vec<Vec<usize>> {
     batches
 }
 
-fn score_batch(model: &Decoder, rows: &[Encoded], batch: &[usize]) -> Result<Vec<Answer>> {
+fn score_batch(
+    model: &dyn LanguageModel,
+    rows: &[Encoded],
+    batch: &[usize],
+) -> Result<Vec<Answer>> {
     let width = batch
         .iter()
         .map(|&row| input(&rows[row]).len())
@@ -102,7 +106,7 @@ fn score_batch(model: &Decoder, rows: &[Encoded], batch: &[usize]) -> Result<Vec
 /// Likelihood and greediness of `targets: [A]`, predicted at rows `positions: [A]` of
 /// `hidden: [B · T, H]`.
 fn tokens_of(
-    model: &Decoder,
+    model: &dyn LanguageModel,
     hidden: &Tensor,
     positions: &[u32],
     targets: &[u32],
@@ -133,6 +137,7 @@ fn tokens_of(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lightmoe_models::Decoder;
     use lightmoe_models::{GenerateOptions, ModelConfig, generate};
     use rand::Rng;
     use rand_chacha::ChaCha8Rng;

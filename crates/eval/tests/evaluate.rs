@@ -5,7 +5,7 @@
 use candle_core::{Device, Tensor};
 use lightmoe_data::{Example, Metric, Split, Task, corpus_chrf, tokenizer};
 use lightmoe_eval::{Error, EvalOptions, Sample, Scores, evaluate, write_samples};
-use lightmoe_models::{Decoder, ModelConfig, ModelTokenizer};
+use lightmoe_models::{Decoder, LanguageModel, ModelConfig, ModelTokenizer};
 use std::collections::HashMap;
 use std::path::Path;
 

@@ -14,7 +14,10 @@ pub use error::{Error, Result};
 pub use kind::ExportKind;
 
 use candle_core::{DType, Tensor};
-use lightmoe_models::{BankLayout, Checkpoint, CheckpointWriter, Ends, Layer, names};
+use lightmoe_models::{
+    BankLayout, Checkpoint, CheckpointWriter, Ends, ExpertPacking, Format, Layer, Manifest, Scheme,
+    names,
+};
 use serde::Serialize;
 use serde_json::Value;
 use std::fs;
@@ -28,12 +31,18 @@ pub struct ExportOptions {
     /// f32, bf16 or f16; `None` keeps that of the source. In 16 bits, base plus adapter are rounded
     /// once more than in the compressed model; f32 keeps its outputs to f32 rounding.
     pub dtype: Option<DType>,
+    /// How the experts are packed; `None` keeps that of the source.
+    pub packing: Option<ExpertPacking>,
 }
 
 impl ExportOptions {
     /// `kind` in the element type of the source.
     pub fn new(kind: ExportKind) -> Self {
-        Self { kind, dtype: None }
+        Self {
+            kind,
+            dtype: None,
+            packing: None,
+        }
     }
 }
 
@@ -68,36 +77,47 @@ pub fn export(
     card: &Card,
     progress: &mut dyn FnMut(usize, usize) -> bool,
 ) -> Result<ExportReport> {
-    source.config().check_runnable()?;
     target::check(source.dir(), target)?;
     let dtype = options.dtype.unwrap_or_else(|| source.dtype());
-    let mut out = Output {
-        writer: CheckpointWriter::new(target, dtype, source.config().family)?,
-        parameters: 0,
+    let scheme = Scheme {
+        packing: options.packing.unwrap_or(source.scheme().packing),
+        ..source.scheme()
     };
+    let layout = match options.kind {
+        ExportKind::Dense => BankLayout::dense(source.config()),
+        ExportKind::Compact => source.layout().clone(),
+    };
+    let manifest = Manifest::of(source.config(), &layout)?;
+    let extras = source.extras()?;
+    let format = Format::new(dtype, scheme);
+    let mut writer = CheckpointWriter::new(target, &format, &manifest, &extras)?;
     let layers = source.config().num_layers;
     let mut report_progress = |done| match progress(done, layers) {
         true => Ok(()),
         false => Err(Error::Interrupted),
     };
     report_progress(0)?;
-    out.push_all(Ends::load(source)?.tensors())?;
+    writer.copy_extras(source, &extras)?;
+    push_all(&mut writer, Ends::load(source)?.tensors()?)?;
     for number in 0..layers {
         let layer = Layer::load(source, number)?;
         match options.kind {
-            ExportKind::Compact => out.push_all(layer.tensors(number)?)?,
-            ExportKind::Dense => out.push_dense(&layer, number)?,
+            ExportKind::Compact => push_all(&mut writer, layer.tensors(number)?)?,
+            ExportKind::Dense => push_dense(&mut writer, &layer, number)?,
         }
         report_progress(number + 1)?;
     }
+    let extra = extras
+        .iter()
+        .map(|e| e.shape.iter().product::<usize>() as u64);
+    let parameters = manifest.parameters() + extra.sum::<u64>();
     let report = ExportReport {
         kind: options.kind,
-        parameters: out.parameters,
-        bytes: out.parameters * dtype.size_in_bytes() as u64,
+        parameters,
+        bytes: parameters * dtype.size_in_bytes() as u64,
         loads_in: options.kind.loads_in(source),
     };
-    let config = config(source, options.kind, dtype)?;
-    let mut writer = out.writer;
+    let config = config(source, &layout, dtype)?;
     writer.copy_side_files(source.dir())?;
     let old_card = fs::read_to_string(source.dir().join("README.md")).unwrap_or_default();
     let what = options.kind.description(source);
@@ -109,12 +129,8 @@ pub fn export(
 
 /// `config.json` of the export: the source's, without the compressed layout if that is gone, and
 /// with the element type where the source names one.
-fn config(source: &Checkpoint, kind: ExportKind, dtype: DType) -> Result<Value> {
-    let config = source.config();
-    let mut raw = match kind {
-        ExportKind::Dense => BankLayout::dense(config).annotate(config)?,
-        ExportKind::Compact => config.raw.clone(),
-    };
+fn config(source: &Checkpoint, layout: &BankLayout, dtype: DType) -> Result<Value> {
+    let mut raw = layout.annotate(source.config())?;
     let name = match dtype {
         DType::BF16 => "bfloat16",
         DType::F16 => "float16",
@@ -128,34 +144,24 @@ fn config(source: &Checkpoint, kind: ExportKind, dtype: DType) -> Result<Value> 
     Ok(raw)
 }
 
-/// A folder under construction that counts what it is given.
-struct Output {
-    writer: CheckpointWriter,
-    parameters: u64,
+fn push_all(writer: &mut CheckpointWriter, tensors: Vec<(String, Tensor)>) -> Result<()> {
+    tensors
+        .into_iter()
+        .try_for_each(|(name, tensor)| Ok(writer.push(name, &tensor)?))
 }
 
-impl Output {
-    fn push(&mut self, name: String, tensor: &Tensor) -> Result<()> {
-        self.parameters += tensor.elem_count() as u64;
-        Ok(self.writer.push(name, tensor)?)
-    }
-
-    fn push_all(&mut self, tensors: Vec<(String, Tensor)>) -> Result<()> {
-        tensors
-            .into_iter()
-            .try_for_each(|(name, tensor)| self.push(name, &tensor))
-    }
-
-    /// One layer in the tensors of the original architecture.
-    fn push_dense(&mut self, layer: &Layer, number: usize) -> Result<()> {
-        self.push_all(layer.tensors_beside_bank(number)?)?;
-        let experts = layer.bank.materialise()?;
-        for expert in 0..layer.bank.len() {
-            for (projection, stack) in experts.named() {
-                let name = names::expert(number, expert, projection);
-                self.push(name, &stack.get(expert)?)?;
-            }
+/// One layer in the tensors of the original architecture.
+fn push_dense(writer: &mut CheckpointWriter, layer: &Layer, number: usize) -> Result<()> {
+    push_all(writer, layer.tensors_beside_bank(number)?)?;
+    let Some(bank) = layer.bank() else {
+        return Ok(());
+    };
+    let experts = bank.materialise()?;
+    for expert in 0..bank.len() {
+        for (projection, stack) in experts.named() {
+            let name = names::expert(number, expert, projection);
+            writer.push(name, &stack.get(expert)?)?;
         }
-        Ok(())
     }
+    Ok(())
 }

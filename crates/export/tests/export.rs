@@ -6,8 +6,8 @@ use candle_core::{DType, Tensor};
 use lightmoe_export::{Card, Error, ExportKind, ExportOptions, ExportReport, export};
 use lightmoe_models::random::{gaussian, stream};
 use lightmoe_models::{
-    Adapters, BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, LayerLayout, ModelConfig,
-    Projections, SlotLayout, Tokens,
+    Adapters, BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, Format, LanguageModel,
+    LayerLayout, ModelConfig, Projections, Scheme, SlotLayout, Tokens,
 };
 use serde_json::Value;
 use std::fs;
@@ -22,7 +22,7 @@ fn config() -> ModelConfig {
         "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 40,
         "hidden_size": 16, "intermediate_size": 12, "num_attention_heads": 2,
         "num_hidden_layers": 3, "num_experts": EXPERTS, "num_experts_per_tok": 2,
-        "max_position_embeddings": 64, "torch_dtype": "bfloat16", "of_the_original": [1, 2],
+        "max_position_embeddings": 64, "torch_dtype": "bfloat16", "task_specific_params": [1, 2],
     });
     ModelConfig::from_json(&raw, Path::new("config.json")).unwrap()
 }
@@ -67,7 +67,7 @@ fn compressed(dir: &Path, dtype: DType) -> Checkpoint {
     let (config, layout) = (config(), layout());
     let (h, f) = (config.hidden_size, config.moe.intermediate_size);
     let mut model = Decoder::random(&config, 1).unwrap();
-    for (number, layer) in model.layers.iter_mut().enumerate() {
+    for (number, bank) in model.banks_mut().enumerate() {
         let layout: &LayerLayout = &layout.layers[&number];
         let (n, groups) = (layout.adapted().count(), layout.bases());
         let bases =
@@ -76,9 +76,10 @@ fn compressed(dir: &Path, dtype: DType) -> Checkpoint {
             a: projections(&format!("{number}/a"), n, [[RANK, h], [RANK, f]]),
             b: projections(&format!("{number}/b"), n, [[f, RANK], [h, RANK]]),
         });
-        layer.bank = layer.bank.replace(layout, bases, adapters).unwrap();
+        *bank = bank.replace(layout, bases, adapters).unwrap();
     }
-    let mut writer = CheckpointWriter::new(dir, dtype, Family::Olmoe).unwrap();
+    let format = Format::new(dtype, Scheme::published(Family::Olmoe));
+    let mut writer = CheckpointWriter::for_model(dir, &format, &config, &layout).unwrap();
     model.write(&mut writer).unwrap();
     for (name, text) in [
         ("tokenizer.json", "{}"),
@@ -112,7 +113,10 @@ impl Setup {
     }
 
     fn export(&self, kind: ExportKind, dtype: Option<DType>) -> Result<ExportReport, Error> {
-        let options = ExportOptions { kind, dtype };
+        let options = ExportOptions {
+            dtype,
+            ..ExportOptions::new(kind)
+        };
         export(
             &self.source,
             &self.target(),
@@ -226,9 +230,11 @@ fn an_original_model_loads_everywhere_in_either_kind() {
     let root = tempfile::tempdir().unwrap();
     let dir = root.path().join("original");
     let model = Decoder::random(&config(), 1).unwrap();
-    let mut writer = CheckpointWriter::new(&dir, DType::F32, Family::Olmoe).unwrap();
+    let format = Format::new(DType::F32, Scheme::published(Family::Olmoe));
+    let (config, layout) = (config(), BankLayout::dense(&config()));
+    let mut writer = CheckpointWriter::for_model(&dir, &format, &config, &layout).unwrap();
     model.write(&mut writer).unwrap();
-    writer.finish(&config().raw).unwrap();
+    writer.finish(&config.raw).unwrap();
     let source = Checkpoint::open(&dir).unwrap();
     for kind in ExportKind::ALL {
         let target = root.path().join(kind.name());

@@ -31,7 +31,7 @@ pub use grouped::{Segment, grouped_linear, linear};
 pub use loss::cross_entropy;
 pub use memory::{keep_freed_memory, tune_process};
 pub use norm::rms_norm;
-pub use rope::{Rope, apply_rope};
+pub use rope::{Rope, RopePairs, apply_rope};
 pub use route::{Dispatch, TokenGroups, top_k};
 pub use scatter::weighted_scatter;
 pub use swiglu::swiglu;

@@ -1,64 +1,113 @@
-//! Rotary position embedding in the "rotate half" convention of `transformers`, with a backward.
+//! Rotary position embedding with a backward.
 
 use crate::real::{Real, dispatch, slice, storage, tensor, view};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// Cosines and sines of every position, made once per model.
+/// Which two numbers of a head turn together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopePairs {
+    /// `i` and `i + D/2`: the "rotate half" convention of `transformers`.
+    Halves,
+    /// `2i` and `2i + 1` (DeepSeek-V2 and V3).
+    Adjacent,
+}
+
+/// The angles of a model's rotary embedding.
 #[derive(Debug, Clone)]
 pub struct Rope {
-    /// `[positions, D/2]` pairs of (cos, sin).
-    table: Arc<[(f64, f64)]>,
-    half: usize,
+    /// `[D/2]` angle per position of each pair. In f32, as `transformers` rounds it.
+    frequencies: Arc<[f32]>,
+    pairs: RopePairs,
+    /// Factor on the rotated numbers (the attention factor of YaRN and LongRoPE).
+    scale: f64,
+    /// Longest context.
+    positions: usize,
 }
 
 impl Rope {
-    /// `head_dim` is `D` (even), `theta` the base, `positions` the longest context.
+    /// Plain angles: `head_dim` is `D` (even), `theta` the base, `positions` the longest context.
     pub fn new(head_dim: usize, theta: f64, positions: usize) -> Self {
-        let half = head_dim / 2;
-        let table = (0..positions)
-            .flat_map(|p| {
-                (0..half).map(move |i| {
-                    // `transformers` rounds the inverse frequency and the angle to f32.
-                    let inv = (1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32;
-                    let angle = p as f32 * inv;
-                    (f64::from(angle.cos()), f64::from(angle.sin()))
-                })
-            })
-            .collect();
-        Self { table, half }
+        Self::of_frequencies(&Self::plain(head_dim, theta), positions)
     }
 
-    fn positions(&self) -> usize {
-        self.table.len() / self.half.max(1)
+    /// `theta^(-2i/D)`: `[D/2]`.
+    pub fn plain(head_dim: usize, theta: f64) -> Vec<f32> {
+        (0..head_dim / 2)
+            .map(|i| (1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32)
+            .collect()
+    }
+
+    /// Given angles per position, `[D/2]`.
+    pub fn of_frequencies(frequencies: &[f32], positions: usize) -> Self {
+        Self {
+            frequencies: frequencies.into(),
+            pairs: RopePairs::Halves,
+            scale: 1.0,
+            positions,
+        }
+    }
+
+    /// With a factor on the rotated numbers.
+    pub fn with_scale(self, scale: f64) -> Self {
+        Self { scale, ..self }
+    }
+
+    /// With other pairs.
+    pub fn with_pairs(self, pairs: RopePairs) -> Self {
+        Self { pairs, ..self }
+    }
+
+    /// Cosines and sines of `len` positions from `offset`: `[len, D/2]`, scaled. Made for each call:
+    /// this costs little beside the attention, a table of a long context costs memory.
+    fn table(&self, offset: usize, len: usize) -> Vec<(f64, f64)> {
+        let scale = self.scale;
+        (offset..offset + len)
+            .into_par_iter()
+            .flat_map_iter(|p| {
+                self.frequencies.iter().map(move |&frequency| {
+                    // `transformers` rounds the angle to f32.
+                    let angle = p as f32 * frequency;
+                    (
+                        f64::from(angle.cos()) * scale,
+                        f64::from(angle.sin()) * scale,
+                    )
+                })
+            })
+            .collect()
     }
 }
 
 struct ApplyRope {
     rope: Rope,
     offset: usize,
-    /// `1.0` rotates, `-1.0` rotates back (the gradient of an orthogonal map is its inverse).
+    /// `1.0` rotates, `-1.0` rotates back (the gradient of a rotation is its inverse).
     direction: f64,
 }
 
 impl ApplyRope {
     fn rotate<T: Real>(&self, x: &[T], (len, heads): (usize, usize)) -> Vec<T> {
-        let half = self.rope.half;
+        let half = self.rope.frequencies.len();
         let row = (heads * 2 * half).max(1);
+        let table = self.rope.table(self.offset, len);
+        // The places of pair `j` in a head.
+        let (step, apart) = match self.rope.pairs {
+            RopePairs::Halves => (1, half),
+            RopePairs::Adjacent => (2, 1),
+        };
         let mut y = vec![T::zero(); x.len()];
         y.par_chunks_mut(row)
             .zip(x.par_chunks(row))
             .enumerate()
             .for_each(|(i, (y, x))| {
-                let at = (self.offset + i % len) * half;
+                let angles = &table[i % len * half..][..half];
                 for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
-                    for j in 0..half {
-                        let (cos, sin) = self.rope.table[at + j];
+                    for (j, &(cos, sin)) in angles.iter().enumerate() {
                         let (cos, sin) = (T::from_f64(cos), T::from_f64(sin * self.direction));
-                        let (a, b) = (x[j], x[j + half]);
-                        y[j] = a * cos - b * sin;
-                        y[j + half] = b * cos + a * sin;
+                        let (a, b) = (x[j * step], x[j * step + apart]);
+                        y[j * step] = a * cos - b * sin;
+                        y[j * step + apart] = b * cos + a * sin;
                     }
                 }
             });
@@ -74,13 +123,13 @@ impl CustomOp1 for ApplyRope {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
         let (_, len, heads, dim) = layout.shape().dims4()?;
-        if dim == 0 || dim != 2 * self.rope.half || self.offset + len > self.rope.positions() {
+        let width = 2 * self.rope.frequencies.len();
+        if dim == 0 || dim != width || self.offset + len > self.rope.positions {
             candle_core::bail!(
-                "rope: {len} tokens from position {} of heads of {dim} do not fit a table of {} \
-                 positions and head size {}; shorten the input to the model's context",
+                "rope: {len} tokens from position {} of heads of {dim} do not fit a context of {} \
+                 positions and head size {width}; shorten the input to the model's context",
                 self.offset,
-                self.rope.positions(),
-                2 * self.rope.half
+                self.rope.positions,
             )
         }
         let y = dispatch!(x.dtype(), self.name(), T => {

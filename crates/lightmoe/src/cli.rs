@@ -17,6 +17,18 @@ pub struct Cli {
     /// No progress bars
     #[arg(long, global = true)]
     pub quiet: bool,
+    /// The most memory to use, like `3GiB`: observe runs fewer tokens at once, and a model that does
+    /// not fit is read layer by layer [default: three quarters of what is free]
+    #[arg(long, global = true, value_name = "SIZE", value_parser = size)]
+    pub max_memory: Option<u64>,
+}
+
+/// A number of bytes, with or without a unit.
+fn size(text: &str) -> Result<u64, String> {
+    let size: bytesize::ByteSize = text
+        .parse()
+        .map_err(|_| "not a size; write it like 3GiB, 500MB or a number of bytes".to_owned())?;
+    Ok(size.as_u64())
 }
 
 /// Form of the log.
@@ -33,7 +45,7 @@ pub enum LogFormat {
 pub enum Command {
     /// All stages: observe, plan, build, recover, evaluate; a compressed model and a report
     Compress(CompressArgs),
-    /// Record what the routers do on the training examples
+    /// Record what the routers do on the training examples, or on token ids
     Observe(ObserveArgs),
     /// Decide what each expert becomes; needs `--ratio` or `--threshold`, but for `lora`
     Plan(PlanArgs),
@@ -49,6 +61,10 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Continue a text
     Generate(GenerateArgs),
+    /// Write what a model computes from token ids: logits, hidden states, routing
+    Logits(LogitsArgs),
+    /// Write a model of the true shape with random weights, to measure with
+    Synthesize(SynthesizeArgs),
     /// Train the small model of the repository from nothing
     Pretrain(PretrainArgs),
     /// Measure
@@ -95,6 +111,9 @@ pub struct ObserveArgs {
     /// The recipe
     #[command(flatten)]
     pub recipe: RecipeArgs,
+    /// Token ids to observe instead of a task: `input_ids` [batch, length]
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub tokens: Option<PathBuf>,
     /// The observations to write
     #[arg(long, value_name = "FILE.safetensors")]
     pub out: PathBuf,
@@ -201,10 +220,20 @@ pub struct ExportArgs {
     /// Element type: auto (the model's own), f32, bf16 or f16
     #[arg(long, default_value = "auto")]
     pub dtype: String,
-    /// Also write some token ids (`input_ids`) and the model's logits on them (`logits`), to check
-    /// the export with another program
-    #[arg(long, value_name = "FILE.safetensors")]
-    pub logits: Option<PathBuf>,
+    /// How the experts are packed
+    #[arg(long, value_enum, default_value_t = Packing::Auto)]
+    pub experts: Packing,
+}
+
+/// How an export packs experts.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Packing {
+    /// As the model does
+    Auto,
+    /// One tensor for each matrix, as checkpoints are published
+    Separate,
+    /// Stacked by layer, as transformers 5 holds them
+    Fused,
 }
 
 /// `inspect`
@@ -213,9 +242,45 @@ pub struct InspectArgs {
     /// The model
     #[arg(long, default_value = crate::source::BUILT_IN)]
     pub model: String,
+    /// A config.json, where there are no weights at hand
+    #[arg(long, value_name = "FILE.json", conflicts_with = "model")]
+    pub config: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// `logits`
+#[derive(Debug, Args)]
+pub struct LogitsArgs {
+    /// The model, original or compressed
+    #[arg(long, default_value = crate::source::BUILT_IN)]
+    pub model: String,
+    /// Token ids: `input_ids` [batch, length], integers [default: 2 × 32 ids spread over the vocabulary]
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub tokens: Option<PathBuf>,
+    /// What to write: `input_ids`, `logits` [batch, length, vocabulary], `hidden.<layer>` (what goes
+    /// into a layer; after the last, the normed output) and, by layer with experts,
+    /// `router.<layer>.{logits,ids,weights}`
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub out: PathBuf,
+}
+
+/// `synthesize`
+#[derive(Debug, Args)]
+pub struct SynthesizeArgs {
+    /// The config.json of the model
+    #[arg(long, value_name = "FILE.json")]
+    pub config: PathBuf,
+    /// Seed of the weights
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Element type: auto (what the configuration names, else bf16), f32, bf16 or f16
+    #[arg(long, default_value = "auto")]
+    pub dtype: String,
+    /// The model folder to write
+    #[arg(long)]
+    pub out: PathBuf,
 }
 
 /// `generate`
@@ -263,6 +328,25 @@ pub enum BenchCommand {
     Quality(QualityArgs),
     /// The built-in model: its scores, and how its experts share the work between tasks
     Usage(UsageArgs),
+    /// A model of full size: memory and speed of observe, plan and build
+    Scale(ScaleArgs),
+}
+
+/// `bench scale`
+#[derive(Debug, Args)]
+pub struct ScaleArgs {
+    /// The config.json of the model, which is synthesized
+    #[arg(long, default_value = "fixtures/configs/olmoe-1b-7b-0924.json")]
+    pub config: PathBuf,
+    /// Folder for the models; it needs twice the size of the model, and is left there
+    #[arg(long, default_value = "runs/scale")]
+    pub out: PathBuf,
+    /// Token ids to observe
+    #[arg(long, default_value_t = 8192)]
+    pub tokens: usize,
+    /// The page to write
+    #[arg(long, default_value = "docs/benchmarks/scale.md")]
+    pub table: PathBuf,
 }
 
 /// `bench usage`

@@ -25,7 +25,6 @@ pub const CHECKPOINT_EVERY: usize = 50;
 /// What any stage brings; what is finished stays, and `resume` goes on behind it.
 pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
     let original = Checkpoint::open(&model_folder(&recipe.model)?)?;
-    original.config().check_runnable()?;
     let tokenizer = ModelTokenizer::load(original.dir(), original.config().eos_token_id)?;
     let data = TaskData::load(recipe, &tokenizer)?;
     let encoded = data.encoded(&tokenizer, recipe.max_length)?;
@@ -55,7 +54,8 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
 
     run.stage("observe", |run| {
         let target = run.path("observations.safetensors");
-        observe_stage(&original, &encoded, recipe, &fingerprint, &target)
+        let budget = recipe.calibration_tokens;
+        observe_stage(&original, &encoded, budget, &fingerprint, &target)
     })?;
     let observations = Observations::load(&run.path("observations.safetensors"))?;
     run.stage("plan", |run| {

@@ -18,8 +18,10 @@ pub mod reference;
 pub mod report;
 pub mod results;
 pub mod run;
+pub mod scale;
 pub mod settings;
 pub mod source;
+pub mod tokens;
 pub mod usage;
 
 use sha2::{Digest, Sha256};

@@ -1,5 +1,30 @@
 //! What a measurement depends on and costs: the day, the processor, the process's resident memory
-//! (the last two as Linux reports them).
+//! (the last two as Linux reports them); and how much memory the work may take.
+
+use std::sync::OnceLock;
+
+static MAX_MEMORY: OnceLock<u64> = OnceLock::new();
+
+/// Sets the most memory that the work may take, in bytes.
+pub fn set_max_memory(bytes: u64) {
+    let _ = MAX_MEMORY.set(bytes);
+}
+
+/// The most memory that the work may take, in bytes: as set, or three quarters of what is free now.
+pub fn max_memory() -> u64 {
+    let free = || {
+        let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        kib(&info, "MemAvailable:").map_or(u64::MAX, |bytes| bytes / 4 * 3)
+    };
+    MAX_MEMORY.get().copied().unwrap_or_else(free)
+}
+
+/// The bytes behind `key`, of text like that of `/proc`.
+fn kib(text: &str, key: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+    let number = line.split_whitespace().next()?.parse::<u64>().ok()?;
+    Some(number * 1024)
+}
 
 /// The day in UTC: `2026-11-22`.
 pub fn today() -> String {
@@ -20,15 +45,7 @@ pub fn processor() -> String {
 /// The highest resident memory since the last [`reset_peak`], in bytes; zero where it is unknown.
 pub fn peak() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status
-        .lines()
-        .find(|l| l.starts_with("VmHWM:"))
-        .unwrap_or_default();
-    let kib = line
-        .split_whitespace()
-        .nth(1)
-        .and_then(|v| v.parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
+    kib(&status, "VmHWM:").unwrap_or(0)
 }
 
 /// Begins a new measurement of the peak. Where the system does not allow it, later peaks include

@@ -3,7 +3,7 @@
 use clap::Parser;
 use lightmoe::cli::{BenchCommand, Cli, Command, LogFormat};
 use lightmoe::preflight::Refused;
-use lightmoe::{commands, progress, quality, reference, usage};
+use lightmoe::{commands, machine, progress, quality, reference, scale, usage};
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -12,6 +12,9 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     log(cli.log_format);
     progress::set_quiet(cli.quiet);
+    if let Some(bytes) = cli.max_memory {
+        machine::set_max_memory(bytes);
+    }
     let outcome = progress::catch_interrupts().and_then(|()| run(cli.command));
     let (text, code) = match outcome {
         Ok(text) => (text, ExitCode::SUCCESS),
@@ -41,9 +44,12 @@ fn run(command: Command) -> anyhow::Result<String> {
         Command::Export(args) => commands::run_export(args),
         Command::Inspect(args) => commands::run_inspect(args),
         Command::Generate(args) => commands::run_generate(args),
+        Command::Logits(args) => commands::run_logits(args),
+        Command::Synthesize(args) => commands::run_synthesize(args),
         Command::Pretrain(args) => commands::run_pretrain(args),
         Command::Bench(BenchCommand::Quality(args)) => quality::run(args),
         Command::Bench(BenchCommand::Usage(args)) => usage::run(args),
+        Command::Bench(BenchCommand::Scale(args)) => scale::run(args),
         Command::Reference => Ok(reference::markdown()),
     }
 }

@@ -1,6 +1,7 @@
 //! The stages as functions from artefact to artefact. The subcommands call them one by one,
 //! `compress` in a row.
 
+use crate::machine;
 use crate::preflight::check_original;
 use crate::progress::{Progress, stopped};
 use crate::recipe::Recipe;
@@ -9,35 +10,61 @@ use crate::source::{TaskData, calibration};
 use anyhow::{Context, Result, bail};
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
-use lightmoe_compress::{build, methods, observe};
+use lightmoe_compress::{ObserveOptions, build, methods, observe};
 use lightmoe_data::{Encoded, Sampler};
 use lightmoe_eval::{evaluate, write_samples};
-use lightmoe_models::{Checkpoint, CheckpointWriter, Decoder, ModelTokenizer, ParameterKind};
+use lightmoe_models::{
+    Checkpoint, CheckpointWriter, Decoder, Format, LanguageModel, Manifest, ModelTokenizer,
+    ParameterKind, StreamedDecoder,
+};
 use lightmoe_train::{
     AnnealingShape, Folders, Group, Outcome, Recovery, TrainBatch, TrainOptions, finish_recovery,
     prepare_recovery, train,
 };
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::Path;
 
 /// What the user is told when a run ends early by request.
 const INTERRUPTED: &str =
     "interrupted; run the same command again to go on, `compress` with `--resume`";
 
-/// Stage observe: the routing of the training examples → `target`.
+/// Stage observe: the routing of the first `budget` tokens of the training examples → `target`.
 ///
 /// # Errors
 /// If there is too little text, the model is damaged, or the work was stopped.
 pub fn observe_stage(
     checkpoint: &Checkpoint,
     encoded: &[Encoded],
-    recipe: &Recipe,
+    budget: usize,
     fingerprint: &str,
     target: &Path,
 ) -> Result<()> {
-    let samples = calibration(encoded, recipe.calibration_tokens, checkpoint)?;
+    let samples = calibration(encoded, budget, checkpoint)?;
+    observe_samples(checkpoint, &samples, fingerprint, target)
+}
+
+/// Stage observe on samples of token ids → `target`; what an interrupted run left in
+/// `.<target>.partial` beside it is continued.
+///
+/// # Errors
+/// If the model is damaged, the memory is too little for a layer, or the work was stopped.
+pub fn observe_samples(
+    checkpoint: &Checkpoint,
+    samples: &[Vec<u32>],
+    fingerprint: &str,
+    target: &Path,
+) -> Result<()> {
     let bar = Progress::new("observe", checkpoint.config().num_layers);
-    let seen = observe(checkpoint, &samples, fingerprint, &mut |done, all| {
+    let mut name = OsString::from(".");
+    name.push(target.file_name().unwrap_or_default());
+    name.push(".partial");
+    let options = ObserveOptions {
+        fingerprint,
+        state: &target.with_file_name(name),
+        max_memory: machine::max_memory(),
+    };
+    let seen = observe(checkpoint, samples, &options, &mut |done, all| {
         bar.of(done, all)
     })?;
     Ok(seen.save(target)?)
@@ -149,8 +176,12 @@ pub fn recover_stage(
         bail!(INTERRUPTED);
     }
     finish_recovery(&mut model)?;
-    let mut writer = CheckpointWriter::new(target, built.dtype(), built.config().family)?;
+    let format = Format::new(built.dtype(), built.scheme());
+    let manifest = Manifest::of(built.config(), built.layout())?;
+    let extras = built.extras()?;
+    let mut writer = CheckpointWriter::new(target, &format, &manifest, &extras)?;
     model.write(&mut writer)?;
+    writer.copy_extras(built, &extras)?;
     writer.copy_side_files(built.dir())?;
     Ok(writer.finish(&built.config().raw)?)
 }
@@ -177,6 +208,20 @@ fn train_options(recipe: &Recipe, fingerprint: &str, checkpoint_every: usize) ->
     }
 }
 
+/// A model to run: in memory if it fits there, else read layer by layer in every pass.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn load_model(folder: &Path) -> Result<Box<dyn LanguageModel>> {
+    let checkpoint = Checkpoint::open(folder)?;
+    // Weights are f32 in memory; caches and activations want some room beside them.
+    let needed = checkpoint.parameters().saturating_mul(4).saturating_mul(5) / 4;
+    Ok(match needed <= machine::max_memory() {
+        true => Box::new(Decoder::load(&checkpoint)?),
+        false => Box::new(StreamedDecoder::new(checkpoint)?),
+    })
+}
+
 /// Stage evaluate: the scores of a model on the test (or validation) examples. Samples go to
 /// `samples`, if given.
 ///
@@ -190,17 +235,16 @@ pub fn evaluate_stage(
     max_length: usize,
     samples: Option<&Path>,
 ) -> Result<TaskScores> {
-    let model = Decoder::load(checkpoint)?;
+    let model = load_model(checkpoint.dir())?;
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
     let bar = Progress::new(what, examples.len());
     let options = data.eval_options(max_length);
-    let (scores, details) = evaluate(&model, &tokenizer, examples, &options, &mut |done, all| {
-        bar.of(done, all)
-    })
-    .map_err(|e| match stopped() {
-        true => anyhow::anyhow!(INTERRUPTED),
-        false => e.into(),
-    })?;
+    let each = &mut |done, all| bar.of(done, all);
+    let (scores, details) =
+        evaluate(&*model, &tokenizer, examples, &options, each).map_err(|e| match stopped() {
+            true => anyhow::anyhow!(INTERRUPTED),
+            false => e.into(),
+        })?;
     if let Some(path) = samples {
         write_samples(path, &details)
             .with_context(|| format!("cannot write the samples to `{}`", path.display()))?;

@@ -4,7 +4,9 @@
 use crate::progress::Progress;
 use anyhow::{Context, Result, bail};
 use lightmoe_data::{PackedStream, tokenizer};
-use lightmoe_models::{CheckpointWriter, Decoder, ModelConfig, ParameterKind};
+use lightmoe_models::{
+    BankLayout, CheckpointWriter, DType, Decoder, Format, ModelConfig, ParameterKind, Scheme,
+};
 use lightmoe_train::{
     Annealing, AnnealingShape, Folders, Group, LearningRate, Outcome, TrainBatch, TrainOptions,
     train,
@@ -193,8 +195,9 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
     if outcome == Outcome::Interrupted {
         bail!("interrupted; run the same command again to go on");
     }
-    let mut writer =
-        CheckpointWriter::new(&recipe.out, lightmoe_models::DType::BF16, config.family)?;
+    let format = Format::new(DType::BF16, Scheme::published(config.family));
+    let layout = BankLayout::dense(&config);
+    let mut writer = CheckpointWriter::for_model(&recipe.out, &format, &config, &layout)?;
     model.write(&mut writer)?;
     let json = |value: &serde_json::Value| serde_json::to_vec_pretty(value);
     let text = tokenizer

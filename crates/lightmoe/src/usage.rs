@@ -2,14 +2,13 @@
 //! the work between tasks.
 
 use crate::cli::UsageArgs;
-use crate::pipeline::evaluate_stage;
+use crate::pipeline::{evaluate_stage, observe_samples};
 use crate::results::{Score, digits};
 use crate::source::{BUILT_IN, TaskData, calibration, model_folder};
 use anyhow::Result;
 use lightmoe_compress::observations::Observations;
-use lightmoe_compress::observe;
 use lightmoe_data::Task;
-use lightmoe_models::{Checkpoint, ModelTokenizer, folder};
+use lightmoe_models::{Checkpoint, ModelTokenizer, folder::write_file};
 use std::fmt::Write;
 
 /// Training tokens observed of each task.
@@ -28,10 +27,13 @@ pub fn run(args: UsageArgs) -> Result<String> {
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
     let mut scores = Vec::new();
     let mut seen = Vec::new();
+    let folder = tempfile::tempdir()?;
     for task in Task::ALL {
         let data = TaskData::built_in(task, 4000, ITEMS, 0);
         let samples = calibration(&data.encoded(&tokenizer, LENGTH)?, TOKENS, &checkpoint)?;
-        seen.push(observe(&checkpoint, &samples, "usage", &mut |_, _| true)?);
+        let path = folder.path().join("observations.safetensors");
+        observe_samples(&checkpoint, &samples, "usage", &path)?;
+        seen.push(Observations::load(&path)?);
         let all = evaluate_stage("evaluate", &checkpoint, &data, &data.test, LENGTH, None)?;
         scores.push(all.into_values().next().unwrap_or_default());
     }
@@ -64,7 +66,7 @@ pub fn run(args: UsageArgs) -> Result<String> {
          1 is the same experts, 0 is no expert in common.\n\n",
     );
     likeness_table(&mut page, &seen);
-    folder::write_file(&args.table, page.as_bytes())?;
+    write_file(&args.table, page.as_bytes())?;
     Ok(args.table.display().to_string())
 }
 

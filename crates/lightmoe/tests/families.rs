@@ -3,9 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use lightmoe_compress::methods::{LightmoeOptions, MethodName, Target, plan};
-use lightmoe_compress::{build, observe};
+use lightmoe_compress::{ObserveOptions, build, observe};
 use lightmoe_export::{Card, ExportKind, ExportOptions, export};
-use lightmoe_models::{Checkpoint, DType, Decoder, Family, Tokens};
+use lightmoe_models::{Checkpoint, DType, Decoder, ExpertPacking, LanguageModel, Tokens};
 use lightmoe_train::{Recovery, finish_recovery, prepare_recovery};
 use std::path::Path;
 
@@ -28,9 +28,16 @@ fn assert_close(ours: &[f32], expected: &[f32], what: &str) {
 
 #[test]
 fn every_family_goes_the_whole_way() {
-    for family in Family::ALL.into_iter().filter(|f| f.is_runnable()) {
-        let parity = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/parity");
-        let original = Checkpoint::open(&parity.join(family.name())).unwrap();
+    let parity = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/parity");
+    let mut gone = 0;
+    for entry in std::fs::read_dir(parity).unwrap() {
+        let path = entry.unwrap().path();
+        if !path.is_dir() {
+            continue;
+        }
+        gone += 1;
+        let family = path.file_name().unwrap().to_string_lossy().into_owned();
+        let original = Checkpoint::open(&path).unwrap();
         let samples: Vec<Vec<u32>> = (0..40)
             .map(|s| {
                 (0..16)
@@ -38,7 +45,13 @@ fn every_family_goes_the_whole_way() {
                     .collect()
             })
             .collect();
-        let seen = observe(&original, &samples, "families", &mut |_, _| true).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let state = ObserveOptions {
+            fingerprint: "families",
+            state: &folder.path().join("state"),
+            max_memory: 1 << 30,
+        };
+        let seen = observe(&original, &samples, &state, &mut |_, _| true).unwrap();
         let options = LightmoeOptions {
             rank: 2,
             groups: 2,
@@ -46,7 +59,6 @@ fn every_family_goes_the_whole_way() {
         };
         let (config, target) = (original.config(), Target::Threshold(0.5));
         let plan = plan(config, &seen, target, MethodName::Lightmoe, &options).unwrap();
-        let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("built");
         build(&original, &plan, 0, &path, &mut |_, _| true).unwrap();
         let built = Checkpoint::open(&path).unwrap();
@@ -61,9 +73,9 @@ fn every_family_goes_the_whole_way() {
         };
         prepare_recovery(&mut model, &original, &recovery).unwrap();
         let whole = logits(&Decoder::load(&original).unwrap());
-        model.layers.iter_mut().for_each(|l| l.bank.anneal(1.0));
+        model.banks_mut().for_each(|bank| bank.anneal(1.0));
         assert_close(&logits(&model), &whole, &format!("{family} at the start"));
-        model.layers.iter_mut().for_each(|l| l.bank.anneal(0.0));
+        model.banks_mut().for_each(|bank| bank.anneal(0.0));
         finish_recovery(&mut model).unwrap();
         let compressed = logits(&Decoder::load(&built).unwrap());
         assert_close(
@@ -73,21 +85,57 @@ fn every_family_goes_the_whole_way() {
         );
         assert_ne!(compressed, whole);
 
-        let dense = folder.path().join("dense");
+        // Multiplied out it is the original's architecture, however the experts are packed.
+        for packing in [
+            None,
+            Some(ExpertPacking::Fused),
+            Some(ExpertPacking::Separate),
+        ] {
+            let dense = folder.path().join("dense");
+            let options = ExportOptions {
+                dtype: Some(DType::F32),
+                packing,
+                ..ExportOptions::new(ExportKind::Dense)
+            };
+            let card = Card {
+                base_model: "parity".into(),
+                method: "lightmoe".into(),
+                recipe_toml: String::new(),
+                table_markdown: String::new(),
+            };
+            export(&built, &dense, &options, &card, &mut |_, _| true).unwrap();
+            let dense = Checkpoint::open(&dense).unwrap();
+            let fused = packing == Some(ExpertPacking::Fused);
+            assert_eq!(dense.names() == original.names(), !fused, "{family}");
+            assert_eq!(dense.scheme().packing == ExpertPacking::Fused, fused);
+            let exported = logits(&Decoder::load(&dense).unwrap());
+            assert_close(&exported, &compressed, &format!("{family} exported"));
+        }
+
+        // A model with stacked experts is built to the same numbers, and stays stacked.
+        let fused = folder.path().join("fused");
         let options = ExportOptions {
-            dtype: Some(DType::F32),
-            ..ExportOptions::new(ExportKind::Dense)
+            packing: Some(ExpertPacking::Fused),
+            ..ExportOptions::new(ExportKind::Compact)
         };
-        let card = Card {
-            base_model: "parity".into(),
-            method: "lightmoe".into(),
-            recipe_toml: String::new(),
-            table_markdown: String::new(),
-        };
-        export(&built, &dense, &options, &card, &mut |_, _| true).unwrap();
-        let dense = Checkpoint::open(&dense).unwrap();
-        assert_eq!(dense.names(), original.names(), "{family}");
-        let exported = logits(&Decoder::load(&dense).unwrap());
-        assert_close(&exported, &compressed, &format!("{family} exported"));
+        let card = Card::default();
+        export(&original, &fused, &options, &card, &mut |_, _| true).unwrap();
+        let fused = Checkpoint::open(&fused).unwrap();
+        let path = folder.path().join("built-fused");
+        build(&fused, &plan, 0, &path, &mut |_, _| true).unwrap();
+        let again = Checkpoint::open(&path).unwrap();
+        assert!(
+            again
+                .names()
+                .iter()
+                .any(|n| n.ends_with("experts.gate_up_proj"))
+        );
+        assert_eq!(again.parameters(), built.parameters(), "{family}");
+        assert_eq!(
+            logits(&Decoder::load(&again).unwrap()),
+            compressed,
+            "{family}"
+        );
     }
+    assert_eq!(gone, 9);
 }

@@ -10,7 +10,7 @@ mod qwen3_moe;
 
 use candle_core::{Device, Tensor};
 use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
-use lightmoe_models::{Decoder, ModelConfig, Tokens};
+use lightmoe_models::{Decoder, LanguageModel, ModelConfig, Tokens};
 use qwen3_moe::qwen3_moe;
 use serde_json::json;
 use std::hint::black_box;

@@ -25,12 +25,20 @@ impl Bank {
 
     /// A bank of nothing but dense slots.
     pub(crate) fn of_dense(layout: &LayerLayout, dense: Projections) -> Self {
+        Self {
+            dense: Some(dense),
+            ..Self::empty(layout)
+        }
+    }
+
+    /// A bank without its weights.
+    pub(crate) fn empty(layout: &LayerLayout) -> Self {
         let (experts, position, groups) = Self::positions(layout);
         Self {
             experts,
             position,
             groups,
-            dense: Some(dense),
+            dense: None,
             dense_adapters: None,
             bases: None,
             adapters: None,

@@ -1,84 +1,45 @@
 //! A model folder: `config.json`, safetensors in one file or in shards with an index, side files.
 //!
 //! Reading is lazy: opening reads the headers, [`Checkpoint::tensor`] reads one tensor's bytes.
+//! What the files call a tensor, and whether experts are stacked in them, is seen here alone.
 
 use crate::config::ModelConfig;
 use crate::layout::BankLayout;
-use crate::{Error, Result, folder, names};
+use crate::manifest::Manifest;
+use crate::names::Scheme;
+use crate::tensor_file::{BlockScales, Stored, TensorFile};
+use crate::{Error, Result, folder};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use safetensors::Dtype;
-use safetensors::tensor::Metadata;
-use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The weights, if they are one file.
 pub(crate) const SINGLE: &str = "model.safetensors";
+/// What the scales of an FP8 matrix add to its name.
+const SCALE: &str = "_scale_inv";
 /// Which shard has which tensor, if they are several.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
-/// Elements that are read and converted at a time.
-const READ_ELEMENTS: usize = 1 << 18;
-/// A header larger than this is damage, not data.
-const MAX_HEADER: u64 = 100 << 20;
-
-struct TensorFile {
-    path: PathBuf,
-    file: File,
-    metadata: Metadata,
-    data_start: u64,
-}
-
-impl TensorFile {
-    fn open(path: PathBuf) -> Result<Self> {
-        let fail = |message: &str| {
-            Error::tensor(
-                &path,
-                "(header)",
-                format!("{message}; the file is damaged or incomplete, copy or download it again"),
-            )
-        };
-        let file = File::open(&path).map_err(|e| Error::io(&path, e))?;
-        let size = file.metadata().map_err(|e| Error::io(&path, e))?.len();
-        let mut prefix = [0u8; 8];
-        file.read_exact_at(&mut prefix, 0)
-            .map_err(|_| fail("shorter than 8 bytes"))?;
-        let header = u64::from_le_bytes(prefix);
-        if header > MAX_HEADER || header + 8 > size {
-            return Err(fail(&format!(
-                "a header of {header} bytes in a file of {size}"
-            )));
-        }
-        // `SafeTensors::read_metadata` wants the whole file in memory; the header is plain JSON.
-        let mut bytes = vec![0u8; header as usize];
-        file.read_exact_at(&mut bytes, 8)
-            .map_err(|e| Error::io(&path, e))?;
-        let metadata: Metadata =
-            serde_json::from_slice(&bytes).map_err(|e| fail(&format!("not safetensors: {e}")))?;
-        let data = size - 8 - header;
-        if metadata.data_len() as u64 != data {
-            return Err(fail(&format!(
-                "{data} bytes of tensors, but its header describes {}",
-                metadata.data_len()
-            )));
-        }
-        Ok(Self {
-            path,
-            file,
-            metadata,
-            data_start: header + 8,
-        })
-    }
-}
 
 /// An open model folder.
 pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
     layout: BankLayout,
+    scheme: Scheme,
     files: Vec<TensorFile>,
     by_name: HashMap<String, usize>,
+}
+
+/// A tensor of the files that is no part of the model as we run it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Extra {
+    /// Its name in the files.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
 }
 
 impl Checkpoint {
@@ -147,10 +108,12 @@ impl Checkpoint {
                 return Err(Error::tensor(&dir.join(shard), name, message));
             }
         }
+        let scheme = Scheme::detect(config.family, by_name.keys().map(String::as_str));
         Ok(Self {
             dir: dir.to_owned(),
             config,
             layout,
+            scheme,
             files,
             by_name,
         })
@@ -171,6 +134,11 @@ impl Checkpoint {
         &self.layout
     }
 
+    /// Names and packing of the files.
+    pub fn scheme(&self) -> Scheme {
+        self.scheme
+    }
+
     /// All tensor names as they stand in the files, sorted.
     pub fn names(&self) -> Vec<&str> {
         let mut names: Vec<&str> = self.by_name.keys().map(String::as_str).collect();
@@ -186,6 +154,26 @@ impl Checkpoint {
             .sum()
     }
 
+    /// Tells this checkpoint from another, or from an earlier state of the same: `config.json`, and
+    /// the place, size and time of change of each file.
+    ///
+    /// # Errors
+    /// If a file is gone.
+    pub fn stamp(&self) -> Result<String> {
+        let mut stamp = self.config.raw.to_string();
+        for file in &self.files {
+            let found = fs::metadata(&file.path).map_err(|e| Error::io(&file.path, e))?;
+            let path = fs::canonicalize(&file.path).map_err(|e| Error::io(&file.path, e))?;
+            stamp += &format!(
+                "\n{}: {} {:?}",
+                path.display(),
+                found.len(),
+                found.modified()
+            );
+        }
+        Ok(stamp)
+    }
+
     /// Numbers in all tensors.
     pub fn parameters(&self) -> u64 {
         let infos = self
@@ -197,7 +185,7 @@ impl Checkpoint {
             .sum()
     }
 
-    /// The element type most tensors have on disk.
+    /// The element type most tensors have on disk; bf16 for those in FP8.
     pub fn dtype(&self) -> DType {
         let mut counts = BTreeMap::new();
         for file in &self.files {
@@ -206,14 +194,55 @@ impl Checkpoint {
             }
         }
         match counts.into_iter().max_by_key(|(_, n)| *n) {
-            Some((Dtype::BF16, _)) => DType::BF16,
+            Some((Dtype::BF16 | Dtype::F8_E4M3, _)) => DType::BF16,
             Some((Dtype::F16, _)) => DType::F16,
             _ => DType::F32,
         }
     }
 
-    /// Reads the tensor `name` (our name, see [`names::stored`]) of the given shape as f32 on the CPU. A missing tensor, another
-    /// shape, an element type that is no float, NaN and infinity are errors.
+    /// Whether every tensor that the configuration implies is there, in its shape. To be asked before
+    /// long work; no weights are read.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] naming the first that is not.
+    pub fn check(&self) -> Result<()> {
+        let manifest = Manifest::of(&self.config, &self.layout)?;
+        let mut tensors = manifest.tensors.iter();
+        tensors.try_for_each(|(name, shape)| self.find(name, shape).map(|_| ()))
+    }
+
+    /// Tensors that are no part of the model, sorted: they are copied and not run, like the layers of
+    /// DeepSeek-V3 that guess further tokens. Scales of FP8 blocks are not among them.
+    ///
+    /// # Errors
+    /// If the layout does not fit the model, or an extra one has an element type that we cannot copy.
+    pub fn extras(&self) -> Result<Vec<Extra>> {
+        let manifest = Manifest::of(&self.config, &self.layout)?;
+        let places = manifest.tensors.iter();
+        let known: HashSet<String> = places
+            .map(|(name, shape)| self.scheme.place(name, shape, &self.layout).name)
+            .collect();
+        let mut extras = Vec::new();
+        for name in self.names() {
+            let scale = name.strip_suffix(SCALE);
+            let tied = self.config.tie_word_embeddings && name == "lm_head.weight";
+            if known.contains(name) || tied || scale.is_some_and(|w| self.by_name.contains_key(w)) {
+                continue;
+            }
+            let info = self.files[self.by_name[name]].metadata.info(name);
+            let shape = info.map(|info| info.shape.clone()).unwrap_or_default();
+            self.locate(name, &shape, name, 0, shape.iter().product())?;
+            extras.push(Extra {
+                name: name.to_owned(),
+                shape,
+            });
+        }
+        Ok(extras)
+    }
+
+    /// Reads the tensor `name` (our name, see [`crate::names`]) of the given shape as f32 on the CPU.
+    /// A missing tensor, another shape, an element type that is no float, NaN and infinity are
+    /// errors.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let stored = self.find(name, shape)?;
         let mut values = vec![0f32; shape.iter().product()];
@@ -237,18 +266,38 @@ impl Checkpoint {
         Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
-    /// Where a tensor of this shape lies: nothing is allocated before its size is known to be real.
-    fn find(&self, name: &str, shape: &[usize]) -> Result<Stored<'_>> {
-        let name = names::stored(self.config.family, name);
-        let found = self.by_name.get(&name).map(|&i| &self.files[i]);
-        let Some((file, info)) = found.and_then(|f| Some((f, f.metadata.info(&name)?))) else {
+    /// Where a tensor of this shape lies.
+    pub(crate) fn find(&self, name: &str, shape: &[usize]) -> Result<Stored<'_>> {
+        let place = self.scheme.place(name, shape, &self.layout);
+        let count = shape.iter().product();
+        self.locate(&place.name, &place.shape, name, place.offset, count)
+    }
+
+    /// Where an extra tensor lies.
+    pub(crate) fn find_extra(&self, extra: &Extra) -> Result<Stored<'_>> {
+        let count = extra.shape.iter().product();
+        self.locate(&extra.name, &extra.shape, &extra.name, 0, count)
+    }
+
+    /// `count` numbers from `offset` of the file's tensor `name`; `ours` is what errors call it if it
+    /// is a part. Nothing is allocated before its size is known to be real.
+    fn locate(
+        &self,
+        name: &str,
+        shape: &[usize],
+        ours: &str,
+        offset: usize,
+        count: usize,
+    ) -> Result<Stored<'_>> {
+        let found = self.by_name.get(name).map(|&i| &self.files[i]);
+        let Some((file, info)) = found.and_then(|f| Some((f, f.metadata.info(name)?))) else {
             let message = format!(
                 "missing, expected {shape:?}; the checkpoint is incomplete or of another family, \
                  download it again"
             );
             return Err(Error::tensor(&self.dir, name, message));
         };
-        let fail = |message: String| Error::tensor(&file.path, &name, message);
+        let fail = |message: String| Error::tensor(&file.path, name, message);
         if info.shape != shape {
             return Err(fail(format!(
                 "shape {:?} contradicts config.json, which implies {shape:?}; use the config.json \
@@ -256,64 +305,48 @@ impl Checkpoint {
                 info.shape
             )));
         }
-        match info.dtype {
-            Dtype::F32 | Dtype::BF16 | Dtype::F16 => Ok(Stored {
-                file,
-                dtype: info.dtype,
-                start: file.data_start + info.data_offsets.0 as u64,
-                name,
-            }),
-            other => Err(fail(format!(
-                "element type {other:?} is not supported; convert it to bf16, f16 or f32"
-            ))),
-        }
-    }
-}
-
-/// A tensor on disk.
-struct Stored<'a> {
-    file: &'a TensorFile,
-    name: String,
-    dtype: Dtype,
-    start: u64,
-}
-
-impl Stored<'_> {
-    /// Reads all elements, a piece at a time.
-    fn read(&self, values: &mut [f32]) -> Result<()> {
-        let width = self.dtype.bitsize() / 8;
-        let mut buffer = vec![0u8; width * READ_ELEMENTS.min(values.len())];
-        for (i, values) in values.chunks_mut(READ_ELEMENTS).enumerate() {
-            let bytes = &mut buffer[..width * values.len()];
-            let at = self.start + (i * READ_ELEMENTS * width) as u64;
-            self.file
-                .file
-                .read_exact_at(bytes, at)
-                .map_err(|e| Error::io(&self.file.path, e))?;
-            match self.dtype {
-                Dtype::BF16 => decode(bytes, values, |b| half::bf16::from_le_bytes(b).to_f32()),
-                Dtype::F16 => decode(bytes, values, |b| half::f16::from_le_bytes(b).to_f32()),
-                _ => decode(bytes, values, f32::from_le_bytes),
+        let scales = match info.dtype {
+            Dtype::F32 | Dtype::BF16 | Dtype::F16 => None,
+            Dtype::F8_E4M3 => Some(self.scales(name, shape).map_err(fail)?),
+            other => {
+                return Err(fail(format!(
+                    "element type {other:?} is not supported; convert it to bf16, f16 or f32"
+                )));
             }
-            // Without an early end, so that the check is vectorised.
-            if !values.iter().fold(true, |ok, v| ok & v.is_finite()) {
-                let at = values.iter().position(|v| !v.is_finite()).unwrap_or(0);
-                let message = format!(
-                    "element {} is {}, not a finite number; the checkpoint is damaged, download \
-                     or build it again",
-                    i * READ_ELEMENTS + at,
-                    values[at]
-                );
-                return Err(Error::tensor(&self.file.path, &self.name, message));
-            }
-        }
-        Ok(())
+        };
+        Ok(Stored {
+            file,
+            dtype: info.dtype,
+            start: (info.data_offsets.0 + offset * info.dtype.bitsize() / 8) as u64,
+            name: if offset == 0 { name } else { ours }.to_owned(),
+            count,
+            scales,
+        })
     }
-}
 
-fn decode<const N: usize>(bytes: &[u8], values: &mut [f32], decode: impl Fn([u8; N]) -> f32) {
-    for (value, &bytes) in values.iter_mut().zip(bytes.as_chunks::<N>().0) {
-        *value = decode(bytes);
+    /// The scales of the FP8 matrix `name`.
+    fn scales(&self, name: &str, shape: &[usize]) -> std::result::Result<BlockScales, String> {
+        let (Some(block), &[rows, columns]) = (self.config.fp8_block, shape) else {
+            return Err(
+                "FP8 numbers need a `quantization_config` with a `weight_block_size` and a matrix \
+                 of their own; convert the checkpoint to bf16"
+                    .into(),
+            );
+        };
+        let scale = format!("{name}{SCALE}");
+        let blocks = [rows.div_ceil(block[0]), columns.div_ceil(block[1])];
+        let stored = self
+            .locate(&scale, &blocks, &scale, 0, blocks[0] * blocks[1])
+            .map_err(|e| format!("its scales cannot be read: {e}"))?;
+        let mut values = vec![0f32; stored.count];
+        stored
+            .read(&mut values)
+            .map_err(|e| format!("its scales cannot be read: {e}"))?;
+        Ok(BlockScales {
+            columns,
+            block,
+            values,
+        })
     }
 }
 

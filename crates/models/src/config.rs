@@ -10,6 +10,7 @@ use std::path::Path;
 use serde_json::Value;
 
 pub use crate::families::Family;
+pub use crate::rotary::{LongRope, RopeScaling, Yarn};
 use crate::{Error, Result, families};
 
 /// More parameters than this are taken for a damaged file.
@@ -34,20 +35,28 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// How the layers attend.
     pub attention: Attention,
-    /// Epsilon of every RMS norm.
-    pub rms_norm_eps: f64,
+    /// The norms of the residual stream.
+    pub norm: NormKind,
+    /// Their epsilon.
+    pub norm_eps: f64,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
+    /// How they are stretched.
+    pub rope_scaling: RopeScaling,
     /// Longest sequence that the model was made for, in tokens.
     pub max_position_embeddings: usize,
     /// Whether the head is the embedding.
     pub tie_word_embeddings: bool,
+    /// Whether the head has a bias.
+    pub head_bias: bool,
     /// The expert layers.
     pub moe: MoeConfig,
     /// This many layers at the start have a plain MLP instead of experts.
     pub first_dense_layers: usize,
     /// Intermediate size of those plain MLPs; 0 where there are none.
     pub dense_intermediate_size: usize,
+    /// `[rows, columns]` of weights that share a scale, where the files are FP8.
+    pub fp8_block: Option<[usize; 2]>,
     /// End of sequence; where the file lists several, the first.
     pub eos_token_id: Option<u32>,
     /// Padding.
@@ -63,8 +72,12 @@ pub struct ModelConfig {
 pub struct MoeConfig {
     /// `E`: routed experts per layer.
     pub num_experts: usize,
-    /// `K`: experts chosen for a token, after a softmax over all.
+    /// `K`: experts chosen for a token.
     pub top_k: usize,
+    /// What the router makes of its logits.
+    pub scoring: Scoring,
+    /// Groups of experts that a token may not leave.
+    pub groups: Option<ExpertGroups>,
     /// `F`: intermediate size of a routed expert.
     pub intermediate_size: usize,
     /// Whether the chosen gate values are scaled to sum to one.
@@ -77,6 +90,51 @@ pub struct MoeConfig {
     pub shared_gate: bool,
     /// Weight of the load-balancing loss in the model's own training.
     pub router_aux_loss_coef: f64,
+}
+
+/// What a router makes of its logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Scoring {
+    /// Gates are a softmax over all experts; the largest are chosen.
+    Softmax,
+    /// Gates are logistic; what is chosen is decided after a bias of each expert is added
+    /// (DeepSeek-V3, section 2.1.2).
+    Sigmoid,
+    /// Two experts one after the other, each with its share of a softmax over those experts whose
+    /// logits come near it (arXiv 2409.12136, as inference uses it).
+    SparseMixer {
+        /// Half the relative distance that counts as near.
+        jitter: f64,
+    },
+}
+
+/// Experts in groups of equal size, of which a token uses only some (DeepSeek-V2, section 2.2.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertGroups {
+    /// How many groups there are.
+    pub count: usize,
+    /// How many of them a token may use.
+    pub chosen: usize,
+    /// What ranks them.
+    pub score: GroupScore,
+}
+
+/// What ranks a group of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupScore {
+    /// Its best score.
+    Best,
+    /// The sum of its two best scores.
+    TwoBest,
+}
+
+/// The norms of the residual stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// Root mean square, a weight.
+    Rms,
+    /// Mean and variance, a weight and a bias.
+    Layer,
 }
 
 /// The attention of every layer.
@@ -189,246 +247,19 @@ impl ModelConfig {
         self.num_layers - self.first_dense_layers
     }
 
-    /// Whether the decoder can run this model, and not only count and plan it.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] naming the family or the setting, if it cannot.
-    pub fn check_runnable(&self) -> Result<()> {
-        if let Attention::GroupedQuery {
-            clip_qkv: Some(_), ..
-        } = self.attention
-        {
-            return Err(Error::Invalid(
-                "a model with `clip_qkv` can be counted and planned but not run yet; use \
-                 `--dry-run`, or a model without it"
-                    .into(),
-            ));
+    /// Factor on the attention scores: `1/sqrt(head_dim)`, and DeepSeek's temperature of YaRN.
+    pub fn attention_scale(&self) -> f64 {
+        let plain = 1.0 / (self.head_dim as f64).sqrt();
+        match (&self.attention, &self.rope_scaling) {
+            (Attention::MultiHeadLatent { .. }, RopeScaling::Yarn(yarn))
+                if yarn.mscale_all_dim > 0.0 =>
+            {
+                plain * Yarn::mscale(yarn.factor, yarn.mscale_all_dim).powi(2)
+            }
+            _ => plain,
         }
-        if self.family.is_runnable() {
-            return Ok(());
-        }
-        Err(Error::Invalid(format!(
-            "a model of family `{}` can be counted and planned but not run yet; \
-             use `--dry-run`, or a model of one of: {}",
-            self.family,
-            families::names(|family| family.is_runnable())
-        )))
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn fixture(name: &str) -> Value {
-        let path = format!("{}/../../fixtures/{name}", env!("CARGO_MANIFEST_DIR"));
-        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
-    }
-
-    fn olmoe_with(key: &str, value: Value) -> Result<ModelConfig> {
-        changed("configs/olmoe-1b-7b-0924.json", key, value)
-    }
-
-    fn changed(name: &str, key: &str, value: Value) -> Result<ModelConfig> {
-        let mut config = fixture(name);
-        config[key] = value;
-        ModelConfig::from_json(&config, Path::new("here/config.json"))
-    }
-
-    #[track_caller]
-    fn assert_refused(result: Result<ModelConfig>, words: &[&str]) {
-        let message = result.unwrap_err().to_string();
-        for word in words.iter().chain(&["here/config.json"]) {
-            assert!(message.contains(word), "`{message}` lacks `{word}`");
-        }
-    }
-
-    #[test]
-    fn reads_the_published_olmoe() {
-        let raw = fixture("configs/olmoe-1b-7b-0924.json");
-        let config = ModelConfig::from_json(&raw, Path::new("c")).unwrap();
-        assert_eq!(config.family, Family::Olmoe);
-        assert_eq!((config.hidden_size, config.vocab_size), (2048, 50304));
-        assert_eq!((config.num_layers, config.num_heads), (16, 16));
-        assert_eq!((config.num_kv_heads, config.head_dim), (16, 128));
-        assert_eq!((config.rms_norm_eps, config.rope_theta), (1e-5, 1e4));
-        assert_eq!((config.moe.num_experts, config.moe.top_k), (64, 8));
-        assert_eq!(config.moe.intermediate_size, 1024);
-        assert!(!config.moe.renormalize && !config.tie_word_embeddings);
-        assert_eq!(config.moe.shared_intermediate_size, 0);
-        assert_eq!(config.moe_layers().collect::<Vec<_>>().len(), 16);
-        assert_eq!(config.eos_token_id, Some(50279));
-        assert_eq!((config.pad_token_id, config.bos_token_id), (Some(1), None));
-        let attention = Attention::GroupedQuery {
-            qk_norm: QkNorm::WholeProjection,
-            bias: ProjectionBias::None,
-            clip_qkv: None,
-            sliding_window: None,
-        };
-        assert_eq!(config.attention, attention);
-        assert_eq!(config.raw, raw);
-        config.check_runnable().unwrap();
-    }
-
-    #[test]
-    fn reads_both_spellings() {
-        let mut new = fixture("parity/olmoe/config.json");
-        for key in ["rope_theta", "rope_scaling", "torch_dtype"] {
-            new.as_object_mut().unwrap().remove(key);
-        }
-        new["rope_parameters"] = json!({"rope_theta": 500.0, "rope_type": "default"});
-        let new = ModelConfig::from_json(&new, Path::new("c")).unwrap();
-        assert_eq!((new.rope_theta, new.hidden_size), (500.0, 48));
-        let mut old = fixture("configs/olmoe-1b-7b-0924.json");
-        old["rope_theta"] = json!(500.0);
-        let old = ModelConfig::from_json(&old, Path::new("c")).unwrap();
-        assert_eq!(old.rope_theta, 500.0);
-    }
-
-    #[test]
-    fn reads_deepseek_v2_lite_to_plan_but_not_to_run() {
-        let raw = fixture("configs/deepseek-v2-lite.json");
-        let config = ModelConfig::from_json(&raw, Path::new("c")).unwrap();
-        assert_eq!(config.moe_layers().collect::<Vec<_>>()[..2], [1, 2]);
-        assert!(!config.is_moe_layer(0) && config.is_moe_layer(26) && !config.is_moe_layer(27));
-        assert_eq!(config.moe.shared_intermediate_size, 2816);
-        assert_eq!(config.dense_intermediate_size, 10944);
-        let message = config.check_runnable().unwrap_err().to_string();
-        assert!(message.contains("deepseek_v2") && message.contains("olmoe"));
-    }
-
-    #[test]
-    fn what_the_decoder_would_ignore_is_not_run() {
-        let refused = olmoe_with("clip_qkv", json!(8.0)).unwrap().check_runnable();
-        assert!(refused.unwrap_err().to_string().contains("clip_qkv"));
-    }
-
-    #[test]
-    fn the_facts_of_the_families() {
-        let facts = |name: &str| {
-            let raw = fixture(&format!("parity/{name}/config.json"));
-            let config = ModelConfig::from_json(&raw, Path::new("c")).unwrap();
-            config.check_runnable().unwrap();
-            let Attention::GroupedQuery {
-                qk_norm,
-                bias,
-                sliding_window,
-                ..
-            } = config.attention
-            else {
-                panic!("{name} has latent attention");
-            };
-            let shared = (config.moe.shared_intermediate_size, config.moe.shared_gate);
-            let renormalize = config.moe.renormalize;
-            (qk_norm, bias, sliding_window, renormalize, shared)
-        };
-        let (plain, qkv) = (ProjectionBias::None, ProjectionBias::QueryKeyValue);
-        let mixtral = (QkNorm::None, plain, Some(6), true, (0, false));
-        assert_eq!(facts("mixtral"), mixtral);
-        // A window that is written down but not used.
-        let qwen2 = (QkNorm::None, qkv, None, false, (40, true));
-        assert_eq!(facts("qwen2_moe"), qwen2);
-        let qwen3 = (QkNorm::PerHead, plain, None, true, (0, false));
-        assert_eq!(facts("qwen3_moe"), qwen3);
-        for (key, value) in [
-            ("decoder_sparse_step", json!(2)),
-            ("mlp_only_layers", json!([1])),
-            ("use_sliding_window", json!(true)),
-            ("head_dim", json!(15)),
-            ("hidden_act", json!("gelu")),
-        ] {
-            let refused = changed("parity/qwen3_moe/config.json", key, value);
-            assert_refused(refused, &[key]);
-        }
-    }
-
-    #[test]
-    fn end_tokens_may_be_one_many_or_none() {
-        for (value, expected) in [
-            (json!(7), Some(7)),
-            (json!([9, 7]), Some(9)),
-            (json!([]), None),
-            (Value::Null, None),
-        ] {
-            let config = olmoe_with("eos_token_id", value).unwrap();
-            assert_eq!(config.eos_token_id, expected);
-        }
-        assert_refused(olmoe_with("eos_token_id", json!("</s>")), &["eos_token_id"]);
-        assert_refused(olmoe_with("pad_token_id", json!(50304)), &["pad_token_id"]);
-    }
-
-    #[test]
-    fn refuses_what_it_does_not_know() {
-        let words = ["model_type", "llama", "olmoe", "deepseek_v2"];
-        assert_refused(olmoe_with("model_type", json!("llama")), &words);
-        assert_refused(olmoe_with("hidden_act", json!("gelu")), &["hidden_act"]);
-        let yarn = json!({"type": "yarn", "factor": 40});
-        assert_refused(olmoe_with("rope_scaling", yarn), &["rope_scaling", "yarn"]);
-        let linear = json!({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0});
-        assert_refused(olmoe_with("rope_parameters", linear), &["rope_parameters"]);
-        let partial = json!({"rope_type": "default", "partial_rotary_factor": 0.5});
-        assert_refused(olmoe_with("rope_parameters", partial), &["partial_rotary"]);
-        let quantized = json!({"quant_method": "gptq"});
-        assert_refused(
-            olmoe_with("quantization_config", quantized),
-            &["quantization_config"],
-        );
-    }
-
-    #[test]
-    fn refuses_missing_and_contradictory_keys() {
-        for key in ["hidden_size", "num_experts", "vocab_size", "model_type"] {
-            assert_refused(olmoe_with(key, Value::Null), &[key]);
-        }
-        for key in ["hidden_size", "num_hidden_layers", "num_experts_per_tok"] {
-            assert_refused(olmoe_with(key, json!(0)), &[key]);
-            assert_refused(olmoe_with(key, json!("2048")), &[key]);
-        }
-        let too_many = olmoe_with("num_experts_per_tok", json!(65));
-        assert_refused(too_many, &["num_experts_per_tok", "num_experts", "64"]);
-        let heads = olmoe_with("num_attention_heads", json!(48));
-        assert_refused(heads, &["num_attention_heads", "hidden_size"]);
-        let kv = olmoe_with("num_key_value_heads", json!(5));
-        assert_refused(kv, &["num_key_value_heads"]);
-        assert_refused(olmoe_with("head_dim", json!(64)), &["head_dim", "128"]);
-        assert_refused(olmoe_with("rms_norm_eps", json!(0.0)), &["rms_norm_eps"]);
-        assert_refused(olmoe_with("clip_qkv", json!(-1.0)), &["clip_qkv"]);
-        let twice = json!({"rope_theta": 5e5, "rope_type": "default"});
-        assert_refused(olmoe_with("rope_parameters", twice), &["rope_theta"]);
-        assert_refused(olmoe_with("num_local_experts", json!(8)), &["num_experts"]);
-        let deepseek = "configs/deepseek-v2-lite.json";
-        let layers = changed(deepseek, "first_k_dense_replace", json!(27));
-        assert_refused(layers, &["first_k_dense_replace"]);
-        let frequency = changed(deepseek, "moe_layer_freq", json!(2));
-        assert_refused(frequency, &["moe_layer_freq"]);
-        let scoring = changed(deepseek, "scoring_func", json!("sigmoid"));
-        assert_refused(scoring, &["scoring_func"]);
-    }
-
-    #[test]
-    fn absurd_sizes_are_an_error_and_no_overflow() {
-        let huge = json!(u64::MAX / 2);
-        assert_refused(olmoe_with("hidden_size", huge), &["hidden_size"]);
-        let big = json!(1u64 << 31);
-        let mut config = fixture("configs/olmoe-1b-7b-0924.json");
-        for key in ["hidden_size", "num_experts", "intermediate_size"] {
-            config[key] = big.clone();
-        }
-        let read = ModelConfig::from_json(&config, Path::new("here/config.json"));
-        assert_refused(read, &["parameters"]);
-    }
-
-    #[test]
-    fn a_file_that_is_missing_or_no_json_is_named() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("config.json");
-        let missing = ModelConfig::from_file(&path).unwrap_err();
-        assert!(matches!(missing, Error::Io { .. }));
-        for text in ["{", "[]", "3"] {
-            std::fs::write(&path, text).unwrap();
-            let message = ModelConfig::from_file(&path).unwrap_err().to_string();
-            assert!(message.contains("config.json"), "{message}");
-        }
-    }
-}
+mod tests;

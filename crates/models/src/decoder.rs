@@ -1,13 +1,18 @@
-//! The whole model: embedding, layers, last norm, head.
+//! The whole model: embedding, layers, last norm, head; in memory, or read layer by layer.
 
 use crate::attention::LayerCache;
+use crate::bank::Bank;
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
-use crate::layer::{Layer, ParameterKind, Routing, Visitor};
+use crate::layer::{Layer, ParameterKind, Source, Visitor};
+use crate::norm::Norm;
+use crate::rotary::Rotary;
+use crate::router::Routing;
 use crate::writer::CheckpointWriter;
 use crate::{Error, Result, names};
 use candle_core::{Device, Tensor};
-use lightmoe_kernels::{Rope, linear, rms_norm};
+use lightmoe_kernels::linear;
+use std::borrow::Cow;
 
 /// Token ids of a batch, right-padded: `[rows, len]`, row-major. Under causal attention, padding on
 /// the right changes nothing on the left; whoever reads the outputs skips the padded positions.
@@ -30,83 +35,33 @@ impl<'a> Tokens<'a> {
 #[derive(Debug, Clone)]
 pub struct Cache(Vec<LayerCache>);
 
-/// What [`Decoder::forward`] shows of each layer: its number, its input `[B, T, H]`, its routing.
-pub type Observer<'a> = dyn FnMut(usize, &Tensor, &Routing) -> Result<()> + 'a;
+/// What [`LanguageModel::forward`] shows of each layer: its number, its input `[B, T, H]`, and its
+/// routing where it has experts.
+pub type Observer<'a> = dyn FnMut(usize, &Tensor, Option<&Routing>) -> Result<()> + 'a;
 
-/// A model in memory.
+/// The table of the embedding.
 #[derive(Debug, Clone)]
-pub struct Decoder {
-    config: ModelConfig,
-    ends: Ends,
-    /// The layers.
-    pub layers: Vec<Layer>,
+pub struct Embedding {
+    /// `[V, H]`
+    table: Tensor,
 }
 
-/// What stands before and behind the layers.
-#[derive(Debug, Clone)]
-pub struct Ends {
-    embed: Tensor,
-    norm: Tensor,
-    head: Option<Tensor>,
-    rope: Rope,
-}
-
-impl Ends {
-    /// Reads embedding, last norm and head.
+impl Embedding {
+    /// Reads it from a checkpoint.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
-        let config = checkpoint.config();
-        config.check_runnable()?;
-        let (v, h) = (config.vocab_size, config.hidden_size);
-        let tied = config.tie_word_embeddings;
-        let embed = checkpoint.tensor(names::EMBED, &[v, h])?;
-        let norm = checkpoint.tensor(names::FINAL_NORM, &[h])?;
-        let head = (!tied)
-            .then(|| checkpoint.tensor(names::HEAD, &[v, h]))
-            .transpose()?;
-        Ok(Self::new(config, embed, norm, head))
+        Self::build(checkpoint.config(), &|name, shape| {
+            checkpoint.tensor(&names::whole(name), shape)
+        })
     }
 
-    pub(crate) fn new(
-        config: &ModelConfig,
-        embed: Tensor,
-        norm: Tensor,
-        head: Option<Tensor>,
-    ) -> Self {
-        let rope = Rope::new(
-            config.head_dim,
-            config.rope_theta,
-            config.max_position_embeddings,
-        );
-        Self {
-            embed,
-            norm,
-            head,
-            rope,
-        }
-    }
-
-    /// Embedding, last norm and head under the names of the checkpoint.
-    pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let mut out = vec![
-            (names::EMBED.to_owned(), self.embed.clone()),
-            (names::FINAL_NORM.to_owned(), self.norm.clone()),
-        ];
-        out.extend(
-            self.head
-                .iter()
-                .map(|h| (names::HEAD.to_owned(), h.clone())),
-        );
-        out
-    }
-
-    /// The tables of the rotary embedding.
-    pub fn rope(&self) -> &Rope {
-        &self.rope
+    fn build(config: &ModelConfig, get: &Source<'_>) -> Result<Self> {
+        let table = get(names::EMBED, &[config.vocab_size, config.hidden_size])?;
+        Ok(Self { table })
     }
 
     /// Embeds ids: `[B, T, H]`. Ids beyond the vocabulary and an empty batch are errors.
     pub fn embed(&self, tokens: Tokens<'_>) -> Result<Tensor> {
-        let (vocab, hidden) = self.embed.dims2()?;
+        let (vocab, hidden) = self.table.dims2()?;
         if tokens.rows == 0
             || tokens.ids.is_empty()
             || !tokens.ids.len().is_multiple_of(tokens.rows)
@@ -125,14 +80,199 @@ impl Ends {
         let ids = Tensor::new(tokens.ids, &Device::Cpu)?;
         let len = tokens.ids.len() / tokens.rows;
         Ok(self
-            .embed
+            .table
             .index_select(&ids, 0)?
             .reshape((tokens.rows, len, hidden))?)
     }
+}
 
-    /// Final norm: `[B, T, H]` → `[B · T, H]`.
-    fn finish(&self, x: &Tensor, eps: f64) -> Result<Tensor> {
-        Ok(rms_norm(&x.flatten_to(1)?, &self.norm, eps)?)
+/// What stands before and behind the layers.
+#[derive(Debug, Clone)]
+pub struct Ends {
+    embedding: Embedding,
+    norm: Norm,
+    /// `[V, H]`; none where it is the embedding.
+    head: Option<Tensor>,
+    /// `[V]`
+    head_bias: Option<Tensor>,
+    rotary: Rotary,
+}
+
+impl Ends {
+    /// Takes embedding, last norm and head from `get`.
+    pub(crate) fn build(config: &ModelConfig, get: &Source<'_>) -> Result<Self> {
+        let (v, h) = (config.vocab_size, config.hidden_size);
+        let bias = format!("{}.bias", names::HEAD);
+        Ok(Self {
+            embedding: Embedding::build(config, get)?,
+            norm: Norm::build(names::FINAL_NORM, config, get)?,
+            head: (!config.tie_word_embeddings)
+                .then(|| get(names::HEAD, &[v, h]))
+                .transpose()?,
+            head_bias: config.head_bias.then(|| get(&bias, &[v])).transpose()?,
+            rotary: Rotary::new(config),
+        })
+    }
+
+    /// Reads them from a checkpoint.
+    pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
+        Self::build(checkpoint.config(), &|name, shape| {
+            checkpoint.tensor(&names::whole(name), shape)
+        })
+    }
+
+    fn visit_front(&mut self, f: &mut Visitor<'_>) -> Result<()> {
+        let table = &mut self.embedding.table;
+        f(names::EMBED, ParameterKind::Embedding, table)
+    }
+
+    fn visit_back(&mut self, f: &mut Visitor<'_>) -> Result<()> {
+        self.norm.visit(f)?;
+        if let Some(head) = &mut self.head {
+            f(names::HEAD, ParameterKind::Embedding, head)?;
+        }
+        if let Some(bias) = &mut self.head_bias {
+            let name = format!("{}.bias", names::HEAD);
+            f(&name, ParameterKind::Embedding, bias)?;
+        }
+        Ok(())
+    }
+
+    /// Embedding, last norm and head under the names of the checkpoint.
+    pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut out = Vec::new();
+        let mut push = |name: &str, _, tensor: &mut Tensor| {
+            out.push((names::whole(name), tensor.clone()));
+            Ok(())
+        };
+        // Visiting wants mutable tensors; cloning them copies handles, not weights.
+        let mut ends = self.clone();
+        ends.visit_front(&mut push)?;
+        ends.visit_back(&mut push)?;
+        Ok(out)
+    }
+
+    /// Logits of normed hidden states `[T, H]` → `[T, V]`.
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let head = self.head.as_ref().unwrap_or(&self.embedding.table);
+        let logits = linear(hidden, head)?;
+        Ok(match &self.head_bias {
+            Some(bias) => logits.broadcast_add(bias)?,
+            None => logits,
+        })
+    }
+}
+
+/// A model that can be run, wherever its layers are.
+pub trait LanguageModel {
+    /// The configuration.
+    fn config(&self) -> &ModelConfig;
+
+    /// What stands before and behind the layers.
+    fn ends(&self) -> &Ends;
+
+    /// Layer `number`, from 0.
+    ///
+    /// # Errors
+    /// What reading it brings.
+    fn layer(&self, number: usize) -> Result<Cow<'_, Layer>>;
+
+    /// An empty cache for [`LanguageModel::forward`].
+    fn cache(&self) -> Cache {
+        Cache(vec![LayerCache::default(); self.config().num_layers])
+    }
+
+    /// Hidden states after the last norm, `[B · T, H]`. With a cache the tokens continue it. The
+    /// observer sees each layer's input and routing.
+    ///
+    /// # Errors
+    /// Ids beyond the vocabulary, a cache of another model, more tokens than the context holds.
+    fn forward(
+        &self,
+        tokens: Tokens<'_>,
+        cache: Option<&mut Cache>,
+        observe: &mut Observer<'_>,
+    ) -> Result<Tensor> {
+        let (config, ends) = (self.config(), self.ends());
+        if cache
+            .as_ref()
+            .is_some_and(|c| c.0.len() != config.num_layers)
+        {
+            return Err(Error::Invalid(
+                "the cache belongs to another model; make one with `cache`".into(),
+            ));
+        }
+        let mut x = ends.embedding.embed(tokens)?;
+        let mut caches = cache.map(|c| c.0.iter_mut());
+        for l in 0..config.num_layers {
+            let cache = caches.as_mut().and_then(Iterator::next);
+            let (y, routing) = self.layer(l)?.forward(&x, config, &ends.rotary, cache)?;
+            observe(l, &x, routing.as_ref())?;
+            x = y;
+        }
+        ends.norm.forward(&x.flatten_to(1)?)
+    }
+
+    /// Logits of hidden states `[T, H]` → `[T, V]`. Select the rows that matter first.
+    ///
+    /// # Errors
+    /// If the width is another.
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.ends().logits(hidden)
+    }
+}
+
+/// A model in memory.
+#[derive(Debug, Clone)]
+pub struct Decoder {
+    config: ModelConfig,
+    ends: Ends,
+    /// The layers.
+    pub layers: Vec<Layer>,
+}
+
+impl LanguageModel for Decoder {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn ends(&self) -> &Ends {
+        &self.ends
+    }
+
+    fn layer(&self, number: usize) -> Result<Cow<'_, Layer>> {
+        Ok(Cow::Borrowed(&self.layers[number]))
+    }
+}
+
+/// A model on disk: each pass reads every layer, and holds one at a time.
+pub struct StreamedDecoder {
+    checkpoint: Checkpoint,
+    ends: Ends,
+}
+
+impl StreamedDecoder {
+    /// Reads what stands before and behind the layers.
+    ///
+    /// # Errors
+    /// What reading it brings.
+    pub fn new(checkpoint: Checkpoint) -> Result<Self> {
+        let ends = Ends::load(&checkpoint)?;
+        Ok(Self { checkpoint, ends })
+    }
+}
+
+impl LanguageModel for StreamedDecoder {
+    fn config(&self) -> &ModelConfig {
+        self.checkpoint.config()
+    }
+
+    fn ends(&self) -> &Ends {
+        &self.ends
+    }
+
+    fn layer(&self, number: usize) -> Result<Cow<'_, Layer>> {
+        Ok(Cow::Owned(Layer::load(&self.checkpoint, number)?))
     }
 }
 
@@ -159,68 +299,30 @@ impl Decoder {
         }
     }
 
-    /// The configuration.
-    pub fn config(&self) -> &ModelConfig {
-        &self.config
+    /// The experts of every layer that has some.
+    pub fn banks(&self) -> impl Iterator<Item = &Bank> {
+        self.layers.iter().filter_map(Layer::bank)
     }
 
-    /// An empty cache for [`Decoder::forward`].
-    pub fn cache(&self) -> Cache {
-        Cache(vec![LayerCache::default(); self.layers.len()])
-    }
-
-    /// Hidden states after the last norm, `[B · T, H]`. With a cache the tokens continue it. The
-    /// observer sees each layer's input and routing.
-    pub fn forward(
-        &self,
-        tokens: Tokens<'_>,
-        cache: Option<&mut Cache>,
-        observe: &mut Observer<'_>,
-    ) -> Result<Tensor> {
-        if cache
-            .as_ref()
-            .is_some_and(|c| c.0.len() != self.layers.len())
-        {
-            return Err(Error::Invalid(
-                "the cache belongs to another model; make one with `Decoder::cache`".into(),
-            ));
-        }
-        let mut x = self.ends.embed(tokens)?;
-        let mut caches = cache.map(|c| c.0.iter_mut());
-        for (l, layer) in self.layers.iter().enumerate() {
-            let cache = caches.as_mut().and_then(Iterator::next);
-            let (y, routing) = layer.forward(&x, &self.config, &self.ends.rope, cache)?;
-            observe(l, &x, &routing)?;
-            x = y;
-        }
-        self.ends.finish(&x, self.config.rms_norm_eps)
-    }
-
-    /// Logits of hidden states `[T, H]` → `[T, V]`. Select the rows that matter first.
-    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(linear(
-            hidden,
-            self.ends.head.as_ref().unwrap_or(&self.ends.embed),
-        )?)
+    /// The experts of every layer that has some, to change them.
+    pub fn banks_mut(&mut self) -> impl Iterator<Item = &mut Bank> {
+        self.layers.iter_mut().filter_map(Layer::bank_mut)
     }
 
     /// Every parameter with its full name, to train, replace or inspect it.
     pub fn visit(&mut self, f: &mut Visitor<'_>) -> Result<()> {
-        f(names::EMBED, ParameterKind::Embedding, &mut self.ends.embed)?;
+        let ends = &mut self.ends;
+        ends.visit_front(&mut |name, kind, tensor| f(&names::whole(name), kind, tensor))?;
         for (l, layer) in self.layers.iter_mut().enumerate() {
             layer.visit(&mut |name, kind, tensor| f(&names::layer(l, name), kind, tensor))?;
         }
-        f(names::FINAL_NORM, ParameterKind::Norm, &mut self.ends.norm)?;
-        if let Some(head) = &mut self.ends.head {
-            f(names::HEAD, ParameterKind::Embedding, head)?;
-        }
-        Ok(())
+        ends.visit_back(&mut |name, kind, tensor| f(&names::whole(name), kind, tensor))
     }
 
     /// The tensors under the names of the checkpoint; an error while adapters of dense slots or
     /// originals take part, see [`crate::Bank::tensors`].
     pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut out = self.ends.tensors();
+        let mut out = self.ends.tensors()?;
         for (l, layer) in self.layers.iter().enumerate() {
             out.extend(layer.tensors(l)?);
         }

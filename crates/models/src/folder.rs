@@ -73,19 +73,30 @@ pub fn recover(target: &Path) -> Result<bool> {
     Ok(false)
 }
 
-/// A folder under construction. Dropped without [`PartialFolder::commit`], it is removed.
+/// A folder under construction. Dropped without [`PartialFolder::commit`] or
+/// [`PartialFolder::keep`], it is removed.
 pub struct PartialFolder {
     target: PathBuf,
     partial: PathBuf,
     old: PathBuf,
-    /// Every file is written and synced: no longer to be thrown away.
-    whole: bool,
+    /// Not to be thrown away: every file is written and synced, or another run goes on with it.
+    kept: bool,
 }
 
 impl PartialFolder {
     /// Begins a folder that will appear at `target`, where a link is followed. What an earlier,
     /// killed run left is removed or, if it is the only version of `target`, put back.
     pub fn new(target: &Path) -> Result<Self> {
+        let folder = Self::resume(target)?;
+        if folder.partial.exists() {
+            fs::remove_dir_all(&folder.partial).map_err(io(&folder.partial))?;
+        }
+        fs::create_dir_all(&folder.partial).map_err(io(&folder.partial))?;
+        Ok(folder)
+    }
+
+    /// The same with what an earlier run left under construction still in it, if anything.
+    pub fn resume(target: &Path) -> Result<Self> {
         let target = match fs::symlink_metadata(target) {
             Ok(found) if found.is_symlink() => fs::canonicalize(target).map_err(io(target))?,
             _ => target.to_owned(),
@@ -98,16 +109,18 @@ impl PartialFolder {
             )));
         }
         let (partial, old) = (sibling(&target, "partial")?, sibling(&target, "old")?);
-        if partial.exists() {
-            fs::remove_dir_all(&partial).map_err(io(&partial))?;
-        }
         fs::create_dir_all(&partial).map_err(io(&partial))?;
         Ok(Self {
             target,
             partial,
             old,
-            whole: false,
+            kept: false,
         })
+    }
+
+    /// Leaves the folder as it is under its hidden name, for a run that goes on with it.
+    pub fn keep(&mut self) {
+        self.kept = true;
     }
 
     /// Where to write.
@@ -130,7 +143,7 @@ impl PartialFolder {
                 .map_err(io(&path))?;
         }
         sync_folder(&self.partial)?;
-        self.whole = true;
+        self.kept = true;
         // A folder cannot replace a folder in one step: the old one steps aside first, and a kill in
         // between leaves it under its other name, never a mixture; see `recover`.
         self.step_aside()?;
@@ -167,7 +180,7 @@ impl PartialFolder {
 
 impl Drop for PartialFolder {
     fn drop(&mut self) {
-        if !self.whole {
+        if !self.kept {
             // Best effort: the next run removes what is left.
             let _ = fs::remove_dir_all(&self.partial);
         }

@@ -1,6 +1,6 @@
 //! Token-by-token generation with a key-value cache and candle's sampler.
 
-use crate::decoder::{Decoder, Tokens};
+use crate::decoder::{LanguageModel, Tokens};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_transformers::generation::{LogitsProcessor, Sampling};
@@ -23,7 +23,7 @@ pub struct GenerateOptions {
 /// Continues `prompts`, all of one length, and returns the new tokens of each (up to and without
 /// `eos`). `each` sees every new token of the first prompt and may stop the work by `false`.
 pub fn generate(
-    model: &Decoder,
+    model: &dyn LanguageModel,
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
     each: &mut dyn FnMut(u32) -> bool,

@@ -1,4 +1,5 @@
-//! One decoder layer: attention, then the mixture of experts, each on the normed residual stream.
+//! One decoder layer: attention, then the mixture of experts or a plain MLP, each on the normed
+//! residual stream.
 //!
 //! Follows the decoder layers of `transformers`, whose families differ in the facts of
 //! [`crate::ModelConfig`] alone.
@@ -7,10 +8,12 @@ use crate::attention::{LayerCache, SelfAttention};
 use crate::bank::Bank;
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
-use crate::shared::SharedExpert;
+use crate::mlp::{Mlp, SharedExpert};
+use crate::norm::Norm;
+use crate::rotary::Rotary;
+use crate::router::{Router, Routing};
 use crate::{Error, Result, names};
-use candle_core::{D, Tensor};
-use lightmoe_kernels::{Rope, linear, rms_norm, top_k};
+use candle_core::Tensor;
 
 /// What a parameter belongs to; decides who trains it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +26,10 @@ pub enum ParameterKind {
     Norm,
     /// The router.
     Router,
+    /// What a router adds to its scores before it chooses.
+    RouterCorrection,
+    /// The MLP of a dense layer.
+    Mlp,
     /// Matrices of dense slots.
     Expert,
     /// The expert that every token passes, and its gate.
@@ -40,111 +47,130 @@ pub type Visitor<'a> = dyn FnMut(&str, ParameterKind, &mut Tensor) -> Result<()>
 /// fresh random numbers.
 pub(crate) type Source<'a> = dyn Fn(&str, &[usize]) -> Result<Tensor> + 'a;
 
-/// What the router decided for the tokens of a batch.
-#[derive(Debug, Clone)]
-pub struct Routing {
-    /// Raw router outputs `[T, E]`.
-    pub logits: Tensor,
-    /// Softmax of the logits `[T, E]`.
-    pub probabilities: Tensor,
-    /// Chosen experts `[T · K]`, best first.
-    pub chosen: Vec<u32>,
-    /// Their gates, the factors of their outputs: `[T · K]`.
-    pub gates: Tensor,
-}
-
 /// The weights of one decoder layer.
 #[derive(Debug, Clone)]
 pub struct Layer {
-    pub(crate) input_norm: Tensor,
-    pub(crate) attention: SelfAttention,
-    pub(crate) post_norm: Tensor,
-    pub(crate) router: Tensor,
-    pub(crate) shared: Option<SharedExpert>,
-    /// The experts.
-    pub bank: Bank,
+    input_norm: Norm,
+    attention: SelfAttention,
+    post_norm: Norm,
+    feed_forward: FeedForward,
+}
+
+/// What follows the attention.
+#[derive(Debug, Clone)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a model has few layers, and nearly all are the large variant"
+)]
+enum FeedForward {
+    Dense(Mlp),
+    Experts {
+        router: Router,
+        shared: Option<SharedExpert>,
+        bank: Bank,
+    },
 }
 
 impl Layer {
     /// Reads layer `layer` of a checkpoint.
     pub fn load(checkpoint: &Checkpoint, layer: usize) -> Result<Self> {
         let config = checkpoint.config();
-        config.check_runnable()?;
-        let h = config.hidden_size;
         let get =
             |rest: &str, shape: &[usize]| checkpoint.tensor(&names::layer(layer, rest), shape);
-        let layout = checkpoint.layout().layers.get(&layer).ok_or_else(|| {
-            Error::Invalid(format!("layer {layer} is no MoE layer; choose another"))
-        })?;
+        let layout = checkpoint.layout().layers.get(&layer);
+        let bank = layout.map(|layout| move || Bank::load(checkpoint, layer, layout));
+        Self::build(config, &get, bank)
+    }
+
+    /// Takes the weights from `get` and the experts from `bank`; a layer without is dense.
+    pub(crate) fn build(
+        config: &ModelConfig,
+        get: &Source<'_>,
+        bank: Option<impl FnOnce() -> Result<Bank>>,
+    ) -> Result<Self> {
         Ok(Self {
-            input_norm: get("input_layernorm", &[h])?,
-            attention: SelfAttention::build(config, &get)?,
-            post_norm: get("post_attention_layernorm", &[h])?,
-            router: get("mlp.gate", &[config.moe.num_experts, h])?,
-            shared: SharedExpert::build(config, &get)?,
-            bank: Bank::load(checkpoint, layer, layout)?,
+            input_norm: Norm::build("input_layernorm", config, get)?,
+            attention: SelfAttention::build(config, get)?,
+            post_norm: Norm::build("post_attention_layernorm", config, get)?,
+            feed_forward: match bank {
+                None => FeedForward::Dense(Mlp::dense(config, get)?),
+                Some(bank) => FeedForward::Experts {
+                    router: Router::build(config, get)?,
+                    shared: SharedExpert::build(config, get)?,
+                    bank: bank()?,
+                },
+            },
         })
     }
 
-    /// `x: [B, T, H]` → (`[B, T, H]`, what the router decided). With a cache the tokens continue it.
+    /// The experts; `None` for a dense layer.
+    pub fn bank(&self) -> Option<&Bank> {
+        match &self.feed_forward {
+            FeedForward::Dense(_) => None,
+            FeedForward::Experts { bank, .. } => Some(bank),
+        }
+    }
+
+    /// The experts, to change them.
+    pub fn bank_mut(&mut self) -> Option<&mut Bank> {
+        match &mut self.feed_forward {
+            FeedForward::Dense(_) => None,
+            FeedForward::Experts { bank, .. } => Some(bank),
+        }
+    }
+
+    /// `x: [B, T, H]` → (`[B, T, H]`, what the router decided, if there is one). With a cache the
+    /// tokens continue it.
     pub fn forward(
         &self,
         x: &Tensor,
         config: &ModelConfig,
-        rope: &Rope,
+        rotary: &Rotary,
         cache: Option<&mut LayerCache>,
-    ) -> Result<(Tensor, Routing)> {
-        let normed = rms_norm(x, &self.input_norm, config.rms_norm_eps)?;
-        let x = (x + self.attention.forward(&normed, config, rope, cache)?)?;
+    ) -> Result<(Tensor, Option<Routing>)> {
+        let normed = self.input_norm.forward(x)?;
+        let x = (x + self.attention.forward(&normed, config, rotary, cache)?)?;
         let (b, t, h) = x.dims3()?;
-        let flat = rms_norm(&x, &self.post_norm, config.rms_norm_eps)?.reshape((b * t, h))?;
-        let routing = self.route(&flat, config)?;
-        let mut y = self.bank.forward(&flat, &routing.gates, &routing.chosen)?;
-        if let Some(shared) = &self.shared {
-            y = (y + shared.forward(&flat)?)?;
-        }
+        let flat = self.post_norm.forward(&x)?.reshape((b * t, h))?;
+        let (y, routing) = match &self.feed_forward {
+            FeedForward::Dense(mlp) => (mlp.forward(&flat)?, None),
+            FeedForward::Experts {
+                router,
+                shared,
+                bank,
+            } => {
+                let routing = router.route(&flat, &config.moe)?;
+                let mut y = bank.forward(&flat, &routing.gates, &routing.chosen)?;
+                if let Some(shared) = shared {
+                    y = (y + shared.forward(&flat)?)?;
+                }
+                (y, Some(routing))
+            }
+        };
         Ok(((x + y.reshape((b, t, h))?)?, routing))
-    }
-
-    fn route(&self, x: &Tensor, config: &ModelConfig) -> Result<Routing> {
-        let k = config.moe.top_k;
-        let logits = linear(x, &self.router)?;
-        let probabilities = candle_nn::ops::softmax(&logits, D::Minus1)?;
-        let chosen = top_k(&logits, k)?;
-        let (tokens, experts) = logits.dims2()?;
-        let index: Vec<u32> = chosen
-            .iter()
-            .enumerate()
-            .map(|(i, &e)| (i / k * experts) as u32 + e)
-            .collect();
-        let index = Tensor::new(index, logits.device())?;
-        let mut gates = probabilities.flatten_all()?.index_select(&index, 0)?;
-        if config.moe.renormalize {
-            let by_token = gates.reshape((tokens, k))?;
-            gates = by_token
-                .broadcast_div(&by_token.sum_keepdim(1)?)?
-                .flatten_all()?;
-        }
-        Ok(Routing {
-            logits,
-            probabilities,
-            chosen,
-            gates,
-        })
     }
 
     /// Every parameter with its name within the layer, to train, replace or inspect it. Stacked
     /// expert tensors come as one parameter each.
     pub fn visit(&mut self, f: &mut Visitor<'_>) -> Result<()> {
-        use ParameterKind::{Adapter, Base, Expert, Norm, Router};
-        f("input_layernorm", Norm, &mut self.input_norm)?;
+        use ParameterKind::{Adapter, Base, Expert};
+        self.input_norm.visit(f)?;
         self.attention.visit(f)?;
-        f("post_attention_layernorm", Norm, &mut self.post_norm)?;
-        f("mlp.gate", Router, &mut self.router)?;
-        if let Some(shared) = &mut self.shared {
-            shared.visit(f)?;
-        }
-        let bank = &mut self.bank;
+        self.post_norm.visit(f)?;
+        let bank = match &mut self.feed_forward {
+            FeedForward::Dense(mlp) => return mlp.visit(ParameterKind::Mlp, f),
+            FeedForward::Experts {
+                router,
+                shared,
+                bank,
+            } => {
+                router.visit(f)?;
+                if let Some(shared) = shared {
+                    shared.visit(f)?;
+                }
+                bank
+            }
+        };
         let mut stack = |what: &str, kind, stack: Option<&mut crate::bank::Projections>| {
             for (name, tensor) in stack.into_iter().flat_map(|s| s.named_mut()) {
                 f(&format!("mlp.{what}.{name}"), kind, tensor)?;
@@ -168,7 +194,9 @@ impl Layer {
     /// The layer's tensors.
     pub fn tensors(&self, layer: usize) -> Result<Vec<(String, Tensor)>> {
         let mut out = self.tensors_beside_bank(layer)?;
-        out.extend(self.bank.tensors(layer)?);
+        if let Some(bank) = self.bank() {
+            out.extend(bank.tensors(layer)?);
+        }
         Ok(out)
     }
 
@@ -177,8 +205,8 @@ impl Layer {
         let mut out = Vec::new();
         // Visiting wants a mutable layer; cloning one copies handles, not weights.
         self.clone().visit(&mut |name, kind, tensor| {
-            use ParameterKind::{Attention, Norm, Router, SharedExpert};
-            if matches!(kind, Attention | Norm | Router | SharedExpert) {
+            use ParameterKind::{Adapter, Base, Expert};
+            if !matches!(kind, Expert | Base | Adapter) {
                 out.push((names::layer(layer, name), tensor.clone()));
             }
             Ok(())

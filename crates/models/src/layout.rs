@@ -176,6 +176,8 @@ impl BankLayout {
         let dense = *self == Self::dense(config);
         if let Some(map) = raw.as_object_mut() {
             map.shift_remove("lightmoe");
+            // What we write is not quantised.
+            map.shift_remove("quantization_config");
             if !dense {
                 let value = serde_json::to_value(self)
                     .map_err(|e| Error::Invalid(format!("layout cannot be written: {e}")))?;

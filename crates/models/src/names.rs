@@ -1,29 +1,47 @@
-//! Tensor names. Inside, every family's tensors have the names that most families publish; where a
-//! family publishes others, [`stored`] translates at the border to the file. What replaces an expert
-//! has names of our own: a compressed slot keeps its expert's name with PEFT's `lora_A`/`lora_B`;
-//! bases stand beside the experts as `mlp.bases.<group>`.
+//! Tensor names, and where a tensor lies in the files.
+//!
+//! Inside, every family's tensors have the names that most families publish, one tensor for each
+//! matrix of an expert. Where files differ, [`Scheme`] translates at the border: other names, or
+//! the experts of a layer stacked in one tensor as transformers 5 holds them. What replaces an
+//! expert has names of our own: a compressed slot keeps its expert's name with PEFT's
+//! `lora_A`/`lora_B`; bases stand beside the experts as `mlp.bases.<group>`.
 
 use crate::families::Family;
+use crate::layout::{BankLayout, SlotLayout};
 
 /// The embedding, `[V, H]`.
-pub const EMBED: &str = "model.embed_tokens.weight";
+pub const EMBED: &str = "model.embed_tokens";
 /// The last norm, `[H]`.
-pub const FINAL_NORM: &str = "model.norm.weight";
+pub const FINAL_NORM: &str = "model.norm";
 /// The output head, `[V, H]`.
-pub const HEAD: &str = "lm_head.weight";
+pub const HEAD: &str = "lm_head";
 
-/// `model.layers.<layer>.<rest>.weight`, or as it is where `rest` ends in `.bias`.
-pub fn layer(layer: usize, rest: &str) -> String {
-    let weight = if rest.ends_with(".bias") {
+/// The three matrices of an expert.
+pub const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+
+/// `<name>.weight`, or `name` as it is if it is that of a bias.
+pub fn whole(name: &str) -> String {
+    let weight = if name.ends_with("bias") {
         ""
     } else {
         ".weight"
     };
-    format!("model.layers.{layer}.{rest}{weight}")
+    format!("{name}{weight}")
 }
 
-/// One matrix of an expert; `projection` is `gate_proj`, `up_proj` or `down_proj`, optionally with
-/// `.lora_A` or `.lora_B`.
+/// A parameter of layer `layer`, by its name within the layer.
+pub fn layer(layer: usize, rest: &str) -> String {
+    whole(&format!("model.layers.{layer}.{rest}"))
+}
+
+/// The layer that a parameter belongs to, if it belongs to one.
+pub fn layer_of(name: &str) -> Option<usize> {
+    let (number, _) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    number.parse().ok()
+}
+
+/// One matrix of an expert; `projection` is one of [`PROJECTIONS`], optionally with `.lora_A` or
+/// `.lora_B`.
 pub fn expert(layer_number: usize, expert: usize, projection: &str) -> String {
     layer(layer_number, &format!("mlp.experts.{expert}.{projection}"))
 }
@@ -33,15 +51,117 @@ pub fn base(layer_number: usize, group: usize, projection: &str) -> String {
     layer(layer_number, &format!("mlp.bases.{group}.{projection}"))
 }
 
-/// The name in the checkpoint files of `family`.
-pub fn stored(family: Family, name: &str) -> String {
-    match family {
-        // The names of the first release of Mixtral: `w1` gates, `w3` goes up, `w2` down.
-        Family::Mixtral => name
-            .replace(".mlp.", ".block_sparse_moe.")
-            .replace(".gate_proj.", ".w1.")
-            .replace(".up_proj.", ".w3.")
-            .replace(".down_proj.", ".w2."),
-        _ => name.to_owned(),
+/// How the files hold the experts of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExpertPacking {
+    /// One tensor for each matrix, as checkpoints are published.
+    Separate,
+    /// `gate_up_proj` `[n, 2F, H]`, gate rows first, and `down_proj` `[n, H, F]`, as transformers 5
+    /// holds them; `n` counts the experts that have matrices of their own, ascending.
+    Fused,
+}
+
+/// Names and packing of a checkpoint's files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scheme {
+    /// Whose names.
+    pub family: Family,
+    /// How experts are packed.
+    pub packing: ExpertPacking,
+}
+
+/// Where a tensor of ours lies in a tensor of the files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The file's name for the tensor that holds it.
+    pub name: String,
+    /// The shape of that tensor.
+    pub shape: Vec<usize>,
+    /// Elements before ours.
+    pub offset: usize,
+}
+
+impl Scheme {
+    /// As `family` publishes.
+    pub fn published(family: Family) -> Self {
+        Self {
+            family,
+            packing: ExpertPacking::Separate,
+        }
     }
+
+    /// That of files with these tensors.
+    pub fn detect<'a>(family: Family, mut names: impl Iterator<Item = &'a str>) -> Self {
+        let renames = matches!(family, Family::Mixtral | Family::Phimoe);
+        let fused = names.any(|name| {
+            name.ends_with(".mlp.experts.gate_up_proj") || (renames && name.contains(".mlp."))
+        });
+        Self {
+            family,
+            packing: match fused {
+                true => ExpertPacking::Fused,
+                false => ExpertPacking::Separate,
+            },
+        }
+    }
+
+    /// Where the tensor `name` of this shape lies in files of a model with this layout.
+    pub fn place(&self, name: &str, shape: &[usize], layout: &BankLayout) -> Place {
+        if self.packing == ExpertPacking::Fused
+            && let Some(place) = fused(name, shape, layout)
+        {
+            return place;
+        }
+        Place {
+            name: self.renamed(name),
+            shape: shape.to_vec(),
+            offset: 0,
+        }
+    }
+
+    fn renamed(&self, name: &str) -> String {
+        match (self.family, self.packing) {
+            // The names of the first release of Mixtral: `w1` gates, `w3` goes up, `w2` down.
+            (Family::Mixtral | Family::Phimoe, ExpertPacking::Separate) => name
+                .replace(".mlp.", ".block_sparse_moe.")
+                .replace(".gate_proj.", ".w1.")
+                .replace(".up_proj.", ".w3.")
+                .replace(".down_proj.", ".w2."),
+            (Family::Phimoe, ExpertPacking::Fused) => name.replace(".mlp.gate.", ".mlp.router."),
+            (Family::Deepseek | Family::DeepseekV2 | Family::DeepseekV3, _) => {
+                name.replace(".mlp.shared_expert.", ".mlp.shared_experts.")
+            }
+            _ => name.to_owned(),
+        }
+    }
+}
+
+/// The place of an expert's own matrix in the stack of its layer; `None` for any other tensor.
+fn fused(name: &str, shape: &[usize], layout: &BankLayout) -> Option<Place> {
+    let (number, rest) = name
+        .strip_prefix("model.layers.")?
+        .split_once(".mlp.experts.")?;
+    let (expert, rest) = rest.split_once('.')?;
+    let (number, expert) = (number.parse().ok()?, expert.parse::<usize>().ok()?);
+    let projection = rest.strip_suffix(".weight")?;
+    let part = PROJECTIONS.iter().position(|p| *p == projection)?;
+    let slots = &layout.layers.get(&number)?.slots;
+    let dense = |slots: &[SlotLayout]| slots.iter().filter(|s| **s == SlotLayout::Dense).count();
+    let (before, all) = (dense(slots.get(..expert)?), dense(slots));
+    let (&[rows, columns], size) = (shape, shape.iter().product::<usize>()) else {
+        return None;
+    };
+    let stack = |name: &str| format!("model.layers.{number}.mlp.experts.{name}");
+    Some(match part {
+        2 => Place {
+            name: stack("down_proj"),
+            shape: vec![all, rows, columns],
+            offset: before * size,
+        },
+        half => Place {
+            name: stack("gate_up_proj"),
+            shape: vec![all, 2 * rows, columns],
+            offset: (2 * before + half) * size,
+        },
+    })
 }

@@ -3,7 +3,7 @@
 //! Arithmetic saturates, so that a damaged file gives an absurd count (which
 //! [`ModelConfig::from_json`] refuses) and not an overflow.
 
-use crate::config::{Attention, ModelConfig, ProjectionBias, QkNorm};
+use crate::config::{Attention, ModelConfig, NormKind, ProjectionBias, QkNorm, Scoring};
 
 /// How many parameters each part of a model has, all layers together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -12,7 +12,7 @@ pub struct ParameterCounts {
     pub embedding: u64,
     /// Attention projections and their biases.
     pub attention: u64,
-    /// Every RMS norm, those inside the attention included.
+    /// Every norm, those inside the attention included.
     pub norms: u64,
     /// Routers.
     pub router: u64,
@@ -22,7 +22,7 @@ pub struct ParameterCounts {
     pub shared_experts: u64,
     /// MLPs of the layers without experts.
     pub dense_mlp: u64,
-    /// Output head; 0 where it is the embedding.
+    /// Output head and its bias; without the table where that is the embedding.
     pub head: u64,
 }
 
@@ -62,14 +62,19 @@ impl ModelConfig {
         let moe_layers = self.num_moe_layers();
         let (attention, inner_norms) = self.attention_parameters();
         let table = product(&[self.vocab_size, hidden]);
-        let per_layer_norms = inner_norms.saturating_add(product(&[2, hidden]));
+        let norm = match self.norm {
+            NormKind::Rms => hidden,
+            NormKind::Layer => hidden.saturating_mul(2),
+        };
+        let correction = usize::from(self.moe.scoring == Scoring::Sigmoid);
+        let per_layer_norms = inner_norms.saturating_add(product(&[2, norm]));
         ParameterCounts {
             embedding: table,
             attention: attention.saturating_mul(layers as u64),
             norms: per_layer_norms
                 .saturating_mul(layers as u64)
-                .saturating_add(hidden as u64),
-            router: product(&[moe_layers, self.moe.num_experts, hidden]),
+                .saturating_add(norm as u64),
+            router: product(&[moe_layers, self.moe.num_experts, hidden + correction]),
             routed_experts: self
                 .expert_parameters()
                 .saturating_mul(product(&[moe_layers, self.moe.num_experts])),
@@ -83,7 +88,10 @@ impl ModelConfig {
                 hidden,
                 self.dense_intermediate_size,
             ]),
-            head: if self.tie_word_embeddings { 0 } else { table },
+            head: sum(&[
+                if self.tie_word_embeddings { 0 } else { table },
+                product(&[usize::from(self.head_bias), self.vocab_size]),
+            ]),
         }
     }
 
@@ -209,7 +217,30 @@ mod tests {
             "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
             "num_experts_per_tok": 8, "norm_topk_prob": true,
         });
+        let deepseek = json!({
+            "model_type": "deepseek", "vocab_size": 102400, "hidden_size": 2048,
+            "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 28,
+            "num_attention_heads": 16, "num_key_value_heads": 16, "n_routed_experts": 64,
+            "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+        });
+        let phi = json!({
+            "model_type": "phimoe", "vocab_size": 32064, "hidden_size": 4096,
+            "intermediate_size": 6400, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "num_local_experts": 16, "num_experts_per_tok": 2,
+        });
+        // Without the layer that guesses further tokens.
+        let v3 = json!({
+            "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168,
+            "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61,
+            "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256,
+            "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3,
+            "n_group": 8, "topk_group": 4, "q_lora_rank": 1536, "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+        });
         for (config, total) in [
+            (deepseek, 16_375_728_128),
+            (phi, 41_873_153_344),
+            (v3, 671_026_419_200),
             (mixtral, 46_702_792_704),
             (qwen2, 14_315_784_192),
             (qwen3, 30_532_122_624),
@@ -245,10 +276,36 @@ mod tests {
         assert_eq!(low.norms - full.norms, 27 * 100);
     }
 
+    /// Two counts that agree: by formula, and by the list of tensors.
+    #[test]
+    fn the_count_agrees_with_the_manifest() {
+        for name in [
+            "configs/olmoe-1b-7b-0924.json",
+            "configs/deepseek-v2-lite.json",
+            "parity/deepseek_v3/config.json",
+            "parity/phimoe/config.json",
+        ] {
+            let config = config(name);
+            let layout = crate::BankLayout::dense(&config);
+            let manifest = crate::Manifest::of(&config, &layout).unwrap();
+            assert_eq!(manifest.parameters(), config.parameters().total(), "{name}");
+        }
+    }
+
     /// The committed checkpoints hold as many values as their configurations promise.
     #[test]
     fn the_count_agrees_with_real_tensors() {
-        for family in ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe"] {
+        for family in [
+            "olmoe",
+            "mixtral",
+            "qwen2_moe",
+            "qwen3_moe",
+            "deepseek",
+            "deepseek_v2",
+            "deepseek_v2_lite",
+            "deepseek_v3",
+            "phimoe",
+        ] {
             let root = env!("CARGO_MANIFEST_DIR");
             let folder = format!("{root}/../../fixtures/parity/{family}/");
             let bytes = std::fs::read(folder + "model.safetensors").unwrap();

@@ -1,14 +1,12 @@
 //! Random numbers: one seed, named streams, the same numbers on every machine; and what is drawn
 //! from them, fresh adapters and fresh models.
 
-use crate::attention::SelfAttention;
 use crate::bank::{Adapters, Bank, Projections};
 use crate::config::ModelConfig;
 use crate::decoder::{Decoder, Ends};
 use crate::layer::Layer;
 use crate::layout::LayerLayout;
-use crate::shared::SharedExpert;
-use crate::{Error, Result};
+use crate::{Result, names};
 use candle_core::{DType, Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -80,66 +78,65 @@ impl Adapters {
 }
 
 impl Decoder {
-    /// A model with random weights, to be trained from nothing: matrices with standard deviation
-    /// `0.02·sqrt(...)` scaled to `1/sqrt(fan in)`, projections into the residual stream smaller by
-    /// `sqrt(2·layers)` (as GPT-2 does), norms one.
+    /// A model with random weights, to be trained from nothing, at the scale of [`scale`].
     pub fn random(config: &ModelConfig, seed: u64) -> Result<Self> {
-        config.check_runnable()?;
-        let (h, e) = (config.hidden_size, config.moe.num_experts);
-        let inverse = |fan_in: usize| (1.0 / fan_in as f64).sqrt();
-        let residual = (1.0 / (2.0 * config.num_layers as f64)).sqrt();
         let draw = |name: &str, std: f64, shape: &[usize]| {
             gaussian(&mut stream(seed, &format!("init/{name}")), std, shape)
         };
-        let ones = |n: usize| Tensor::ones(n, DType::F32, &Device::Cpu);
-        let f = config.moe.intermediate_size;
-        if config.first_dense_layers > 0 {
-            return Err(Error::Invalid(
-                "a random model has no dense layers; set `first_k_dense_replace` to 0".into(),
-            ));
-        }
-        let layers = (0..config.num_layers).map(|l| {
-            let at = |what: &str| format!("{l}/{what}");
-            let dense = Projections {
-                gate: draw(&at("gate_proj"), inverse(h), &[e, f, h])?,
-                up: draw(&at("up_proj"), inverse(h), &[e, f, h])?,
-                down: draw(&at("down_proj"), inverse(f) * residual, &[e, h, f])?,
-            };
-            // Norms are one, biases zero, matrices Gaussian, each from a stream of its own.
-            let fresh = |name: &str, shape: &[usize]| -> Result<Tensor> {
-                let stream = match name.strip_prefix("self_attn.") {
+        // Each from a stream of its own.
+        let fresh = |place: &str, name: &str, shape: &[usize]| -> Result<Tensor> {
+            let std = scale(name, shape, config);
+            if let &[n] = shape {
+                return Ok(match std > 0.0 {
+                    true => Tensor::ones(n, DType::F32, &Device::Cpu)?,
+                    false => Tensor::zeros(n, DType::F32, &Device::Cpu)?,
+                });
+            }
+            let stream = match name {
+                "mlp.gate" => "router",
+                names::EMBED => "embed",
+                names::HEAD => "head",
+                _ => match name.strip_prefix("self_attn.") {
                     Some(short) => short.trim_end_matches("_proj"),
-                    None => name,
-                };
-                match (name.rsplit('.').next().unwrap_or(name), shape) {
-                    ("bias", _) => Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?),
-                    (_, &[n]) => Ok(ones(n)?),
-                    ("o_proj" | "down_proj", &[_, width]) => {
-                        draw(&at(stream), inverse(width) * residual, shape)
-                    }
-                    _ => draw(&at(stream), inverse(h), shape),
-                }
+                    None => name.trim_start_matches("mlp.experts."),
+                },
             };
-            Ok(Layer {
-                input_norm: ones(h)?,
-                attention: SelfAttention::build(config, &fresh)?,
-                post_norm: ones(h)?,
-                router: draw(&at("router"), inverse(h), &[e, h])?,
-                shared: SharedExpert::build(config, &fresh)?,
-                bank: Bank::of_dense(&LayerLayout::dense(e), dense),
-            })
+            draw(&format!("{place}{stream}"), std, shape)
+        };
+        let (h, e) = (config.hidden_size, config.moe.num_experts);
+        let f = config.moe.intermediate_size;
+        let layers = (0..config.num_layers).map(|l| {
+            let get = |name: &str, shape: &[usize]| fresh(&format!("{l}/"), name, shape);
+            let experts = |projection: &str, shape: [usize; 3]| {
+                get(&format!("mlp.experts.{projection}"), &shape)
+            };
+            let bank = || {
+                let dense = Projections {
+                    gate: experts("gate_proj", [e, f, h])?,
+                    up: experts("up_proj", [e, f, h])?,
+                    down: experts("down_proj", [e, h, f])?,
+                };
+                Ok(Bank::of_dense(&LayerLayout::dense(e), dense))
+            };
+            Layer::build(config, &get, config.is_moe_layer(l).then_some(bank))
         });
-        let vocab = config.vocab_size;
-        let head = (!config.tie_word_embeddings)
-            .then(|| draw("head", inverse(h), &[vocab, h]))
-            .transpose()?;
         let layers = layers.collect::<Result<Vec<_>>>()?;
-        let ends = Ends::new(
-            config,
-            draw("embed", inverse(h), &[vocab, h])?,
-            ones(h)?,
-            head,
-        );
+        let ends = Ends::build(config, &|name, shape| fresh("", name, shape))?;
         Ok(Self::from_parts(config.clone(), ends, layers))
+    }
+}
+
+/// The scale of a fresh parameter, by its name without `.weight`: for matrices the standard deviation
+/// `1/sqrt(fan in)`, smaller by `sqrt(2·layers)` for those that lead into the residual stream (as
+/// GPT-2 does); for vectors their value, one for norms and zero for biases.
+pub fn scale(name: &str, shape: &[usize], config: &ModelConfig) -> f64 {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    match (last, shape) {
+        (_, [_]) if last.ends_with("bias") => 0.0,
+        (_, [_] | []) => 1.0,
+        ("o_proj" | "down_proj", &[.., width]) => {
+            (1.0 / width as f64).sqrt() * (1.0 / (2.0 * config.num_layers as f64)).sqrt()
+        }
+        (_, &[.., width]) => (1.0 / width as f64).sqrt(),
     }
 }

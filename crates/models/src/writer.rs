@@ -1,18 +1,29 @@
 //! Writing a model folder: tensors into safetensors shards, an index, side files, `config.json`.
+//!
+//! What will be written is known before it begins, so each tensor goes to its place at once and in
+//! any order, nothing waits in memory, and a run that was stopped can go on.
 
-use crate::checkpoint::{INDEX, SINGLE};
-use crate::families::Family;
-use crate::folder::PartialFolder;
-use crate::{Error, Result, names};
+use crate::checkpoint::{Checkpoint, Extra, INDEX};
+use crate::config::ModelConfig;
+use crate::encode::{encode, first_not_finite};
+use crate::folder::{PartialFolder, write_file};
+use crate::layout::BankLayout;
+use crate::manifest::Manifest;
+pub use crate::shards::Format;
+use crate::shards::Shards;
+use crate::tensor_file::Stored;
+use crate::{Error, Result};
 use candle_core::{DType, Tensor};
-use safetensors::Dtype;
-use safetensors::tensor::TensorView;
-use std::collections::{HashMap, HashSet};
-use std::fs;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// The largest shard unless asked otherwise; also the most that waits in memory.
-const SHARD_BYTES: usize = 4 << 30;
+/// What is done of a folder under construction.
+const JOURNAL: &str = "journal.json";
+/// Room that a file system wants beside the tensors, for side files and its own tables.
+const ROOM: u64 = 1 << 20;
 
 /// Endings of weights in any format, and of their indices: no side files.
 const WEIGHTS: [&str; 11] = [
@@ -29,46 +40,115 @@ const WEIGHTS: [&str; 11] = [
     ".partial",
 ];
 
-/// Writes a model folder, shard by shard, and puts it in its place at the end.
+/// Writes a model folder and puts it in its place at the end.
 pub struct CheckpointWriter {
     folder: PartialFolder,
-    dtype: Dtype,
-    family: Family,
-    shard_bytes: usize,
-    names: HashSet<String>,
-    pending: Vec<(String, Vec<usize>, Vec<u8>)>,
-    pending_bytes: usize,
-    shards: Vec<Vec<String>>,
-    total: u64,
+    dtype: DType,
+    shards: Shards,
+    files: Vec<File>,
+    done: Vec<bool>,
+    /// What a run that goes on must agree with.
+    key: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Journal {
+    key: String,
+    done: Vec<bool>,
 }
 
 impl CheckpointWriter {
-    /// Begins a folder that appears at `target` on [`CheckpointWriter::finish`]; tensors are stored
-    /// as `dtype` (f32, bf16 or f16), under the names of `family`. A folder at `target` is replaced as
-    /// a whole, if it is empty or has a `config.json`; any other is an error.
-    pub fn new(target: &Path, dtype: DType, family: Family) -> Result<Self> {
-        let dtype = match dtype {
-            DType::F32 => Dtype::F32,
-            DType::BF16 => Dtype::BF16,
-            DType::F16 => Dtype::F16,
-            other => {
-                return Err(Error::Invalid(format!(
-                    "weights are not stored as {other:?}; choose f32, bf16 or f16"
-                )));
-            }
-        };
+    /// Begins a folder that appears at `target` on [`CheckpointWriter::finish`] and holds the tensors
+    /// of `manifest`, and `extras` as they are called. A folder at `target` is replaced as a whole, if
+    /// it is empty or has a `config.json`; any other is an error, and so is too little room on the
+    /// disk.
+    pub fn new(
+        target: &Path,
+        format: &Format,
+        manifest: &Manifest,
+        extras: &[Extra],
+    ) -> Result<Self> {
         Self::check_target(target)?;
-        let folder = PartialFolder::new(target)?;
+        Self::begin(PartialFolder::new(target)?, format, manifest, extras, "")
+    }
+
+    /// Begins a folder for the whole model `config` with the expert banks `layout`.
+    pub fn for_model(
+        target: &Path,
+        format: &Format,
+        config: &ModelConfig,
+        layout: &BankLayout,
+    ) -> Result<Self> {
+        Self::new(target, format, &Manifest::of(config, layout)?, &[])
+    }
+
+    /// The same as [`CheckpointWriter::new`], going on with what an earlier run with the same `key` left; the key names all that
+    /// decides the content.
+    pub fn resume(
+        target: &Path,
+        format: &Format,
+        manifest: &Manifest,
+        extras: &[Extra],
+        key: &str,
+    ) -> Result<Self> {
+        Self::check_target(target)?;
+        let folder = PartialFolder::resume(target)?;
+        let journal = fs::read(folder.path().join(JOURNAL)).unwrap_or_default();
+        let journal = serde_json::from_slice::<Journal>(&journal).ok();
+        let Some(journal) = journal.filter(|journal| journal.key == key) else {
+            drop(folder);
+            return Self::begin(PartialFolder::new(target)?, format, manifest, extras, key);
+        };
+        let shards = Shards::new(target, format, manifest, extras)?;
+        let open = |name: &str| {
+            let path = folder.path().join(name);
+            let file = OpenOptions::new().write(true).open(&path);
+            file.map_err(|e| Error::io(path, e))
+        };
+        let files = shards.shards.iter().map(|shard| open(&shard.name));
+        let (files, whole) = (files.collect(), journal.done.len() == shards.slots.len());
+        match files {
+            Ok(files) if whole => Ok(Self {
+                dtype: format.dtype,
+                done: journal.done,
+                key: key.to_owned(),
+                folder,
+                shards,
+                files,
+            }),
+            _ => {
+                drop(folder);
+                Self::begin(PartialFolder::new(target)?, format, manifest, extras, key)
+            }
+        }
+    }
+
+    fn begin(
+        folder: PartialFolder,
+        format: &Format,
+        manifest: &Manifest,
+        extras: &[Extra],
+        key: &str,
+    ) -> Result<Self> {
+        let shards = Shards::new(folder.target(), format, manifest, extras)?;
+        check_room(&folder, shards.total + ROOM)?;
+        let create = |shard: &crate::shards::Shard| {
+            let path = folder.path().join(&shard.name);
+            let create = || {
+                let file = File::create(&path)?;
+                file.set_len(shard.head.len() as u64 + shard.bytes)?;
+                file.write_all_at(&shard.head, 0)?;
+                Ok(file)
+            };
+            create().map_err(|e| Error::io(&path, e))
+        };
         Ok(Self {
+            files: shards.shards.iter().map(create).collect::<Result<_>>()?,
+            dtype: format.dtype,
+            done: vec![false; shards.slots.len()],
+            key: key.to_owned(),
             folder,
-            dtype,
-            family,
-            shard_bytes: SHARD_BYTES,
-            names: HashSet::new(),
-            pending: Vec::new(),
-            pending_bytes: 0,
-            shards: Vec::new(),
-            total: 0,
+            shards,
         })
     }
 
@@ -85,75 +165,153 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// The largest shard, in bytes of tensors; only a larger single tensor exceeds it. Shards wait
-    /// in memory until they are full.
-    pub fn with_shard_bytes(mut self, bytes: usize) -> Self {
-        self.shard_bytes = bytes;
-        self
+    /// Whether the tensor is written already, by this run or the one that it goes on with.
+    pub fn is_done(&self, name: &str) -> bool {
+        self.number(name).is_ok_and(|number| self.done[number])
     }
 
-    /// Adds one tensor by our name for it. A second one of a name, and a number that is not finite as
-    /// stored, are errors.
+    fn number(&self, name: &str) -> Result<usize> {
+        self.shards.index.get(name).copied().ok_or_else(|| {
+            let message = "is no part of the model; this is a fault of the program, report it";
+            Error::tensor(self.folder.target(), name, message)
+        })
+    }
+
+    /// Writes one tensor by our name for it. One of another size or without a place, a second one of a
+    /// name, and a number that is not finite as stored, are errors.
     pub fn push(&mut self, name: impl AsRef<str>, tensor: &Tensor) -> Result<()> {
-        let name = names::stored(self.family, name.as_ref());
-        let fail = |message: String| Error::tensor(self.folder.target(), &name, message);
-        if self.names.contains(&name) {
-            return Err(fail(
-                "written twice; this is a fault of the program, report it".into(),
-            ));
+        let name = name.as_ref();
+        let number = self.number(name)?;
+        let fail = |message: String| Error::tensor(self.folder.target(), name, message);
+        let expected = self.shards.slots[number].count;
+        if self.done[number] || tensor.elem_count() != expected {
+            return Err(fail(format!(
+                "{} numbers for a place of {expected}, or written twice; this is a fault of the \
+                 program, report it",
+                tensor.elem_count()
+            )));
         }
-        let shape = tensor.dims().to_vec();
         let values = tensor.to_dtype(DType::F32)?.flatten_all()?;
         let values = values.to_vec1::<f32>()?;
-        let bytes = match self.dtype {
-            Dtype::BF16 => encode(&values, half::bf16::from_f32, half::bf16::is_finite, |v| {
-                v.to_le_bytes()
-            }),
-            Dtype::F16 => encode(&values, half::f16::from_f32, half::f16::is_finite, |v| {
-                v.to_le_bytes()
-            }),
-            _ => encode(&values, |v| v, f32::is_finite, f32::to_le_bytes),
-        };
-        let bytes = bytes.map_err(|at| {
-            fail(match values[at] {
-                v if v.is_finite() => format!(
-                    "element {at} is {v}, too large for {:?}; store the model as f32 or bf16",
-                    self.dtype
-                ),
-                v => format!("element {at} is {v}; train with a smaller learning rate"),
-            })
-        })?;
-        if !self.pending.is_empty() && self.pending_bytes + bytes.len() > self.shard_bytes {
-            self.flush()?;
-        }
-        self.total += bytes.len() as u64;
-        self.pending_bytes += bytes.len();
-        self.names.insert(name.clone());
-        self.pending.push((name, shape, bytes));
+        let bytes = self.encoded(name, 0, &values)?;
+        self.write(number, 0, &bytes)?;
+        self.done[number] = true;
         Ok(())
     }
 
-    fn flush(&mut self) -> Result<()> {
-        let path = self
-            .folder
-            .path()
-            .join(format!("shard-{}", self.shards.len()));
-        let views = self
-            .pending
-            .iter()
-            .map(|(name, shape, bytes)| {
-                let view = TensorView::new(self.dtype, shape.clone(), bytes).map_err(|e| {
-                    Error::tensor(&path, name, format!("cannot be written: {e}; report it"))
-                })?;
-                Ok((name.clone(), view))
+    fn encoded(&self, name: &str, first: usize, values: &[f32]) -> Result<Vec<u8>> {
+        encode(self.dtype, values).map_err(|at| {
+            let (value, at) = (values[at], first + at);
+            let message = match value.is_finite() {
+                true => format!(
+                    "element {at} is {value}, too large for {:?}; store the model as f32 or bf16",
+                    self.dtype
+                ),
+                false => format!("element {at} is {value}; train with a smaller learning rate"),
+            };
+            Error::tensor(self.folder.target(), name, message)
+        })
+    }
+
+    /// Writes bytes from element `first` of a tensor on.
+    fn write(&self, number: usize, first: usize, bytes: &[u8]) -> Result<()> {
+        let slot = self.shards.slots[number];
+        let start = slot.start + (first * self.dtype.size_in_bytes()) as u64;
+        self.files[slot.shard]
+            .write_all_at(bytes, start)
+            .map_err(|e| {
+                let name = &self.shards.shards[slot.shard].name;
+                Error::io(self.folder.path().join(name), e)
             })
-            .collect::<Result<Vec<_>>>()?;
-        let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        safetensors::serialize_to_file(views, Some(format), &path)
-            .map_err(|e| Error::io(&path, std::io::Error::other(e)))?;
-        self.shards
-            .push(self.pending.drain(..).map(|(name, ..)| name).collect());
-        self.pending_bytes = 0;
+    }
+
+    /// Copies tensors of `checkpoint` that keep their name and shape; those done are skipped. Bytes of
+    /// the same element type are copied as they are.
+    pub fn copy(
+        &mut self,
+        checkpoint: &Checkpoint,
+        tensors: &[(String, Vec<usize>)],
+    ) -> Result<()> {
+        let stored = |(name, shape): &(String, Vec<usize>)| {
+            Ok((name.clone(), checkpoint.find(name, shape)?))
+        };
+        self.copy_stored(tensors.iter().map(stored).collect::<Result<Vec<_>>>()?)
+    }
+
+    /// Copies extra tensors of `checkpoint`; those done are skipped.
+    pub fn copy_extras(&mut self, checkpoint: &Checkpoint, extras: &[Extra]) -> Result<()> {
+        let stored = |extra: &Extra| Ok((extra.name.clone(), checkpoint.find_extra(extra)?));
+        self.copy_stored(extras.iter().map(stored).collect::<Result<Vec<_>>>()?)
+    }
+
+    fn copy_stored(&mut self, tensors: Vec<(String, Stored<'_>)>) -> Result<()> {
+        let numbers = tensors.iter().map(|(name, _)| self.number(name));
+        let numbers = numbers.collect::<Result<Vec<_>>>()?;
+        let writer = &*self;
+        let todo = tensors.par_iter().zip(&numbers);
+        todo.filter(|(_, number)| !writer.done[**number])
+            .try_for_each(|((name, stored), &number)| writer.copy_one(name, stored, number))?;
+        numbers.iter().for_each(|&number| self.done[number] = true);
+        Ok(())
+    }
+
+    fn copy_one(&self, name: &str, stored: &Stored<'_>, number: usize) -> Result<()> {
+        if stored.plain_dtype() != Some(self.dtype) {
+            let mut first = 0;
+            return stored.pieces(&mut |values| {
+                self.write(number, first, &self.encoded(name, first, values)?)?;
+                first += values.len();
+                Ok(())
+            });
+        }
+        stored.bytes(
+            &mut |first, bytes| match first_not_finite(self.dtype, bytes) {
+                Some((at, value)) => Err(stored.not_finite(first + at, value)),
+                None => self.write(number, first, bytes),
+            },
+        )
+    }
+
+    /// Writes one tensor whose numbers are made piece by piece, from `first` on, in any order and on
+    /// any thread; the caller makes all of them.
+    pub(crate) fn fill(
+        &mut self,
+        name: &str,
+        piece: usize,
+        make: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> Result<()> {
+        let number = self.number(name)?;
+        let count = self.shards.slots[number].count;
+        let writer = &*self;
+        (0..count.div_ceil(piece))
+            .into_par_iter()
+            .try_for_each(|i| {
+                let first = i * piece;
+                let mut values = vec![0f32; piece.min(count - first)];
+                make(i, &mut values);
+                writer.write(number, first, &writer.encoded(name, first, &values)?)
+            })?;
+        self.done[number] = true;
+        Ok(())
+    }
+
+    /// Makes what is done durable, so that a later run with the same key goes on from here.
+    pub fn checkpoint(&self) -> Result<()> {
+        for (file, shard) in self.files.iter().zip(&self.shards.shards) {
+            file.sync_data()
+                .map_err(|e| Error::io(self.folder.path().join(&shard.name), e))?;
+        }
+        let journal = Journal {
+            key: self.key.clone(),
+            done: self.done.clone(),
+        };
+        write_file(&self.folder.path().join(JOURNAL), &json(JOURNAL, &journal)?)
+    }
+
+    /// Stops here and leaves what is done for a later run with the same key.
+    pub fn keep(mut self) -> Result<()> {
+        self.checkpoint()?;
+        self.folder.keep();
         Ok(())
     }
 
@@ -181,65 +339,58 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Writes the last shard, the index if there are several, and `config.json`; then the folder
-    /// appears.
+    /// Writes the index if there are several shards, and `config.json`; then the folder appears. A
+    /// tensor that was never written is an error.
     pub fn finish(mut self, config: &serde_json::Value) -> Result<()> {
-        if !self.pending.is_empty() {
-            self.flush()?;
+        let missing = self.done.iter().position(|done| !done);
+        if let Some(missing) = missing {
+            let found = self.shards.index.iter().find(|(_, i)| **i == missing);
+            let name = found.map_or("", |(name, _)| name.as_str());
+            let message = "was not written; this is a fault of the program, report it";
+            return Err(Error::tensor(self.folder.target(), name, message));
         }
-        self.json("config.json", config)?;
-        // safetensors makes files that only their owner can read; the rest of the folder follows the
-        // umask, and so shall they.
-        let config_path = self.folder.path().join("config.json");
-        let mode = fs::metadata(&config_path)
-            .map_err(|e| Error::io(&config_path, e))?
-            .permissions();
-        let count = self.shards.len();
-        let mut weight_map = serde_json::Map::new();
-        for (i, names) in self.shards.iter().enumerate() {
-            let name = match count {
-                1 => SINGLE.to_owned(),
-                _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
-            };
-            let from = self.folder.path().join(format!("shard-{i}"));
-            fs::set_permissions(&from, mode.clone())
-                .and_then(|()| fs::rename(&from, self.folder.path().join(&name)))
-                .map_err(|e| Error::io(from, e))?;
-            weight_map.extend(names.iter().map(|n| (n.clone(), name.clone().into())));
-        }
-        if count > 1 {
+        self.side_file("config.json", &json("config.json", config)?)?;
+        let shards = &self.shards.shards;
+        if shards.len() > 1 {
+            let mut weight_map = serde_json::Map::new();
+            for shard in shards {
+                let names = shard.tensors.iter();
+                weight_map.extend(names.map(|n| (n.clone(), shard.name.clone().into())));
+            }
             let index = serde_json::json!({
-                "metadata": { "total_size": self.total },
+                "metadata": { "total_size": self.shards.total },
                 "weight_map": weight_map,
             });
-            self.json(INDEX, &index)?;
+            self.side_file(INDEX, &json(INDEX, &index)?)?;
+        }
+        let journal = self.folder.path().join(JOURNAL);
+        if journal.exists() {
+            fs::remove_file(&journal).map_err(|e| Error::io(journal, e))?;
         }
         self.folder.commit()
     }
-
-    fn json(&mut self, name: &str, value: &serde_json::Value) -> Result<()> {
-        let text = serde_json::to_string_pretty(value)
-            .map_err(|e| Error::Invalid(format!("{name} cannot be written: {e}; report it")))?;
-        self.side_file(name, (text + "\n").as_bytes())
-    }
 }
 
-/// Little-endian bytes of the rounded values, or the place of the first that is not finite.
-fn encode<T: Copy, const N: usize>(
-    values: &[f32],
-    round: impl Fn(f32) -> T,
-    is_finite: impl Fn(T) -> bool,
-    to_bytes: impl Fn(T) -> [u8; N],
-) -> std::result::Result<Vec<u8>, usize> {
-    let mut bytes = vec![0; values.len() * N];
-    let mut finite = true;
-    for (to, &value) in bytes.as_chunks_mut::<N>().0.iter_mut().zip(values) {
-        let value = round(value);
-        finite &= is_finite(value);
-        *to = to_bytes(value);
+/// Refuses what cannot fit the file system of the folder.
+fn check_room(folder: &PartialFolder, needed: u64) -> Result<()> {
+    let path = folder.path();
+    let found = rustix::fs::statvfs(path).map_err(|e| Error::io(path, e.into()))?;
+    let free = found.f_bavail.saturating_mul(found.f_frsize);
+    if needed <= free {
+        return Ok(());
     }
-    match values.iter().position(|&v| !is_finite(round(v))) {
-        Some(at) if !finite => Err(at),
-        _ => Ok(bytes),
-    }
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    Err(Error::Invalid(format!(
+        "`{}` needs {:.2} GiB, but its file system has {:.2} GiB left; free some, or give another \
+         folder",
+        folder.target().display(),
+        gib(needed),
+        gib(free)
+    )))
+}
+
+fn json(name: &str, value: &impl Serialize) -> Result<Vec<u8>> {
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|e| Error::Invalid(format!("{name} cannot be written: {e}; report it")))?;
+    Ok((text + "\n").into_bytes())
 }

@@ -5,11 +5,11 @@
 mod support;
 
 use candle_core::{DType, Device, Tensor};
-use lightmoe_models::{Bank, Checkpoint, Decoder, SlotLayout, load_experts, names};
+use lightmoe_models::{Bank, Checkpoint, Decoder, LanguageModel, SlotLayout, load_experts, names};
 use serde_json::json;
 use support::{
-    DENSE, FORMS, Folder, Form, PROJECTIONS, Random, adapted, annealing, assert_close, config,
-    config_with, logits, stacks, values,
+    DENSE, FORMS, Folder, Form, PROJECTIONS, Random, adapted, annealing, assert_close, bank_of,
+    config, config_with, logits, stacks, values,
 };
 
 const F32: f64 = 1e-5;
@@ -125,12 +125,10 @@ fn check(
         }
     }
     let expected = Tensor::from_vec(expected, (tokens, 16), &Device::Cpu).unwrap();
-    let mut bank = annealing(compressed, original, beta)
-        .layers
-        .remove(layer)
-        .bank;
+    let mut model = annealing(compressed, original, beta);
+    let bank = model.layers[layer].bank_mut().unwrap();
     assert_close(&bank.forward(&x, &gates, chosen).unwrap(), &expected, F32);
-    for stack in stacks(&mut bank) {
+    for stack in stacks(bank) {
         *stack = stack.map(|t| Ok(t.to_dtype(DType::F64)?)).unwrap();
     }
     let (x, gates) = (x.to_dtype(DType::F64), gates.to_dtype(DType::F64));
@@ -169,7 +167,8 @@ fn the_bank_computes_the_formula() {
 fn a_bank_without_tokens_is_an_error() {
     let folder = Folder::new();
     let original = folder.original(&config());
-    let bank = &Decoder::load(&original).unwrap().layers[0].bank;
+    let model = Decoder::load(&original).unwrap();
+    let bank = model.layers[0].bank().unwrap();
     let x = Tensor::zeros((0, 16), DType::F32, &Device::Cpu).unwrap();
     let gates = Tensor::zeros(0, DType::F32, &Device::Cpu).unwrap();
     let message = bank.forward(&x, &gates, &[]).unwrap_err().to_string();
@@ -177,8 +176,8 @@ fn a_bank_without_tokens_is_an_error() {
 }
 
 fn zero_adapters(model: &mut Decoder) {
-    for layer in &mut model.layers {
-        let b = layer.bank.adapters.iter_mut().flat_map(|a| a.b.named_mut());
+    for bank in model.banks_mut() {
+        let b = bank.adapters.iter_mut().flat_map(|a| a.b.named_mut());
         for (_, tensor) in b {
             *tensor = tensor.zeros_like().unwrap();
         }
@@ -214,15 +213,14 @@ fn training_ends_without_the_originals() {
         let compressed = folder.compressed(&original, form.slots());
         let expected = logits(&Decoder::load(&compressed).unwrap(), &ids, 1);
         let mut model = annealing(&compressed, &original, 0.5);
-        for layer in &mut model.layers {
-            let bank = &mut layer.bank;
+        for bank in model.banks_mut() {
             let poison = |t: &Tensor| Ok((t * f64::NAN)?);
             bank.originals = bank.originals.as_ref().map(|w| w.map(poison).unwrap());
         }
         assert!(values(&logits(&model, &ids, 1)).iter().any(|v| v.is_nan()));
-        for layer in &mut model.layers {
-            layer.bank.anneal(0.0);
-            assert!(layer.bank.originals.is_none());
+        for bank in model.banks_mut() {
+            bank.anneal(0.0);
+            assert!(bank.originals.is_none());
         }
         assert_eq!(values(&logits(&model, &ids, 1)), values(&expected));
     }
@@ -234,7 +232,8 @@ fn a_share_outside_its_range_is_brought_into_it() {
     let original = folder.original(&config());
     let compressed = folder.compressed(&original, Form::Mixed.slots());
     for (asked, beta) in [(1.5, 1.0), (-0.5, 0.0), (-0.0, 0.0), (0.25, 0.25)] {
-        let bank = &annealing(&compressed, &original, asked).layers[0].bank;
+        let model = annealing(&compressed, &original, asked);
+        let bank = model.layers[0].bank().unwrap();
         assert_eq!(bank.beta, beta);
         assert_eq!(bank.originals.is_some(), beta > 0.0);
     }
@@ -246,7 +245,7 @@ fn originals_that_are_needed_and_not_there_are_an_error() {
     let original = folder.original(&config());
     let compressed = folder.compressed(&original, Form::Mixed.slots());
     let mut model = Decoder::load(&compressed).unwrap();
-    model.layers[0].bank.anneal(0.5);
+    bank_of(&mut model, 0).anneal(0.5);
     let tokens = lightmoe_models::Tokens::one(&[1, 2, 3, 4, 5, 6, 7]);
     let message = model
         .forward(tokens, None, &mut |_, _, _| Ok(()))
@@ -256,13 +255,13 @@ fn originals_that_are_needed_and_not_there_are_an_error() {
         message.contains("no originals") && message.contains("load"),
         "{message}"
     );
-    model.layers[0].bank.materialise().unwrap_err();
+    bank_of(&mut model, 0).materialise().unwrap_err();
     model.tensors().unwrap_err();
     // Where nothing is replaced there is nothing to miss.
     let mut model = Decoder::load(&original).unwrap();
-    model.layers[0].bank.anneal(0.5);
+    bank_of(&mut model, 0).anneal(0.5);
     model.tensors().unwrap();
-    model.layers[0].bank.materialise().unwrap();
+    bank_of(&mut model, 0).materialise().unwrap();
     model.forward(tokens, None, &mut |_, _, _| Ok(())).unwrap();
 }
 
@@ -274,8 +273,8 @@ fn a_merge_is_the_model_whose_experts_all_hold_the_base() {
     let merged = vec![adapted(0, 0); 8];
     let compressed = folder.compressed(&original, [merged.clone(), merged]);
     let mut expected = Decoder::load(&original).unwrap();
-    for (l, layer) in expected.layers.iter_mut().enumerate() {
-        let dense = layer.bank.dense.as_mut().unwrap();
+    for (l, bank) in expected.banks_mut().enumerate() {
+        let dense = bank.dense.as_mut().unwrap();
         for (p, stack) in dense.named_mut() {
             let shape = &stack.dims()[1..];
             let base = compressed.tensor(&names::base(l, 0, p), shape).unwrap();
@@ -283,7 +282,11 @@ fn a_merge_is_the_model_whose_experts_all_hold_the_base() {
         }
     }
     let (model, ids) = (Decoder::load(&compressed).unwrap(), Random::new(2).ids(12));
-    assert!(model.layers[0].bank.adapters.is_none() && model.layers[0].bank.dense.is_none());
+    assert!(
+        model
+            .banks()
+            .all(|bank| bank.adapters.is_none() && bank.dense.is_none())
+    );
     assert_close(&logits(&model, &ids, 1), &logits(&expected, &ids, 1), F32);
 }
 
@@ -303,7 +306,7 @@ fn positions_are_sorted_by_form_and_group() {
     let slots = [vec![adapted(None, 1); 8], vec![DENSE; 8]];
     let compressed = folder.compressed(&original, slots);
     let model = Decoder::load(&compressed).unwrap();
-    assert!(model.layers[0].bank.dense_experts().is_empty());
-    assert!(model.layers[0].bank.groups().is_empty());
-    assert!(model.layers[1].bank.adapted_experts().is_empty());
+    let banks: Vec<&Bank> = model.banks().collect();
+    assert!(banks[0].dense_experts().is_empty() && banks[0].groups().is_empty());
+    assert!(banks[1].adapted_experts().is_empty());
 }

@@ -6,7 +6,7 @@ mod qwen3_moe;
 mod support;
 
 use candle_core::{Device, Tensor};
-use lightmoe_models::{Decoder, Tokens};
+use lightmoe_models::{Decoder, LanguageModel, Tokens};
 use qwen3_moe::qwen3_moe;
 use serde_json::json;
 use support::{Folder, Random, assert_close, config_with};

@@ -91,7 +91,7 @@ fn shards_and_their_index_agree() {
         let size = fs::metadata(&shard).unwrap().len() as usize;
         let header = u64::from_le_bytes(fs::read(&shard).unwrap()[..8].try_into().unwrap());
         assert!(
-            size - 8 - header as usize <= limit,
+            (size - 8) as u64 - header <= limit,
             "shard {i} has {size} bytes"
         );
     }

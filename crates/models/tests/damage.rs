@@ -4,19 +4,20 @@
 mod support;
 
 use candle_core::DType;
-use lightmoe_models::{Checkpoint, CheckpointWriter, Decoder, Family, names};
+use lightmoe_models::{Checkpoint, Decoder, names};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 use support::{
-    Folder, Form, config, config_with, element, index_json, open, original_tensors, write_sharded,
+    Folder, Form, begin, config, config_with, element, index_json, open, original_tensors,
+    write_sharded,
 };
 
 const GATE: &str = "model.layers.1.mlp.experts.3.gate_proj.weight";
 
 /// An intact copy of a small model; `damage` gets its folder, and the error must name all `words`.
 #[track_caller]
-fn assert_refused(shard_bytes: usize, damage: impl FnOnce(&Path), words: &[&str]) {
+fn assert_refused(shard_bytes: u64, damage: impl FnOnce(&Path), words: &[&str]) {
     let folder = Folder::new();
     let path = folder.path("model");
     write_sharded(&path, &original_tensors(&folder), DType::F32, shard_bytes);
@@ -30,8 +31,8 @@ fn assert_refused(shard_bytes: usize, damage: impl FnOnce(&Path), words: &[&str]
     }
 }
 
-const ONE: usize = 1 << 30;
-const MANY: usize = 4096;
+const ONE: u64 = 1 << 30;
+const MANY: u64 = 4096;
 
 fn single(path: &Path) -> PathBuf {
     path.join("model.safetensors")
@@ -150,7 +151,7 @@ fn shards_that_do_not_fit_their_index_are_named() {
     // The index sends a tensor to a shard that lacks it, or names one that no shard has.
     let moved = |p: &Path| {
         edit_json(&index(p), |i| {
-            i["weight_map"][GATE] = i["weight_map"][names::EMBED].clone()
+            i["weight_map"][GATE] = i["weight_map"][names::whole(names::EMBED)].clone()
         });
     };
     assert_refused(MANY, moved, &[GATE, "model-00001-of", "index.json"]);
@@ -244,6 +245,6 @@ fn a_folder_lost_in_a_kill_is_pointed_to() {
     assert!(message.contains(&*old.to_string_lossy()) && message.contains("rename"));
     // A reader leaves it alone; the next writer puts it back before it begins.
     assert!(!path.exists());
-    drop(CheckpointWriter::new(&path, DType::F32, Family::Olmoe).unwrap());
+    drop(begin(&path, DType::F32, &[]));
     Decoder::load(&open(&path)).unwrap();
 }

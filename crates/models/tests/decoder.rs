@@ -5,14 +5,13 @@ mod support;
 
 use candle_core::{DType, Tensor, Var};
 use lightmoe_models::{
-    Adapters, BankLayout, CheckpointWriter, Decoder, Family, GenerateOptions, Tokens, generate,
-    names,
+    Adapters, BankLayout, Decoder, GenerateOptions, LanguageModel, Tokens, generate, names,
 };
 use std::collections::HashSet;
 use std::path::Path;
 use support::{
-    FORMS, Folder, Form, PROJECTIONS, Random, annealing, assert_close, config, config_with, logits,
-    open, values,
+    FORMS, Folder, Form, PROJECTIONS, Random, annealing, assert_close, bank_of, begin, config,
+    config_with, logits, open, values,
 };
 
 /// f32, the same sums in another order.
@@ -231,7 +230,7 @@ fn sampling_follows_its_seed() {
 }
 
 fn write(model: &Decoder, path: &Path, config: &serde_json::Value) -> Decoder {
-    let mut writer = CheckpointWriter::new(path, DType::F32, Family::Olmoe).unwrap();
+    let mut writer = begin(path, DType::F32, &model.tensors().unwrap());
     model.write(&mut writer).unwrap();
     writer.finish(config).unwrap();
     Decoder::load(&open(path)).unwrap()
@@ -268,8 +267,8 @@ fn a_multiplied_out_model_computes_the_same() {
             attach_adapters(&mut model);
             let mut all = Decoder::load(&original).unwrap().tensors().unwrap();
             all.retain(|(name, _)| !name.contains(".experts."));
-            for (l, layer) in model.layers.iter().enumerate() {
-                let whole = layer.bank.materialise().unwrap();
+            for (l, bank) in model.banks().enumerate() {
+                let whole = bank.materialise().unwrap();
                 for ((_, stack), p) in whole.named().into_iter().zip(PROJECTIONS) {
                     assert_eq!(stack.dims()[0], 8);
                     all.extend((0..8).map(|e| (names::expert(l, e, p), stack.get(e).unwrap())));
@@ -291,8 +290,7 @@ fn a_multiplied_out_model_computes_the_same() {
 /// Adapters that do something, on every dense slot.
 fn attach_adapters(model: &mut Decoder) {
     let (config, mut random) = (model.config().clone(), Random::new(9));
-    for (l, layer) in model.layers.iter_mut().enumerate() {
-        let bank = &mut layer.bank;
+    for (l, bank) in model.banks_mut().enumerate() {
         let experts = bank.dense_experts().to_vec();
         bank.dense_adapters = Adapters::fresh(&config, l, &experts, 2, 1).unwrap();
         for (_, b) in bank.dense_adapters.iter_mut().flat_map(|a| a.b.named_mut()) {
@@ -312,16 +310,16 @@ fn merged_adapters_of_kept_experts_compute_the_same() {
         attach_adapters(&mut model);
         let expected = logits(&model, &ids, 1);
         assert_ne!(values(&expected), values(&bare), "the adapters do nothing");
-        for layer in &mut model.layers {
-            layer.bank.merge_dense_adapters().unwrap();
-            assert!(layer.bank.dense_adapters.is_none());
+        for bank in model.banks_mut() {
+            bank.merge_dense_adapters().unwrap();
+            assert!(bank.dense_adapters.is_none());
         }
         assert_close(&logits(&model, &ids, 1), &expected, TOLERANCE);
         let copy = write(&model, &folder.path("copy"), &model.config().raw);
         assert_close(&logits(&copy, &ids, 1), &expected, TOLERANCE);
         // Merging again changes nothing.
         let before = values(&logits(&model, &ids, 1));
-        model.layers[1].bank.merge_dense_adapters().unwrap();
+        bank_of(&mut model, 1).merge_dense_adapters().unwrap();
         assert_eq!(values(&logits(&model, &ids, 1)), before);
     }
 }

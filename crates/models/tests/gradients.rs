@@ -6,7 +6,7 @@ mod support;
 
 use candle_core::{DType, Tensor, Var};
 use lightmoe_kernels::cross_entropy;
-use lightmoe_models::{Adapters, Decoder, ParameterKind, Tokens};
+use lightmoe_models::{Adapters, Decoder, LanguageModel, ParameterKind, Tokens};
 use rand::Rng;
 use serde_json::json;
 use support::{Folder, Form, Random, annealing, config, config_with, stacks, values};
@@ -21,8 +21,7 @@ const ENTRIES: usize = 4;
 fn variables(mut model: Decoder) -> (Decoder, Vec<(String, ParameterKind, Var)>) {
     let mut random = Random::new(5);
     let config = model.config().clone();
-    for (l, layer) in model.layers.iter_mut().enumerate() {
-        let bank = &mut layer.bank;
+    for (l, bank) in model.banks_mut().enumerate() {
         let experts = bank.dense_experts().to_vec();
         bank.dense_adapters = Adapters::fresh(&config, l, &experts, 2, 3).unwrap();
         // A fresh `lora_B` is zero, which hides the gradient of `lora_A`.
@@ -51,7 +50,7 @@ fn loss(model: &Decoder, ids: &[u32]) -> (Tensor, Vec<u32>) {
     let tokens = Tokens { ids, rows: 2 };
     let hidden = model
         .forward(tokens, None, &mut |_, _, routing| {
-            chosen.extend(&routing.chosen);
+            chosen.extend(&routing.unwrap().chosen);
             Ok(())
         })
         .unwrap();
@@ -159,8 +158,8 @@ fn the_originals_are_frozen() {
     let (model, vars) = variables(annealing(&compressed, &original, 0.5));
     let grads = loss(&model, &Random::new(8).ids(20)).0.backward().unwrap();
     let mut known = 0;
-    for layer in &model.layers {
-        for (_, tensor) in layer.bank.originals.as_ref().unwrap().named() {
+    for bank in model.banks() {
+        for (_, tensor) in bank.originals.as_ref().unwrap().named() {
             assert!(grads.get(tensor).is_none());
             assert!(vars.iter().all(|(_, _, var)| var.id() != tensor.id()));
             known += 1;

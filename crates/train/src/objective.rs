@@ -3,7 +3,7 @@
 use crate::{Error, Result};
 use candle_core::Tensor;
 use lightmoe_kernels::cross_entropy;
-use lightmoe_models::{Decoder, Routing, Tokens};
+use lightmoe_models::{Decoder, LanguageModel, Routing, Tokens};
 
 /// A batch of right-padded sequences.
 #[derive(Debug, Clone)]
@@ -63,7 +63,7 @@ pub fn objective(
     };
     let hidden = model.forward(tokens, None, &mut |_, _, r| {
         if balance {
-            routing.push(r.clone());
+            routing.extend(r.cloned());
         }
         Ok(())
     })?;

@@ -1,7 +1,7 @@
 //! From a built checkpoint to a model in recovery, and from there to the recovered one.
 
 use crate::Result;
-use lightmoe_models::{Adapters, Checkpoint, Decoder, load_experts};
+use lightmoe_models::{Adapters, Checkpoint, Decoder, LanguageModel, load_experts};
 
 /// What recovery adds to a built model while it trains.
 #[derive(Debug, Clone, Copy)]
@@ -19,7 +19,9 @@ pub struct Recovery {
 pub fn prepare_recovery(model: &mut Decoder, original: &Checkpoint, r: &Recovery) -> Result<()> {
     let config = model.config().clone();
     for l in config.moe_layers() {
-        let bank = &mut model.layers[l].bank;
+        let Some(bank) = model.layers[l].bank_mut() else {
+            continue;
+        };
         let kept = bank.dense_experts().to_vec();
         bank.dense_adapters = Adapters::fresh(&config, l, &kept, r.kept_rank, r.seed)?;
         if r.anneal {
@@ -32,9 +34,9 @@ pub fn prepare_recovery(model: &mut Decoder, original: &Checkpoint, r: &Recovery
 
 /// Drops the replaced experts and merges the adapters of the kept ones.
 pub fn finish_recovery(model: &mut Decoder) -> Result<()> {
-    for layer in &mut model.layers {
-        layer.bank.anneal(0.0);
-        layer.bank.merge_dense_adapters()?;
+    for bank in model.banks_mut() {
+        bank.anneal(0.0);
+        bank.merge_dense_adapters()?;
     }
     Ok(())
 }

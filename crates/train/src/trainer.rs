@@ -85,7 +85,7 @@ pub fn train(
     let mut curve = Curve::open(&folders.logs, start)?;
     for step in start..options.steps {
         let beta = options.annealing.beta(step, options.steps);
-        model.layers.iter_mut().for_each(|l| l.bank.anneal(beta));
+        model.banks_mut().for_each(|bank| bank.anneal(beta));
         let point = advance(model, options, step, beta, &batch(step)?, &mut parameters)?;
         curve.push(&point)?;
         let go_on = each(&point);
@@ -97,7 +97,7 @@ pub fn train(
             return Ok(Outcome::Interrupted);
         }
     }
-    model.layers.iter_mut().for_each(|l| l.bank.anneal(0.0));
+    model.banks_mut().for_each(|bank| bank.anneal(0.0));
     Ok(Outcome::Finished)
 }
 

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use candle_core::{DType, Device, Tensor, Var};
-use lightmoe_models::{Decoder, ModelConfig, ParameterKind, Routing, Tokens};
+use lightmoe_models::{Decoder, LanguageModel, ModelConfig, ParameterKind, Routing, Tokens};
 use lightmoe_train::{TrainBatch, load_balance, objective};
 use std::path::Path;
 
@@ -182,8 +182,12 @@ fn the_objective_balances_every_router() {
     };
     model
         .forward(tokens, None, &mut |_, _, routing| {
-            let rows = routing.logits.to_dtype(DType::F64)?.to_vec2::<f64>()?;
-            values.push(formula(&rows, &routing.chosen));
+            let rows = routing
+                .unwrap()
+                .logits
+                .to_dtype(DType::F64)?
+                .to_vec2::<f64>()?;
+            values.push(formula(&rows, &routing.unwrap().chosen));
             Ok(())
         })
         .unwrap();

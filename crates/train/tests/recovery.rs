@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Tensor};
 use lightmoe_models::{
-    Adapters, BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, LayerLayout, ModelConfig,
-    ParameterKind, SlotLayout, Tokens,
+    Adapters, BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, Format, LanguageModel,
+    LayerLayout, ModelConfig, ParameterKind, Scheme, SlotLayout, Tokens,
 };
 use lightmoe_train::{
     Annealing, AnnealingShape, Curve, Decay, Folders, Group, LearningRate, Outcome, Point,
@@ -47,15 +47,15 @@ impl Models {
         };
         let slots = [adapted(0), SlotLayout::Dense, adapted(1), SlotLayout::Dense].repeat(2);
         let mut layout = BankLayout::dense(&parsed);
-        for (l, layer) in model.layers.iter_mut().enumerate() {
+        for (l, bank) in model.banks_mut().enumerate() {
             let slots = LayerLayout {
                 slots: slots.clone(),
             };
             // Each base is one of its members.
-            let bases = layer.bank.experts_of(&[0, 2]).unwrap();
-            layer.bank = layer.bank.replace(&slots, bases, None).unwrap();
-            let replaced = layer.bank.adapted_experts();
-            layer.bank.adapters = Adapters::fresh(&parsed, l, replaced, RANK, 1).unwrap();
+            let bases = bank.experts_of(&[0, 2]).unwrap();
+            *bank = bank.replace(&slots, bases, None).unwrap();
+            let replaced = bank.adapted_experts();
+            bank.adapters = Adapters::fresh(&parsed, l, replaced, RANK, 1).unwrap();
             layout.layers.insert(l, slots);
         }
         let config = layout.annotate(&parsed).unwrap();
@@ -88,7 +88,10 @@ impl Models {
 }
 
 fn write(model: &Decoder, path: &Path, config: &serde_json::Value) -> Checkpoint {
-    let mut writer = CheckpointWriter::new(path, DType::F32, Family::Olmoe).unwrap();
+    let parsed = ModelConfig::from_json(config, path).unwrap();
+    let layout = BankLayout::of(&parsed, path).unwrap();
+    let format = Format::new(DType::F32, Scheme::published(Family::Olmoe));
+    let mut writer = CheckpointWriter::for_model(path, &format, &parsed, &layout).unwrap();
     model.write(&mut writer).unwrap();
     writer.finish(config).unwrap();
     Checkpoint::open(path).unwrap()
@@ -190,8 +193,7 @@ fn logits(model: &Decoder) -> Vec<f32> {
 }
 
 fn originals(model: &Decoder) -> usize {
-    let banks = model.layers.iter().map(|l| &l.bank);
-    banks.filter(|b| b.originals.is_some()).count()
+    model.banks().filter(|b| b.originals.is_some()).count()
 }
 
 #[test]

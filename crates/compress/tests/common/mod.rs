@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use lightmoe_compress::methods::LightmoeOptions;
 use lightmoe_compress::observations::{LayerObservations, Observations};
 use lightmoe_models::config::ModelConfig;
-use lightmoe_models::{Checkpoint, CheckpointWriter, DType, Decoder};
+use lightmoe_models::{BankLayout, Checkpoint, CheckpointWriter, DType, Decoder, Format, Scheme};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tempfile::TempDir;
@@ -47,7 +47,9 @@ pub fn random_checkpoint(
     folder: &TempDir,
 ) -> Checkpoint {
     let path = folder.path().join("model");
-    let mut writer = CheckpointWriter::new(&path, dtype, config.family).unwrap();
+    let format = Format::new(dtype, Scheme::published(config.family));
+    let layout = BankLayout::dense(config);
+    let mut writer = CheckpointWriter::for_model(&path, &format, config, &layout).unwrap();
     let model = Decoder::random(config, seed).unwrap();
     model.write(&mut writer).unwrap();
     writer.finish(&config.raw).unwrap();

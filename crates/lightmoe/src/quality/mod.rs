@@ -268,7 +268,13 @@ impl Bench {
             .work
             .join(format!("{}-{}.safetensors", cell.task, cell.seed));
         if !path.exists() {
-            observe_stage(&self.original, encoded, recipe, "bench", &path)?;
+            observe_stage(
+                &self.original,
+                encoded,
+                recipe.calibration_tokens,
+                "bench",
+                &path,
+            )?;
         }
         Ok(Observations::load(&path)?)
     }

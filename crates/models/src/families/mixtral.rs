@@ -1,28 +1,28 @@
 //! Mixtral (arXiv 2401.04088; `MixtralForCausalLM`): the gates of the chosen experts sum to one (a
 //! softmax over the chosen logits alone is the same), and attention may have a window.
 
-use serde_json::Value;
-
-use super::{Family, Keys, Uniform};
+use super::keys::Keys;
+use super::{Facts, Family};
 use crate::Result;
-use crate::config::{Attention, ModelConfig, MoeConfig, ProjectionBias, QkNorm};
+use crate::config::{Attention, MoeConfig, ProjectionBias, QkNorm};
 
-pub(super) fn read(keys: &Keys<'_>, raw: &Value) -> Result<ModelConfig> {
-    let model = Uniform {
-        family: Family::Mixtral,
-        attention: Attention::GroupedQuery {
-            qk_norm: QkNorm::None,
-            bias: ProjectionBias::None,
-            clip_qkv: None,
-            sliding_window: keys.optional_size("sliding_window")?,
-        },
-        moe: MoeConfig {
-            renormalize: true,
-            ..keys.routed("num_local_experts", "intermediate_size")?
-        },
-        rms_norm_eps: 1e-5,
-        rope_theta: 1e6,
-        max_position_embeddings: 131_072,
+pub(super) fn read(keys: &Keys<'_>) -> Result<Facts> {
+    // Noise on the router, while training only.
+    keys.ignore(&["router_jitter_noise"]);
+    let attention = Attention::GroupedQuery {
+        qk_norm: QkNorm::None,
+        bias: ProjectionBias::None,
+        clip_qkv: None,
+        sliding_window: keys.optional_size("sliding_window")?,
     };
-    model.read(keys, raw)
+    let moe = MoeConfig {
+        renormalize: true,
+        ..keys.routed("num_local_experts", "intermediate_size")?
+    };
+    Ok(Facts {
+        norm_eps: 1e-5,
+        rope_theta: 1e6,
+        max_position_embeddings: Some(131_072),
+        ..Facts::of(Family::Mixtral, attention, moe)
+    })
 }

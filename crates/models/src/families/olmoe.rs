@@ -1,35 +1,32 @@
 //! OLMoE (arXiv 2409.02060; `OlmoeForCausalLM`): every layer has experts, softmax over all of
 //! them and then top-k, RMS norms over the whole query and key projections.
 
-use serde_json::Value;
-
-use super::{Family, Keys, Uniform};
+use super::keys::Keys;
+use super::{Facts, Family};
 use crate::Result;
-use crate::config::{Attention, ModelConfig, MoeConfig, QkNorm};
+use crate::config::{Attention, MoeConfig, QkNorm};
 
-pub(super) fn read(keys: &Keys<'_>, raw: &Value) -> Result<ModelConfig> {
+pub(super) fn read(keys: &Keys<'_>) -> Result<Facts> {
     keys.absent("sliding_window", "use a model with full attention")?;
     whole_heads(keys)?;
     let clip_qkv = keys.get("clip_qkv");
-    let model = Uniform {
-        family: Family::Olmoe,
-        attention: Attention::GroupedQuery {
-            qk_norm: QkNorm::WholeProjection,
-            bias: keys.attention_bias()?,
-            clip_qkv: clip_qkv
-                .map(|_| keys.positive("clip_qkv", None))
-                .transpose()?,
-            sliding_window: None,
-        },
-        moe: MoeConfig {
-            router_aux_loss_coef: keys.non_negative("router_aux_loss_coef", Some(0.01))?,
-            ..keys.routed("num_experts", "intermediate_size")?
-        },
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        max_position_embeddings: 4096,
+    let attention = Attention::GroupedQuery {
+        qk_norm: QkNorm::WholeProjection,
+        bias: keys.attention_bias(false)?,
+        clip_qkv: clip_qkv
+            .map(|_| keys.positive("clip_qkv", None))
+            .transpose()?,
+        sliding_window: None,
     };
-    model.read(keys, raw)
+    let moe = MoeConfig {
+        router_aux_loss_coef: keys.non_negative("router_aux_loss_coef", Some(0.01))?,
+        ..keys.routed("num_experts", "intermediate_size")?
+    };
+    Ok(Facts {
+        norm_eps: 1e-5,
+        max_position_embeddings: Some(4096),
+        ..Facts::of(Family::Olmoe, attention, moe)
+    })
 }
 
 /// The heads tile the hidden size exactly: the query norm spans all of it.

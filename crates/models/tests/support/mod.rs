@@ -3,8 +3,9 @@
 
 use candle_core::{DType, Device, Tensor};
 use lightmoe_models::{
-    Bank, BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, LayerLayout, ModelConfig,
-    Projections, SlotLayout, Tokens, load_experts, names,
+    Bank, BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, Format, LanguageModel,
+    LayerLayout, Manifest, ModelConfig, Projections, Scheme, SlotLayout, Tokens, load_experts,
+    names,
 };
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
@@ -131,9 +132,9 @@ pub fn tensors(config: &ModelConfig, layout: &BankLayout, seed: u64) -> Vec<(Str
     let mut weight = |name: String, shape: &[usize], spread: f32| {
         out.push((name, random.tensor(shape, 0.0, spread)));
     };
-    weight(names::EMBED.to_owned(), &[v, h], 1.0);
+    weight(names::whole(names::EMBED), &[v, h], 1.0);
     if !config.tie_word_embeddings {
-        weight(names::HEAD.to_owned(), &[v, h], 1.0);
+        weight(names::whole(names::HEAD), &[v, h], 1.0);
     }
     let shape = |p: &str| if p == "down_proj" { [h, f] } else { [f, h] };
     for (&l, layer) in &layout.layers {
@@ -163,7 +164,7 @@ pub fn tensors(config: &ModelConfig, layout: &BankLayout, seed: u64) -> Vec<(Str
     let mut norm = |name: String, width: usize| {
         out.push((name, random.tensor(&[width], 1.0, 0.3)));
     };
-    norm(names::FINAL_NORM.to_owned(), h);
+    norm(names::whole(names::FINAL_NORM), h);
     for &l in layout.layers.keys() {
         norm(names::layer(l, "input_layernorm"), h);
         norm(names::layer(l, "post_attention_layernorm"), h);
@@ -191,7 +192,7 @@ impl Folder {
     /// Writes tensors and config as the checkpoint `name`.
     pub fn write(&self, name: &str, tensors: &[(String, Tensor)], config: &Value) -> PathBuf {
         let path = self.path(name);
-        let mut writer = CheckpointWriter::new(&path, DType::F32, Family::Olmoe).unwrap();
+        let mut writer = begin(&path, DType::F32, tensors);
         for (name, tensor) in tensors {
             writer.push(name, tensor).unwrap();
         }
@@ -229,12 +230,17 @@ pub fn open(path: &Path) -> Checkpoint {
 /// The compressed model in the middle of its training: originals attached, at share `beta`.
 pub fn annealing(compressed: &Checkpoint, original: &Checkpoint, beta: f64) -> Decoder {
     let mut model = Decoder::load(compressed).unwrap();
-    for (l, layer) in model.layers.iter_mut().enumerate() {
-        let replaced = layer.bank.adapted_experts().to_vec();
-        layer.bank.originals = load_experts(original, l, &replaced).unwrap();
-        layer.bank.anneal(beta);
+    for (l, bank) in model.banks_mut().enumerate() {
+        let replaced = bank.adapted_experts().to_vec();
+        bank.originals = load_experts(original, l, &replaced).unwrap();
+        bank.anneal(beta);
     }
     model
+}
+
+/// The experts of a layer.
+pub fn bank_of(model: &mut Decoder, layer: usize) -> &mut Bank {
+    model.layers[layer].bank_mut().unwrap()
 }
 
 /// Every stack of a bank, those that `Decoder::visit` does not show included.
@@ -286,10 +292,32 @@ pub fn original_tensors(folder: &Folder) -> Vec<(String, Tensor)> {
         .unwrap()
 }
 
-pub fn write_sharded(path: &Path, tensors: &[(String, Tensor)], dtype: DType, shard_bytes: usize) {
-    let mut writer = CheckpointWriter::new(path, dtype, Family::Olmoe)
-        .unwrap()
-        .with_shard_bytes(shard_bytes);
+/// The tensors of a model, whatever they are.
+pub fn manifest(tensors: &[(String, Tensor)]) -> Manifest {
+    let all = tensors.iter();
+    Manifest {
+        layout: BankLayout {
+            schema_version: 1,
+            layers: Default::default(),
+        },
+        tensors: all
+            .map(|(name, t)| (name.clone(), t.dims().to_vec()))
+            .collect(),
+    }
+}
+
+/// A writer of these tensors under OLMoE's names.
+pub fn begin(path: &Path, dtype: DType, tensors: &[(String, Tensor)]) -> CheckpointWriter {
+    let format = Format::new(dtype, Scheme::published(Family::Olmoe));
+    CheckpointWriter::new(path, &format, &manifest(tensors), &[]).unwrap()
+}
+
+pub fn write_sharded(path: &Path, tensors: &[(String, Tensor)], dtype: DType, shard_bytes: u64) {
+    let format = Format {
+        shard_bytes,
+        ..Format::new(dtype, Scheme::published(Family::Olmoe))
+    };
+    let mut writer = CheckpointWriter::new(path, &format, &manifest(tensors), &[]).unwrap();
     for (name, tensor) in tensors {
         writer.push(name, tensor).unwrap();
     }

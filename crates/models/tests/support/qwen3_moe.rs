@@ -7,7 +7,7 @@
 use candle_core::{DType, Device};
 use candle_nn::{Activation, VarBuilder};
 use candle_transformers::models::qwen3_moe::{Config, ModelForCausalLM};
-use lightmoe_models::{Decoder, ModelConfig};
+use lightmoe_models::{Decoder, LanguageModel, ModelConfig};
 
 /// The baseline with the weights of `model`.
 pub fn qwen3_moe(model: &Decoder) -> ModelForCausalLM {
@@ -30,7 +30,7 @@ pub fn qwen3_moe(model: &Decoder) -> ModelForCausalLM {
         max_window_layers: 0,
         tie_word_embeddings: false,
         rope_theta: ours.rope_theta,
-        rms_norm_eps: ours.rms_norm_eps,
+        rms_norm_eps: ours.norm_eps,
         use_sliding_window: false,
         hidden_act: Activation::Silu,
         decoder_sparse_step: 1,

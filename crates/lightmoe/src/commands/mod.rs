@@ -1,31 +1,33 @@
 //! One function a subcommand; they return what is to be printed.
 
+mod model;
+
+pub use model::{run_generate, run_inspect, run_logits, run_synthesize};
+
 use crate::cli::{
-    BuildArgs, CompressArgs, EvalSplit, EvaluateArgs, ExportArgs, GenerateArgs, InspectArgs,
-    ObserveArgs, PlanArgs, PretrainArgs, RecipeArgs, RecoverArgs,
+    BuildArgs, CompressArgs, EvalSplit, EvaluateArgs, ExportArgs, ObserveArgs, Packing, PlanArgs,
+    PretrainArgs, RecipeArgs, RecoverArgs,
 };
 use crate::compress::{CHECKPOINT_EVERY, compress, default_out, inputs};
 use crate::pipeline::{
-    RecoverInputs, build_stage, evaluate_stage, observe_stage, plan_stage, recover_stage,
+    RecoverInputs, build_stage, evaluate_stage, observe_samples, observe_stage, plan_stage,
+    recover_stage,
 };
 use crate::preflight::{Refused, preflight};
 use crate::pretrain::{PretrainRecipe, pretrain};
 use crate::recipe::Recipe;
 use crate::report::table;
 use crate::settings::Settings;
-use crate::source::{BUILT_IN, TaskData, model_folder};
+use crate::source::{BUILT_IN, TaskData, model_fingerprint, model_folder};
+use crate::tokens::TokenBatch;
 use anyhow::{Context, Result, anyhow};
 use lightmoe_compress::methods::MethodName;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_export::{Card, ExportKind, ExportOptions, export};
-use lightmoe_models::{
-    Checkpoint, DType, Decoder, GenerateOptions, ModelConfig, ModelTokenizer, Tokens, folder,
-};
+use lightmoe_models::{Checkpoint, DType, ExpertPacking, ModelConfig, ModelTokenizer, folder};
 use lightmoe_train::Folders;
-use safetensors::Dtype;
-use safetensors::tensor::TensorView;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::Path;
 
 fn settings(args: RecipeArgs) -> Result<Settings> {
@@ -103,15 +105,20 @@ pub fn run_compress(args: CompressArgs) -> Result<String> {
 /// # Errors
 /// What the stage brings.
 pub fn run_observe(args: ObserveArgs) -> Result<String> {
-    let opened = Opened::new(args.recipe)?;
-    let (encoded, fingerprint) = (opened.encoded()?, opened.fingerprint()?);
-    observe_stage(
-        &opened.checkpoint,
-        &encoded,
-        &opened.recipe,
-        &fingerprint,
-        &args.out,
-    )?;
+    if let Some(path) = &args.tokens {
+        let settings = settings(args.recipe)?;
+        let folder = model_folder(settings.model.as_deref().unwrap_or(BUILT_IN));
+        let checkpoint = Checkpoint::open(&folder.map_err(Refused::of)?)?;
+        let batch = TokenBatch::load(path, checkpoint.config().vocab_size)?;
+        let fingerprint = crate::fingerprint(&(&batch, model_fingerprint(checkpoint.dir())?))?;
+        observe_samples(&checkpoint, &batch.samples(), &fingerprint, &args.out)?;
+    } else {
+        let opened = Opened::new(args.recipe)?;
+        let (encoded, fingerprint) = (opened.encoded()?, opened.fingerprint()?);
+        let budget = opened.recipe.calibration_tokens;
+        let (checkpoint, out) = (&opened.checkpoint, &args.out);
+        observe_stage(checkpoint, &encoded, budget, &fingerprint, out)?;
+    }
     Ok(format!("observations  {}", args.out.display()))
 }
 
@@ -225,21 +232,24 @@ pub fn run_evaluate(args: EvaluateArgs) -> Result<String> {
     Ok(text)
 }
 
+/// An element type of files; `None` for the model's own.
+fn dtype(name: &str) -> Result<Option<DType>> {
+    match name {
+        "auto" => Ok(None),
+        "f32" => Ok(Some(DType::F32)),
+        "bf16" => Ok(Some(DType::BF16)),
+        "f16" => Ok(Some(DType::F16)),
+        other => Err(Refused(format!("dtype `{other}`; use auto, f32, bf16 or f16")).into()),
+    }
+}
+
 /// `export`
 ///
 /// # Errors
 /// What the export brings.
 pub fn run_export(args: ExportArgs) -> Result<String> {
     let kind: ExportKind = args.kind.parse().map_err(Refused::of)?;
-    let dtype = match args.dtype.as_str() {
-        "auto" => None,
-        "f32" => Some(DType::F32),
-        "bf16" => Some(DType::BF16),
-        "f16" => Some(DType::F16),
-        other => {
-            return Err(Refused(format!("dtype `{other}`; use auto, f32, bf16 or f16")).into());
-        }
-    };
+    let dtype = dtype(&args.dtype)?;
     // A run folder holds the model beside its recipe and results; a model folder stands alone.
     let of_run = args.model.join("model");
     let (model, run) = match of_run.is_dir() {
@@ -266,15 +276,17 @@ pub fn run_export(args: ExportArgs) -> Result<String> {
         &source,
         &args.out,
         &ExportOptions {
+            kind,
             dtype,
-            ..ExportOptions::new(kind)
+            packing: match args.experts {
+                Packing::Auto => None,
+                Packing::Separate => Some(ExpertPacking::Separate),
+                Packing::Fused => Some(ExpertPacking::Fused),
+            },
         },
         &card,
         &mut |d, all| bar.of(d, all),
     )?;
-    if let Some(path) = &args.logits {
-        write_logits(&source, path)?;
-    }
     Ok(format!(
         "{} export  {}\n{} parameters, {} bytes",
         report.kind,
@@ -282,89 +294,6 @@ pub fn run_export(args: ExportArgs) -> Result<String> {
         report.parameters,
         report.bytes
     ))
-}
-
-/// Logits on 2 × 32 token ids spread over the vocabulary, for `fixtures/parity/check_export.py`.
-fn write_logits(checkpoint: &Checkpoint, path: &Path) -> Result<()> {
-    const ROWS: usize = 2;
-    const LENGTH: usize = 32;
-    let vocabulary = checkpoint.config().vocab_size;
-    let ids: Vec<u32> = (0..ROWS * LENGTH)
-        .map(|i| (i * 7919 % vocabulary) as u32)
-        .collect();
-    let model = Decoder::load(checkpoint)?;
-    let hidden = model.forward(
-        Tokens {
-            ids: &ids,
-            rows: ROWS,
-        },
-        None,
-        &mut |_, _, _| Ok(()),
-    )?;
-    let logits = model.logits(&hidden)?.flatten_all()?.to_vec1::<f32>()?;
-    let bytes: Vec<u8> = logits.iter().flat_map(|v| v.to_le_bytes()).collect();
-    let id_bytes: Vec<u8> = ids.iter().flat_map(|v| v.to_le_bytes()).collect();
-    let views = [
-        (
-            "input_ids",
-            TensorView::new(Dtype::U32, vec![ROWS, LENGTH], &id_bytes)?,
-        ),
-        (
-            "logits",
-            TensorView::new(Dtype::F32, vec![ROWS, LENGTH, vocabulary], &bytes)?,
-        ),
-    ];
-    Ok(folder::write_file(
-        path,
-        &safetensors::serialize(views, None)?,
-    )?)
-}
-
-/// `inspect`
-///
-/// # Errors
-/// If the folder cannot be read.
-pub fn run_inspect(args: InspectArgs) -> Result<String> {
-    let checkpoint = Checkpoint::open(&model_folder(&args.model).map_err(Refused::of)?)?;
-    let summary = crate::inspect::summary(&checkpoint)?;
-    Ok(match args.json {
-        true => serde_json::to_string_pretty(&summary)?,
-        false => summary.to_string(),
-    })
-}
-
-/// `generate`: the text appears as it is made.
-///
-/// # Errors
-/// If the prompt does not fit the model.
-pub fn run_generate(args: GenerateArgs) -> Result<String> {
-    let checkpoint = Checkpoint::open(&model_folder(&args.model).map_err(Refused::of)?)?;
-    let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
-    let model = Decoder::load(&checkpoint)?;
-    let options = GenerateOptions {
-        max_new_tokens: args.max_new_tokens,
-        temperature: args.temperature,
-        top_p: args.top_p,
-        seed: args.seed,
-        eos: Some(tokenizer.eos),
-    };
-    let (mut ids, mut shown) = (Vec::new(), String::new());
-    let mut out = std::io::stdout().lock();
-    let prompt = vec![tokenizer.encode(&args.prompt)?];
-    lightmoe_models::generate(&model, &prompt, &options, &mut |id| {
-        ids.push(id);
-        // A character may take several tokens: show what is whole.
-        let text = tokenizer.decode(&ids).unwrap_or_default();
-        if let Some(new) = text
-            .strip_prefix(shown.as_str())
-            .filter(|t| !t.ends_with('\u{fffd}'))
-        {
-            let _ = out.write_all(new.as_bytes()).and_then(|()| out.flush());
-            shown = text;
-        }
-        !crate::progress::stopped()
-    })?;
-    Ok(String::new())
 }
 
 /// `pretrain`

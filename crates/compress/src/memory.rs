@@ -1,0 +1,65 @@
+//! How many tokens may run through a layer at once.
+
+use crate::{Error, Result};
+use lightmoe_models::ModelConfig;
+
+/// Tokens that are enough to keep every core busy with every expert.
+const ENOUGH: usize = 8192;
+/// What the program needs beside weights and activations, in bytes.
+const PROGRAM: u64 = 128 << 20;
+const F32: u64 = 4;
+
+/// The size of a batch, in tokens, that runs through any layer of the model within `max_memory`
+/// bytes: weights are f32, and so is what a layer computes of each token. At least `longest`.
+///
+/// # Errors
+/// [`Error::Invalid`] with what is needed, if a layer and the longest sample, or the embedding, do
+/// not fit.
+pub fn batch_tokens(config: &ModelConfig, longest: usize, max_memory: u64) -> Result<usize> {
+    let weights = layer_bytes(config).max(embedding_bytes(config)) + PROGRAM;
+    let needed = weights + longest as u64 * token_bytes(config);
+    if needed > max_memory {
+        return Err(Error::Invalid(format!(
+            "a layer of this model and a sample of {longest} tokens need {:.1} GiB, but at most \
+             {:.1} GiB may be used; raise `--max-memory`, or shorten the samples",
+            gib(needed),
+            gib(max_memory)
+        )));
+    }
+    let room = (max_memory - weights) / token_bytes(config).max(1);
+    Ok(usize::try_from(room)
+        .map_or(ENOUGH, |room| room.min(ENOUGH))
+        .max(longest))
+}
+
+/// Bytes of the largest layer as f32.
+pub fn layer_bytes(config: &ModelConfig) -> u64 {
+    let counts = config.parameters();
+    let layers = config.num_layers.max(1) as u64;
+    let experts = config.num_moe_layers().max(1) as u64;
+    let shared = counts.routed_experts + counts.shared_experts + counts.router;
+    let dense = counts.dense_mlp / config.first_dense_layers.max(1) as u64;
+    F32 * (counts.attention / layers + counts.norms / layers + (shared / experts).max(dense))
+}
+
+fn embedding_bytes(config: &ModelConfig) -> u64 {
+    F32 * config.vocab_size as u64 * config.hidden_size as u64
+}
+
+/// Bytes that a token takes in a layer: the residual stream and its norms, the attention, the
+/// router, and the rows of its experts, each with what comes in, both halves, their product and
+/// what goes out.
+fn token_bytes(config: &ModelConfig) -> u64 {
+    let (moe, h) = (&config.moe, config.hidden_size);
+    let attention = 4 * config.num_heads * config.head_dim;
+    let expert = 2 * h + 3 * moe.intermediate_size;
+    let beside = 3 * moe
+        .shared_intermediate_size
+        .max(config.dense_intermediate_size);
+    let numbers = 6 * h + attention + 4 * moe.num_experts + moe.top_k * expert + beside;
+    F32 * numbers as u64
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
+}

@@ -1,0 +1,82 @@
+//! The attention of a layer: grouped queries, or queries and keys from latents.
+
+mod grouped;
+mod latent;
+
+use crate::Result;
+use crate::config::{Attention, ModelConfig};
+use crate::layer::{Source, Visitor};
+use crate::rotary::Rotary;
+use candle_core::Tensor;
+use grouped::GroupedAttention;
+use latent::LatentAttention;
+
+/// What one layer keeps of the tokens seen so far, two tensors `[B, S, .., ..]`: keys and values of
+/// grouped attention, or the latent and the rotated part of the keys.
+#[derive(Debug, Clone, Default)]
+pub struct LayerCache(Option<(Tensor, Tensor)>);
+
+impl LayerCache {
+    /// Adds new tokens behind those kept and returns all.
+    fn append(&mut self, a: Tensor, b: Tensor) -> Result<(Tensor, Tensor)> {
+        let (a, b) = match self.0.take() {
+            Some((old_a, old_b)) => (
+                Tensor::cat(&[&old_a, &a], 1)?,
+                Tensor::cat(&[&old_b, &b], 1)?,
+            ),
+            None => (a, b),
+        };
+        // Without their history, or a model under training would keep the graph of every step.
+        self.0 = Some((a.detach(), b.detach()));
+        Ok((a, b))
+    }
+
+    /// Number of cached positions.
+    pub fn len(&self) -> usize {
+        self.0.as_ref().map_or(0, |(a, _)| a.dims()[1])
+    }
+
+    /// Whether nothing is cached.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The weights of one attention.
+#[derive(Debug, Clone)]
+pub(crate) enum SelfAttention {
+    Grouped(GroupedAttention),
+    Latent(LatentAttention),
+}
+
+impl SelfAttention {
+    /// Takes the weights from `get`.
+    pub(crate) fn build(config: &ModelConfig, get: &Source<'_>) -> Result<Self> {
+        Ok(match config.attention {
+            Attention::GroupedQuery { .. } => Self::Grouped(GroupedAttention::build(config, get)?),
+            Attention::MultiHeadLatent { .. } => Self::Latent(LatentAttention::build(config, get)?),
+        })
+    }
+
+    /// `x: [B, T, H]`, normed → `[B, T, H]`. With a cache the tokens continue it.
+    pub(crate) fn forward(
+        &self,
+        x: &Tensor,
+        config: &ModelConfig,
+        rotary: &Rotary,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<Tensor> {
+        match self {
+            Self::Grouped(attention) => attention.forward(x, config, rotary, cache),
+            Self::Latent(attention) => attention.forward(x, config, rotary, cache),
+        }
+    }
+
+    /// Every parameter.
+    pub(crate) fn visit(&mut self, f: &mut Visitor<'_>) -> Result<()> {
+        match self {
+            Self::Grouped(attention) => attention.visit(f),
+            Self::Latent(attention) => attention.visit(f),
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Every tensor of a model, by name and shape, from its configuration and layout alone.
+
+use crate::config::ModelConfig;
+use crate::decoder::Ends;
+use crate::layer::Layer;
+use crate::layout::{BankLayout, LayerLayout, SlotLayout};
+use crate::{Error, Result, bank::Bank, names};
+use candle_core::{DType, Device, Tensor};
+use std::cell::RefCell;
+
+/// The tensors of a model under our names, in the order in which they are written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Manifest {
+    /// The forms of its experts.
+    pub layout: BankLayout,
+    /// Name and shape.
+    pub tensors: Vec<(String, Vec<usize>)>,
+}
+
+impl Manifest {
+    /// The tensors of the model `config` with the expert banks `layout`.
+    ///
+    /// # Errors
+    /// If the layout does not fit the model.
+    pub fn of(config: &ModelConfig, layout: &BankLayout) -> Result<Self> {
+        layout.check(config).map_err(|message| {
+            Error::Invalid(format!("the layout does not fit the model: {message}"))
+        })?;
+        let tensors = RefCell::new(Vec::new());
+        // Whatever builds a part of a model also says what it is made of.
+        let record = |name: String, shape: &[usize]| -> Result<Tensor> {
+            tensors.borrow_mut().push((name, shape.to_vec()));
+            Ok(Tensor::zeros(0, DType::F32, &Device::Cpu)?)
+        };
+        Ends::build(config, &|name, shape| record(names::whole(name), shape))?;
+        for number in 0..config.num_layers {
+            let slots = layout.layers.get(&number);
+            let bank = slots.map(|slots| || Ok(Bank::empty(slots)));
+            let get = |rest: &str, shape: &[usize]| record(names::layer(number, rest), shape);
+            Layer::build(config, &get, bank)?;
+            if let Some(slots) = slots {
+                tensors.borrow_mut().extend(experts(config, number, slots));
+            }
+        }
+        Ok(Self {
+            layout: layout.clone(),
+            tensors: tensors.into_inner(),
+        })
+    }
+
+    /// Numbers in all tensors.
+    pub fn parameters(&self) -> u64 {
+        let sizes = self.tensors.iter();
+        sizes
+            .map(|(_, shape)| shape.iter().product::<usize>() as u64)
+            .sum()
+    }
+}
+
+/// The tensors of the bank of layer `number`.
+fn experts(config: &ModelConfig, number: usize, layout: &LayerLayout) -> Vec<(String, Vec<usize>)> {
+    let (h, f) = (config.hidden_size, config.moe.intermediate_size);
+    let mut all = Vec::new();
+    let shapes = [[f, h], [f, h], [h, f]];
+    for group in 0..layout.bases() {
+        for (projection, shape) in names::PROJECTIONS.iter().zip(shapes) {
+            all.push((names::base(number, group, projection), shape.to_vec()));
+        }
+    }
+    for (expert, slot) in layout.slots.iter().enumerate() {
+        for (projection, [out, width]) in names::PROJECTIONS.iter().zip(shapes) {
+            let mut push = |suffix: &str, shape: [usize; 2]| {
+                let name = names::expert(number, expert, &format!("{projection}{suffix}"));
+                all.push((name, shape.to_vec()));
+            };
+            match *slot {
+                SlotLayout::Dense => push("", [out, width]),
+                SlotLayout::Adapted { rank: 0, .. } => {}
+                SlotLayout::Adapted { rank, .. } => {
+                    push(".lora_A", [rank, width]);
+                    push(".lora_B", [out, rank]);
+                }
+            }
+        }
+    }
+    all
+}

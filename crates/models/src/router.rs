@@ -1,0 +1,172 @@
+//! The router of a layer: which experts a token uses, and with which weights.
+
+use crate::Result;
+use crate::config::{ExpertGroups, GroupScore, ModelConfig, MoeConfig, Scoring};
+use crate::layer::{ParameterKind, Source, Visitor};
+use crate::mlp::sigmoid;
+use candle_core::{D, Tensor};
+use lightmoe_kernels::{linear, top_k};
+
+const WEIGHT: &str = "mlp.gate";
+const CORRECTION: &str = "mlp.gate.e_score_correction_bias";
+/// Added to a logit to take it out of a softmax.
+const OUT: f32 = -1e30;
+
+/// What the router decided for the tokens of a batch.
+#[derive(Debug, Clone)]
+pub struct Routing {
+    /// Raw router outputs `[T, E]`.
+    pub logits: Tensor,
+    /// What the family makes of them, before any choice: softmax or logistic, `[T, E]`.
+    pub probabilities: Tensor,
+    /// Chosen experts `[T · K]`, best first.
+    pub chosen: Vec<u32>,
+    /// Their gates, the factors of their outputs: `[T · K]`.
+    pub gates: Tensor,
+}
+
+/// The weights of a router.
+#[derive(Debug, Clone)]
+pub(crate) struct Router {
+    /// `[E, H]`
+    weight: Tensor,
+    /// `[E]`, added to the scores that choose. Kept as it is: training moves it by a rule of its own,
+    /// not by a gradient (DeepSeek-V3, section 2.1.2).
+    correction: Option<Tensor>,
+}
+
+impl Router {
+    /// Takes the weights from `get`.
+    pub(crate) fn build(config: &ModelConfig, get: &Source<'_>) -> Result<Self> {
+        let experts = config.moe.num_experts;
+        let biased = config.moe.scoring == Scoring::Sigmoid;
+        Ok(Self {
+            weight: get(WEIGHT, &[experts, config.hidden_size])?,
+            correction: biased.then(|| get(CORRECTION, &[experts])).transpose()?,
+        })
+    }
+
+    /// `x: [T, H]`
+    pub(crate) fn route(&self, x: &Tensor, moe: &MoeConfig) -> Result<Routing> {
+        let logits = linear(x, &self.weight)?;
+        let probabilities = match moe.scoring {
+            Scoring::Sigmoid => sigmoid(&logits)?,
+            _ => candle_nn::ops::softmax(&logits, D::Minus1)?,
+        };
+        if let Scoring::SparseMixer { jitter } = moe.scoring {
+            let (chosen, gates) = sparse_mixer(&logits, jitter)?;
+            return Ok(Routing {
+                logits,
+                probabilities,
+                chosen,
+                gates,
+            });
+        }
+        let mut choice = match &self.correction {
+            Some(correction) => probabilities.broadcast_add(correction)?,
+            // The softmax keeps the order of the logits, and rounds.
+            None => logits.clone(),
+        };
+        if let Some(groups) = &moe.groups {
+            choice = within_groups(&choice, groups)?;
+        }
+        let chosen = top_k(&choice, moe.top_k)?;
+        let mut gates = gather(&probabilities, &chosen, moe.top_k)?;
+        if moe.renormalize {
+            gates = gates.broadcast_div(&gates.sum_keepdim(1)?)?;
+        }
+        if moe.routed_scaling_factor != 1.0 {
+            gates = (gates * moe.routed_scaling_factor)?;
+        }
+        Ok(Routing {
+            logits,
+            probabilities,
+            chosen,
+            gates: gates.flatten_all()?,
+        })
+    }
+
+    /// Every parameter.
+    pub(crate) fn visit(&mut self, f: &mut Visitor<'_>) -> Result<()> {
+        f(WEIGHT, ParameterKind::Router, &mut self.weight)?;
+        match &mut self.correction {
+            Some(correction) => f(CORRECTION, ParameterKind::RouterCorrection, correction),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The entries of `values: [T, E]` at `chosen: [T · k]`: `[T, k]`.
+fn gather(values: &Tensor, chosen: &[u32], k: usize) -> Result<Tensor> {
+    let (tokens, experts) = values.dims2()?;
+    let each = chosen.iter().enumerate();
+    let index: Vec<u32> = each.map(|(i, &e)| (i / k * experts) as u32 + e).collect();
+    let index = Tensor::new(index, values.device())?;
+    let flat = values.flatten_all()?.index_select(&index, 0)?;
+    Ok(flat.reshape((tokens, k))?)
+}
+
+/// `scores: [T, E]` with those of all but the best groups at minus infinity.
+fn within_groups(scores: &Tensor, groups: &ExpertGroups) -> Result<Tensor> {
+    let (tokens, experts) = scores.dims2()?;
+    let size = experts / groups.count;
+    let mut values = scores.flatten_all()?.to_vec1::<f32>()?;
+    let of_group = |group: &[f32]| match groups.score {
+        GroupScore::Best => group.iter().copied().fold(f32::NEG_INFINITY, f32::max),
+        GroupScore::TwoBest => {
+            let mut group = group.to_vec();
+            group.sort_unstable_by(|a, b| b.total_cmp(a));
+            group.iter().take(2).sum()
+        }
+    };
+    let ranks: Vec<f32> = values.chunks_exact(size).map(of_group).collect();
+    let ranks = Tensor::from_vec(ranks, (tokens, groups.count), scores.device())?;
+    let best = top_k(&ranks, groups.chosen)?;
+    for (row, best) in values
+        .chunks_exact_mut(experts)
+        .zip(best.chunks_exact(groups.chosen))
+    {
+        for (group, scores) in row.chunks_exact_mut(size).enumerate() {
+            if !best.contains(&(group as u32)) {
+                scores.fill(f32::NEG_INFINITY);
+            }
+        }
+    }
+    Ok(Tensor::from_vec(
+        values,
+        (tokens, experts),
+        scores.device(),
+    )?)
+}
+
+/// Two experts a token of `logits: [T, E]`, the second chosen among the rest as the first was among
+/// all; the gate of each is its softmax over the experts of its turn that come near it.
+fn sparse_mixer(logits: &Tensor, jitter: f64) -> Result<(Vec<u32>, Tensor)> {
+    let (tokens, experts) = logits.dims2()?;
+    let chosen = top_k(logits, 2)?;
+    let values = logits.flatten_all()?.to_vec1::<f32>()?;
+    let near = (2.0 * jitter) as f32;
+    let turn = |turn: usize| -> Result<Tensor> {
+        let mut mask = vec![0f32; values.len()];
+        let rows = mask
+            .chunks_exact_mut(experts)
+            .zip(values.chunks_exact(experts))
+            .zip(chosen.chunks_exact(2));
+        for ((mask, row), chosen) in rows {
+            let best = row[chosen[turn] as usize];
+            for (mask, &logit) in mask.iter_mut().zip(row) {
+                let far = (best - logit) / logit.abs().max(best) > near;
+                *mask = if far { OUT } else { 0.0 };
+            }
+            for &gone in &chosen[..turn] {
+                mask[gone as usize] = OUT;
+            }
+        }
+        let mask = Tensor::from_vec(mask, (tokens, experts), logits.device())?;
+        let shares = candle_nn::ops::softmax(&(logits + mask)?, D::Minus1)?;
+        let of_turn: Vec<u32> = chosen.iter().skip(turn).step_by(2).copied().collect();
+        gather(&shares, &of_turn, 1)
+    };
+    let gates = Tensor::cat(&[turn(0)?, turn(1)?], 1)?.flatten_all()?;
+    Ok((chosen, gates))
+}
