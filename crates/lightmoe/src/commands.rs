@@ -13,12 +13,13 @@ use crate::pretrain::{PretrainRecipe, pretrain};
 use crate::recipe::Recipe;
 use crate::report::table;
 use crate::settings::Settings;
-use crate::source::{BUILT_IN, TaskData, model_folder};
+use crate::source::{BUILT_IN, TaskData, model_folder, open_model};
 use anyhow::{Context, Result, anyhow};
 use lightmoe_compress::methods::MethodName;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_export::{Card, ExportKind, ExportOptions, export};
+use lightmoe_models::hub::Want;
 use lightmoe_models::{
     Checkpoint, DType, Decoder, GenerateOptions, ModelConfig, ModelTokenizer, Tokens, folder,
 };
@@ -48,8 +49,7 @@ struct Opened {
 impl Opened {
     fn new(args: RecipeArgs) -> Result<Self> {
         let settings = settings(args)?;
-        let folder = model_folder(settings.model.as_deref().unwrap_or(BUILT_IN));
-        let checkpoint = Checkpoint::open(&folder.map_err(Refused::of)?)?;
+        let checkpoint = open_model(settings.model.as_deref().unwrap_or(BUILT_IN))?;
         let recipe = Recipe::resolve(settings, checkpoint.config()).map_err(Refused::of)?;
         let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
         let data = TaskData::load(&recipe, &tokenizer)?;
@@ -124,8 +124,8 @@ pub fn run_plan(args: PlanArgs) -> Result<String> {
     let config = match &args.config {
         Some(path) => ModelConfig::from_file(path)?,
         None => {
-            let folder = model_folder(settings.model.as_deref().unwrap_or(BUILT_IN));
-            ModelConfig::from_file(&folder.map_err(Refused::of)?.join("config.json"))?
+            let model = settings.model.as_deref().unwrap_or(BUILT_IN);
+            ModelConfig::from_file(&model_folder(model, Want::ConfigOnly)?.join("config.json"))?
         }
     };
     let lora = settings.method.as_deref() == Some(MethodName::Lora.name());
@@ -165,7 +165,7 @@ pub fn run_plan(args: PlanArgs) -> Result<String> {
 /// # Errors
 /// What the stage brings.
 pub fn run_build(args: BuildArgs) -> Result<String> {
-    let original = Checkpoint::open(&model_folder(&args.model).map_err(Refused::of)?)?;
+    let original = open_model(&args.model)?;
     build_stage(&original, &Plan::load(&args.plan)?, args.seed, &args.out)?;
     Ok(format!("model  {}", args.out.display()))
 }
@@ -241,15 +241,15 @@ pub fn run_export(args: ExportArgs) -> Result<String> {
         }
     };
     // A run folder holds the model beside its recipe and results; a model folder stands alone.
-    let of_run = args.model.join("model");
-    let (model, run) = match of_run.is_dir() {
-        true => (of_run, args.model.clone()),
+    let folder = Path::new(&args.model);
+    let of_run = folder.join("model");
+    let (source, run) = match of_run.is_dir() {
+        true => (Checkpoint::open(&of_run)?, folder),
         false => (
-            args.model.clone(),
-            args.model.parent().unwrap_or(Path::new(".")).to_owned(),
+            open_model(&args.model)?,
+            folder.parent().unwrap_or(Path::new(".")),
         ),
     };
-    let source = Checkpoint::open(&model)?;
     let results = crate::results::Results::load(&run.join("results.json")).ok();
     let card = Card {
         base_model: results
@@ -325,7 +325,7 @@ fn write_logits(checkpoint: &Checkpoint, path: &Path) -> Result<()> {
 /// # Errors
 /// If the folder cannot be read.
 pub fn run_inspect(args: InspectArgs) -> Result<String> {
-    let checkpoint = Checkpoint::open(&model_folder(&args.model).map_err(Refused::of)?)?;
+    let checkpoint = open_model(&args.model)?;
     let summary = crate::inspect::summary(&checkpoint)?;
     Ok(match args.json {
         true => serde_json::to_string_pretty(&summary)?,
@@ -338,7 +338,7 @@ pub fn run_inspect(args: InspectArgs) -> Result<String> {
 /// # Errors
 /// If the prompt does not fit the model.
 pub fn run_generate(args: GenerateArgs) -> Result<String> {
-    let checkpoint = Checkpoint::open(&model_folder(&args.model).map_err(Refused::of)?)?;
+    let checkpoint = open_model(&args.model)?;
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
     let model = Decoder::load(&checkpoint)?;
     let options = GenerateOptions {
