@@ -10,7 +10,18 @@ use std::process::{Command, Stdio};
 use crate::{Outcome, binary, no_arguments, shell};
 
 const FOLDER: &str = "fixtures/parity";
-const FAMILIES: [&str; 4] = ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe"];
+const FAMILIES: [&str; 9] = [
+    "olmoe",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek",
+    "deepseek_v2",
+    "deepseek_v2_lite",
+    "deepseek_v3",
+    "phimoe",
+];
+const FUSED_NAMES: &str = "fused_names.json";
 const FILES: [&str; 3] = ["config.json", "model.safetensors", "reference.safetensors"];
 
 /// Makes the fixtures in the target folder, so that the committed ones stay as they are.
@@ -37,8 +48,10 @@ pub fn run(arguments: &[String]) -> Outcome {
     }
     let committed = root.join(FOLDER);
     let mut same = true;
-    for (family, file) in FAMILIES.iter().flat_map(|f| FILES.map(|file| (f, file))) {
-        let path = Path::new(family).join(file);
+    let of_families = FAMILIES
+        .iter()
+        .flat_map(|f| FILES.map(|file| Path::new(f).join(file)));
+    for path in of_families.chain([FUSED_NAMES.into()]) {
         let equal = read(&made.join(&path))? == read(&committed.join(&path))?;
         eprintln!(
             "  {:<9} {}",
@@ -76,11 +89,16 @@ fn check_export(python: &OsStr) -> Result<bool, String> {
     let mut export = Command::new(&lightmoe);
     export.args(["export", "--quiet", "--kind", "dense", "--dtype", "f32"]);
     export.arg("--model").arg(&run).arg("--out").arg(&dense);
-    export.arg("--logits").arg(&logits);
+    // Of the compressed model, not of the export.
+    let mut reference = Command::new(&lightmoe);
+    reference
+        .args(["logits", "--quiet", "--model"])
+        .arg(run.join("model"));
+    reference.arg("--out").arg(&logits);
     let mut check = Command::new(python);
     check.arg(shell::root().join(FOLDER).join("check_export.py"));
     check.arg(&dense).arg(&logits);
-    for step in [&mut compress, &mut export, &mut check] {
+    for step in [&mut compress, &mut export, &mut reference, &mut check] {
         if !shell::succeeds(step)? {
             return Ok(false);
         }

@@ -29,7 +29,7 @@ pub use build::build;
 pub use error::{Error, Result};
 pub use estimate::{Estimate, estimate};
 pub use memory::{batch_tokens, layer_bytes};
-pub use observe::{ObserveOptions, observe};
+pub use observe::{ObserveOptions, Observed, observe};
 
 /// Reads a whole file.
 fn read(path: &std::path::Path) -> Result<Vec<u8>> {

@@ -10,6 +10,7 @@ use crate::states::States;
 use crate::{Error, Result};
 use lightmoe_models::{Checkpoint, Embedding, Layer, Rotary, Routing, Tokens};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// What [`observe`] needs beside the model and the samples.
 #[derive(Debug, Clone, Copy)]
@@ -20,6 +21,17 @@ pub struct ObserveOptions<'a> {
     pub state: &'a Path,
     /// The most memory to use, in bytes.
     pub max_memory: u64,
+}
+
+/// What [`observe`] saw, and what it took.
+#[derive(Debug, Clone)]
+pub struct Observed {
+    /// The routing.
+    pub observations: Observations,
+    /// Reading and converting weights, in this run.
+    pub read: Duration,
+    /// Running the layers, in this run.
+    pub compute: Duration,
 }
 
 /// Samples of one batch, right-padded to `width`.
@@ -40,7 +52,7 @@ pub fn observe(
     samples: &[Vec<u32>],
     options: &ObserveOptions<'_>,
     progress: &mut dyn FnMut(usize, usize) -> bool,
-) -> Result<Observations> {
+) -> Result<Observed> {
     let config = checkpoint.config();
     if samples.is_empty() || samples.iter().any(Vec::is_empty) {
         return Err(Error::Invalid(
@@ -69,13 +81,18 @@ pub fn observe(
         }
     };
     let rotary = Rotary::new(config);
+    let (mut read, mut compute) = (Duration::ZERO, Duration::ZERO);
     for l in first..config.num_layers {
+        let begin = Instant::now();
         let layer = Layer::load(checkpoint, l)?;
+        read += begin.elapsed();
         let mut sums = Sums::new(config.moe.num_experts);
         let mut next = states.writer(l + 1)?;
         for (i, batch) in batches.iter().enumerate() {
             let hidden = states.read(l, i, batch)?;
+            let begin = Instant::now();
             let (hidden, routing) = layer.forward(&hidden, config, &rotary, None)?;
+            compute += begin.elapsed();
             if let Some(routing) = routing {
                 sums.add(&routing, batch)?;
             }
@@ -90,7 +107,11 @@ pub fn observe(
         }
     }
     states.remove()?;
-    Ok(seen)
+    Ok(Observed {
+        observations: seen,
+        read,
+        compute,
+    })
 }
 
 /// Writes the states before the first layer.

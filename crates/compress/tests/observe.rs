@@ -41,7 +41,8 @@ fn options(state: &TempDir) -> ObserveOptions<'_> {
 
 fn observed(checkpoint: &Checkpoint, samples: &[Vec<u32>]) -> Observations {
     let state = tempfile::tempdir().unwrap();
-    observe(checkpoint, samples, &options(&state), &mut |_, _| true).unwrap()
+    let seen = observe(checkpoint, samples, &options(&state), &mut |_, _| true);
+    seen.unwrap().observations
 }
 
 /// What one router did, from its logits alone.

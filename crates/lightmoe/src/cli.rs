@@ -57,7 +57,7 @@ pub enum Command {
     Evaluate(EvaluateArgs),
     /// Write a compressed model for another program
     Export(ExportArgs),
-    /// Show what a model folder holds
+    /// Show what a model holds
     Inspect(InspectArgs),
     /// Continue a text
     Generate(GenerateArgs),
@@ -210,7 +210,7 @@ pub enum EvalSplit {
 pub struct ExportArgs {
     /// The compressed model, or the folder of a run
     #[arg(long)]
-    pub model: PathBuf,
+    pub model: String,
     /// dense (multiplied out: loads wherever the original loads, saves no memory) or compact
     #[arg(long, default_value = "dense")]
     pub kind: String,

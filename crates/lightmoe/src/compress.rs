@@ -8,7 +8,7 @@ use crate::recipe::Recipe;
 use crate::report::{self, LayerCoverage};
 use crate::results::{Bytes, Results, SCHEMA_VERSION, Stage};
 use crate::run::{Inputs, Run};
-use crate::source::{TaskData, model_fingerprint, model_folder};
+use crate::source::{TaskData, model_fingerprint, open_model};
 use anyhow::Result;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
@@ -24,7 +24,7 @@ pub const CHECKPOINT_EVERY: usize = 50;
 /// # Errors
 /// What any stage brings; what is finished stays, and `resume` goes on behind it.
 pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
-    let original = Checkpoint::open(&model_folder(&recipe.model)?)?;
+    let original = open_model(&recipe.model)?;
     let tokenizer = ModelTokenizer::load(original.dir(), original.config().eos_token_id)?;
     let data = TaskData::load(recipe, &tokenizer)?;
     let encoded = data.encoded(&tokenizer, recipe.max_length)?;

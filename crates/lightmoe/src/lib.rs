@@ -1,11 +1,13 @@
 //! The pipeline of stages and what it tells its user.
 //!
 //! Invariant: this is the only crate that prints, reads the environment or ends the process, and
-//! within it only `main`, [`progress`] and the streaming of [`commands::run_generate`] do.
+//! within it only `main`, [`progress`], the streaming of [`commands::run_generate`] and [`hub`],
+//! which reads the Hub's variables, do.
 
 pub mod cli;
 pub mod commands;
 pub mod compress;
+pub mod hub;
 pub mod inspect;
 pub mod machine;
 pub mod pipeline;

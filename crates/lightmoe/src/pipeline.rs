@@ -67,7 +67,7 @@ pub fn observe_samples(
     let seen = observe(checkpoint, samples, &options, &mut |done, all| {
         bar.of(done, all)
     })?;
-    Ok(seen.save(target)?)
+    Ok(seen.observations.save(target)?)
 }
 
 /// Stage plan: observations and recipe → `target`.
@@ -212,8 +212,7 @@ fn train_options(recipe: &Recipe, fingerprint: &str, checkpoint_every: usize) ->
 ///
 /// # Errors
 /// If it cannot be read.
-pub fn load_model(folder: &Path) -> Result<Box<dyn LanguageModel>> {
-    let checkpoint = Checkpoint::open(folder)?;
+pub fn load_model(checkpoint: Checkpoint) -> Result<Box<dyn LanguageModel>> {
     // Weights are f32 in memory; caches and activations want some room beside them.
     let needed = checkpoint.parameters().saturating_mul(4).saturating_mul(5) / 4;
     Ok(match needed <= machine::max_memory() {
@@ -235,7 +234,7 @@ pub fn evaluate_stage(
     max_length: usize,
     samples: Option<&Path>,
 ) -> Result<TaskScores> {
-    let model = load_model(checkpoint.dir())?;
+    let model = load_model(Checkpoint::open(checkpoint.dir())?)?;
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
     let bar = Progress::new(what, examples.len());
     let options = data.eval_options(max_length);

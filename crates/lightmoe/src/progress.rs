@@ -31,12 +31,23 @@ pub struct Progress(ProgressBar);
 impl Progress {
     /// A bar named `what` of `total` steps; invisible when quiet or without a terminal.
     pub fn new(what: &str, total: usize) -> Self {
+        let style = "{prefix:>10} {bar:30.cyan/blue} {pos}/{len} {elapsed}<{eta} {msg}";
+        Self::styled(what, total, style)
+    }
+
+    /// A bar of the `total` bytes of a file.
+    pub fn bytes(file: &str, total: usize) -> Self {
+        let style = "{prefix} {bar:30.cyan/blue} {percent}% {bytes}/{total_bytes} \
+                     {bytes_per_sec} {eta}";
+        Self::styled(file, total, style)
+    }
+
+    fn styled(what: &str, total: usize, style: &str) -> Self {
         let target = match QUIET.get() {
             Some(true) => ProgressDrawTarget::hidden(),
             _ => ProgressDrawTarget::stderr(),
         };
         let bar = ProgressBar::with_draw_target(Some(total as u64), target);
-        let style = "{prefix:>10} {bar:30.cyan/blue} {pos}/{len} {elapsed}<{eta} {msg}";
         // The template is a constant; should it ever not parse, the default style serves.
         bar.set_style(
             ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()),

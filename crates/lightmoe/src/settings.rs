@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Clone, Default, clap::Args, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// Model folder (Hugging Face layout), or `olmoe-nano`, the model in the repository [default: olmoe-nano]
+    /// Model folder (Hugging Face layout), `org/name` or `org/name@revision` on the Hugging Face Hub, or `olmoe-nano`, the model in the repository [default: olmoe-nano]
     #[arg(long)]
     pub model: Option<String>,
     /// Built-in task: math, code, commonsense, intent or translation [default: math, or the records of `--train`]

@@ -1,11 +1,13 @@
 //! Where a run's inputs come from: the model folder and the examples.
 
+use crate::hub;
 use crate::preflight::Refused;
 use crate::recipe::Recipe;
 use anyhow::{Context, Result, ensure};
 use lightmoe_data::{Encoded, Example, Split, Task, encode, records};
 use lightmoe_eval::EvalOptions;
-use lightmoe_models::{ChatMessage, Checkpoint, ModelTokenizer};
+use lightmoe_models::hub::{HubName, Want};
+use lightmoe_models::{ChatMessage, Checkpoint, ModelTokenizer, folder};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 
@@ -18,29 +20,46 @@ const FEWEST_SELECTIONS: usize = 16;
 /// Below this many, a warning.
 const FEW_SELECTIONS: usize = 100;
 
-/// The folder of a model: a path, or the built-in model's name.
+/// The folder of a model: a path, a name on the Hub, or the built-in model's name. What is wanted of
+/// a model on the Hub is downloaded if it is not there yet.
 ///
 /// # Errors
-/// If there is no such folder.
-pub fn model_folder(name: &str) -> Result<PathBuf> {
+/// [`Refused`] if there is no such model; if the download fails.
+pub fn model_folder(name: &str, want: Want) -> Result<PathBuf> {
     if name == BUILT_IN {
         let repository = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("../../fixtures")
             .join(name);
-        ensure!(
-            repository.exists(),
-            "the built-in model `{name}` lies in the repository, which is no longer where this \
-             program was built; give a model folder with `--model`"
-        );
-        return Ok(repository);
+        return match repository.exists() {
+            true => Ok(repository),
+            false => Err(Refused(format!(
+                "the built-in model `{name}` lies in the repository, which is no longer where this \
+                 program was built; give a model folder or `org/name` with `--model`"
+            ))
+            .into()),
+        };
     }
     let path = PathBuf::from(name);
-    ensure!(
-        path.join("config.json").is_file(),
-        "`{name}` is no model folder: it has no config.json; give a folder in the Hugging Face \
-         layout, or `{BUILT_IN}`"
-    );
-    Ok(path)
+    // Whoever opens it is told how to get it back.
+    let abandoned = folder::abandoned(&path).is_some();
+    match HubName::parse(name).filter(|_| !path.exists() && !abandoned) {
+        Some(name) => hub::download(&name, want),
+        None if path.join("config.json").is_file() || abandoned => Ok(path),
+        None => Err(Refused(format!(
+            "`{name}` is no model folder: it has no config.json; give a folder in the Hugging Face \
+             layout, a model on the Hugging Face Hub as `org/name` or `org/name@revision`, or \
+             `{BUILT_IN}`"
+        ))
+        .into()),
+    }
+}
+
+/// An opened model; see [`model_folder`].
+///
+/// # Errors
+/// If there is no such model, or it cannot be read.
+pub fn open_model(name: &str) -> Result<Checkpoint> {
+    Ok(Checkpoint::open(&model_folder(name, Want::Whole)?)?)
 }
 
 /// The examples of a run.

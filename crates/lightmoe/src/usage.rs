@@ -4,11 +4,11 @@
 use crate::cli::UsageArgs;
 use crate::pipeline::{evaluate_stage, observe_samples};
 use crate::results::{Score, digits};
-use crate::source::{BUILT_IN, TaskData, calibration, model_folder};
+use crate::source::{BUILT_IN, TaskData, calibration, open_model};
 use anyhow::Result;
 use lightmoe_compress::observations::Observations;
 use lightmoe_data::Task;
-use lightmoe_models::{Checkpoint, ModelTokenizer, folder::write_file};
+use lightmoe_models::{ModelTokenizer, folder::write_file};
 use std::fmt::Write;
 
 /// Training tokens observed of each task.
@@ -23,7 +23,7 @@ const LENGTH: usize = 512;
 /// # Errors
 /// If the model cannot be read or the page cannot be written.
 pub fn run(args: UsageArgs) -> Result<String> {
-    let checkpoint = Checkpoint::open(&model_folder(BUILT_IN)?)?;
+    let checkpoint = open_model(BUILT_IN)?;
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
     let mut scores = Vec::new();
     let mut seen = Vec::new();

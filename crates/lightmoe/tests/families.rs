@@ -52,6 +52,7 @@ fn every_family_goes_the_whole_way() {
             max_memory: 1 << 30,
         };
         let seen = observe(&original, &samples, &state, &mut |_, _| true).unwrap();
+        let seen = seen.observations;
         let options = LightmoeOptions {
             rank: 2,
             groups: 2,

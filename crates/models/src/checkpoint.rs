@@ -12,7 +12,7 @@ use crate::{Error, Result, folder};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use safetensors::Dtype;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -70,12 +70,12 @@ impl Checkpoint {
             (false, true) => read_index(&index_path)?,
             (true, _) => BTreeMap::new(),
         };
-        let mut shards: Vec<&str> = index.values().map(String::as_str).collect();
-        shards.sort_unstable();
-        shards.dedup();
-        let paths = match shards.is_empty() {
+        let paths = match index.is_empty() {
             true => vec![single],
-            false => shards.into_iter().map(|name| dir.join(name)).collect(),
+            false => shards(&index)
+                .into_iter()
+                .map(|name| dir.join(name))
+                .collect(),
         };
         let mut files = Vec::new();
         for path in paths {
@@ -350,8 +350,13 @@ impl Checkpoint {
     }
 }
 
+/// The names of the shards that an index names, sorted.
+pub(crate) fn shards(index: &BTreeMap<String, String>) -> BTreeSet<&str> {
+    index.values().map(String::as_str).collect()
+}
+
 /// The shard of each tensor. Shards are files beside the index and nothing else.
-fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     let fail = |message: String| Error::config(path, format!("{message}; download it again"));
     let text = fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
     let value: serde_json::Value =

@@ -45,6 +45,12 @@ pub enum Error {
     /// A request that cannot be met.
     #[error("{0}")]
     Invalid(String),
+    /// The Hub could not be reached or did not keep to its word; the same request may succeed later.
+    #[error("{0}")]
+    Hub(String),
+    /// The caller stopped a download; what had come is kept.
+    #[error("the download was interrupted; start it again, it goes on where it stopped")]
+    Interrupted,
     /// The tensor library failed.
     #[error("tensor operation failed: {0}; check the shapes, types and device it names")]
     Candle(#[from] candle_core::Error),

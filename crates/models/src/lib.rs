@@ -28,6 +28,7 @@ mod writer;
 pub mod config;
 pub mod families;
 pub mod folder;
+pub mod hub;
 pub mod names;
 pub mod parameters;
 pub mod random;

@@ -18,13 +18,14 @@ use crate::pretrain::{PretrainRecipe, pretrain};
 use crate::recipe::Recipe;
 use crate::report::table;
 use crate::settings::Settings;
-use crate::source::{BUILT_IN, TaskData, model_fingerprint, model_folder};
+use crate::source::{BUILT_IN, TaskData, model_fingerprint, model_folder, open_model};
 use crate::tokens::TokenBatch;
 use anyhow::{Context, Result, anyhow};
 use lightmoe_compress::methods::MethodName;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_export::{Card, ExportKind, ExportOptions, export};
+use lightmoe_models::hub::Want;
 use lightmoe_models::{Checkpoint, DType, ExpertPacking, ModelConfig, ModelTokenizer, folder};
 use lightmoe_train::Folders;
 use std::io::IsTerminal;
@@ -50,8 +51,7 @@ struct Opened {
 impl Opened {
     fn new(args: RecipeArgs) -> Result<Self> {
         let settings = settings(args)?;
-        let folder = model_folder(settings.model.as_deref().unwrap_or(BUILT_IN));
-        let checkpoint = Checkpoint::open(&folder.map_err(Refused::of)?)?;
+        let checkpoint = open_model(settings.model.as_deref().unwrap_or(BUILT_IN))?;
         let recipe = Recipe::resolve(settings, checkpoint.config()).map_err(Refused::of)?;
         let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
         let data = TaskData::load(&recipe, &tokenizer)?;
@@ -107,8 +107,7 @@ pub fn run_compress(args: CompressArgs) -> Result<String> {
 pub fn run_observe(args: ObserveArgs) -> Result<String> {
     if let Some(path) = &args.tokens {
         let settings = settings(args.recipe)?;
-        let folder = model_folder(settings.model.as_deref().unwrap_or(BUILT_IN));
-        let checkpoint = Checkpoint::open(&folder.map_err(Refused::of)?)?;
+        let checkpoint = open_model(settings.model.as_deref().unwrap_or(BUILT_IN))?;
         let batch = TokenBatch::load(path, checkpoint.config().vocab_size)?;
         let fingerprint = crate::fingerprint(&(&batch, model_fingerprint(checkpoint.dir())?))?;
         observe_samples(&checkpoint, &batch.samples(), &fingerprint, &args.out)?;
@@ -131,8 +130,8 @@ pub fn run_plan(args: PlanArgs) -> Result<String> {
     let config = match &args.config {
         Some(path) => ModelConfig::from_file(path)?,
         None => {
-            let folder = model_folder(settings.model.as_deref().unwrap_or(BUILT_IN));
-            ModelConfig::from_file(&folder.map_err(Refused::of)?.join("config.json"))?
+            let model = settings.model.as_deref().unwrap_or(BUILT_IN);
+            ModelConfig::from_file(&model_folder(model, Want::ConfigOnly)?.join("config.json"))?
         }
     };
     let lora = settings.method.as_deref() == Some(MethodName::Lora.name());
@@ -172,7 +171,7 @@ pub fn run_plan(args: PlanArgs) -> Result<String> {
 /// # Errors
 /// What the stage brings.
 pub fn run_build(args: BuildArgs) -> Result<String> {
-    let original = Checkpoint::open(&model_folder(&args.model).map_err(Refused::of)?)?;
+    let original = open_model(&args.model)?;
     build_stage(&original, &Plan::load(&args.plan)?, args.seed, &args.out)?;
     Ok(format!("model  {}", args.out.display()))
 }
@@ -251,15 +250,15 @@ pub fn run_export(args: ExportArgs) -> Result<String> {
     let kind: ExportKind = args.kind.parse().map_err(Refused::of)?;
     let dtype = dtype(&args.dtype)?;
     // A run folder holds the model beside its recipe and results; a model folder stands alone.
-    let of_run = args.model.join("model");
-    let (model, run) = match of_run.is_dir() {
-        true => (of_run, args.model.clone()),
+    let folder = Path::new(&args.model);
+    let of_run = folder.join("model");
+    let (source, run) = match of_run.is_dir() {
+        true => (Checkpoint::open(&of_run)?, folder),
         false => (
-            args.model.clone(),
-            args.model.parent().unwrap_or(Path::new(".")).to_owned(),
+            open_model(&args.model)?,
+            folder.parent().unwrap_or(Path::new(".")),
         ),
     };
-    let source = Checkpoint::open(&model)?;
     let results = crate::results::Results::load(&run.join("results.json")).ok();
     let card = Card {
         base_model: results

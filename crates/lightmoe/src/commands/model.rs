@@ -4,13 +4,12 @@ use super::dtype;
 use crate::cli::{GenerateArgs, InspectArgs, LogitsArgs, SynthesizeArgs};
 use crate::inspect::Summary;
 use crate::pipeline::load_model;
-use crate::preflight::Refused;
 use crate::progress::{Progress, stopped};
-use crate::source::model_folder;
+use crate::source::open_model;
 use crate::tokens::{INPUT_IDS, TokenBatch};
 use anyhow::{Result, bail};
 use lightmoe_models::{
-    Checkpoint, DType, GenerateOptions, ModelConfig, ModelTokenizer, Tokens, folder, synthesize,
+    DType, GenerateOptions, ModelConfig, ModelTokenizer, Tokens, folder, synthesize,
 };
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -23,10 +22,7 @@ use std::io::Write;
 pub fn run_inspect(args: InspectArgs) -> Result<String> {
     let summary = match &args.config {
         Some(path) => Summary::of_config(&ModelConfig::from_file(path)?, path)?,
-        None => {
-            let folder = model_folder(&args.model).map_err(Refused::of)?;
-            Summary::of_checkpoint(&Checkpoint::open(&folder)?)?
-        }
+        None => Summary::of_checkpoint(&open_model(&args.model)?)?,
     };
     Ok(match args.json {
         true => serde_json::to_string_pretty(&summary)?,
@@ -39,9 +35,9 @@ pub fn run_inspect(args: InspectArgs) -> Result<String> {
 /// # Errors
 /// If the prompt does not fit the model.
 pub fn run_generate(args: GenerateArgs) -> Result<String> {
-    let folder = model_folder(&args.model).map_err(Refused::of)?;
-    let model = load_model(&folder)?;
-    let tokenizer = ModelTokenizer::load(&folder, model.config().eos_token_id)?;
+    let checkpoint = open_model(&args.model)?;
+    let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
+    let model = load_model(checkpoint)?;
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
@@ -76,7 +72,7 @@ type Written = (String, Dtype, Vec<usize>, Vec<u8>);
 /// # Errors
 /// If the ids do not fit the model, or the file cannot be written.
 pub fn run_logits(args: LogitsArgs) -> Result<String> {
-    let model = load_model(&model_folder(&args.model).map_err(Refused::of)?)?;
+    let model = load_model(open_model(&args.model)?)?;
     let config = model.config();
     let batch = match &args.tokens {
         Some(path) => TokenBatch::load(path, config.vocab_size)?,

@@ -20,7 +20,7 @@ use crate::progress::{set_quiet, stopped};
 use crate::recipe::Recipe;
 use crate::results::{Parameters, TaskScores};
 use crate::settings::Settings;
-use crate::source::{BUILT_IN, TaskData, model_fingerprint, model_folder};
+use crate::source::{BUILT_IN, TaskData, model_fingerprint, open_model};
 use anyhow::{Context, Result, anyhow, bail};
 use cells::{Cell, RATES, grid, rate_of, rate_search};
 use lightmoe_compress::observations::Observations;
@@ -95,7 +95,7 @@ struct Bench {
 /// If a cell fails; what is finished is kept.
 pub fn run(args: QualityArgs) -> Result<String> {
     set_quiet(true);
-    let original = Checkpoint::open(&model_folder(BUILT_IN)?)?;
+    let original = open_model(BUILT_IN)?;
     let tokenizer = ModelTokenizer::load(original.dir(), original.config().eos_token_id)?;
     let raw_path = args.table.with_extension("json");
     let model = model_fingerprint(original.dir())?;

@@ -4,15 +4,14 @@ use super::cells::{Cell, Method, RATES, Rule, TELLING, grid, rate_search};
 use super::table::markdown;
 use super::{Raw, Record};
 use crate::results::{Score, TaskScores};
-use crate::source::{BUILT_IN, model_folder};
+use crate::source::{BUILT_IN, open_model};
 use lightmoe_compress::plan::Parameters;
 use lightmoe_data::Task;
 use lightmoe_models::ModelConfig;
 use std::collections::{BTreeMap, HashSet};
 
 fn config() -> ModelConfig {
-    let folder = model_folder(BUILT_IN).unwrap();
-    ModelConfig::from_file(&folder.join("config.json")).unwrap()
+    open_model(BUILT_IN).unwrap().config().clone()
 }
 
 fn scores(task: Task, exact_match: f64) -> TaskScores {

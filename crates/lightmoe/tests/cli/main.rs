@@ -3,6 +3,7 @@
 
 mod artefacts;
 mod damage;
+mod hub;
 mod pretrain;
 mod recipes;
 mod refusals;

@@ -1,0 +1,122 @@
+//! A model by its name on the Hub, with the variables that point to a Hub on the loopback address.
+
+#[path = "../../../models/tests/support/hub.rs"]
+mod server;
+
+use crate::support::{Outcome, command, repository};
+use serde_json::{Value, json};
+use server::{Fault, Hub, files};
+use std::path::Path;
+use std::process::Command;
+
+fn hub() -> Hub {
+    let mut files = files(&repository("fixtures/parity/mixtral"));
+    files.remove("reference.safetensors");
+    Hub::new(files)
+}
+
+fn call(sub: &str, hub: &Hub, cache: &Path) -> Command {
+    let mut command = command(sub);
+    command
+        .env("HF_ENDPOINT", &hub.endpoint)
+        .env("HF_HUB_CACHE", cache)
+        .env("HF_TOKEN", "secret")
+        .env("HF_HUB_DOWNLOAD_TIMEOUT", "1")
+        .env_remove("HF_HUB_OFFLINE");
+    command
+}
+
+#[test]
+fn a_model_is_inspected_by_its_name() {
+    let (hub, cache) = (hub(), tempfile::tempdir().unwrap());
+    let inspect = |name: &str| {
+        let mut call = call("inspect", &hub, cache.path());
+        call.args(["--json", "--model", name]);
+        call
+    };
+    let text = inspect("org/tiny").ok();
+    let summary: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(summary["family"], "mixtral");
+    assert!(cache.path().join("models--org--tiny/refs/main").exists());
+    let seen = hub.seen();
+    assert_eq!(seen[0].headers["authorization"], "Bearer secret");
+
+    let offline = |name: &str| {
+        let mut call = inspect(name);
+        call.env("HF_HUB_OFFLINE", "1");
+        call
+    };
+    assert_eq!(offline("org/tiny").ok(), text);
+    let message = offline("org/other").fails(2);
+    assert!(message.contains("HF_HUB_OFFLINE"), "{message}");
+    assert!(hub.seen().is_empty());
+
+    for (name, words) in [
+        ("org/none", ["no folder here", "HF_TOKEN"]),
+        ("org/tiny@v3", ["no revision `v3`", "give"]),
+        ("nowhere", ["no model folder", "org/name@revision"]),
+    ] {
+        let message = inspect(name).fails(2);
+        assert_eq!(message.lines().count(), 1, "{message}");
+        for word in words {
+            assert!(message.contains(word), "{message}");
+        }
+    }
+    let mut unreachable = inspect("org/tiny");
+    unreachable.env("HF_ENDPOINT", "http://127.0.0.1:1");
+    assert!(unreachable.fails(1).contains("network"));
+}
+
+#[test]
+fn a_folder_comes_before_the_hub() {
+    let (hub, folder) = (hub(), tempfile::tempdir().unwrap());
+    for (name, word) in [("org/tiny", "no config.json"), ("org/.lost.old", "rename")] {
+        std::fs::create_dir_all(folder.path().join(name)).unwrap();
+        let model = name.replace(".lost.old", "lost");
+        let mut inspect = call("inspect", &hub, folder.path());
+        inspect.args(["--model", &model]).current_dir(folder.path());
+        let code = if word == "rename" { 1 } else { 2 };
+        let message = inspect.fails(code);
+        assert!(message.contains(word), "{message}");
+    }
+    assert!(hub.seen().is_empty());
+}
+
+#[test]
+fn a_failing_server_ends_with_one() {
+    let (hub, cache) = (hub(), tempfile::tempdir().unwrap());
+    hub.fail("model.safetensors", &[Fault::Status(500); 3]);
+    let mut inspect = call("inspect", &hub, cache.path());
+    let message = inspect.args(["--model", "org/tiny"]).fails(1);
+    assert!(
+        message.contains("500") && message.contains("try again"),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_plan_needs_the_config_alone() {
+    let (hub, cache) = (hub(), tempfile::tempdir().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let scores = folder.path().join("scores.json");
+    let layer: Value = (0..8).map(|e| (e.to_string(), json!(e + 1))).collect();
+    let layers = json!({"gate_scores": {"0": layer, "1": layer}});
+    std::fs::write(&scores, layers.to_string()).unwrap();
+    let mut plan = call("plan", &hub, cache.path());
+    plan.args([
+        "--model",
+        "org/tiny",
+        "--threshold",
+        "0.3",
+        "--rank",
+        "1",
+        "--scores",
+    ]);
+    plan.arg(&scores)
+        .arg("--out")
+        .arg(folder.path().join("plan.json"))
+        .ok();
+    let paths: Vec<String> = hub.seen().into_iter().map(|s| s.path).collect();
+    assert_eq!(paths.len(), 3, "{paths:?}");
+    assert!(paths[1..].iter().all(|p| p.ends_with("/config.json")));
+}
