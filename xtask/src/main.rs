@@ -42,8 +42,8 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "bench",
-        arguments: "kernels|quality|usage [ARGUMENTS]",
-        about: "Time the kernels, compare the methods, or show the built-in model",
+        arguments: "kernels|quality|usage|scale [ARGUMENTS]",
+        about: "Time the kernels, compare the methods, show the built-in model, or run a full-size one",
         run: bench::run,
     },
     Command {

@@ -67,16 +67,16 @@ pub fn observe(
     let tokens = batch_tokens(config, order[0].len(), options.max_memory)?;
     let batches = batches(&order, tokens);
     let states = States::new(options.state, config.hidden_size, &batches);
-    let (first, mut seen) = match states.resume(options.fingerprint)? {
+    let none = Observations {
+        layers: Vec::new(),
+        tokens: samples.iter().map(|s| s.len() as u64).sum(),
+        samples: samples.len() as u64,
+        fingerprint: options.fingerprint.to_owned(),
+    };
+    let (first, mut seen) = match states.resume(&none)? {
         Some(found) => found,
         None => {
             embed(checkpoint, &batches, &states)?;
-            let none = Observations {
-                layers: Vec::new(),
-                tokens: samples.iter().map(|s| s.len() as u64).sum(),
-                samples: samples.len() as u64,
-                fingerprint: options.fingerprint.to_owned(),
-            };
             (0, none)
         }
     };

@@ -289,3 +289,62 @@ fn rank_zero_is_a_plain_merge() {
         assert_close(&shared, &expected, 1e-5);
     }
 }
+
+/// The files of a folder and their bytes.
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap());
+    entries
+        .map(|e| {
+            let name = e.file_name().into_string().unwrap();
+            (name, std::fs::read(e.path()).unwrap())
+        })
+        .collect()
+}
+
+/// A build that was stopped leaves no model, and goes on with the layer where it stopped.
+#[test]
+fn a_stopped_build_goes_on_to_the_same_bytes() {
+    let original = Original::new(DType::BF16);
+    let plan = original.plan(RANK, BaseInit::Random);
+    let path = |name: &str| original.folder.path().join(name);
+    let layers = |target: &Path, seed: u64, last: usize| {
+        let mut calls = Vec::new();
+        let done = build(&original.checkpoint, &plan, seed, target, &mut |done, _| {
+            calls.push(done);
+            done < last
+        });
+        (calls, done.is_ok())
+    };
+    build(
+        &original.checkpoint,
+        &plan,
+        1,
+        &path("whole"),
+        &mut |_, _| true,
+    )
+    .unwrap();
+    let target = path("cut");
+    assert_eq!(layers(&target, 1, 1), (vec![1], false));
+    assert!(!target.exists() && path(".cut.partial").exists());
+    // What is written already is not written again: the damage below stays as it is.
+    let shard = path(".cut.partial").join("model.safetensors");
+    let mut bytes = std::fs::read(&shard).unwrap();
+    let whole = files(&path("whole"));
+    let head = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[head] ^= 1;
+    std::fs::write(&shard, &bytes).unwrap();
+    assert_eq!(layers(&target, 1, 9), (vec![1, 2], true));
+    let mut built = files(&target);
+    built.get_mut("model.safetensors").unwrap()[head] ^= 1;
+    assert!(built == whole, "not the same bytes");
+    assert!(!path(".cut.partial").exists());
+    // Another seed is another model: nothing of the first is used.
+    let other = path("other");
+    assert_eq!(layers(&other, 1, 1), (vec![1], false));
+    assert_eq!(layers(&other, 2, 9), (vec![1, 2], true));
+    build(&original.checkpoint, &plan, 2, &path("two"), &mut |_, _| {
+        true
+    })
+    .unwrap();
+    assert!(files(&other) == files(&path("two")));
+}

@@ -6,7 +6,7 @@ mod common;
 use candle_core::DType;
 use common::{random_checkpoint, small};
 use lightmoe_compress::observations::Observations;
-use lightmoe_compress::{Error, ObserveOptions, observe};
+use lightmoe_compress::{Error, ObserveOptions, batch_tokens, observe};
 use lightmoe_models::{Checkpoint, Decoder, LanguageModel, Tokens};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -223,5 +223,93 @@ fn the_work_can_be_stopped_after_any_layer() {
         assert!(matches!(stopped, Err(Error::Interrupted)));
         let expected: Vec<_> = (1..=last).map(|done| (done, LAYERS)).collect();
         assert_eq!(calls, expected);
+        // The next run does the layers that are left, and sees the same.
+        let mut calls = Vec::new();
+        let whole = observe(&checkpoint, &samples, &options(&state), &mut |done, _| {
+            calls.push(done);
+            true
+        });
+        let whole = whole.unwrap().observations;
+        assert_eq!(calls, (last + 1..=LAYERS).collect::<Vec<_>>());
+        assert_eq!(whole, observed(&checkpoint, &samples));
+        assert!(!state.path().exists());
+    }
+}
+
+/// What another run left is not continued, and damage is not trusted.
+#[test]
+fn only_the_same_work_is_continued() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = checkpoint(&folder);
+    let (ours, others) = (samples(&[4, 2]), samples(&[4, 3]));
+    let first = |options: &ObserveOptions<'_>, samples: &[Vec<u32>], last: usize| {
+        let mut calls = Vec::new();
+        let _ = observe(&checkpoint, samples, options, &mut |done, _| {
+            calls.push(done);
+            done < last
+        });
+        calls[0]
+    };
+    let state = tempfile::tempdir().unwrap();
+    let same = options(&state);
+    assert_eq!(first(&same, &ours, 2), 1);
+    assert_eq!(first(&same, &others, 2), 1);
+    let renamed = ObserveOptions {
+        fingerprint: "those",
+        ..same
+    };
+    assert_eq!(first(&renamed, &others, 2), 1);
+    assert_eq!(first(&renamed, &others, 2), 3);
+    let state = tempfile::tempdir().unwrap();
+    let same = options(&state);
+    assert_eq!(first(&same, &ours, 2), 1);
+    let hidden = state.path().join("hidden-2");
+    let bytes = std::fs::read(&hidden).unwrap();
+    std::fs::write(&hidden, &bytes[1..]).unwrap();
+    assert_eq!(first(&same, &ours, 9), 1);
+}
+
+#[test]
+fn little_memory_means_small_batches_and_the_same_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = checkpoint(&folder);
+    let config = checkpoint.config();
+    let samples = samples(&[9, 30, 17, 30, 4, 30, 30]);
+    let mut least = 0;
+    for bit in (0..40).rev() {
+        least |= match batch_tokens(config, 30, least | 1 << bit) {
+            Ok(_) => 0,
+            Err(_) => 1 << bit,
+        };
+    }
+    assert_eq!(batch_tokens(config, 30, least + 1).unwrap(), 30);
+    let mut before = 0;
+    for extra in [1, 1 << 12, 1 << 16, 1 << 20, 1 << 40] {
+        let tokens = batch_tokens(config, 30, least + extra).unwrap();
+        assert!(tokens >= before && tokens <= 8192);
+        before = tokens;
+    }
+    assert_eq!(before, 8192);
+    let seen = |max_memory: u64| {
+        let state = tempfile::tempdir().unwrap();
+        let options = ObserveOptions {
+            max_memory,
+            ..options(&state)
+        };
+        observe(&checkpoint, &samples, &options, &mut |_, _| true)
+    };
+    let (tight, ample) = (seen(least + 1).unwrap(), seen(1 << 32).unwrap());
+    let layers = tight
+        .observations
+        .layers
+        .iter()
+        .zip(&ample.observations.layers);
+    for (a, b) in layers {
+        assert_eq!(a.selections, b.selections);
+        assert_close(&a.gate_mass, &b.gate_mass, 1e-5, 0.0);
+    }
+    let message = seen(least).unwrap_err().to_string();
+    for word in ["GiB", "--max-memory", "30 tokens"] {
+        assert!(message.contains(word), "`{message}` lacks `{word}`");
     }
 }

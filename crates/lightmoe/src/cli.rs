@@ -100,6 +100,14 @@ pub struct CompressArgs {
     /// Say what the run would leave, and stop
     #[arg(long)]
     pub dry_run: bool,
+    /// With `--dry-run`, a config.json, where there are no weights at hand
+    #[arg(
+        long,
+        value_name = "FILE.json",
+        requires = "dry_run",
+        conflicts_with = "model"
+    )]
+    pub config: Option<PathBuf>,
     /// Print results.json instead of the table
     #[arg(long)]
     pub json: bool,

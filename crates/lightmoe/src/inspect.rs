@@ -1,5 +1,6 @@
 //! `lightmoe inspect`: what a model folder holds, or what a configuration describes.
 
+use crate::commands::file_dtype;
 use crate::recipe::Recipe;
 use crate::settings::Settings;
 use anyhow::Result;
@@ -113,14 +114,10 @@ impl Summary {
     /// # Errors
     /// If its layout does not fit the model.
     pub fn of_config(config: &ModelConfig, origin: &Path) -> Result<Self> {
-        let named = ["torch_dtype", "dtype"].map(|key| config.raw.get(key)?.as_str());
-        let (dtype, size) = match named.into_iter().flatten().next() {
-            Some("float32") => ("f32", 4),
-            Some("float16") => ("f16", 2),
-            _ => ("bf16", 2),
-        };
+        let dtype = file_dtype(config);
+        let size = dtype.size_in_bytes() as u64;
         Ok(Self {
-            dtype: dtype.to_owned(),
+            dtype: dtype.as_str().to_owned(),
             ..Self::of(config, &BankLayout::of(config, origin)?, size)?
         })
     }

@@ -6,7 +6,7 @@ use lightmoe_compress::methods::{MethodName, Target};
 use lightmoe_compress::size::adapter_parameters;
 use lightmoe_compress::{Estimate, estimate};
 use lightmoe_data::Encoded;
-use lightmoe_models::Checkpoint;
+use lightmoe_models::{Checkpoint, ModelConfig};
 use serde::Serialize;
 
 /// A request that cannot be met whatever happens; the program exits with code 2.
@@ -58,9 +58,25 @@ pub fn preflight(
     check_original(checkpoint)?;
     let samples =
         calibration(encoded, recipe.calibration_tokens, checkpoint).map_err(Refused::of)?;
-    let estimate = estimate_of(recipe, checkpoint).map_err(Refused::of)?;
-    let config = checkpoint.config();
-    let per_parameter = checkpoint.dtype().size_in_bytes() as u64;
+    let tokens = samples.iter().map(Vec::len).sum();
+    let size = checkpoint.dtype().size_in_bytes() as u64;
+    Ok(Forecast {
+        bytes_before: checkpoint.bytes(),
+        ..forecast(recipe, checkpoint.config(), size, tokens)?
+    })
+}
+
+/// What a recipe would leave of a model, from its configuration alone.
+///
+/// # Errors
+/// [`Refused`], in one line: a rank or ratio that cannot be had.
+pub fn forecast(
+    recipe: &Recipe,
+    config: &ModelConfig,
+    bytes_per_parameter: u64,
+    calibration_tokens: usize,
+) -> Result<Forecast, Refused> {
+    let estimate = estimate_of(recipe, config).map_err(Refused::of)?;
     let (replaced, parameters_after, trained) = match recipe.method {
         MethodName::Lora => {
             let adapters = (config.moe.num_experts * config.num_moe_layers()) as u64
@@ -82,9 +98,9 @@ pub fn preflight(
         parameters_before: config.parameters().total(),
         parameters_after,
         parameters_trained: trained,
-        bytes_before: checkpoint.bytes(),
-        bytes_after: parameters_after.map(|p| p * per_parameter),
-        calibration_tokens: samples.iter().map(Vec::len).sum(),
+        bytes_before: config.parameters().total() * bytes_per_parameter,
+        bytes_after: parameters_after.map(|p| p * bytes_per_parameter),
+        calibration_tokens,
     })
 }
 
@@ -107,9 +123,9 @@ pub fn check_original(checkpoint: &Checkpoint) -> Result<(), Refused> {
 /// `None` where nothing can be said before observing.
 fn estimate_of(
     recipe: &Recipe,
-    checkpoint: &Checkpoint,
+    config: &ModelConfig,
 ) -> lightmoe_compress::Result<Option<Estimate>> {
-    let (config, options) = (checkpoint.config(), recipe.plan_options());
+    let options = recipe.plan_options();
     options.check_method(recipe.method)?;
     options.check(config)?;
     match (recipe.method, recipe.target()) {

@@ -185,12 +185,13 @@ impl Checkpoint {
             .sum()
     }
 
-    /// The element type most tensors have on disk; bf16 for those in FP8.
+    /// The element type most numbers have on disk; bf16 where that is FP8.
     pub fn dtype(&self) -> DType {
         let mut counts = BTreeMap::new();
         for file in &self.files {
             for info in file.metadata.tensors().values() {
-                *counts.entry(info.dtype).or_insert(0usize) += 1;
+                let numbers: usize = info.shape.iter().product();
+                *counts.entry(info.dtype).or_insert(0usize) += numbers;
             }
         }
         match counts.into_iter().max_by_key(|(_, n)| *n) {

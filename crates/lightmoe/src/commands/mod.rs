@@ -13,7 +13,7 @@ use crate::pipeline::{
     RecoverInputs, build_stage, evaluate_stage, observe_samples, observe_stage, plan_stage,
     recover_stage,
 };
-use crate::preflight::{Refused, preflight};
+use crate::preflight::{Forecast, Refused, forecast, preflight};
 use crate::pretrain::{PretrainRecipe, pretrain};
 use crate::recipe::Recipe;
 use crate::report::table;
@@ -77,13 +77,22 @@ impl Opened {
 /// # Errors
 /// What the pipeline brings.
 pub fn run_compress(args: CompressArgs) -> Result<String> {
-    let opened = Opened::new(args.recipe)?;
-    if args.dry_run {
-        let forecast = preflight(&opened.recipe, &opened.checkpoint, &opened.encoded()?)?;
-        return Ok(match args.json {
+    let shown = |forecast: Forecast| {
+        Ok(match args.json {
             true => serde_json::to_string_pretty(&forecast)?,
             false => forecast.to_string(),
-        });
+        })
+    };
+    if let Some(path) = &args.config {
+        let config = ModelConfig::from_file(path)?;
+        let recipe = Recipe::resolve(settings(args.recipe)?, &config).map_err(Refused::of)?;
+        let size = file_dtype(&config).size_in_bytes() as u64;
+        return shown(forecast(&recipe, &config, size, recipe.calibration_tokens)?);
+    }
+    let opened = Opened::new(args.recipe)?;
+    if args.dry_run {
+        let (recipe, checkpoint) = (&opened.recipe, &opened.checkpoint);
+        return shown(preflight(recipe, checkpoint, &opened.encoded()?)?);
     }
     let out = args
         .out
@@ -229,6 +238,16 @@ pub fn run_evaluate(args: EvaluateArgs) -> Result<String> {
         folder::write_file(path, (text.clone() + "\n").as_bytes())?;
     }
     Ok(text)
+}
+
+/// The element type that a configuration names for its files; bf16 where it names none.
+pub(crate) fn file_dtype(config: &ModelConfig) -> DType {
+    let named = ["torch_dtype", "dtype"].map(|key| config.raw.get(key)?.as_str());
+    match named.into_iter().flatten().next() {
+        Some("float32") => DType::F32,
+        Some("float16") => DType::F16,
+        _ => DType::BF16,
+    }
 }
 
 /// An element type of files; `None` for the model's own.

@@ -1,6 +1,6 @@
 //! The subcommands that look at a model or run it, and change none.
 
-use super::dtype;
+use super::{dtype, file_dtype};
 use crate::cli::{GenerateArgs, InspectArgs, LogitsArgs, SynthesizeArgs};
 use crate::inspect::Summary;
 use crate::pipeline::load_model;
@@ -8,9 +8,7 @@ use crate::progress::{Progress, stopped};
 use crate::source::open_model;
 use crate::tokens::{INPUT_IDS, TokenBatch};
 use anyhow::{Result, bail};
-use lightmoe_models::{
-    DType, GenerateOptions, ModelConfig, ModelTokenizer, Tokens, folder, synthesize,
-};
+use lightmoe_models::{GenerateOptions, ModelConfig, ModelTokenizer, Tokens, folder, synthesize};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use std::io::Write;
@@ -133,13 +131,7 @@ pub fn run_logits(args: LogitsArgs) -> Result<String> {
 /// If the configuration cannot be read, or the folder cannot be written.
 pub fn run_synthesize(args: SynthesizeArgs) -> Result<String> {
     let config = ModelConfig::from_file(&args.config)?;
-    let named = ["torch_dtype", "dtype"].map(|key| config.raw.get(key)?.as_str());
-    let named = match named.into_iter().flatten().next() {
-        Some("float32") => DType::F32,
-        Some("float16") => DType::F16,
-        _ => DType::BF16,
-    };
-    let dtype = dtype(&args.dtype)?.unwrap_or(named);
+    let dtype = dtype(&args.dtype)?.unwrap_or_else(|| file_dtype(&config));
     let bar = Progress::new("synthesize", config.num_layers);
     let each = &mut |done, all| bar.of(done, all);
     if !synthesize(&config, dtype, args.seed, &args.out, each)? {

@@ -193,7 +193,7 @@ fn markdown_table(section: &Section) -> String {
 }
 
 /// `1,234,567`.
-pub(super) fn thousands(n: u64) -> String {
+pub(crate) fn thousands(n: u64) -> String {
     let digits = n.to_string();
     let mut out = String::new();
     for (i, digit) in digits.chars().enumerate() {

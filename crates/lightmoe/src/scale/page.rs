@@ -3,6 +3,7 @@
 use super::{Cost, Measured};
 use crate::machine::{processor, today};
 use crate::recipe::Recipe;
+use crate::report::table::thousands;
 use crate::settings::Settings;
 use anyhow::Result;
 use lightmoe_compress::{estimate, layer_bytes};
@@ -60,7 +61,7 @@ pub(super) fn render(m: &Measured) -> Result<String> {
         today(),
         processor(),
         m.config.family,
-        m.parameters[0],
+        thousands(m.parameters[0]),
         gib(m.bytes[0]),
         m.tokens,
         gib(m.memory)
@@ -91,7 +92,7 @@ fn steps(page: &mut String, m: &Measured) -> Result<()> {
     writeln!(
         page,
         "\nThe result has {} parameters and {} GiB. Peaks do not count the page cache.\n",
-        m.parameters[1],
+        thousands(m.parameters[1]),
         gib(m.bytes[1])
     )?;
     Ok(())
@@ -148,8 +149,8 @@ fn others(page: &mut String, m: &Measured) -> Result<()> {
         let build = (before + after) / m.build_rate();
         writeln!(
             page,
-            "| {name} | {} | {:.0} + {:.0} | {} | {:.1} | {:.1} |",
-            forecast.parameters_before,
+            "| {name} | {} | {:.0} + {:.0} | {} | {:.2} | {:.2} |",
+            thousands(forecast.parameters_before),
             before / 1e9,
             after / 1e9,
             gib(layer_bytes(&config)),

@@ -4,6 +4,7 @@
 mod artefacts;
 mod damage;
 mod hub;
+mod models;
 mod pretrain;
 mod recipes;
 mod refusals;
