@@ -57,7 +57,8 @@ pub fn build(
 ) -> Result<()> {
     let config = checkpoint.config();
     plan.check_model(config)?;
-    let manifest = Manifest::of(config, &plan.layout(config))?;
+    let mut manifest = Manifest::of(config, &plan.layout(config))?;
+    checkpoint.keep_types(&mut manifest)?;
     let extras = checkpoint.extras()?;
     let format = Format::new(checkpoint.dtype(), checkpoint.scheme());
     let key = key(checkpoint, plan, seed)?;

@@ -87,7 +87,10 @@ pub fn export(
         ExportKind::Dense => BankLayout::dense(source.config()),
         ExportKind::Compact => source.layout().clone(),
     };
-    let manifest = Manifest::of(source.config(), &layout)?;
+    let mut manifest = Manifest::of(source.config(), &layout)?;
+    if options.dtype.is_none() {
+        source.keep_types(&mut manifest)?;
+    }
     let extras = source.extras()?;
     let format = Format::new(dtype, scheme);
     let mut writer = CheckpointWriter::new(target, &format, &manifest, &extras)?;
@@ -114,7 +117,7 @@ pub fn export(
     let report = ExportReport {
         kind: options.kind,
         parameters,
-        bytes: parameters * dtype.size_in_bytes() as u64,
+        bytes: writer.bytes(),
         loads_in: options.kind.loads_in(source),
     };
     let config = config(source, &layout, dtype)?;

@@ -177,7 +177,8 @@ pub fn recover_stage(
     }
     finish_recovery(&mut model)?;
     let format = Format::new(built.dtype(), built.scheme());
-    let manifest = Manifest::of(built.config(), built.layout())?;
+    let mut manifest = Manifest::of(built.config(), built.layout())?;
+    built.keep_types(&mut manifest)?;
     let extras = built.extras()?;
     let mut writer = CheckpointWriter::new(target, &format, &manifest, &extras)?;
     model.write(&mut writer)?;

@@ -40,6 +40,8 @@ pub struct Extra {
     pub name: String,
     /// Its shape.
     pub shape: Vec<usize>,
+    /// Its element type; bf16 where that is FP8.
+    pub dtype: DType,
 }
 
 impl Checkpoint {
@@ -212,6 +214,26 @@ impl Checkpoint {
         tensors.try_for_each(|(name, shape)| self.find(name, shape).map(|_| ()))
     }
 
+    /// Gives the tensors of a manifest that are in this checkpoint the element type they have here,
+    /// where it is not that of most: routers and their corrections are often kept in f32.
+    ///
+    /// # Errors
+    /// If one of them has an element type that we cannot read.
+    pub fn keep_types(&self, manifest: &mut Manifest) -> Result<()> {
+        let most = self.dtype();
+        for (name, shape) in &manifest.tensors {
+            let place = self.scheme.place(name, shape, &self.layout);
+            if !self.by_name.contains_key(&place.name) {
+                continue;
+            }
+            let dtype = self.find(name, shape)?.plain_dtype();
+            if let Some(dtype) = dtype.filter(|&dtype| dtype != most) {
+                manifest.types.insert(name.clone(), dtype);
+            }
+        }
+        Ok(())
+    }
+
     /// Tensors that are no part of the model, sorted: they are copied and not run, like the layers of
     /// DeepSeek-V3 that guess further tokens. Scales of FP8 blocks are not among them.
     ///
@@ -232,9 +254,10 @@ impl Checkpoint {
             }
             let info = self.files[self.by_name[name]].metadata.info(name);
             let shape = info.map(|info| info.shape.clone()).unwrap_or_default();
-            self.locate(name, &shape, name, 0, shape.iter().product())?;
+            let stored = self.locate(name, &shape, name, 0, shape.iter().product())?;
             extras.push(Extra {
                 name: name.to_owned(),
+                dtype: stored.plain_dtype().unwrap_or(DType::BF16),
                 shape,
             });
         }

@@ -7,6 +7,7 @@ use crate::layout::{BankLayout, LayerLayout, SlotLayout};
 use crate::{Error, Result, bank::Bank, names};
 use candle_core::{DType, Device, Tensor};
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 
 /// The tensors of a model under our names, in the order in which they are written.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,6 +16,8 @@ pub struct Manifest {
     pub layout: BankLayout,
     /// Name and shape.
     pub tensors: Vec<(String, Vec<usize>)>,
+    /// The element type of those that have one of their own, whatever the others have.
+    pub types: BTreeMap<String, DType>,
 }
 
 impl Manifest {
@@ -45,6 +48,7 @@ impl Manifest {
         Ok(Self {
             layout: layout.clone(),
             tensors: tensors.into_inner(),
+            types: BTreeMap::new(),
         })
     }
 

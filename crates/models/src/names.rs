@@ -81,6 +81,17 @@ pub struct Place {
     pub offset: usize,
 }
 
+impl Place {
+    /// A tensor of its own.
+    pub fn whole(name: &str, shape: &[usize]) -> Self {
+        Self {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+            offset: 0,
+        }
+    }
+}
+
 impl Scheme {
     /// As `family` publishes.
     pub fn published(family: Family) -> Self {
@@ -112,11 +123,7 @@ impl Scheme {
         {
             return place;
         }
-        Place {
-            name: self.renamed(name),
-            shape: shape.to_vec(),
-            offset: 0,
-        }
+        Place::whole(&self.renamed(name), shape)
     }
 
     fn renamed(&self, name: &str) -> String {

@@ -2,7 +2,7 @@
 
 use crate::checkpoint::{Extra, SINGLE};
 use crate::manifest::Manifest;
-use crate::names::Scheme;
+use crate::names::{Place, Scheme};
 use crate::{Error, Result};
 use candle_core::DType;
 use safetensors::Dtype;
@@ -16,7 +16,7 @@ const SHARD_BYTES: u64 = 4 << 30;
 /// How the files of a checkpoint are written.
 #[derive(Debug, Clone, Copy)]
 pub struct Format {
-    /// f32, bf16 or f16.
+    /// f32, bf16 or f16, for tensors without a type of their own in the manifest.
     pub dtype: DType,
     /// Names and packing.
     pub scheme: Scheme,
@@ -33,17 +33,17 @@ impl Format {
             shard_bytes: SHARD_BYTES,
         }
     }
+}
 
-    /// The element type in the words of the file format.
-    fn element(&self) -> Result<Dtype> {
-        match self.dtype {
-            DType::F32 => Ok(Dtype::F32),
-            DType::BF16 => Ok(Dtype::BF16),
-            DType::F16 => Ok(Dtype::F16),
-            other => Err(Error::Invalid(format!(
-                "weights are not stored as {other:?}; choose f32, bf16 or f16"
-            ))),
-        }
+/// The element type in the words of the file format.
+fn element(dtype: DType) -> Result<Dtype> {
+    match dtype {
+        DType::F32 => Ok(Dtype::F32),
+        DType::BF16 => Ok(Dtype::BF16),
+        DType::F16 => Ok(Dtype::F16),
+        other => Err(Error::Invalid(format!(
+            "weights are not stored as {other:?}; choose f32, bf16 or f16"
+        ))),
     }
 }
 
@@ -54,6 +54,7 @@ pub(crate) struct Slot {
     /// Bytes before it in the file.
     pub(crate) start: u64,
     pub(crate) count: usize,
+    pub(crate) dtype: DType,
 }
 
 /// One file.
@@ -85,61 +86,67 @@ impl Shards {
         manifest: &Manifest,
         extras: &[Extra],
     ) -> Result<Self> {
-        let element = format.element()?;
-        let width = (element.bitsize() / 8) as u64;
+        element(format.dtype)?;
         let own = manifest.tensors.iter().map(|(name, shape)| {
             let place = format.scheme.place(name, shape, &manifest.layout);
-            (name, shape, place.name, place.shape, place.offset)
+            let dtype = manifest.types.get(name).copied().unwrap_or(format.dtype);
+            (name, shape, place, dtype)
         });
-        let extras = extras.iter();
-        let extra = extras.map(|e| (&e.name, &e.shape, e.name.clone(), e.shape.clone(), 0));
-        // Shard and first byte of each tensor of the files.
-        let mut stored: HashMap<String, (usize, u64)> = HashMap::new();
-        let mut infos: Vec<Vec<(String, TensorInfo)>> = Vec::new();
-        let (mut filled, mut total) = (0, 0);
+        let extra = extras.iter().map(|extra| {
+            let place = Place::whole(&extra.name, &extra.shape);
+            (&extra.name, &extra.shape, place, extra.dtype)
+        });
+        let mut stored = Vec::new();
+        let mut number: HashMap<String, usize> = HashMap::new();
         let mut parts = Vec::new();
         let mut index = HashMap::new();
-        for (ours, shape, name, whole, offset) in own.chain(extra) {
-            let (shard, start) = *stored.entry(name.clone()).or_insert_with(|| {
-                let bytes = whole.iter().product::<usize>() as u64 * width;
-                if infos.is_empty() || (filled > 0 && filled + bytes > format.shard_bytes) {
-                    infos.push(Vec::new());
-                    filled = 0;
-                }
-                let start = filled;
-                filled += bytes;
-                total += bytes;
-                let shard = infos.len() - 1;
-                infos[shard].push((
-                    name,
-                    TensorInfo {
-                        dtype: element,
-                        shape: whole,
-                        data_offsets: (start as usize, filled as usize),
-                    },
-                ));
-                (shard, start)
+        for (ours, shape, place, dtype) in own.chain(extra) {
+            let at = *number.entry(place.name.clone()).or_insert_with(|| {
+                stored.push((place.name, place.shape, dtype));
+                stored.len() - 1
             });
             if index.insert(ours.clone(), parts.len()).is_some() {
                 let message = "is in the model twice; this is a fault of the program, report it";
                 return Err(Error::tensor(target, ours, message));
             }
             let count: usize = shape.iter().product();
-            parts.push((shard, start + offset as u64 * width, count));
+            parts.push((at, place.offset, count));
         }
-        let count = infos.len();
-        let shards = infos.into_iter().enumerate().map(|(i, tensors)| {
-            let name = match count {
+        let (files, total) = fill(&stored, format.shard_bytes);
+        // Shard and first byte of each tensor of the files.
+        let mut starts = vec![(0, 0); stored.len()];
+        let mut shards = Vec::new();
+        for (i, tensors) in files.iter().enumerate() {
+            let name = match files.len() {
                 1 => SINGLE.to_owned(),
-                _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
+                n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
             };
-            shard(name, tensors).map_err(|e| Error::tensor(target, "(header)", e))
-        });
-        let shards: Vec<Shard> = shards.collect::<Result<_>>()?;
-        let slots = parts.into_iter().map(|(shard, start, count)| Slot {
-            shard,
-            start: shards[shard].head.len() as u64 + start,
-            count,
+            let mut infos = Vec::new();
+            let mut end = 0;
+            for &at in tensors {
+                let (name, shape, dtype) = &stored[at];
+                starts[at] = (i, end);
+                let start = end;
+                end += shape.iter().product::<usize>() * dtype.size_in_bytes();
+                let info = TensorInfo {
+                    dtype: element(*dtype)?,
+                    shape: shape.clone(),
+                    data_offsets: (start, end),
+                };
+                infos.push((name.clone(), info));
+            }
+            let shard = shard(name, infos).map_err(|e| Error::tensor(target, "(header)", e))?;
+            shards.push(shard);
+        }
+        let slots = parts.into_iter().map(|(at, offset, count)| {
+            let ((shard, start), dtype) = (starts[at], stored[at].2);
+            let start = shards[shard].head.len() + start + offset * dtype.size_in_bytes();
+            Slot {
+                shard,
+                start: start as u64,
+                count,
+                dtype,
+            }
         });
         Ok(Self {
             slots: slots.collect(),
@@ -148,6 +155,29 @@ impl Shards {
             total,
         })
     }
+}
+
+/// Shares tensors (name, shape, type) out to files, and counts their bytes. In each file wide types
+/// come first, so that every tensor begins at a multiple of its own width: readers rely on it.
+fn fill(stored: &[(String, Vec<usize>, DType)], shard_bytes: u64) -> (Vec<Vec<usize>>, u64) {
+    let mut files: Vec<Vec<usize>> = Vec::new();
+    let (mut filled, mut total) = (0, 0);
+    for (at, (_, shape, dtype)) in stored.iter().enumerate() {
+        let bytes = (shape.iter().product::<usize>() * dtype.size_in_bytes()) as u64;
+        if filled > 0 && filled + bytes > shard_bytes {
+            filled = 0;
+        }
+        if filled == 0 {
+            files.push(Vec::new());
+        }
+        files.last_mut().into_iter().for_each(|file| file.push(at));
+        filled += bytes;
+        total += bytes;
+    }
+    for file in &mut files {
+        file.sort_by_key(|&at| std::cmp::Reverse(stored[at].2.size_in_bytes()));
+    }
+    (files, total)
 }
 
 fn shard(name: String, tensors: Vec<(String, TensorInfo)>) -> std::result::Result<Shard, String> {

@@ -10,7 +10,7 @@ use crate::folder::{PartialFolder, write_file};
 use crate::layout::BankLayout;
 use crate::manifest::Manifest;
 pub use crate::shards::Format;
-use crate::shards::Shards;
+use crate::shards::{Shards, Slot};
 use crate::tensor_file::Stored;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
@@ -43,7 +43,6 @@ const WEIGHTS: [&str; 11] = [
 /// Writes a model folder and puts it in its place at the end.
 pub struct CheckpointWriter {
     folder: PartialFolder,
-    dtype: DType,
     shards: Shards,
     files: Vec<File>,
     done: Vec<bool>,
@@ -109,7 +108,6 @@ impl CheckpointWriter {
         let (files, whole) = (files.collect(), journal.done.len() == shards.slots.len());
         match files {
             Ok(files) if whole => Ok(Self {
-                dtype: format.dtype,
                 done: journal.done,
                 key: key.to_owned(),
                 folder,
@@ -144,7 +142,6 @@ impl CheckpointWriter {
         };
         Ok(Self {
             files: shards.shards.iter().map(create).collect::<Result<_>>()?,
-            dtype: format.dtype,
             done: vec![false; shards.slots.len()],
             key: key.to_owned(),
             folder,
@@ -163,6 +160,11 @@ impl CheckpointWriter {
             )));
         }
         Ok(())
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        self.shards.total
     }
 
     /// Whether the tensor is written already, by this run or the one that it goes on with.
@@ -193,19 +195,18 @@ impl CheckpointWriter {
         }
         let values = tensor.to_dtype(DType::F32)?.flatten_all()?;
         let values = values.to_vec1::<f32>()?;
-        let bytes = self.encoded(name, 0, &values)?;
+        let bytes = self.encoded(name, self.shards.slots[number].dtype, 0, &values)?;
         self.write(number, 0, &bytes)?;
         self.done[number] = true;
         Ok(())
     }
 
-    fn encoded(&self, name: &str, first: usize, values: &[f32]) -> Result<Vec<u8>> {
-        encode(self.dtype, values).map_err(|at| {
+    fn encoded(&self, name: &str, dtype: DType, first: usize, values: &[f32]) -> Result<Vec<u8>> {
+        encode(dtype, values).map_err(|at| {
             let (value, at) = (values[at], first + at);
             let message = match value.is_finite() {
                 true => format!(
-                    "element {at} is {value}, too large for {:?}; store the model as f32 or bf16",
-                    self.dtype
+                    "element {at} is {value}, too large for {dtype:?}; store the model as f32 or bf16"
                 ),
                 false => format!("element {at} is {value}; train with a smaller learning rate"),
             };
@@ -216,7 +217,7 @@ impl CheckpointWriter {
     /// Writes bytes from element `first` of a tensor on.
     fn write(&self, number: usize, first: usize, bytes: &[u8]) -> Result<()> {
         let slot = self.shards.slots[number];
-        let start = slot.start + (first * self.dtype.size_in_bytes()) as u64;
+        let start = slot.start + (first * slot.dtype.size_in_bytes()) as u64;
         self.files[slot.shard]
             .write_all_at(bytes, start)
             .map_err(|e| {
@@ -256,20 +257,19 @@ impl CheckpointWriter {
     }
 
     fn copy_one(&self, name: &str, stored: &Stored<'_>, number: usize) -> Result<()> {
-        if stored.plain_dtype() != Some(self.dtype) {
+        let dtype = self.shards.slots[number].dtype;
+        if stored.plain_dtype() != Some(dtype) {
             let mut first = 0;
             return stored.pieces(&mut |values| {
-                self.write(number, first, &self.encoded(name, first, values)?)?;
+                self.write(number, first, &self.encoded(name, dtype, first, values)?)?;
                 first += values.len();
                 Ok(())
             });
         }
-        stored.bytes(
-            &mut |first, bytes| match first_not_finite(self.dtype, bytes) {
-                Some((at, value)) => Err(stored.not_finite(first + at, value)),
-                None => self.write(number, first, bytes),
-            },
-        )
+        stored.bytes(&mut |first, bytes| match first_not_finite(dtype, bytes) {
+            Some((at, value)) => Err(stored.not_finite(first + at, value)),
+            None => self.write(number, first, bytes),
+        })
     }
 
     /// Writes one tensor whose numbers are made piece by piece, from `first` on, in any order and on
@@ -281,7 +281,7 @@ impl CheckpointWriter {
         make: &(dyn Fn(usize, &mut [f32]) + Sync),
     ) -> Result<()> {
         let number = self.number(name)?;
-        let count = self.shards.slots[number].count;
+        let Slot { count, dtype, .. } = self.shards.slots[number];
         let writer = &*self;
         (0..count.div_ceil(piece))
             .into_par_iter()
@@ -289,7 +289,7 @@ impl CheckpointWriter {
                 let first = i * piece;
                 let mut values = vec![0f32; piece.min(count - first)];
                 make(i, &mut values);
-                writer.write(number, first, &writer.encoded(name, first, &values)?)
+                writer.write(number, first, &writer.encoded(name, dtype, first, &values)?)
             })?;
         self.done[number] = true;
         Ok(())

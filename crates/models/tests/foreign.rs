@@ -170,11 +170,14 @@ fn extra_tensors_are_carried_along() {
     let checkpoint = open(&path);
     let extras = checkpoint.extras().unwrap();
     let shape = vec![2, 3];
-    let name = guess.to_owned();
-    assert_eq!(extras, [Extra { name, shape }]);
+    let (name, dtype) = (guess.to_owned(), DType::F32);
+    assert_eq!(extras, [Extra { name, shape, dtype }]);
     let (config, layout) = (checkpoint.config(), checkpoint.layout());
-    let manifest = Manifest::of(config, layout).unwrap();
-    let format = Format::new(DType::F32, checkpoint.scheme());
+    let mut manifest = Manifest::of(config, layout).unwrap();
+    // One of the model's own tensors keeps a type of its own too, among narrower ones.
+    let router = "model.layers.0.mlp.gate.weight";
+    manifest.types.insert(router.into(), DType::F32);
+    let format = Format::new(DType::BF16, checkpoint.scheme());
     let target = folder.path("copy");
     let mut writer = CheckpointWriter::new(&target, &format, &manifest, &extras).unwrap();
     writer.copy(&checkpoint, &manifest.tensors).unwrap();
@@ -184,6 +187,20 @@ fn extra_tensors_are_carried_along() {
     assert_eq!(copy.names(), checkpoint.names());
     let ours = copy.tensor(guess, &[2, 3]).unwrap();
     assert_eq!(values(&ours), [1.0, 2.0, 3.0, 4.0, 5.0, 6.5]);
+    let same = |name: &str| {
+        let numbers = |c: &Checkpoint| values(&c.tensor(name, &[8, 16]).unwrap());
+        numbers(&copy) == numbers(&checkpoint)
+    };
+    assert!(same(router) && !same("model.layers.1.mlp.gate.weight"));
+    let mut kept = Manifest::of(config, layout).unwrap();
+    copy.keep_types(&mut kept).unwrap();
+    assert_eq!(kept.types, manifest.types);
+    let bytes = fs::read(target.join("model.safetensors")).unwrap();
+    let written = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    for (name, view) in written.tensors() {
+        let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
+        assert!(start.is_multiple_of(view.dtype().bitsize() / 8), "{name}");
+    }
     stored.push(("positions".into(), Dtype::I64, vec![1], vec![0; 8]));
     write(&path, &stored, &support::config());
     let message = open(&path).extras().unwrap_err().to_string();

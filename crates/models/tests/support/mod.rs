@@ -303,6 +303,7 @@ pub fn manifest(tensors: &[(String, Tensor)]) -> Manifest {
         tensors: all
             .map(|(name, t)| (name.clone(), t.dims().to_vec()))
             .collect(),
+        types: Default::default(),
     }
 }
 
