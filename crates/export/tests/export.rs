@@ -6,8 +6,8 @@ use candle_core::{DType, Tensor};
 use lightmoe_export::{Card, Error, ExportKind, ExportOptions, ExportReport, export};
 use lightmoe_models::random::{gaussian, stream};
 use lightmoe_models::{
-    Adapters, BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, Format, LanguageModel,
-    LayerLayout, ModelConfig, Projections, Scheme, SlotLayout, Tokens,
+    BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, Format, LanguageModel, LayerLayout,
+    Manifest, ModelConfig, Scheme, SlotLayout, Tokens,
 };
 use serde_json::Value;
 use std::fs;
@@ -50,37 +50,15 @@ fn layout() -> BankLayout {
     layout
 }
 
-fn projections(name: &str, n: usize, [gate_up, down]: [[usize; 2]; 2]) -> Projections {
-    let draw = |projection: &str, [rows, cols]: [usize; 2]| {
-        let mut rng = stream(2, &format!("{name}/{projection}"));
-        gaussian(&mut rng, 0.3, &[n, rows, cols]).unwrap()
-    };
-    Projections {
-        gate: draw("gate", gate_up),
-        up: draw("up", gate_up),
-        down: draw("down", down),
-    }
-}
-
 /// The compressed model as a checkpoint of `dtype` with side files.
 fn compressed(dir: &Path, dtype: DType) -> Checkpoint {
     let (config, layout) = (config(), layout());
-    let (h, f) = (config.hidden_size, config.moe.intermediate_size);
-    let mut model = Decoder::random(&config, 1).unwrap();
-    for (number, bank) in model.banks_mut().enumerate() {
-        let layout: &LayerLayout = &layout.layers[&number];
-        let (n, groups) = (layout.adapted().count(), layout.bases());
-        let bases =
-            (groups > 0).then(|| projections(&format!("{number}/base"), groups, [[f, h], [h, f]]));
-        let adapters = (n > 0).then(|| Adapters {
-            a: projections(&format!("{number}/a"), n, [[RANK, h], [RANK, f]]),
-            b: projections(&format!("{number}/b"), n, [[f, RANK], [h, RANK]]),
-        });
-        *bank = bank.replace(layout, bases, adapters).unwrap();
-    }
     let format = Format::new(dtype, Scheme::published(Family::Olmoe));
     let mut writer = CheckpointWriter::for_model(dir, &format, &config, &layout).unwrap();
-    model.write(&mut writer).unwrap();
+    for (name, shape) in Manifest::of(&config, &layout).unwrap().tensors {
+        let tensor = gaussian(&mut stream(2, &name), 0.3, &shape).unwrap();
+        writer.push(name, &tensor).unwrap();
+    }
     for (name, text) in [
         ("tokenizer.json", "{}"),
         ("generation_config.json", "{\"a\": 1}"),

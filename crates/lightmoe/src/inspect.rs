@@ -222,16 +222,18 @@ impl fmt::Display for Summary {
             s.top_k,
             s.vocab_size
         )?;
-        let share = 100.0 * (1.0 - self.parameters as f64 / self.parameters_original as f64);
+        let original = self.parameters_original;
+        let saved = match self.parameters == original {
+            true => String::new(),
+            false => {
+                let share = 100.0 * (1.0 - self.parameters as f64 / original as f64);
+                format!(" ({share:.1}% less than the original's {original})")
+            }
+        };
         writeln!(
             f,
-            "{} parameters ({share:.1}% less than the original's {}, of which a token uses {}), {} \
-             bytes, {}",
-            self.parameters,
-            self.parameters_original,
-            self.parameters_original_active,
-            self.bytes,
-            self.dtype
+            "{} parameters{saved}, {} bytes, {}; a token of the original uses {} parameters",
+            self.parameters, self.bytes, self.dtype, self.parameters_original_active
         )?;
         write!(f, "\n{}\n", self.tensor_table())?;
         if !self.ratios.is_empty() {

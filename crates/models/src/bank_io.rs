@@ -47,39 +47,6 @@ impl Bank {
         }
     }
 
-    /// This bank of dense slots in another layout: kept slots keep their matrices, the others get
-    /// `bases` (`[G, ..]`) and `adapters` (in the order of [`Bank::adapted_experts`] of the result).
-    pub fn replace(
-        &self,
-        layout: &LayerLayout,
-        bases: Option<Projections>,
-        adapters: Option<Adapters>,
-    ) -> Result<Self> {
-        let (experts, position, groups) = Self::positions(layout);
-        let kept = &experts[..experts.len() - layout.adapted().count()];
-        Ok(Self {
-            dense: self.experts_of(kept)?,
-            dense_adapters: None,
-            bases,
-            adapters,
-            originals: None,
-            beta: 0.0,
-            experts,
-            position,
-            groups,
-        })
-    }
-
-    /// The matrices of the given experts of a bank of dense slots; `None` for no experts.
-    pub fn experts_of(&self, experts: &[usize]) -> Result<Option<Projections>> {
-        let Some(dense) = self.dense.as_ref().filter(|_| !experts.is_empty()) else {
-            return Ok(None);
-        };
-        let rows: Vec<u32> = experts.iter().map(|&e| self.position[e] as u32).collect();
-        let rows = Tensor::new(rows, dense.gate.device())?;
-        dense.map(|w| Ok(w.index_select(&rows, 0)?)).map(Some)
-    }
-
     /// Reads the bank of one layer.
     pub fn load(checkpoint: &Checkpoint, layer: usize, layout: &LayerLayout) -> Result<Self> {
         let (experts, position, groups) = Self::positions(layout);

@@ -1,10 +1,11 @@
 //! The recovery of a small compressed model: what changes, what stays, and going on after a stop.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
+use lightmoe_models::random::{gaussian, stream};
 use lightmoe_models::{
-    Adapters, BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, Format, LanguageModel,
-    LayerLayout, ModelConfig, ParameterKind, Scheme, SlotLayout, Tokens,
+    BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, Format, LanguageModel, LayerLayout,
+    Manifest, ModelConfig, ParameterKind, Scheme, SlotLayout, Tokens,
 };
 use lightmoe_train::{
     Annealing, AnnealingShape, Curve, Decay, Folders, Group, LearningRate, Outcome, Point,
@@ -39,27 +40,32 @@ impl Models {
             "eos_token_id": 0,
         });
         let parsed = ModelConfig::from_json(&config, Path::new("config.json")).unwrap();
-        let mut model = Decoder::random(&parsed, 5).unwrap();
-        let original = write(&model, &folder.path().join("original"), &config);
+        let model = Decoder::random(&parsed, 5).unwrap();
+        let original = write(&folder.path().join("original"), &config, &of(&model));
         let adapted = |group| SlotLayout::Adapted {
             group: Some(group),
             rank: RANK,
         };
         let slots = [adapted(0), SlotLayout::Dense, adapted(1), SlotLayout::Dense].repeat(2);
         let mut layout = BankLayout::dense(&parsed);
-        for (l, bank) in model.banks_mut().enumerate() {
-            let slots = LayerLayout {
-                slots: slots.clone(),
-            };
-            // Each base is one of its members.
-            let bases = bank.experts_of(&[0, 2]).unwrap();
-            *bank = bank.replace(&slots, bases, None).unwrap();
-            let replaced = bank.adapted_experts();
-            bank.adapters = Adapters::fresh(&parsed, l, replaced, RANK, 1).unwrap();
-            layout.layers.insert(l, slots);
+        for l in 0..2 {
+            let slots = slots.clone();
+            layout.layers.insert(l, LayerLayout { slots });
         }
         let config = layout.annotate(&parsed).unwrap();
-        let built = write(&model, &folder.path().join("built"), &config);
+        let built = write(&folder.path().join("built"), &config, &|name, shape| {
+            if name.contains("lora_B") {
+                return Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+            }
+            if name.contains("lora_A") {
+                return gaussian(&mut stream(1, name), 0.25, shape).unwrap();
+            }
+            // Each base is one of its members.
+            let own = name
+                .replace("bases.1", "experts.2")
+                .replace("bases.0", "experts.0");
+            original.tensor(&own, shape).unwrap()
+        });
         Self {
             folder,
             original,
@@ -87,12 +93,24 @@ impl Models {
     }
 }
 
-fn write(model: &Decoder, path: &Path, config: &serde_json::Value) -> Checkpoint {
+/// The tensors of a model by their names.
+fn of(model: &Decoder) -> impl Fn(&str, &[usize]) -> Tensor {
+    let tensors: BTreeMap<String, Tensor> = model.tensors().unwrap().into_iter().collect();
+    move |name, _| tensors[name].clone()
+}
+
+fn write(
+    path: &Path,
+    config: &serde_json::Value,
+    get: &dyn Fn(&str, &[usize]) -> Tensor,
+) -> Checkpoint {
     let parsed = ModelConfig::from_json(config, path).unwrap();
     let layout = BankLayout::of(&parsed, path).unwrap();
     let format = Format::new(DType::F32, Scheme::published(Family::Olmoe));
     let mut writer = CheckpointWriter::for_model(path, &format, &parsed, &layout).unwrap();
-    model.write(&mut writer).unwrap();
+    for (name, shape) in Manifest::of(&parsed, &layout).unwrap().tensors {
+        writer.push(&name, &get(&name, &shape)).unwrap();
+    }
     writer.finish(config).unwrap();
     Checkpoint::open(path).unwrap()
 }
@@ -244,7 +262,7 @@ fn originals_go_when_beta_is_zero_and_the_written_model_is_the_trained_one() {
     let trained = logits(&model);
     finish_recovery(&mut model).unwrap();
     let path = models.folder.path().join("recovered");
-    let written = write(&model, &path, &models.built.config().raw);
+    let written = write(&path, &models.built.config().raw, &of(&model));
     assert_eq!(written.names(), models.built.names());
     let reloaded = logits(&Decoder::load(&written).unwrap());
     let largest = trained.iter().fold(0f32, |m, v| m.max(v.abs()));
