@@ -89,7 +89,7 @@ pub struct LayerSummary {
     /// Rank of the adapters.
     pub rank: usize,
     /// One character a slot: `#` dense, `0`–`9` the base of an adapted slot, `+` ten or more,
-    /// `.` an adapter alone.
+    /// `.` an adapter alone, `c` a constant, a space a removed one.
     pub slots: String,
 }
 
@@ -198,6 +198,8 @@ fn layers(layout: &BankLayout) -> Vec<LayerSummary> {
             .iter()
             .map(|s| match s {
                 SlotLayout::Dense => '#',
+                SlotLayout::Constant => 'c',
+                SlotLayout::Removed => ' ',
                 SlotLayout::Adapted { group: None, .. } => '.',
                 SlotLayout::Adapted { group: Some(g), .. } => {
                     char::from_digit(*g as u32, 10).unwrap_or('+')

@@ -1,10 +1,15 @@
 //! The expert bank: one slot per router output, whatever became of the expert behind it.
 //!
-//! Slots stand in *positions*: dense slots first, then adapted slots by group, so that the rows of
-//! each form, and of each group, are consecutive after sorting by position. A dense slot computes
-//! with its own matrices; an adapted slot with `β·W + (1−β)·B + U·V`, where `W` is the expert it
-//! replaces (only while `β > 0`), `B` the base its group shares and `U·V` its adapter (LightMoE,
-//! eq. 6–7). While training, dense slots may carry adapters too.
+//! Slots stand in *positions*: dense slots first, then adapted slots by group, those without one,
+//! constants, and removed slots last, so that the rows of each form, and of each group, are
+//! consecutive after sorting by position. A dense slot computes with its own matrices; an adapted
+//! slot with `β·W + (1−β)·B + U·V`, where `W` is the expert it replaces (only while `β > 0`), `B` the
+//! base its group shares, if it has one, and `U·V` its adapter (LightMoE, eq. 6–7). A constant slot
+//! gives its vector whatever the input, and a removed one is never chosen. While training, dense
+//! slots may carry adapters too.
+//!
+//! Adapters of different ranks lie in one stack, the narrow ones filled up with zeros, which neither
+//! compute nor learn.
 //!
 //! The products with a base run once per token and group: the gate and up inputs of a token's
 //! slots are the same, and the down projection is linear, so `Σ g·(B·h) = B·(Σ g·h)`.
@@ -12,6 +17,7 @@
 use crate::{Error, Result};
 use candle_core::Tensor;
 use lightmoe_kernels::{Dispatch, Segment, grouped_linear, swiglu, weighted_scatter};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The three matrices of `n` experts, stacked.
@@ -66,12 +72,8 @@ pub struct Adapters {
 /// The experts of one layer.
 #[derive(Debug, Clone)]
 pub struct Bank {
-    /// Expert of each position: `[E]`, dense ones first.
-    pub(crate) experts: Vec<usize>,
-    /// Position of each expert: `[E]`.
-    pub(crate) position: Vec<usize>,
-    /// Group of each adapted position, ascending; empty without bases.
-    pub(crate) groups: Vec<usize>,
+    /// Which slot stands where.
+    pub(crate) order: Order,
     /// Matrices of the dense positions.
     pub dense: Option<Projections>,
     /// Adapters of the dense positions, while training.
@@ -80,10 +82,41 @@ pub struct Bank {
     pub bases: Option<Projections>,
     /// Adapters of the adapted positions.
     pub adapters: Option<Adapters>,
+    /// Vectors of the constant positions, `[n, H]`.
+    pub constants: Option<Tensor>,
     /// The experts that the adapted positions replace, while `beta > 0`.
     pub originals: Option<Projections>,
     /// Share of the originals.
     pub beta: f64,
+}
+
+/// The positions of a layer's slots.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Order {
+    /// Expert of each position: `[E]`.
+    pub(crate) experts: Vec<usize>,
+    /// Position of each expert: `[E]`.
+    pub(crate) position: Vec<usize>,
+    /// Group of each adapted position that has one, ascending.
+    pub(crate) groups: Vec<usize>,
+    /// Rank of each adapted position.
+    pub(crate) ranks: Vec<usize>,
+    /// How many positions are dense, and constant; what is left is removed.
+    pub(crate) dense: usize,
+    pub(crate) constants: usize,
+}
+
+impl Order {
+    /// The adapted positions.
+    fn adapted(&self) -> Range<usize> {
+        self.dense..self.dense + self.ranks.len()
+    }
+
+    /// The constant positions.
+    fn constant(&self) -> Range<usize> {
+        let start = self.adapted().end;
+        start..start + self.constants
+    }
 }
 
 /// Rows of one form: their inputs, gates and tokens.
@@ -97,29 +130,37 @@ struct Rows {
 impl Bank {
     /// Number of experts.
     pub fn len(&self) -> usize {
-        self.experts.len()
+        self.order.experts.len()
     }
 
     /// Whether there are no experts.
     pub fn is_empty(&self) -> bool {
-        self.experts.is_empty()
+        self.order.experts.is_empty()
     }
 
     /// The experts of the dense positions, in order.
     pub fn dense_experts(&self) -> &[usize] {
-        &self.experts[..self.experts.len() - self.adapted_experts().len()]
+        &self.order.experts[..self.order.dense]
     }
 
-    /// The experts of the adapted positions, in order of their group.
+    /// The experts of the adapted positions, in order of their group, those without one last.
     pub fn adapted_experts(&self) -> &[usize] {
-        let dense = self.dense.as_ref().map_or(0, |d| d.gate.dims()[0]);
-        &self.experts[dense..]
+        &self.order.experts[self.order.adapted()]
     }
 
-    /// The group of each adapted expert, in the order of [`Bank::adapted_experts`]; empty if the
-    /// layer has no bases.
+    /// The group of each adapted expert that has one, in the order of [`Bank::adapted_experts`].
     pub fn groups(&self) -> &[usize] {
-        &self.groups
+        &self.order.groups
+    }
+
+    /// The experts of the constant positions, in order.
+    pub fn constant_experts(&self) -> &[usize] {
+        &self.order.experts[self.order.constant()]
+    }
+
+    /// The experts that may not be chosen.
+    pub fn removed_experts(&self) -> &[usize] {
+        &self.order.experts[self.order.constant().end..]
     }
 
     /// Runs the chosen experts: `x: [T, H]`, `gates: [T · K]`, `chosen: [T · K]` expert numbers;
@@ -129,18 +170,60 @@ impl Bank {
         let dispatch = Dispatch::new(
             chosen,
             chosen.len() / tokens.max(1),
-            &self.position,
+            &self.order.position,
             self.len(),
         );
-        let split = self.dense_experts().len();
+        let adapted = self.order.adapted();
+        let with_base = adapted.start..adapted.start + self.order.groups.len();
+        let without = with_base.end..adapted.end;
         let mut out = None;
-        if let Some(rows) = Rows::select(&dispatch, 0, split, x, gates)? {
+        if let Some(rows) = Rows::select(&dispatch, 0..self.order.dense, x, gates)? {
             out = Some(self.dense_output(&rows, tokens)?);
         }
-        if let Some(rows) = Rows::select(&dispatch, split, self.len(), x, gates)? {
-            out = add(out, Some(self.adapted_output(&rows, x, &dispatch, tokens)?))?;
+        if let Some(rows) = Rows::select(&dispatch, with_base.clone(), x, gates)? {
+            let own = self.own(&rows, with_base.clone())?;
+            let y = self.based_output(&rows, &own, x, &dispatch, tokens)?;
+            out = add(out, Some(y))?;
+        }
+        if let Some(rows) = Rows::select(&dispatch, without.clone(), x, gates)? {
+            let own = self.own(&rows, without)?;
+            out = add(out, Some(own.output(&rows, tokens)?))?;
+        }
+        if let Some(rows) = Rows::select(&dispatch, self.order.constant(), x, gates)? {
+            out = add(out, Some(self.constant_output(&rows, tokens)?))?;
         }
         out.ok_or_else(|| Error::Invalid("the expert bank was given no tokens".into()))
+    }
+
+    fn constant_output(&self, rows: &Rows, tokens: usize) -> Result<Tensor> {
+        let constants = self
+            .constants
+            .as_ref()
+            .ok_or_else(|| missing("constants"))?;
+        let slots: Vec<u32> = rows
+            .segments
+            .iter()
+            .flat_map(|segment| std::iter::repeat_n(segment.group as u32, segment.len))
+            .collect();
+        let y = constants.index_select(&index(&slots)?, 0)?;
+        Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)
+    }
+
+    /// What the adapted `positions` compute by themselves: adapters, and originals at their share.
+    fn own(&self, rows: &Rows, positions: Range<usize>) -> Result<Own> {
+        let start = positions.start - self.order.dense;
+        let part = |w: &Tensor| Ok(w.narrow(0, start, positions.len())?);
+        let adapters = self.adapters.as_ref().map(|adapters| {
+            let (a, b) = (adapters.a.map(part)?, adapters.b.map(part)?);
+            Ok::<_, Error>(Adapters { a, b })
+        });
+        let originals = self.blended()?.map(|w| w.map(part));
+        Ok(Own {
+            adapters: adapters.transpose()?,
+            originals: originals.transpose()?,
+            beta: self.beta,
+            segments: rows.segments.clone(),
+        })
     }
 
     fn dense_output(&self, rows: &Rows, tokens: usize) -> Result<Tensor> {
@@ -163,37 +246,27 @@ impl Bank {
         Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)
     }
 
-    fn adapted_output(
+    fn based_output(
         &self,
         rows: &Rows,
+        own: &Own,
         x: &Tensor,
         dispatch: &Dispatch,
         tokens: usize,
     ) -> Result<Tensor> {
-        let originals = self.blended()?;
-        // What the slot computes by itself: β·W·x + U·V·x. A plain merge has neither.
-        let own = |x: &Tensor, pick: fn(&Projections) -> &Tensor| -> Result<Option<Tensor>> {
-            let adapter = self
-                .adapters
-                .as_ref()
-                .map(|a| a.apply(x, pick, &rows.segments))
-                .transpose()?;
-            let original = originals
-                .map(|w| Ok::<_, Error>((grouped_linear(x, pick(w), &rows.segments)? * self.beta)?))
-                .transpose()?;
-            add(adapter, original)
-        };
-        let (gate, up) = (own(&rows.x, |p| &p.gate)?, own(&rows.x, |p| &p.up)?);
-        // At β = 1 a base has no share, and its gradient is zero.
-        let Some(bases) = self.bases.as_ref().filter(|_| self.beta < 1.0) else {
-            let (Some(gate), Some(up)) = (gate, up) else {
-                return Err(missing("adapters"));
-            };
-            let y = own(&swiglu(&gate, &up)?, |p| &p.down)?.ok_or_else(|| missing("adapters"))?;
-            return Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?);
-        };
         let share = 1.0 - self.beta;
-        let pairs = dispatch.token_groups(self.dense_experts().len(), self.len(), &self.groups);
+        // At β = 1 a base has no share, and its gradient is zero.
+        if share <= 0.0 {
+            return own.output(rows, tokens);
+        }
+        let bases = self.bases.as_ref().ok_or_else(|| missing("bases"))?;
+        let (gate, up) = (
+            own.apply(&rows.x, |p| &p.gate)?,
+            own.apply(&rows.x, |p| &p.up)?,
+        );
+        let first = self.order.dense;
+        let groups = &self.order.groups;
+        let pairs = dispatch.token_groups(first, first + groups.len(), groups);
         let pair_of_row = index(&pairs.pair_of_row)?;
         let pair_x = x.index_select(&index(&pairs.tokens)?, 0)?;
         let with_base = |own: Option<Tensor>, w: &Tensor| -> Result<Tensor> {
@@ -209,7 +282,7 @@ impl Bank {
         let pair_y = grouped_linear(&pair_h, &bases.down, &pairs.segments)?;
         let weights = Tensor::full(share, pairs.tokens.len(), x.device())?.to_dtype(x.dtype())?;
         let base_sum = weighted_scatter(&pair_y, &weights, &pairs.tokens, tokens)?;
-        Ok(match own(&h, |p| &p.down)? {
+        Ok(match own.apply(&h, |p| &p.down)? {
             Some(y) => (base_sum + weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)?,
             None => base_sum,
         })
@@ -235,7 +308,7 @@ impl Bank {
 
     /// The originals that take part now.
     pub(crate) fn blended(&self) -> Result<Option<&Projections>> {
-        if self.beta <= 0.0 || self.adapted_experts().is_empty() {
+        if self.beta <= 0.0 || self.order.ranks.is_empty() {
             return Ok(None);
         }
         let originals = self.originals.as_ref().ok_or_else(|| {
@@ -260,9 +333,11 @@ impl Bank {
     fn whole_adapted(&self) -> Result<Option<Projections>> {
         let originals = self.blended()?;
         let bases = self.bases.as_ref().map(|bases| {
-            let groups: Vec<u32> = self.groups.iter().map(|&g| g as u32).collect();
+            let groups: Vec<u32> = self.order.groups.iter().map(|&g| g as u32).collect();
+            let without = self.order.ranks.len() - groups.len();
             let groups = index(&groups)?;
-            scaled(bases, 1.0 - self.beta)?.map(|w| Ok(w.index_select(&groups, 0)?))
+            scaled(bases, 1.0 - self.beta)?
+                .map(|w| Ok(w.index_select(&groups, 0)?.pad_with_zeros(0, 0, without)?))
         });
         sum([
             originals.map(|w| scaled(w, self.beta)).transpose()?,
@@ -271,14 +346,23 @@ impl Bank {
         ])
     }
 
-    /// The dense matrices of every expert as they compute now, everything multiplied out: `[E, ..]`
-    /// in the order of the router's outputs (the `dense` export).
+    /// The dense matrices of every expert as they compute now, everything multiplied out: `[n, ..]`
+    /// of the `n` experts that are not removed, ascending (the `dense` export). An expert whose output
+    /// is a constant has none, and is an error.
     pub fn materialise(&self) -> Result<Projections> {
+        if let Some(expert) = self.constant_experts().first() {
+            return Err(Error::Invalid(format!(
+                "expert {expert} gives a constant, which no matrices give; export the model as \
+                 `compact`"
+            )));
+        }
         let parts: Vec<Projections> = [self.whole_dense()?, self.whole_adapted()?]
             .into_iter()
             .flatten()
             .collect();
-        let order: Vec<u32> = self.position.iter().map(|&p| p as u32).collect();
+        let last = self.order.adapted().end;
+        let positions = self.order.position.iter().filter(|&&p| p < last);
+        let order: Vec<u32> = positions.map(|&p| p as u32).collect();
         let order = index(&order)?;
         let stack = |pick: fn(&Projections) -> &Tensor| -> Result<Tensor> {
             let all: Vec<&Tensor> = parts.iter().map(pick).collect();
@@ -292,16 +376,51 @@ impl Bank {
     }
 }
 
+/// What adapted slots compute by themselves: `β·W·x + U·V·x`. A plain merge has neither.
+struct Own {
+    adapters: Option<Adapters>,
+    originals: Option<Projections>,
+    beta: f64,
+    segments: Arc<[Segment]>,
+}
+
+impl Own {
+    /// One of the three matrices on sorted rows.
+    fn apply(&self, x: &Tensor, pick: fn(&Projections) -> &Tensor) -> Result<Option<Tensor>> {
+        let adapter = self
+            .adapters
+            .as_ref()
+            .map(|a| a.apply(x, pick, &self.segments));
+        let original = self
+            .originals
+            .as_ref()
+            .map(|w| Ok::<_, Error>((grouped_linear(x, pick(w), &self.segments)? * self.beta)?));
+        add(adapter.transpose()?, original.transpose()?)
+    }
+
+    /// The weighted outputs of slots that have nothing else.
+    fn output(&self, rows: &Rows, tokens: usize) -> Result<Tensor> {
+        let gate = self.apply(&rows.x, |p| &p.gate)?;
+        let up = self.apply(&rows.x, |p| &p.up)?;
+        let (Some(gate), Some(up)) = (gate, up) else {
+            return Err(missing("adapters"));
+        };
+        let y = self.apply(&swiglu(&gate, &up)?, |p| &p.down)?;
+        let y = y.ok_or_else(|| missing("adapters"))?;
+        Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)
+    }
+}
+
 impl Rows {
-    /// The rows of positions `first..last`, if there are any.
+    /// The rows of these positions, if there are any.
     fn select(
         dispatch: &Dispatch,
-        first: usize,
-        last: usize,
+        positions: Range<usize>,
         x: &Tensor,
         gates: &Tensor,
     ) -> Result<Option<Self>> {
-        let rows = dispatch.starts[first]..dispatch.starts[last];
+        let Range { start, end } = positions;
+        let rows = dispatch.starts[start]..dispatch.starts[end];
         if rows.is_empty() {
             return Ok(None);
         }
@@ -310,7 +429,7 @@ impl Rows {
             x: x.index_select(&index(&tokens)?, 0)?,
             gates: gates.index_select(&index(&dispatch.pairs[rows])?, 0)?,
             tokens,
-            segments: dispatch.segments(first, last),
+            segments: dispatch.segments(start, end),
         }))
     }
 }

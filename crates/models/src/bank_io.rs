@@ -1,28 +1,12 @@
 //! The bank from and to the tensors of a checkpoint.
 
-use crate::bank::{Adapters, Bank, Projections};
+use crate::bank::{Adapters, Bank, Order, Projections};
 use crate::checkpoint::Checkpoint;
 use crate::layout::{LayerLayout, SlotLayout};
 use crate::{Error, Result, names};
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 
 impl Bank {
-    /// The positions of a layout: dense experts first, then adapted ones by group and number.
-    pub(crate) fn positions(layout: &LayerLayout) -> (Vec<usize>, Vec<usize>, Vec<usize>) {
-        let mut experts: Vec<usize> = (0..layout.slots.len())
-            .filter(|&e| layout.slots[e] == SlotLayout::Dense)
-            .collect();
-        let mut adapted: Vec<_> = layout.adapted().map(|(e, group, _)| (group, e)).collect();
-        adapted.sort_unstable();
-        let groups = adapted.iter().filter_map(|(group, _)| *group).collect();
-        experts.extend(adapted.iter().map(|(_, e)| e));
-        let mut position = vec![0; experts.len()];
-        for (p, &e) in experts.iter().enumerate() {
-            position[e] = p;
-        }
-        (experts, position, groups)
-    }
-
     /// A bank of nothing but dense slots.
     pub(crate) fn of_dense(layout: &LayerLayout, dense: Projections) -> Self {
         Self {
@@ -33,15 +17,13 @@ impl Bank {
 
     /// A bank without its weights.
     pub(crate) fn empty(layout: &LayerLayout) -> Self {
-        let (experts, position, groups) = Self::positions(layout);
         Self {
-            experts,
-            position,
-            groups,
+            order: Order::of(layout),
             dense: None,
             dense_adapters: None,
             bases: None,
             adapters: None,
+            constants: None,
             originals: None,
             beta: 0.0,
         }
@@ -49,33 +31,23 @@ impl Bank {
 
     /// Reads the bank of one layer.
     pub fn load(checkpoint: &Checkpoint, layer: usize, layout: &LayerLayout) -> Result<Self> {
-        let (experts, position, groups) = Self::positions(layout);
-        let adapted = layout.adapted().count();
-        let (dense, replaced) = experts.split_at(experts.len() - adapted);
+        let mut bank = Self::empty(layout);
         let bases: Vec<usize> = (0..layout.bases()).collect();
-        let shared = if bases.is_empty() {
-            None
-        } else {
+        if !bases.is_empty() {
             let name = |g, p: &str| names::base(layer, g, p);
-            Some(load_stack(checkpoint, &bases, whole(checkpoint), name)?)
-        };
-        let rank = layout.rank();
-        let adapters = if replaced.is_empty() || rank == 0 {
-            None
-        } else {
-            Some(load_adapters(checkpoint, layer, replaced, rank)?)
-        };
-        Ok(Self {
-            dense: load_experts(checkpoint, layer, dense)?,
-            dense_adapters: None,
-            bases: shared,
-            adapters,
-            originals: None,
-            beta: 0.0,
-            experts,
-            position,
-            groups,
-        })
+            bank.bases = Some(load_stack(checkpoint, &bases, whole(checkpoint), name)?);
+        }
+        if layout.rank() > 0 {
+            let (experts, ranks) = (bank.adapted_experts(), &bank.order.ranks);
+            bank.adapters = Some(load_adapters(checkpoint, layer, experts, ranks)?);
+        }
+        if !bank.constant_experts().is_empty() {
+            let experts = bank.constant_experts().iter();
+            let names: Vec<String> = experts.map(|&e| names::constant(layer, e)).collect();
+            bank.constants = Some(checkpoint.stack(&names, &[checkpoint.config().hidden_size])?);
+        }
+        bank.dense = load_experts(checkpoint, layer, bank.dense_experts())?;
+        Ok(bank)
     }
 
     /// The tensors of the bank under the names of the checkpoint. Such a checkpoint has no adapters
@@ -88,30 +60,42 @@ impl Bank {
             )));
         }
         let mut out = Vec::new();
-        let mut unstack = |stack: &Projections, ids: &[usize], suffix: &str, of_base: bool| {
+        let mut unstack = |stack: &Projections, ids: &[usize], name: Naming| {
             for (i, &id) in ids.iter().enumerate() {
                 for (projection, tensor) in stack.named() {
-                    let projection = format!("{projection}{suffix}");
-                    let name = if of_base {
-                        names::base(layer, id, &projection)
-                    } else {
-                        names::expert(layer, id, &projection)
-                    };
-                    out.push((name, tensor.get(i)?));
+                    out.push((name(layer, id, projection), tensor.get(i)?));
                 }
             }
             Ok::<_, candle_core::Error>(())
         };
         if let Some(dense) = &self.dense {
-            unstack(dense, self.dense_experts(), "", false)?;
+            unstack(dense, self.dense_experts(), names::expert)?;
         }
         if let Some(bases) = &self.bases {
             let ids: Vec<usize> = (0..bases.gate.dim(0)?).collect();
-            unstack(bases, &ids, "", true)?;
+            unstack(bases, &ids, names::base)?;
         }
         if let Some(adapters) = &self.adapters {
-            unstack(&adapters.a, self.adapted_experts(), ".lora_A", false)?;
-            unstack(&adapters.b, self.adapted_experts(), ".lora_B", false)?;
+            let slots = self
+                .adapted_experts()
+                .iter()
+                .zip(&self.order.ranks)
+                .enumerate();
+            for (i, (&expert, &rank)) in slots.filter(|(_, (_, rank))| **rank > 0) {
+                // Without what only fills the stack up.
+                let sides = [("lora_A", &adapters.a, 0), ("lora_B", &adapters.b, 1)];
+                for (side, stack, dim) in sides {
+                    for (projection, tensor) in stack.named() {
+                        let name = names::expert(layer, expert, &format!("{projection}.{side}"));
+                        out.push((name, tensor.get(i)?.narrow(dim, 0, rank)?));
+                    }
+                }
+            }
+        }
+        if let Some(constants) = &self.constants {
+            for (i, &expert) in self.constant_experts().iter().enumerate() {
+                out.push((names::constant(layer, expert), constants.get(i)?));
+            }
         }
         Ok(out)
     }
@@ -131,6 +115,9 @@ pub fn load_experts(
     })
     .map(Some)
 }
+
+/// The name of a matrix by layer, expert or base, and projection.
+type Naming = fn(usize, usize, &str) -> String;
 
 /// Shapes of gate and up, and of down.
 type Shapes = ([usize; 2], [usize; 2]);
@@ -160,20 +147,72 @@ fn load_stack(
     })
 }
 
+/// Adapters of different ranks in one stack, filled up with zeros.
 fn load_adapters(
     checkpoint: &Checkpoint,
     layer: usize,
     experts: &[usize],
-    rank: usize,
+    ranks: &[usize],
 ) -> Result<Adapters> {
     let ([f, h], _) = whole(checkpoint);
-    let stack = |shapes: Shapes, suffix: &str| {
-        load_stack(checkpoint, experts, shapes, |e, p| {
-            names::expert(layer, e, &format!("{p}.{suffix}"))
+    let widest = ranks.iter().copied().max().unwrap_or(0);
+    let stack = |projection: &str, side: &str, width: usize, dim: usize| -> Result<Tensor> {
+        let each = experts.iter().zip(ranks).map(|(&expert, &rank)| {
+            let shape = if dim == 0 {
+                [rank, width]
+            } else {
+                [width, rank]
+            };
+            if rank == 0 {
+                let shape = if dim == 0 {
+                    [widest, width]
+                } else {
+                    [width, widest]
+                };
+                return Ok(Tensor::zeros(&shape, DType::F32, &Device::Cpu)?);
+            }
+            let name = names::expert(layer, expert, &format!("{projection}.{side}"));
+            let own = checkpoint.tensor(&name, &shape)?;
+            Ok(own.pad_with_zeros(dim, 0, widest - rank)?)
+        });
+        Ok(Tensor::stack(&each.collect::<Result<Vec<_>>>()?, 0)?)
+    };
+    let side = |side: &str, dim: usize, gate_up: usize, down: usize| -> Result<Projections> {
+        Ok(Projections {
+            gate: stack("gate_proj", side, gate_up, dim)?,
+            up: stack("up_proj", side, gate_up, dim)?,
+            down: stack("down_proj", side, down, dim)?,
         })
     };
     Ok(Adapters {
-        a: stack(([rank, h], [rank, f]), "lora_A")?,
-        b: stack(([f, rank], [h, rank]), "lora_B")?,
+        a: side("lora_A", 0, h, f)?,
+        b: side("lora_B", 1, f, h)?,
     })
+}
+
+impl Order {
+    /// The positions of a layout.
+    pub(crate) fn of(layout: &LayerLayout) -> Self {
+        let mut experts: Vec<usize> = layout.of_form(SlotLayout::Dense).collect();
+        let dense = experts.len();
+        // By group and number, those without a group last.
+        let mut adapted: Vec<_> = layout.adapted().collect();
+        adapted.sort_unstable_by_key(|&(e, group, _)| (group.is_none(), group, e));
+        experts.extend(adapted.iter().map(|(e, _, _)| e));
+        experts.extend(layout.of_form(SlotLayout::Constant));
+        let constants = experts.len() - dense - adapted.len();
+        experts.extend(layout.of_form(SlotLayout::Removed));
+        let mut position = vec![0; experts.len()];
+        for (p, &e) in experts.iter().enumerate() {
+            position[e] = p;
+        }
+        Self {
+            experts,
+            position,
+            groups: adapted.iter().filter_map(|(_, group, _)| *group).collect(),
+            ranks: adapted.iter().map(|(_, _, rank)| *rank).collect(),
+            dense,
+            constants,
+        }
+    }
 }

@@ -38,6 +38,8 @@ pub enum ParameterKind {
     Base,
     /// Low-rank adapters.
     Adapter,
+    /// Vectors in place of experts.
+    Constant,
 }
 
 /// What is called with each parameter of a part: its name within the part, its kind, itself.
@@ -139,7 +141,7 @@ impl Layer {
                 shared,
                 bank,
             } => {
-                let routing = router.route(&flat, &config.moe)?;
+                let routing = router.route(&flat, &config.moe, bank.removed_experts())?;
                 let mut y = bank.forward(&flat, &routing.gates, &routing.chosen)?;
                 if let Some(shared) = shared {
                     y = (y + shared.forward(&flat)?)?;
@@ -171,6 +173,9 @@ impl Layer {
                 bank
             }
         };
+        if let Some(constants) = &mut bank.constants {
+            f("mlp.constants", ParameterKind::Constant, constants)?;
+        }
         let mut stack = |what: &str, kind, stack: Option<&mut crate::bank::Projections>| {
             for (name, tensor) in stack.into_iter().flat_map(|s| s.named_mut()) {
                 f(&format!("mlp.{what}.{name}"), kind, tensor)?;
@@ -205,8 +210,8 @@ impl Layer {
         let mut out = Vec::new();
         // Visiting wants a mutable layer; cloning one copies handles, not weights.
         self.clone().visit(&mut |name, kind, tensor| {
-            use ParameterKind::{Adapter, Base, Expert};
-            if !matches!(kind, Expert | Base | Adapter) {
+            use ParameterKind::{Adapter, Base, Constant, Expert};
+            if !matches!(kind, Expert | Base | Adapter | Constant) {
                 out.push((names::layer(layer, name), tensor.clone()));
             }
             Ok(())

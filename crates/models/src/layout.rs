@@ -3,7 +3,7 @@
 //! A bank has one slot per router output. A checkpoint without the key is an original one: every
 //! slot of every MoE layer is dense.
 
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, MoeConfig};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -25,6 +25,10 @@ pub enum SlotLayout {
         /// Rank of the adapter of each of the three matrices.
         rank: usize,
     },
+    /// A vector in place of the expert's output (MoNE, arXiv 2507.00390); the gate multiplies it.
+    Constant,
+    /// Nothing: the router may not choose it.
+    Removed,
 }
 
 /// The slots of one MoE layer, in the order of the router's outputs.
@@ -57,43 +61,53 @@ impl LayerLayout {
             .enumerate()
             .filter_map(|(expert, slot)| match *slot {
                 SlotLayout::Adapted { group, rank } => Some((expert, group, rank)),
-                SlotLayout::Dense => None,
+                _ => None,
             })
     }
 
-    /// The common rank of the adapted slots, zero if there are none.
-    pub fn rank(&self) -> usize {
-        self.adapted().map(|(_, _, rank)| rank).next().unwrap_or(0)
+    /// The experts of slots of this form, ascending.
+    pub fn of_form(&self, form: SlotLayout) -> impl Iterator<Item = usize> + '_ {
+        let slots = self.slots.iter().enumerate();
+        slots
+            .filter(move |(_, slot)| **slot == form)
+            .map(|(expert, _)| expert)
     }
 
-    fn check(&self, experts: usize) -> std::result::Result<(), String> {
+    /// The largest rank of the adapted slots, zero if there are none.
+    pub fn rank(&self) -> usize {
+        self.adapted().map(|(_, _, rank)| rank).max().unwrap_or(0)
+    }
+
+    fn check(&self, moe: &MoeConfig) -> std::result::Result<(), String> {
+        let experts = moe.num_experts;
         if self.slots.len() != experts {
             return Err(format!("{} slots for {experts} experts", self.slots.len()));
         }
-        let (bases, rank) = (self.bases(), self.rank());
+        let bases = self.bases();
         // Every base is used, so there are no more than slots; the numbers may be of any size.
         if bases > experts {
             return Err(format!("base {} for {experts} experts", bases - 1));
         }
         let mut used = vec![false; bases];
         for (expert, group, r) in self.adapted() {
-            if r != rank {
-                return Err(format!("slot {expert} has rank {r}, another has {rank}"));
-            }
             match group {
                 Some(g) => used[g] = true,
-                None if bases > 0 => {
-                    return Err(format!("slot {expert} has no base, another has one"));
-                }
                 None if r == 0 => {
                     return Err(format!("slot {expert} has neither base nor adapter"));
                 }
                 None => {}
             }
         }
-        match used.iter().position(|u| !u) {
-            Some(g) => Err(format!("no slot uses base {g}")),
-            None => Ok(()),
+        if let Some(g) = used.iter().position(|u| !u) {
+            return Err(format!("no slot uses base {g}"));
+        }
+        let left = experts - self.of_form(SlotLayout::Removed).count();
+        match left < moe.top_k {
+            true => Err(format!(
+                "{left} experts are left for a top-k of {}",
+                moe.top_k
+            )),
+            false => Ok(()),
         }
     }
 }
@@ -155,7 +169,7 @@ impl BankLayout {
                 .get(&layer)
                 .ok_or_else(|| format!("no layer {layer}"))?;
             found
-                .check(config.moe.num_experts)
+                .check(&config.moe)
                 .map_err(|message| format!("layer {layer}: {message}"))?;
         }
         match self.layers.keys().find(|&&l| !config.is_moe_layer(l)) {
@@ -231,6 +245,12 @@ mod tests {
             [adapted(Some(0), 0); 4],
             [adapted(None, 3); 4],
             [DENSE, DENSE, DENSE, adapted(Some(0), 1)],
+            [
+                adapted(Some(0), 2),
+                adapted(None, 3),
+                SlotLayout::Constant,
+                SlotLayout::Removed,
+            ],
         ] {
             let (original, layout) = (config(None), layout(&slots));
             let raw = layout.annotate(&original).unwrap();
@@ -284,10 +304,13 @@ mod tests {
     fn what_does_not_fit_is_refused() {
         let one = |slot| layout(&[DENSE, slot, DENSE, DENSE]);
         assert_refused(&layout(&[DENSE; 3]), &["layer 0", "3 slots", "4 experts"]);
-        let ranks = [adapted(Some(0), 2), DENSE, DENSE, adapted(Some(0), 3)];
-        assert_refused(&layout(&ranks), &["slot 3", "rank 3", "2"]);
-        let mixed = [adapted(Some(0), 2), DENSE, adapted(None, 2), DENSE];
-        assert_refused(&layout(&mixed), &["slot 2", "no base"]);
+        let removed = [
+            SlotLayout::Removed,
+            SlotLayout::Removed,
+            SlotLayout::Removed,
+            DENSE,
+        ];
+        assert_refused(&layout(&removed), &["1 experts", "top-k of 2"]);
         assert_refused(&one(adapted(Some(1), 2)), &["no slot uses base 0"]);
         assert_refused(&one(adapted(Some(4), 2)), &["base 4"]);
         // Neither an overflow nor an allocation of that size.

@@ -71,6 +71,9 @@ fn experts(config: &ModelConfig, number: usize, layout: &LayerLayout) -> Vec<(St
             all.push((names::base(number, group, projection), shape.to_vec()));
         }
     }
+    for expert in layout.of_form(SlotLayout::Constant) {
+        all.push((names::constant(number, expert), vec![h]));
+    }
     for (expert, slot) in layout.slots.iter().enumerate() {
         for (projection, [out, width]) in names::PROJECTIONS.iter().zip(shapes) {
             let mut push = |suffix: &str, shape: [usize; 2]| {
@@ -79,7 +82,9 @@ fn experts(config: &ModelConfig, number: usize, layout: &LayerLayout) -> Vec<(St
             };
             match *slot {
                 SlotLayout::Dense => push("", [out, width]),
-                SlotLayout::Adapted { rank: 0, .. } => {}
+                SlotLayout::Adapted { rank: 0, .. }
+                | SlotLayout::Constant
+                | SlotLayout::Removed => {}
                 SlotLayout::Adapted { rank, .. } => {
                     push(".lora_A", [rank, width]);
                     push(".lora_B", [out, rank]);

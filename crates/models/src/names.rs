@@ -51,6 +51,11 @@ pub fn base(layer_number: usize, group: usize, projection: &str) -> String {
     layer(layer_number, &format!("mlp.bases.{group}.{projection}"))
 }
 
+/// The vector that stands for an expert's output.
+pub fn constant(layer_number: usize, expert: usize) -> String {
+    layer(layer_number, &format!("mlp.experts.{expert}.constant"))
+}
+
 /// How the files hold the experts of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExpertPacking {

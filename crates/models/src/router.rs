@@ -46,9 +46,17 @@ impl Router {
         })
     }
 
-    /// `x: [T, H]`
-    pub(crate) fn route(&self, x: &Tensor, moe: &MoeConfig) -> Result<Routing> {
-        let logits = linear(x, &self.weight)?;
+    /// `x: [T, H]`; the experts `removed` are not there, as if the router had no rows for them.
+    pub(crate) fn route(&self, x: &Tensor, moe: &MoeConfig, removed: &[usize]) -> Result<Routing> {
+        let mut logits = linear(x, &self.weight)?;
+        let mut mask = None;
+        if !removed.is_empty() {
+            let mut out = vec![0f32; moe.num_experts];
+            removed.iter().for_each(|&expert| out[expert] = OUT);
+            let out = Tensor::new(out, logits.device())?.to_dtype(logits.dtype())?;
+            logits = logits.broadcast_add(&out)?;
+            mask = Some(out);
+        }
         let probabilities = match moe.scoring {
             Scoring::Sigmoid => sigmoid(&logits)?,
             _ => candle_nn::ops::softmax(&logits, D::Minus1)?,
@@ -67,6 +75,9 @@ impl Router {
             // The softmax keeps the order of the logits, and rounds.
             None => logits.clone(),
         };
+        if let Some(mask) = mask {
+            choice = choice.broadcast_add(&mask)?;
+        }
         if let Some(groups) = &moe.groups {
             choice = within_groups(&choice, groups)?;
         }

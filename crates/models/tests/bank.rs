@@ -60,7 +60,7 @@ impl Matrix {
     }
 }
 
-/// Gate, up and down of one slot: `W` if dense, otherwise `β·W + (1−β)·B + U·V`.
+/// Gate, up and down of one slot: `W` if dense, `β·W + (1−β)·B + U·V` if adapted, otherwise zero.
 fn slot(
     compressed: &Checkpoint,
     original: &Checkpoint,
@@ -72,6 +72,7 @@ fn slot(
         let shape = if p == "down_proj" { [h, f] } else { [f, h] };
         match compressed.layout().layers[&layer].slots[expert] {
             SlotLayout::Dense => Matrix::read(compressed, &names::expert(layer, expert, p), shape),
+            SlotLayout::Constant | SlotLayout::Removed => Matrix::zero(shape[0], shape[1]),
             SlotLayout::Adapted { group, rank } => {
                 let mut whole = Matrix::zero(shape[0], shape[1]);
                 if beta > 0.0 {
@@ -124,12 +125,26 @@ fn check(
             *y += gs[pair] * d;
         }
     }
+    for (pair, &expert) in chosen.iter().enumerate() {
+        let slots = &compressed.layout().layers[&layer].slots;
+        if slots[expert as usize] == SlotLayout::Constant {
+            let name = names::constant(layer, expert as usize);
+            let constant = values(&compressed.tensor(&name, &[16]).unwrap());
+            let token = pair / k * 16..(pair / k + 1) * 16;
+            for (y, c) in expected[token].iter_mut().zip(constant) {
+                *y += gs[pair] * c;
+            }
+        }
+    }
     let expected = Tensor::from_vec(expected, (tokens, 16), &Device::Cpu).unwrap();
     let mut model = annealing(compressed, original, beta);
     let bank = model.layers[layer].bank_mut().unwrap();
     assert_close(&bank.forward(&x, &gates, chosen).unwrap(), &expected, F32);
     for stack in stacks(bank) {
         *stack = stack.map(|t| Ok(t.to_dtype(DType::F64)?)).unwrap();
+    }
+    if let Some(constants) = &mut bank.constants {
+        *constants = constants.to_dtype(DType::F64).unwrap();
     }
     let (x, gates) = (x.to_dtype(DType::F64), gates.to_dtype(DType::F64));
     let ours = bank.forward(&x.unwrap(), &gates.unwrap(), chosen).unwrap();
@@ -140,7 +155,7 @@ fn check(
 fn the_bank_computes_the_formula() {
     let folder = Folder::new();
     let original = folder.original(&config());
-    for form in FORMS {
+    for form in FORMS.into_iter().chain([Form::Every]) {
         let compressed = folder.compressed(&original, form.slots());
         let both = (&compressed, &original);
         for layer in 0..2 {
@@ -153,7 +168,9 @@ fn the_bank_computes_the_formula() {
                     check(both, (layer, beta), &chosen[..k], k);
                 }
                 // Each slot by itself: everything else of the bank is idle.
-                for expert in 0..8 {
+                let slots = &compressed.layout().layers[&layer].slots;
+                let there = |e: &u32| slots[*e as usize] != SlotLayout::Removed;
+                for expert in (0..8).filter(there) {
                     check(both, (layer, beta), &[expert; 3], 1);
                 }
                 // A token whose slots share a base, beside tokens that do not.

@@ -5,7 +5,8 @@ mod support;
 
 use candle_core::{DType, Tensor, Var};
 use lightmoe_models::{
-    Adapters, BankLayout, Decoder, GenerateOptions, LanguageModel, Tokens, generate, names,
+    Adapters, BankLayout, Decoder, GenerateOptions, LanguageModel, SlotLayout, Tokens, generate,
+    names,
 };
 use std::collections::HashSet;
 use std::path::Path;
@@ -242,7 +243,7 @@ fn a_written_model_is_the_model() {
     for tied in [false, true] {
         let changes = serde_json::json!({"tie_word_embeddings": tied});
         let original = folder.original(&config_with(changes));
-        for form in FORMS {
+        for form in FORMS.into_iter().chain([Form::Every]) {
             let checkpoint = folder.compressed(&original, form.slots());
             let (model, ids) = (Decoder::load(&checkpoint).unwrap(), Random::new(6).ids(12));
             let copy = write(&model, &folder.path("copy"), &model.config().raw);
@@ -336,4 +337,68 @@ fn a_model_that_is_more_than_its_checkpoint_is_not_written() {
         let message = model.tensors().unwrap_err().to_string();
         assert!(message.contains("merge"), "{message}");
     }
+}
+
+/// A removed expert is as if the router had no row for it.
+#[test]
+fn a_removed_expert_is_not_chosen() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let removed = [1, 2, 6];
+    let mut slots = vec![SlotLayout::Dense; 8];
+    removed.iter().for_each(|&e| slots[e] = SlotLayout::Removed);
+    let layout = [slots.clone(), slots];
+    let pruned = Decoder::load(&folder.compressed(&original, layout)).unwrap();
+    // The same model without those rows and matrices.
+    let mut raw = original.config().raw.clone();
+    raw["num_experts"] = 5.into();
+    let mut tensors: Vec<(String, Tensor)> = Vec::new();
+    let kept: Vec<usize> = (0..8).filter(|e| !removed.contains(e)).collect();
+    for (name, tensor) in Decoder::load(&original).unwrap().tensors().unwrap() {
+        if name.contains(".mlp.gate.") {
+            let rows: Vec<u32> = kept.iter().map(|&e| e as u32).collect();
+            let rows = Tensor::new(rows, tensor.device()).unwrap();
+            tensors.push((name, tensor.index_select(&rows, 0).unwrap()));
+            continue;
+        }
+        let expert = name.split_once(".experts.").map(|(layer, rest)| {
+            let (e, rest) = rest.split_once('.').unwrap();
+            (
+                layer.to_owned(),
+                e.parse::<usize>().unwrap(),
+                rest.to_owned(),
+            )
+        });
+        match expert {
+            None => tensors.push((name, tensor)),
+            Some((layer, e, rest)) => {
+                let Some(place) = kept.iter().position(|&k| k == e) else {
+                    continue;
+                };
+                tensors.push((format!("{layer}.experts.{place}.{rest}"), tensor));
+            }
+        }
+    }
+    let smaller = Decoder::load(&open(&folder.write("smaller", &tensors, &raw))).unwrap();
+    let ids = Random::new(6).ids(20);
+    let tokens = Tokens { ids: &ids, rows: 1 };
+    pruned
+        .forward(tokens, None, &mut |_, _, routing| {
+            let chosen = &routing.unwrap().chosen;
+            assert!(chosen.iter().all(|&e| !removed.contains(&(e as usize))));
+            Ok(())
+        })
+        .unwrap();
+    let (ours, expected) = (logits(&pruned, &ids, 1), logits(&smaller, &ids, 1));
+    assert_close(&ours, &expected, TOLERANCE);
+}
+
+/// What no matrices compute has no dense form.
+#[test]
+fn constants_are_not_multiplied_out() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let model = Decoder::load(&folder.compressed(&original, Form::Every.slots())).unwrap();
+    let message = model.banks().next().unwrap().materialise().unwrap_err();
+    assert!(message.to_string().contains("compact"), "{message}");
 }

@@ -151,6 +151,14 @@ fn grouped_queries_a_tied_head_and_renormalised_gates() {
 }
 
 #[test]
+fn every_form_beside_every_other() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let compressed = folder.compressed(&original, Form::Every.slots());
+    check(annealing(&compressed, &original, 0.5), 0.5);
+}
+
+#[test]
 fn the_originals_are_frozen() {
     let folder = Folder::new();
     let original = folder.original(&config());

@@ -54,8 +54,11 @@ pub enum Form {
     Merge,
     /// Every slot of the first layer adapted, none of the second.
     Extremes,
+    /// Every form there is beside every other, with ranks that differ.
+    Every,
 }
 
+/// Those whose slots all compute with matrices.
 pub const FORMS: [Form; 4] = [Form::Mixed, Form::NoBases, Form::Merge, Form::Extremes];
 
 impl Form {
@@ -75,6 +78,28 @@ impl Form {
             Self::Merge => [
                 grouped([0, -1, 0, -1, 0, -1, 0, -1], 0),
                 grouped([1, 2, -1, 0, 0, 1, -1, 2], 0),
+            ],
+            Self::Every => [
+                vec![
+                    adapted(1, 3),
+                    DENSE,
+                    adapted(None, 2),
+                    adapted(0, 1),
+                    SlotLayout::Constant,
+                    adapted(0, 0),
+                    adapted(None, 4),
+                    DENSE,
+                ],
+                vec![
+                    SlotLayout::Constant,
+                    adapted(None, 1),
+                    DENSE,
+                    SlotLayout::Removed,
+                    adapted(0, 2),
+                    DENSE,
+                    SlotLayout::Removed,
+                    adapted(None, 3),
+                ],
             ],
             Self::Extremes => [grouped([2, 1, 0, 0, 1, 2, 1, 0], 3), vec![DENSE; 8]],
         }
@@ -151,7 +176,11 @@ pub fn tensors(config: &ModelConfig, layout: &BankLayout, seed: u64) -> Vec<(Str
             for (e, slot) in layer.slots.iter().enumerate() {
                 match *slot {
                     SlotLayout::Dense => weight(names::expert(l, e, p), &[rows, columns], 0.5),
-                    SlotLayout::Adapted { rank: 0, .. } => {}
+                    SlotLayout::Adapted { rank: 0, .. } | SlotLayout::Removed => {}
+                    SlotLayout::Constant if p == "up_proj" => {
+                        weight(names::constant(l, e), &[h], 0.5);
+                    }
+                    SlotLayout::Constant => {}
                     SlotLayout::Adapted { rank, .. } => {
                         let name = |ab: &str| names::expert(l, e, &format!("{p}.lora_{ab}"));
                         weight(name("A"), &[rank, columns], 0.5);
