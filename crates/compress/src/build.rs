@@ -64,6 +64,7 @@ pub fn build(
     let key = key(checkpoint, plan, seed)?;
     let mut writer = CheckpointWriter::resume(target, &format, &manifest, &extras, &key)?;
     writer.copy_extras(checkpoint, &extras)?;
+    writer.checkpoint()?;
     let (layers, ends): (Vec<_>, Vec<_>) = manifest
         .tensors
         .into_iter()

@@ -2,6 +2,7 @@
 
 use crate::{Error, Result};
 use lightmoe_models::ModelConfig;
+use lightmoe_models::config::Attention;
 
 /// Tokens that are enough to keep every core busy with every expert.
 const ENOUGH: usize = 8192;
@@ -51,12 +52,20 @@ fn embedding_bytes(config: &ModelConfig) -> u64 {
 /// what goes out.
 fn token_bytes(config: &ModelConfig) -> u64 {
     let (moe, h) = (&config.moe, config.hidden_size);
-    let attention = 4 * config.num_heads * config.head_dim;
+    let (heads, kv_heads) = (config.num_heads, config.num_kv_heads);
+    let attention = match config.attention {
+        // Projected, normed and rotated, the value, and what comes out.
+        Attention::GroupedQuery { .. } => (4 * heads + 4 * kv_heads) * config.head_dim,
+        // The same of both parts of queries and keys, put together, and all filled up to one width.
+        Attention::MultiHeadLatent { v_head_dim, .. } => {
+            11 * heads * config.head_dim.max(v_head_dim)
+        }
+    };
     let expert = 2 * h + 3 * moe.intermediate_size;
     let beside = 3 * moe
         .shared_intermediate_size
         .max(config.dense_intermediate_size);
-    let numbers = 6 * h + attention + 4 * moe.num_experts + moe.top_k * expert + beside;
+    let numbers = 9 * h + attention + 4 * moe.num_experts + moe.top_k * expert + beside;
     F32 * numbers as u64
 }
 

@@ -6,7 +6,7 @@
 
 use crate::memory::batch_tokens;
 use crate::observations::{LayerObservations, Observations};
-use crate::states::States;
+use crate::states::{States, Work};
 use crate::{Error, Result};
 use lightmoe_models::{Checkpoint, Embedding, Layer, Rotary, Routing, Tokens};
 use std::path::Path;
@@ -30,7 +30,7 @@ pub struct Observed {
     pub observations: Observations,
     /// Reading and converting weights, in this run.
     pub read: Duration,
-    /// Running the layers, in this run.
+    /// All that is done with a layer once it is read, in this run.
     pub compute: Duration,
 }
 
@@ -60,23 +60,27 @@ pub fn observe(
                 .to_owned(),
         ));
     }
-    checkpoint.check()?;
     // Samples of like length together, so that little is padded.
     let mut order: Vec<&Vec<u32>> = samples.iter().collect();
     order.sort_by_key(|s| std::cmp::Reverse(s.len()));
-    let tokens = batch_tokens(config, order[0].len(), options.max_memory)?;
+    let most = batch_tokens(config, order[0].len(), options.max_memory)?;
+    let work = Work::new(samples, options.fingerprint);
+    // A run that goes on keeps the batches of the one before, if there is memory for them.
+    let found = States::find(options.state, &work).filter(|found| found.batch_tokens <= most);
+    let tokens = found.as_ref().map_or(most, |found| found.batch_tokens);
     let batches = batches(&order, tokens);
     let states = States::new(options.state, config.hidden_size, &batches);
-    let none = Observations {
-        layers: Vec::new(),
-        tokens: samples.iter().map(|s| s.len() as u64).sum(),
-        samples: samples.len() as u64,
-        fingerprint: options.fingerprint.to_owned(),
-    };
-    let (first, mut seen) = match states.resume(&none)? {
-        Some(found) => found,
+    let (first, mut seen) = match states.resume(found.is_some())? {
+        Some((layer, seen)) => (layer, seen),
         None => {
+            states.begin(&work, tokens)?;
             embed(checkpoint, &batches, &states)?;
+            let none = Observations {
+                layers: Vec::new(),
+                tokens: samples.iter().map(|s| s.len() as u64).sum(),
+                samples: samples.len() as u64,
+                fingerprint: options.fingerprint.to_owned(),
+            };
             (0, none)
         }
     };
@@ -86,13 +90,12 @@ pub fn observe(
         let begin = Instant::now();
         let layer = Layer::load(checkpoint, l)?;
         read += begin.elapsed();
+        let begin = Instant::now();
         let mut sums = Sums::new(config.moe.num_experts);
         let mut next = states.writer(l + 1)?;
         for (i, batch) in batches.iter().enumerate() {
             let hidden = states.read(l, i, batch)?;
-            let begin = Instant::now();
             let (hidden, routing) = layer.forward(&hidden, config, &rotary, None)?;
-            compute += begin.elapsed();
             if let Some(routing) = routing {
                 sums.add(&routing, batch)?;
             }
@@ -102,6 +105,7 @@ pub fn observe(
             seen.layers.push(sums.finish(l, samples));
         }
         next.finish(&seen)?;
+        compute += begin.elapsed();
         if !progress(l + 1, config.num_layers) {
             return Err(Error::Interrupted);
         }

@@ -1,20 +1,49 @@
 //! The hidden states of all samples between two layers, in files of a folder.
 //!
-//! `hidden-<l>` holds what goes into layer `l`: the batches one behind the other, each `[B, T, H]` f32
-//! little-endian. `observations-<l>.safetensors` holds what the layers before it showed. A layer
-//! reads one pair and writes the next, so a run killed at any moment finds the last whole pair. A
-//! folder without a pair is worth nothing, and an error does not leave it behind.
+//! `work.json` says which work the folder is of, and how large its batches are. `hidden-<l>` holds
+//! what goes into layer `l`: the batches one behind the other, each `[B, T, H]` f32 little-endian.
+//! `observations-<l>.safetensors` holds what the layers before it showed. A layer reads one pair and
+//! writes the next, so a run killed at any moment finds the last whole pair. A folder without a pair
+//! is worth nothing, and an error does not leave it behind.
 
 use crate::observations::Observations;
 use crate::observe::Batch;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
+use lightmoe_models::folder::write_file;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 const OBSERVATIONS: &str = "observations-";
+const WORK: &str = "work.json";
+
+/// Names all that decides the numbers: a digest of the samples and of the caller's fingerprint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Work(String);
+
+impl Work {
+    pub(crate) fn new(samples: &[Vec<u32>], fingerprint: &str) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(fingerprint);
+        for sample in samples {
+            hash.update((sample.len() as u64).to_le_bytes());
+            sample.iter().for_each(|id| hash.update(id.to_le_bytes()));
+        }
+        Self(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+    }
+}
+
+/// What a folder is of.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Found {
+    work: String,
+    /// The largest batch, in tokens.
+    pub(crate) batch_tokens: usize,
+}
 
 /// The folder, and where the batches lie in its files.
 pub(crate) struct States {
@@ -67,17 +96,41 @@ impl States {
         numbers.max()
     }
 
-    /// The layer to go on with and what was seen before it, if an earlier run of the same work, that
-    /// begins with `none`, left them.
-    pub(crate) fn resume(&self, none: &Observations) -> Result<Option<(usize, Observations)>> {
-        let Some(layer) = self.last() else {
+    /// The batches of an earlier run of the same work.
+    pub(crate) fn find(folder: &Path, work: &Work) -> Option<Found> {
+        let text = fs::read(folder.join(WORK)).ok()?;
+        let found: Found = serde_json::from_slice(&text).ok()?;
+        (found.work == work.0).then_some(found)
+    }
+
+    /// The layer to go on with and what was seen before it, if an earlier run of the `same` work left
+    /// them.
+    pub(crate) fn resume(&self, same: bool) -> Result<Option<(usize, Observations)>> {
+        let Some(layer) = self.last().filter(|_| same) else {
             return Ok(None);
         };
         let size = fs::metadata(self.hidden(layer)).map_or(0, |found| found.len());
-        let seen = Observations::load(&self.observations(layer))?;
-        let work = |o: &Observations| (o.tokens, o.samples, o.fingerprint.clone());
-        let same = work(&seen) == work(none) && Some(&size) == self.starts.last();
-        Ok(same.then_some((layer, seen)))
+        if Some(&size) != self.starts.last() {
+            return Ok(None);
+        }
+        Ok(Some((
+            layer,
+            Observations::load(&self.observations(layer))?,
+        )))
+    }
+
+    /// Begins the folder anew.
+    pub(crate) fn begin(&self, work: &Work, batch_tokens: usize) -> Result<()> {
+        if self.folder.exists() {
+            self.remove()?;
+        }
+        let found = Found {
+            work: work.0.clone(),
+            batch_tokens,
+        };
+        let text = serde_json::to_vec(&found)
+            .map_err(|e| Error::Invalid(format!("{WORK} cannot be written: {e}; report it")))?;
+        Ok(write_file(&self.folder.join(WORK), &text)?)
     }
 
     /// What goes into `layer` of batch `number`: `[B, T, H]`.
@@ -96,7 +149,6 @@ impl States {
 
     /// Begins the file of what goes into `layer`.
     pub(crate) fn writer(&self, layer: usize) -> Result<StatesWriter<'_>> {
-        fs::create_dir_all(&self.folder).map_err(io(&self.folder))?;
         let path = self.hidden(layer);
         let file = File::create(&path).map_err(io(&path))?;
         Ok(StatesWriter {

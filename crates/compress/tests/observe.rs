@@ -258,8 +258,25 @@ fn only_the_same_work_is_continued() {
         fingerprint: "those",
         ..same
     };
-    assert_eq!(first(&renamed, &others, 2), 1);
+    // Nothing of the first is left to be taken for a pair of the second.
+    assert_eq!(first(&renamed, &others, 1), 1);
+    assert_eq!(first(&renamed, &others, 2), 2);
     assert_eq!(first(&renamed, &others, 2), 3);
+    // With more memory the batches stay, with too little the work begins anew.
+    let state = tempfile::tempdir().unwrap();
+    let mut least = 0;
+    for bit in (0..40).rev() {
+        let more = batch_tokens(checkpoint.config(), 4, least | 1 << bit).is_err();
+        least |= u64::from(more) << bit;
+    }
+    let limited = |max_memory: u64| ObserveOptions {
+        max_memory,
+        ..options(&state)
+    };
+    assert_eq!(first(&limited(least + 1), &ours, 1), 1);
+    assert_eq!(first(&limited(1 << 32), &ours, 2), 2);
+    assert_eq!(first(&limited(1 << 32), &others, 1), 1);
+    assert_eq!(first(&limited(least + 1), &others, 1), 1);
     let state = tempfile::tempdir().unwrap();
     let same = options(&state);
     assert_eq!(first(&same, &ours, 2), 1);

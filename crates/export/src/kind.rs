@@ -68,7 +68,16 @@ impl ExportKind {
             let same = "same architecture, tensor names and shapes as the original";
             [
                 ("lightmoe", "yes".to_owned()),
-                ("transformers", format!("yes, as `{class}`: {same}")),
+                (
+                    "transformers",
+                    match config.raw.get("auto_map") {
+                        None => format!("yes, as `{class}`: {same}"),
+                        Some(_) => format!(
+                            "yes, as `{class}`: {same}; if it does not know the class itself, with \
+                             the original's program and `trust_remote_code`"
+                        ),
+                    },
+                ),
                 (
                     "vLLM, SGLang",
                     format!("wherever they support `{}`: {same}", config.family),

@@ -1,8 +1,8 @@
 //! A compressed checkpoint as a folder for others: weights, side files and a model card that says
 //! what loads it.
 //!
-//! Invariant: never more than one layer in memory. Invariant: the target appears whole or not at
-//! all.
+//! Invariant: never more in memory than one expert's matrix a thread. Invariant: the target appears
+//! whole or not at all.
 
 mod card;
 mod error;
@@ -13,13 +13,14 @@ pub use card::Card;
 pub use error::{Error, Result};
 pub use kind::ExportKind;
 
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 use lightmoe_models::{
-    BankLayout, Checkpoint, CheckpointWriter, Ends, ExpertPacking, Format, Layer, Manifest, Scheme,
-    names,
+    BankLayout, Checkpoint, CheckpointWriter, ExpertPacking, Format, Manifest, Scheme, SlotLayout,
+    multiplied_out, names,
 };
 use serde::Serialize;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -101,13 +102,16 @@ pub fn export(
     };
     report_progress(0)?;
     writer.copy_extras(source, &extras)?;
-    push_all(&mut writer, Ends::load(source)?.tensors()?)?;
+    let mut tensors = &manifest.tensors[..];
+    let (ends, rest) =
+        tensors.split_at(tensors.partition_point(|(name, _)| names::layer_of(name).is_none()));
+    writer.copy(source, ends)?;
+    tensors = rest;
     for number in 0..layers {
-        let layer = Layer::load(source, number)?;
-        match options.kind {
-            ExportKind::Compact => push_all(&mut writer, layer.tensors(number)?)?,
-            ExportKind::Dense => push_dense(&mut writer, &layer, number)?,
-        }
+        let here = |(name, _): &(String, Vec<usize>)| names::layer_of(name) == Some(number);
+        let (of_layer, rest) = tensors.split_at(tensors.partition_point(here));
+        tensors = rest;
+        write_layer(&mut writer, source, number, of_layer, options.kind)?;
         report_progress(number + 1)?;
     }
     let extra = extras
@@ -147,24 +151,38 @@ fn config(source: &Checkpoint, layout: &BankLayout, dtype: DType) -> Result<Valu
     Ok(raw)
 }
 
-fn push_all(writer: &mut CheckpointWriter, tensors: Vec<(String, Tensor)>) -> Result<()> {
-    tensors
-        .into_iter()
-        .try_for_each(|(name, tensor)| Ok(writer.push(name, &tensor)?))
-}
-
-/// One layer in the tensors of the original architecture.
-fn push_dense(writer: &mut CheckpointWriter, layer: &Layer, number: usize) -> Result<()> {
-    push_all(writer, layer.tensors_beside_bank(number)?)?;
-    let Some(bank) = layer.bank() else {
-        return Ok(());
-    };
-    let experts = bank.materialise()?;
-    for expert in 0..bank.len() {
-        for (projection, stack) in experts.named() {
-            let name = names::expert(number, expert, projection);
-            writer.push(name, &stack.get(expert)?)?;
+/// Writes one layer: what stays is copied, and for a dense export the others are multiplied out.
+fn write_layer(
+    writer: &mut CheckpointWriter,
+    source: &Checkpoint,
+    number: usize,
+    tensors: &[(String, Vec<usize>)],
+    kind: ExportKind,
+) -> Result<()> {
+    let slots = source.layout().layers.get(&number);
+    let replaced: Vec<usize> = match (kind, slots) {
+        (ExportKind::Dense, Some(layout)) => {
+            let slots = layout.slots.iter().enumerate();
+            let gone = slots.filter(|(_, slot)| **slot != SlotLayout::Dense);
+            gone.map(|(expert, _)| expert).collect()
         }
+        _ => Vec::new(),
+    };
+    let (config, mut made) = (source.config(), BTreeMap::new());
+    let (h, f) = (config.hidden_size, config.moe.intermediate_size);
+    for &expert in &replaced {
+        for (projection, shape) in names::PROJECTIONS.into_iter().zip([[f, h], [f, h], [h, f]]) {
+            made.insert(
+                names::expert(number, expert, projection),
+                (expert, projection, shape),
+            );
+        }
+    }
+    let kept = tensors.iter().filter(|(name, _)| !made.contains_key(name));
+    writer.copy(source, &kept.cloned().collect::<Vec<_>>())?;
+    for (name, (expert, projection, shape)) in made {
+        let matrix = multiplied_out(source, (number, expert), projection, shape)?;
+        writer.push(name, &matrix)?;
     }
     Ok(())
 }

@@ -346,7 +346,7 @@ pub struct ScaleArgs {
     /// The config.json of the model, which is synthesized
     #[arg(long, default_value = "fixtures/configs/olmoe-1b-7b-0924.json")]
     pub config: PathBuf,
-    /// Folder for the models; it needs twice the size of the model, and is left there
+    /// Folder for the models; it needs two and a half times the size of the model, and is left there
     #[arg(long, default_value = "runs/scale")]
     pub out: PathBuf,
     /// Token ids to observe

@@ -1,6 +1,6 @@
 //! `lightmoe bench scale`: a model of full size through observe, plan and build, with what each
-//! costs in seconds and memory, beside what the same machine can do: one large dense product, and a
-//! plain copy.
+//! costs in seconds and memory, beside what the same machine can do: one large dense product of
+//! candle, and a plain copy.
 
 mod page;
 
@@ -15,7 +15,6 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{ObserveOptions, Observed, observe};
-use lightmoe_kernels::linear;
 use lightmoe_models::{Checkpoint, GenerateOptions, ModelConfig, folder, generate, synthesize};
 use rustix::fs::{Advice, fadvise};
 use std::fs::{self, File};
@@ -69,8 +68,12 @@ pub fn run(args: ScaleArgs) -> Result<String> {
     let folder = &args.out;
     fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
     let (model, built) = (folder.join("model"), folder.join("built"));
-    let same =
-        Checkpoint::open(&model).is_ok_and(|c| c.config().parameters() == config.parameters());
+    let facts = |c: &ModelConfig| ModelConfig {
+        raw: serde_json::Value::Null,
+        fp8_block: None,
+        ..c.clone()
+    };
+    let same = Checkpoint::open(&model).is_ok_and(|c| facts(c.config()) == facts(&config));
     let made = (!same).then(|| {
         timed(|| {
             let bar = Progress::new("synthesize", config.num_layers);
@@ -83,9 +86,15 @@ pub fn run(args: ScaleArgs) -> Result<String> {
     let synthesize = made.transpose()?.map(|(cost, ())| cost);
     let original = Checkpoint::open(&model)?;
 
+    // Of an interrupted run: what is measured is measured whole.
+    let (state, unfinished) = (folder.join("observe"), folder.join(".built.partial"));
+    for left in [&state, &unfinished, &built] {
+        if left.exists() {
+            fs::remove_dir_all(left)?;
+        }
+    }
     let dense_flops = dense_rate()?;
     let batch = TokenBatch::spread(args.tokens.div_ceil(LENGTH), LENGTH, config.vocab_size);
-    let state = folder.join("observe");
     let options = ObserveOptions {
         fingerprint: "scale",
         state: &state,
@@ -108,9 +117,6 @@ pub fn run(args: ScaleArgs) -> Result<String> {
     forget(&model)?;
     let (copy_cost, ()) = timed(|| copy_model(&model, &copy))?;
     fs::remove_dir_all(&copy)?;
-    if built.exists() {
-        fs::remove_dir_all(&built)?;
-    }
     forget(&model)?;
     let (build_cost, ()) = timed(|| build_stage(&original, &plan, 0, &built))?;
 
@@ -157,14 +163,14 @@ fn timed<T>(step: impl FnOnce() -> Result<T>) -> Result<(Cost, T)> {
     Ok((cost, out))
 }
 
-/// Floating-point operations a second of the best of three large dense products in f32.
+/// Floating-point operations a second of the best of three large dense products of candle in f32.
 fn dense_rate() -> Result<f64> {
     let matrix = || Tensor::rand(-1f32, 1f32, (SIDE, SIDE), &Device::Cpu);
     let (x, w) = (matrix()?, matrix()?);
     let mut best = f64::INFINITY;
     for _ in 0..3 {
         let begin = Instant::now();
-        linear(&x, &w)?;
+        x.matmul(&w)?;
         best = best.min(begin.elapsed().as_secs_f64());
     }
     Ok(2.0 * (SIDE as f64).powi(3) / best)

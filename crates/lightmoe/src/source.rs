@@ -59,7 +59,9 @@ pub fn model_folder(name: &str, want: Want) -> Result<PathBuf> {
 /// # Errors
 /// If there is no such model, or it cannot be read.
 pub fn open_model(name: &str) -> Result<Checkpoint> {
-    Ok(Checkpoint::open(&model_folder(name, Want::Whole)?)?)
+    let checkpoint = Checkpoint::open(&model_folder(name, Want::Whole)?)?;
+    checkpoint.check()?;
+    Ok(checkpoint)
 }
 
 /// The examples of a run.

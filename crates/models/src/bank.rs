@@ -328,52 +328,6 @@ impl Bank {
             products(self.dense_adapters.as_ref())?,
         ])
     }
-
-    /// The matrices of the adapted positions: `β·W + (1−β)·B + U·V`.
-    fn whole_adapted(&self) -> Result<Option<Projections>> {
-        let originals = self.blended()?;
-        let bases = self.bases.as_ref().map(|bases| {
-            let groups: Vec<u32> = self.order.groups.iter().map(|&g| g as u32).collect();
-            let without = self.order.ranks.len() - groups.len();
-            let groups = index(&groups)?;
-            scaled(bases, 1.0 - self.beta)?
-                .map(|w| Ok(w.index_select(&groups, 0)?.pad_with_zeros(0, 0, without)?))
-        });
-        sum([
-            originals.map(|w| scaled(w, self.beta)).transpose()?,
-            bases.transpose()?,
-            products(self.adapters.as_ref())?,
-        ])
-    }
-
-    /// The dense matrices of every expert as they compute now, everything multiplied out: `[n, ..]`
-    /// of the `n` experts that are not removed, ascending (the `dense` export). An expert whose output
-    /// is a constant has none, and is an error.
-    pub fn materialise(&self) -> Result<Projections> {
-        if let Some(expert) = self.constant_experts().first() {
-            return Err(Error::Invalid(format!(
-                "expert {expert} gives a constant, which no matrices give; export the model as \
-                 `compact`"
-            )));
-        }
-        let parts: Vec<Projections> = [self.whole_dense()?, self.whole_adapted()?]
-            .into_iter()
-            .flatten()
-            .collect();
-        let last = self.order.adapted().end;
-        let positions = self.order.position.iter().filter(|&&p| p < last);
-        let order: Vec<u32> = positions.map(|&p| p as u32).collect();
-        let order = index(&order)?;
-        let stack = |pick: fn(&Projections) -> &Tensor| -> Result<Tensor> {
-            let all: Vec<&Tensor> = parts.iter().map(pick).collect();
-            Ok(Tensor::cat(&all, 0)?.index_select(&order, 0)?)
-        };
-        Ok(Projections {
-            gate: stack(|p| &p.gate)?,
-            up: stack(|p| &p.up)?,
-            down: stack(|p| &p.down)?,
-        })
-    }
 }
 
 /// What adapted slots compute by themselves: `β·W·x + U·V·x`. A plain merge has neither.

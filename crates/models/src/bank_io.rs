@@ -116,6 +116,50 @@ pub fn load_experts(
     .map(Some)
 }
 
+/// One matrix of an expert of a compressed checkpoint, base and adapter multiplied out.
+///
+/// # Errors
+/// [`Error::Invalid`] if the expert has none: its output is a constant, or it was removed.
+pub fn multiplied_out(
+    checkpoint: &Checkpoint,
+    (layer, expert): (usize, usize),
+    projection: &str,
+    [rows, columns]: [usize; 2],
+) -> Result<Tensor> {
+    let slots = checkpoint.layout().layers.get(&layer);
+    let slot = slots.and_then(|layout| layout.slots.get(expert));
+    let own = |suffix: &str, shape: &[usize]| {
+        let name = names::expert(layer, expert, &format!("{projection}{suffix}"));
+        checkpoint.tensor(&name, shape)
+    };
+    let (group, rank) = match slot {
+        Some(SlotLayout::Dense) => return own("", &[rows, columns]),
+        Some(&SlotLayout::Adapted { group, rank }) => (group, rank),
+        _ => {
+            return Err(Error::Invalid(format!(
+                "expert {expert} of layer {layer} has no matrices any more; export the model as \
+                 `compact`"
+            )));
+        }
+    };
+    let base =
+        group.map(|g| checkpoint.tensor(&names::base(layer, g, projection), &[rows, columns]));
+    let product = (rank > 0).then(|| {
+        let (a, b) = (
+            own(".lora_A", &[rank, columns])?,
+            own(".lora_B", &[rows, rank])?,
+        );
+        Ok::<_, Error>(b.matmul(&a)?)
+    });
+    match (base.transpose()?, product.transpose()?) {
+        (Some(base), Some(product)) => Ok((base + product)?),
+        (Some(one), None) | (None, Some(one)) => Ok(one),
+        (None, None) => Err(Error::Invalid(format!(
+            "expert {expert} of layer {layer} has neither base nor adapter; build the model again"
+        ))),
+    }
+}
+
 /// The name of a matrix by layer, expert or base, and projection.
 type Naming = fn(usize, usize, &str) -> String;
 

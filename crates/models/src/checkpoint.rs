@@ -8,7 +8,7 @@ use crate::layout::BankLayout;
 use crate::manifest::Manifest;
 use crate::names::Scheme;
 use crate::tensor_file::{BlockScales, Stored, TensorFile};
-use crate::{Error, Result, folder};
+use crate::{Error, Result, folder, names};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -176,15 +176,10 @@ impl Checkpoint {
         Ok(stamp)
     }
 
-    /// Numbers in all tensors.
+    /// Parameters of the model as it runs: without scales of FP8 blocks and extra tensors.
     pub fn parameters(&self) -> u64 {
-        let infos = self
-            .files
-            .iter()
-            .flat_map(|f| f.metadata.tensors().into_values());
-        infos
-            .map(|i| i.shape.iter().product::<usize>() as u64)
-            .sum()
+        // The layout fits the model, or the checkpoint would not be open.
+        Manifest::of(&self.config, &self.layout).map_or(0, |manifest| manifest.parameters())
     }
 
     /// The element type most numbers have on disk; bf16 where that is FP8.
@@ -203,15 +198,16 @@ impl Checkpoint {
         }
     }
 
-    /// Whether every tensor that the configuration implies is there, in its shape. To be asked before
-    /// long work; no weights are read.
+    /// Whether every tensor that the configuration implies is there, in its shape, and none that a
+    /// layer would ignore. To be asked before the model is run; no weights are read.
     ///
     /// # Errors
-    /// [`Error::Tensor`] naming the first that is not.
+    /// [`Error::Tensor`] naming the first that is missing, or that does not belong.
     pub fn check(&self) -> Result<()> {
         let manifest = Manifest::of(&self.config, &self.layout)?;
         let mut tensors = manifest.tensors.iter();
-        tensors.try_for_each(|(name, shape)| self.find(name, shape).map(|_| ()))
+        tensors.try_for_each(|(name, shape)| self.find(name, shape).map(|_| ()))?;
+        self.extras().map(|_| ())
     }
 
     /// Gives the tensors of a manifest that are in this checkpoint the element type they have here,
@@ -238,7 +234,8 @@ impl Checkpoint {
     /// DeepSeek-V3 that guess further tokens. Scales of FP8 blocks are not among them.
     ///
     /// # Errors
-    /// If the layout does not fit the model, or an extra one has an element type that we cannot copy.
+    /// If the layout does not fit the model, an extra one has an element type that we cannot copy, or
+    /// it stands in a layer that runs: then the configuration leaves out a part of the model.
     pub fn extras(&self) -> Result<Vec<Extra>> {
         let manifest = Manifest::of(&self.config, &self.layout)?;
         let places = manifest.tensors.iter();
@@ -251,6 +248,12 @@ impl Checkpoint {
             let tied = self.config.tie_word_embeddings && name == "lm_head.weight";
             if known.contains(name) || tied || scale.is_some_and(|w| self.by_name.contains_key(w)) {
                 continue;
+            }
+            let runs = names::layer_of(name).is_some_and(|l| l < self.config.num_layers);
+            if runs && !name.ends_with(".rotary_emb.inv_freq") {
+                let message = "is no part of the layer that config.json describes; use the \
+                               config.json that belongs to the weights";
+                return Err(Error::tensor(&self.dir, name, message));
             }
             let info = self.files[self.by_name[name]].metadata.info(name);
             let shape = info.map(|info| info.shape.clone()).unwrap_or_default();

@@ -135,7 +135,7 @@ impl PartialFolder {
 
     /// Syncs every file and puts the folder in its place, replacing what stood there. If that place
     /// cannot be had, the error names where the finished folder is kept.
-    pub fn commit(mut self) -> Result<()> {
+    pub fn commit(&mut self) -> Result<()> {
         for entry in fs::read_dir(&self.partial).map_err(io(&self.partial))? {
             let path = entry.map_err(io(&self.partial))?.path();
             File::open(&path)
@@ -294,7 +294,7 @@ mod tests {
     fn a_finished_folder_without_a_place_is_kept() {
         let root = tempfile::tempdir().unwrap();
         let target = root.path().join("out");
-        let folder = begin(&target, "two");
+        let mut folder = begin(&target, "two");
         // A file where the folder is to go, come up in the meantime.
         fs::write(&target, "in the way").unwrap();
         fs::create_dir(root.path().join(".out.old")).unwrap();

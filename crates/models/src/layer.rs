@@ -198,15 +198,6 @@ impl Layer {
 
     /// The layer's tensors.
     pub fn tensors(&self, layer: usize) -> Result<Vec<(String, Tensor)>> {
-        let mut out = self.tensors_beside_bank(layer)?;
-        if let Some(bank) = self.bank() {
-            out.extend(bank.tensors(layer)?);
-        }
-        Ok(out)
-    }
-
-    /// The tensors of all that compression leaves alone: everything but the bank.
-    pub fn tensors_beside_bank(&self, layer: usize) -> Result<Vec<(String, Tensor)>> {
         let mut out = Vec::new();
         // Visiting wants a mutable layer; cloning one copies handles, not weights.
         self.clone().visit(&mut |name, kind, tensor| {
@@ -216,6 +207,9 @@ impl Layer {
             }
             Ok(())
         })?;
+        if let Some(bank) = self.bank() {
+            out.extend(bank.tensors(layer)?);
+        }
         Ok(out)
     }
 }

@@ -35,7 +35,7 @@ pub mod random;
 
 pub use attention::LayerCache;
 pub use bank::{Adapters, Bank, Projections};
-pub use bank_io::load_experts;
+pub use bank_io::{load_experts, multiplied_out};
 pub use candle_core::DType;
 pub use checkpoint::{Checkpoint, Extra};
 pub use config::{Family, ModelConfig};

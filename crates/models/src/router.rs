@@ -84,7 +84,8 @@ impl Router {
         let chosen = top_k(&choice, moe.top_k)?;
         let mut gates = gather(&probabilities, &chosen, moe.top_k)?;
         if moe.renormalize {
-            gates = gates.broadcast_div(&gates.sum_keepdim(1)?)?;
+            // As the published model does, against a division by zero.
+            gates = gates.broadcast_div(&(gates.sum_keepdim(1)? + 1e-20)?)?;
         }
         if moe.routed_scaling_factor != 1.0 {
             gates = (gates * moe.routed_scaling_factor)?;

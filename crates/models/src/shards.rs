@@ -5,9 +5,13 @@ use crate::manifest::Manifest;
 use crate::names::{Place, Scheme};
 use crate::{Error, Result};
 use candle_core::DType;
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// The largest shard unless asked otherwise.
@@ -65,6 +69,37 @@ pub(crate) struct Shard {
     pub(crate) bytes: u64,
     /// The tensors in it, by the file's names.
     pub(crate) tensors: Vec<String>,
+}
+
+impl Shard {
+    /// Makes the file with its head and the room for its data.
+    pub(crate) fn create(&self, path: &Path) -> std::io::Result<File> {
+        let file = File::create(path)?;
+        let size = self.head.len() as u64 + self.bytes;
+        match fallocate(&file, FallocateFlags::empty(), 0, size.max(1)) {
+            // Not every file system can promise room.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+            other => other?,
+        }
+        file.set_len(size)?;
+        file.write_all_at(&self.head, 0)?;
+        Ok(file)
+    }
+
+    /// Opens the file that an earlier run made in `folder`, if it is the same one.
+    pub(crate) fn reopen(&self, folder: &Path) -> std::io::Result<File> {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(folder.join(&self.name))?;
+        let mut head = vec![0; self.head.len()];
+        file.read_exact_at(&mut head, 0)?;
+        let same = head == self.head && file.metadata()?.len() == head.len() as u64 + self.bytes;
+        match same {
+            true => Ok(file),
+            false => Err(std::io::ErrorKind::InvalidData.into()),
+        }
+    }
 }
 
 /// All files, and the place of every tensor in them.

@@ -16,9 +16,10 @@ use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What is done of a folder under construction.
 const JOURNAL: &str = "journal.json";
@@ -48,6 +49,10 @@ pub struct CheckpointWriter {
     done: Vec<bool>,
     /// What a run that goes on must agree with.
     key: String,
+    /// Whether there is something to go on with.
+    journaled: bool,
+    /// Whether the disk refused a write.
+    failed: AtomicBool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -99,15 +104,18 @@ impl CheckpointWriter {
             return Self::begin(PartialFolder::new(target)?, format, manifest, extras, key);
         };
         let shards = Shards::new(target, format, manifest, extras)?;
-        let open = |name: &str| {
-            let path = folder.path().join(name);
-            let file = OpenOptions::new().write(true).open(&path);
-            file.map_err(|e| Error::io(path, e))
-        };
-        let files = shards.shards.iter().map(|shard| open(&shard.name));
-        let (files, whole) = (files.collect(), journal.done.len() == shards.slots.len());
+        let files = shards
+            .shards
+            .iter()
+            .map(|shard| shard.reopen(folder.path()));
+        let (files, whole) = (
+            files.collect::<std::io::Result<Vec<_>>>(),
+            journal.done.len() == shards.slots.len(),
+        );
         match files {
             Ok(files) if whole => Ok(Self {
+                journaled: true,
+                failed: AtomicBool::new(false),
                 done: journal.done,
                 key: key.to_owned(),
                 folder,
@@ -132,15 +140,11 @@ impl CheckpointWriter {
         check_room(&folder, shards.total + ROOM)?;
         let create = |shard: &crate::shards::Shard| {
             let path = folder.path().join(&shard.name);
-            let create = || {
-                let file = File::create(&path)?;
-                file.set_len(shard.head.len() as u64 + shard.bytes)?;
-                file.write_all_at(&shard.head, 0)?;
-                Ok(file)
-            };
-            create().map_err(|e| Error::io(&path, e))
+            shard.create(&path).map_err(|e| Error::io(&path, e))
         };
         Ok(Self {
+            journaled: false,
+            failed: AtomicBool::new(false),
             files: shards.shards.iter().map(create).collect::<Result<_>>()?,
             done: vec![false; shards.slots.len()],
             key: key.to_owned(),
@@ -221,6 +225,7 @@ impl CheckpointWriter {
         self.files[slot.shard]
             .write_all_at(bytes, start)
             .map_err(|e| {
+                self.failed.store(true, Ordering::Relaxed);
                 let name = &self.shards.shards[slot.shard].name;
                 Error::io(self.folder.path().join(name), e)
             })
@@ -295,8 +300,9 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Makes what is done durable, so that a later run with the same key goes on from here.
-    pub fn checkpoint(&self) -> Result<()> {
+    /// Makes what is done durable, so that a later run with the same key goes on from here, unless the
+    /// disk fails: a full one gets its room back.
+    pub fn checkpoint(&mut self) -> Result<()> {
         for (file, shard) in self.files.iter().zip(&self.shards.shards) {
             file.sync_data()
                 .map_err(|e| Error::io(self.folder.path().join(&shard.name), e))?;
@@ -305,14 +311,14 @@ impl CheckpointWriter {
             key: self.key.clone(),
             done: self.done.clone(),
         };
-        write_file(&self.folder.path().join(JOURNAL), &json(JOURNAL, &journal)?)
+        write_file(&self.folder.path().join(JOURNAL), &json(JOURNAL, &journal)?)?;
+        self.journaled = true;
+        Ok(())
     }
 
     /// Stops here and leaves what is done for a later run with the same key.
     pub fn keep(mut self) -> Result<()> {
-        self.checkpoint()?;
-        self.folder.keep();
-        Ok(())
+        self.checkpoint()
     }
 
     /// Adds a side file (tokenizer, generation config, …).
@@ -330,11 +336,11 @@ impl CheckpointWriter {
             let Some(name) = name.filter(|_| path.is_file()) else {
                 continue;
             };
-            if name == "config.json" || WEIGHTS.iter().any(|w| name.ends_with(w)) {
+            let ours = ["config.json", JOURNAL].contains(&name.as_str());
+            if ours || WEIGHTS.iter().any(|w| name.ends_with(w)) {
                 continue;
             }
-            let bytes = fs::read(&path).map_err(|e| Error::io(&path, e))?;
-            self.side_file(&name, &bytes)?;
+            fs::copy(&path, self.folder.path().join(name)).map_err(|e| Error::io(&path, e))?;
         }
         Ok(())
     }
@@ -368,6 +374,14 @@ impl CheckpointWriter {
             fs::remove_file(&journal).map_err(|e| Error::io(journal, e))?;
         }
         self.folder.commit()
+    }
+}
+
+impl Drop for CheckpointWriter {
+    fn drop(&mut self) {
+        if self.journaled && !self.failed.load(Ordering::Relaxed) {
+            self.folder.keep();
+        }
     }
 }
 

@@ -5,14 +5,13 @@ mod support;
 
 use candle_core::{DType, Tensor, Var};
 use lightmoe_models::{
-    Adapters, BankLayout, Decoder, GenerateOptions, LanguageModel, SlotLayout, Tokens, generate,
-    names,
+    Adapters, Decoder, GenerateOptions, LanguageModel, SlotLayout, Tokens, generate, multiplied_out,
 };
 use std::collections::HashSet;
 use std::path::Path;
 use support::{
-    FORMS, Folder, Form, PROJECTIONS, Random, annealing, assert_close, bank_of, begin, config,
-    config_with, logits, open, values,
+    FORMS, Folder, Form, Random, annealing, assert_close, bank_of, begin, config, config_with,
+    logits, open, values,
 };
 
 /// f32, the same sums in another order.
@@ -256,38 +255,6 @@ fn a_written_model_is_the_model() {
     }
 }
 
-/// The `dense` export: everything multiplied out, written as a plain OLMoE checkpoint.
-#[test]
-fn a_multiplied_out_model_computes_the_same() {
-    let folder = Folder::new();
-    let original = folder.original(&config());
-    for form in FORMS {
-        let compressed = folder.compressed(&original, form.slots());
-        for beta in [0.0, 0.3, 1.0] {
-            let mut model = annealing(&compressed, &original, beta);
-            attach_adapters(&mut model);
-            let mut all = Decoder::load(&original).unwrap().tensors().unwrap();
-            all.retain(|(name, _)| !name.contains(".experts."));
-            for (l, bank) in model.banks().enumerate() {
-                let whole = bank.materialise().unwrap();
-                for ((_, stack), p) in whole.named().into_iter().zip(PROJECTIONS) {
-                    assert_eq!(stack.dims()[0], 8);
-                    all.extend((0..8).map(|e| (names::expert(l, e, p), stack.get(e).unwrap())));
-                }
-            }
-            let plain = BankLayout::dense(model.config()).annotate(model.config());
-            let path = folder.write("dense", &all, &plain.unwrap());
-            assert_eq!(open(&path).names(), original.names());
-            let (dense, ids) = (Decoder::load(&open(&path)).unwrap(), Random::new(6).ids(12));
-            assert_close(
-                &logits(&dense, &ids, 1),
-                &logits(&model, &ids, 1),
-                TOLERANCE,
-            );
-        }
-    }
-}
-
 /// Adapters that do something, on every dense slot.
 fn attach_adapters(model: &mut Decoder) {
     let (config, mut random) = (model.config().clone(), Random::new(9));
@@ -393,12 +360,39 @@ fn a_removed_expert_is_not_chosen() {
     assert_close(&ours, &expected, TOLERANCE);
 }
 
-/// What no matrices compute has no dense form.
+/// Multiplied out, matrix by matrix, the model is a plain one that computes the same.
 #[test]
-fn constants_are_not_multiplied_out() {
+fn a_multiplied_out_model_computes_the_same() {
     let folder = Folder::new();
     let original = folder.original(&config());
-    let model = Decoder::load(&folder.compressed(&original, Form::Every.slots())).unwrap();
-    let message = model.banks().next().unwrap().materialise().unwrap_err();
-    assert!(message.to_string().contains("compact"), "{message}");
+    for form in FORMS {
+        let compressed = folder.compressed(&original, form.slots());
+        let mut all = Decoder::load(&original).unwrap().tensors().unwrap();
+        for (name, tensor) in &mut all {
+            let Some((layer, rest)) = name.split_once(".mlp.experts.") else {
+                *tensor = compressed.tensor(name, tensor.dims()).unwrap();
+                continue;
+            };
+            let (expert, projection) = rest.split_once('.').unwrap();
+            let layer = layer.rsplit('.').next().unwrap().parse().unwrap();
+            let place = (layer, expert.parse().unwrap());
+            let shape = <[usize; 2]>::try_from(tensor.dims()).unwrap();
+            let projection = projection.strip_suffix(".weight").unwrap();
+            *tensor = multiplied_out(&compressed, place, projection, shape).unwrap();
+        }
+        let path = folder.write("dense", &all, &original.config().raw);
+        let (dense, ids) = (Decoder::load(&open(&path)).unwrap(), Random::new(6).ids(12));
+        let model = Decoder::load(&compressed).unwrap();
+        assert_close(
+            &logits(&dense, &ids, 1),
+            &logits(&model, &ids, 1),
+            TOLERANCE,
+        );
+    }
+    // What no matrices compute has no dense form.
+    let compressed = folder.compressed(&original, Form::Every.slots());
+    for place in [(0, 4), (1, 3)] {
+        let refused = multiplied_out(&compressed, place, "up_proj", [12, 16]).unwrap_err();
+        assert!(refused.to_string().contains("compact"), "{refused}");
+    }
 }

@@ -26,7 +26,9 @@ use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_export::{Card, ExportKind, ExportOptions, export};
 use lightmoe_models::hub::Want;
-use lightmoe_models::{Checkpoint, DType, ExpertPacking, ModelConfig, ModelTokenizer, folder};
+use lightmoe_models::{
+    BankLayout, Checkpoint, DType, ExpertPacking, ModelConfig, ModelTokenizer, folder,
+};
 use lightmoe_train::Folders;
 use std::io::IsTerminal;
 use std::path::Path;
@@ -85,6 +87,13 @@ pub fn run_compress(args: CompressArgs) -> Result<String> {
     };
     if let Some(path) = &args.config {
         let config = ModelConfig::from_file(path)?;
+        if BankLayout::of(&config, path)? != BankLayout::dense(&config) {
+            let message = format!(
+                "`{}` is of a compressed model; give the original's",
+                path.display()
+            );
+            return Err(Refused(message).into());
+        }
         let recipe = Recipe::resolve(settings(args.recipe)?, &config).map_err(Refused::of)?;
         let size = file_dtype(&config).size_in_bytes() as u64;
         return shown(forecast(&recipe, &config, size, recipe.calibration_tokens)?);

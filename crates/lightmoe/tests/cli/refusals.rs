@@ -115,13 +115,13 @@ fn what_only_the_observations_can_tell_is_refused_too() {
 
 /// Any plan may be edited; one that no bank can hold is refused before the weights are read.
 #[test]
-fn an_edited_plan_of_two_ranks_in_a_layer_is_refused() {
+fn an_edited_plan_that_no_bank_can_hold_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (path, out) = (folder.path().join("plan.json"), folder.path().join("out"));
     let mut plan = crate::support::json(&base().join("plan.json"));
     let slots = plan["layers"][1]["slots"].as_array_mut().unwrap();
     let adapted = slots.iter_mut().find(|s| s["form"] == "adapted").unwrap();
-    adapted["rank"] = 2.into();
+    adapted["group"] = 7.into();
     fs::write(&path, plan.to_string()).unwrap();
     let mut build = command("build");
     build
@@ -129,7 +129,7 @@ fn an_edited_plan_of_two_ranks_in_a_layer_is_refused() {
         .arg("--plan")
         .arg(&path);
     let message = build.arg("--out").arg(&out).fails(1);
-    for word in ["layer 1", "rank 4", "has 2"] {
+    for word in ["plan.json", "layer 1", "group 7"] {
         assert!(message.contains(word), "{message}");
     }
     assert_eq!(names(folder.path()), ["plan.json"]);

@@ -155,7 +155,15 @@ fn the_facts_of_the_families() {
     assert_eq!(facts("qwen2_moe"), qwen2);
     let qwen3 = (QkNorm::PerHead, plain, None, true, (0, false));
     assert_eq!(facts("qwen3_moe"), qwen3);
+    let mut coder = fixture("parity/qwen3_moe/config.json");
+    coder["qkv_bias"] = json!(false);
+    coder["use_qk_norm"] = json!(true);
+    coder["shared_expert_intermediate_size"] = json!(0);
+    ModelConfig::from_json(&coder, Path::new("c")).unwrap();
     for (key, value) in [
+        ("qkv_bias", json!(true)),
+        ("use_qk_norm", json!(false)),
+        ("shared_expert_intermediate_size", json!(8)),
         ("decoder_sparse_step", json!(2)),
         ("mlp_only_layers", json!([1])),
         ("use_sliding_window", json!(true)),
@@ -240,6 +248,19 @@ fn refuses_missing_and_contradictory_keys() {
         changed(v3, "rope_interleave", json!(false)),
         &["rope_interleave"],
     );
+    // The original context may stand beside the scaling; two that differ are an error.
+    let mut outer = fixture(phi);
+    for key in ["rope_scaling", "rope_parameters"] {
+        let inner = outer[key].as_object_mut().unwrap();
+        inner.remove("original_max_position_embeddings");
+    }
+    let read = |raw: &Value| ModelConfig::from_json(raw, Path::new("here/config.json"));
+    let RopeScaling::Long(long) = read(&outer).unwrap().rope_scaling else {
+        panic!("no LongRoPE");
+    };
+    assert_eq!(long.original, 64);
+    let differs = changed(phi, "original_max_position_embeddings", json!(32));
+    assert_refused(differs, &["original_max_position_embeddings"]);
     let v2 = "parity/deepseek_v2/config.json";
     assert_refused(
         changed(v2, "norm_topk_prob", json!(true)),

@@ -29,12 +29,8 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<Facts> {
 
 /// What the families with latent attention have in common.
 pub(super) fn latent(keys: &Keys<'_>, family: Family, moe: MoeConfig) -> Result<Facts> {
-    for key in ["attention_bias", "mlp_bias"] {
-        if keys.flag(key, false)? {
-            let message = format!("`{key}` is not supported for this family; use a model without");
-            return Err(keys.error(message));
-        }
-    }
+    keys.fixed("attention_bias", false)?;
+    keys.fixed("mlp_bias", false)?;
     // How many machines shared the experts in training; and what `transformers` derives from others.
     keys.ignore(&["ep_size", "head_dim", "qk_head_dim"]);
     let qk_rope_head_dim = keys.size("qk_rope_head_dim", None)?;

@@ -12,11 +12,7 @@ use crate::config::{GroupScore, MoeConfig, Scoring};
 pub(super) fn read(keys: &Keys<'_>) -> Result<Facts> {
     keys.one_of("scoring_func", &["sigmoid"])?;
     keys.one_of("topk_method", &["noaux_tc"])?;
-    if !keys.flag("rope_interleave", true)? {
-        let message = "`rope_interleave` is false, which is not supported; use a model that \
-                       rotates adjacent pairs";
-        return Err(keys.error(message));
-    }
+    keys.fixed("rope_interleave", true)?;
     // Layers that guess further tokens; they lie behind the model's own and do not run here.
     keys.ignore(&["num_nextn_predict_layers", "num_mtp_layers"]);
     let moe = beside_shared(keys)?;

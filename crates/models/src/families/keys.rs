@@ -213,6 +213,17 @@ impl<'a> Keys<'a> {
         )))
     }
 
+    /// Refuses the other value of a switch that has but one in this family.
+    pub(super) fn fixed(&self, key: &str, value: bool) -> Result<()> {
+        match self.flag(key, value)? == value {
+            true => Ok(()),
+            false => Err(self.error(format!(
+                "`{key}` is {}, which is not supported; use a model with {value}",
+                !value
+            ))),
+        }
+    }
+
     pub(super) fn absent(&self, key: &str, what_to_do: &str) -> Result<()> {
         match self.get(key) {
             None => Ok(()),

@@ -7,8 +7,8 @@ use crate::Result;
 use crate::config::{Attention, MoeConfig, NormKind, QkNorm, Scoring};
 
 pub(super) fn read(keys: &Keys<'_>) -> Result<Facts> {
-    // Noise on the router's input, while training only; and what stands in `rope_scaling` too.
-    keys.ignore(&["input_jitter_noise", "original_max_position_embeddings"]);
+    // Noise on the router's input, while training only.
+    keys.ignore(&["input_jitter_noise"]);
     let attention = Attention::GroupedQuery {
         qk_norm: QkNorm::None,
         // Every published model has biases in the attention and in the head, and a file that

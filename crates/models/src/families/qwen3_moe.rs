@@ -8,6 +8,14 @@ use crate::config::{Attention, QkNorm};
 
 pub(super) fn read(keys: &Keys<'_>) -> Result<Facts> {
     keys.uniform_layers()?;
+    // Qwen3-Coder writes down what all of the family do.
+    keys.fixed("qkv_bias", false)?;
+    keys.fixed("use_qk_norm", true)?;
+    if keys.count("shared_expert_intermediate_size", Some(0))? != 0 {
+        let message = "`shared_expert_intermediate_size` is not 0, but this family has no shared \
+                       expert; correct it";
+        return Err(keys.error(message));
+    }
     let attention = Attention::GroupedQuery {
         qk_norm: QkNorm::PerHead,
         bias: keys.attention_bias(false)?,

@@ -16,6 +16,7 @@ impl Keys<'_> {
         allowed: &[&str],
         positions: usize,
     ) -> Result<(f64, RopeScaling)> {
+        let outer = self.optional_size("original_max_position_embeddings")?;
         let mut inner_theta = None;
         let mut scaling = None;
         for key in ["rope_parameters", "rope_scaling"] {
@@ -38,9 +39,16 @@ impl Keys<'_> {
             if let Some(theta) = inner.get("rope_theta") {
                 inner_theta = Some(inner.positive("rope_theta", theta.as_f64())?);
             }
+            let original = outer.unwrap_or(positions);
+            let original = inner.size("original_max_position_embeddings", Some(original))?;
+            if outer.is_some_and(|outer| outer != original) {
+                let message = "`original_max_position_embeddings` differs from the one beside the \
+                               scaling; remove one of them";
+                return Err(self.error(message));
+            }
             let found = match kind {
-                "yarn" => inner.yarn(positions)?,
-                "longrope" => inner.long_rope(positions)?,
+                "yarn" => inner.yarn(original, positions)?,
+                "longrope" => inner.long_rope(original, positions)?,
                 _ => RopeScaling::None,
             };
             inner.all_known()?;
@@ -58,8 +66,7 @@ impl Keys<'_> {
         Ok((theta, scaling.unwrap_or(RopeScaling::None)))
     }
 
-    fn yarn(&self, positions: usize) -> Result<RopeScaling> {
-        let original = self.size("original_max_position_embeddings", Some(positions))?;
+    fn yarn(&self, original: usize, positions: usize) -> Result<RopeScaling> {
         let factor = self.positive("factor", Some(positions as f64 / original as f64))?;
         let mscale = self.non_negative("mscale", Some(0.0))?;
         let mscale_all_dim = self.non_negative("mscale_all_dim", Some(0.0))?;
@@ -78,7 +85,7 @@ impl Keys<'_> {
         }))
     }
 
-    fn long_rope(&self, positions: usize) -> Result<RopeScaling> {
+    fn long_rope(&self, original: usize, positions: usize) -> Result<RopeScaling> {
         let factors = |key: &str| {
             self.read(key, "a list of positive numbers", None, |value| {
                 let each = value.as_array()?.iter().map(Value::as_f64);
@@ -86,7 +93,6 @@ impl Keys<'_> {
                 all.iter().all(|&f| f > 0.0).then_some(all)
             })
         };
-        let original = self.size("original_max_position_embeddings", Some(positions))?;
         // The models come with their own factors; else LongRoPE's rule.
         let factor = self.positive("factor", Some(positions as f64 / original as f64))?;
         let rule = (1.0 + factor.max(1.0).ln() / (original as f64).ln()).sqrt();

@@ -123,7 +123,9 @@ pub fn fetch(
 }
 
 fn is_side_file(file: &str) -> bool {
-    !file.contains('/') && SIDE_FILES.iter().any(|side| file.starts_with(side))
+    // Program text that `auto_map` names: a dense export needs it where the original does.
+    let program = file.ends_with(".py");
+    !file.contains('/') && (program || SIDE_FILES.iter().any(|side| file.starts_with(side)))
 }
 
 /// What the cache holds, if it is enough. A revision is a reference to a commit, or the commit.
