@@ -21,8 +21,8 @@ pub fn batch_tokens(config: &ModelConfig, longest: usize, max_memory: u64) -> Re
     let needed = weights + longest as u64 * token_bytes(config);
     if needed > max_memory {
         return Err(Error::Invalid(format!(
-            "a layer of this model and a sample of {longest} tokens need {:.1} GiB, but at most \
-             {:.1} GiB may be used; raise `--max-memory`, or shorten the samples",
+            "a layer of this model and a sample of {longest} tokens need {:.2} GiB, but at most \
+             {:.2} GiB may be used; raise `--max-memory`, or shorten the samples",
             gib(needed),
             gib(max_memory)
         )));

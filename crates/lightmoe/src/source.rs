@@ -40,11 +40,11 @@ pub fn model_folder(name: &str, want: Want) -> Result<PathBuf> {
         };
     }
     let path = PathBuf::from(name);
-    // Whoever opens it is told how to get it back.
-    let abandoned = folder::abandoned(&path).is_some();
-    match HubName::parse(name).filter(|_| !path.exists() && !abandoned) {
+    match hub_name(name) {
         Some(name) => hub::download(&name, want),
-        None if path.join("config.json").is_file() || abandoned => Ok(path),
+        None if path.join("config.json").is_file() || folder::abandoned(&path).is_some() => {
+            Ok(path)
+        }
         None => Err(Refused(format!(
             "`{name}` is no model folder: it has no config.json; give a folder in the Hugging Face \
              layout, a model on the Hugging Face Hub as `org/name` or `org/name@revision`, or \
@@ -52,6 +52,14 @@ pub fn model_folder(name: &str, want: Want) -> Result<PathBuf> {
         ))
         .into()),
     }
+}
+
+/// The model on the Hub that `name` means, if it means one.
+pub fn hub_name(name: &str) -> Option<HubName> {
+    let path = Path::new(name);
+    // Whoever opens an abandoned folder is told how to get it back.
+    let here = name == BUILT_IN || path.exists() || folder::abandoned(path).is_some();
+    HubName::parse(name).filter(|_| !here)
 }
 
 /// An opened model; see [`model_folder`].

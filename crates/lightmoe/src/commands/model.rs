@@ -5,9 +5,10 @@ use crate::cli::{GenerateArgs, InspectArgs, LogitsArgs, SynthesizeArgs};
 use crate::inspect::Summary;
 use crate::pipeline::load_model;
 use crate::progress::{Progress, stopped};
-use crate::source::open_model;
+use crate::source::{hub_name, model_folder, open_model};
 use crate::tokens::{INPUT_IDS, TokenBatch};
 use anyhow::{Result, bail};
+use lightmoe_models::hub::Want;
 use lightmoe_models::{GenerateOptions, ModelConfig, ModelTokenizer, Tokens, folder, synthesize};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -20,6 +21,11 @@ use std::io::Write;
 pub fn run_inspect(args: InspectArgs) -> Result<String> {
     let summary = match &args.config {
         Some(path) => Summary::of_config(&ModelConfig::from_file(path)?, path)?,
+        // What the configuration tells is no reason to download weights.
+        None if hub_name(&args.model).is_some() => {
+            let path = model_folder(&args.model, Want::ConfigOnly)?.join("config.json");
+            Summary::of_config(&ModelConfig::from_file(&path)?, &path)?
+        }
         None => Summary::of_checkpoint(&open_model(&args.model)?)?,
     };
     Ok(match args.json {

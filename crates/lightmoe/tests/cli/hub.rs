@@ -40,6 +40,9 @@ fn a_model_is_inspected_by_its_name() {
     assert!(cache.path().join("models--org--tiny/refs/main").exists());
     let seen = hub.seen();
     assert_eq!(seen[0].headers["authorization"], "Bearer secret");
+    // No weights for what the configuration tells.
+    let weights = |seen: &[server::Seen]| seen.iter().any(|s| s.path.contains(".safetensors"));
+    assert!(!weights(&seen));
 
     let offline = |name: &str| {
         let mut call = inspect(name);
@@ -86,8 +89,9 @@ fn a_folder_comes_before_the_hub() {
 fn a_failing_server_ends_with_one() {
     let (hub, cache) = (hub(), tempfile::tempdir().unwrap());
     hub.fail("model.safetensors", &[Fault::Status(500); 3]);
-    let mut inspect = call("inspect", &hub, cache.path());
-    let message = inspect.args(["--model", "org/tiny"]).fails(1);
+    let mut logits = call("logits", &hub, cache.path());
+    logits.args(["--model", "org/tiny", "--out"]);
+    let message = logits.arg(cache.path().join("logits")).fails(1);
     assert!(
         message.contains("500") && message.contains("try again"),
         "{message}"

@@ -201,3 +201,73 @@ fn a_full_disk_leaves_nothing() {
     );
     assert!(fs::metadata(&out).is_err());
 }
+
+/// The highest resident memory of a program that runs to its end, in bytes.
+fn peak_of(call: &mut std::process::Command) -> u64 {
+    let mut child = call.spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    while child.try_wait().unwrap().is_none() {
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok());
+        peak = peak.max(kib.unwrap_or(0) * 1024);
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert!(child.wait().unwrap().success());
+    peak
+}
+
+/// Observe keeps to its limit, with grouped and with latent attention.
+#[test]
+fn observe_keeps_to_its_memory() {
+    let grouped = json!({
+        "model_type": "olmoe", "vocab_size": 512, "hidden_size": 512, "intermediate_size": 256,
+        "num_hidden_layers": 2, "num_attention_heads": 32, "num_experts": 16,
+        "num_experts_per_tok": 4, "max_position_embeddings": 1024,
+    });
+    let latent = json!({
+        "model_type": "deepseek_v2", "vocab_size": 512, "hidden_size": 512,
+        "intermediate_size": 512, "moe_intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "n_routed_experts": 16,
+        "num_experts_per_tok": 4, "kv_lora_rank": 64, "q_lora_rank": null, "v_head_dim": 64,
+        "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "max_position_embeddings": 1024,
+    });
+    for config in [grouped, latent] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::write(path("config.json"), config.to_string()).unwrap();
+        let mut call = command("synthesize");
+        call.arg("--config")
+            .arg(path("config.json"))
+            .arg("--out")
+            .arg(path("model"))
+            .ok();
+        let ids: Vec<u8> = (0..16 * 512i32)
+            .flat_map(|i| (i * 7 % 512).to_le_bytes())
+            .collect();
+        let view =
+            safetensors::tensor::TensorView::new(safetensors::Dtype::I32, vec![16, 512], &ids);
+        let file = safetensors::serialize([("input_ids", view.unwrap())], None).unwrap();
+        fs::write(path("ids.safetensors"), file).unwrap();
+        let observe = |limit: &str| {
+            let mut call = command("observe");
+            call.args(["--max-memory", limit])
+                .arg("--model")
+                .arg(path("model"));
+            call.arg("--tokens").arg(path("ids.safetensors"));
+            call.arg("--out").arg(path("seen.safetensors"));
+            call
+        };
+        for mib in [300, 450] {
+            let peak = peak_of(&mut observe(&format!("{mib}MiB")));
+            assert!(peak > 20 << 20, "{peak} bytes: not measured");
+            assert!(
+                peak <= mib << 20,
+                "{peak} bytes with at most {mib} MiB: {config}"
+            );
+        }
+        let message = observe("100MiB").fails(1);
+        assert!(message.contains("--max-memory"), "{message}");
+    }
+}

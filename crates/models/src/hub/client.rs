@@ -4,6 +4,7 @@ use super::{HubName, HubOptions, OnBytes};
 use crate::{Error, Result};
 use hf_hub::api::RepoInfo;
 use hf_hub::{CacheRepo, Repo};
+use sha2::{Digest, Sha256};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read, Write};
 use std::os::unix::fs::symlink;
@@ -120,7 +121,9 @@ impl<'a> Client<'a> {
         if !blob.exists() {
             let partial = self.cache.blob_path(&format!("{}.incomplete", remote.etag));
             make_parent(&partial)?;
+            let continued = fs::metadata(&partial).is_ok_and(|found| found.len() > 0);
             self.download(&remote, file, &partial, &mut go_on)?;
+            self.verify(&remote, file, &partial, continued)?;
             fs::rename(&partial, &blob).map_err(|e| Error::io(&blob, e))?;
         }
         make_parent(pointer)?;
@@ -226,6 +229,29 @@ impl<'a> Client<'a> {
             return Err(self.strange(url, &message));
         }
         out.sync_all().map_err(io)
+    }
+
+    /// Compares the content with the SHA-256 that the Hub gives large files for an ETag. What differs
+    /// is thrown away; where it was `continued`, the part may be to blame, and another attempt is worth
+    /// it.
+    fn verify(&self, remote: &Remote, file: &str, partial: &Path, continued: bool) -> Result<()> {
+        let etag = &remote.etag;
+        if etag.len() != 64 || !etag.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Ok(());
+        }
+        let io = |e| Error::io(partial, e);
+        let mut hash = Sha256::new();
+        std::io::copy(&mut File::open(partial).map_err(io)?, &mut hash).map_err(io)?;
+        let found: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        if found == etag.to_lowercase() {
+            return Ok(());
+        }
+        fs::remove_file(partial).map_err(io)?;
+        let message = format!("sent `{file}` with other content than it names");
+        match self.strange(&remote.url, &message) {
+            Error::Hub(message) if !continued => Err(Error::Invalid(message)),
+            again => Err(again),
+        }
     }
 
     /// The lock of a blob, the same as that of other programs; given back when dropped.

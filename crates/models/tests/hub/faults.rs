@@ -134,3 +134,28 @@ fn two_programs_share_a_download() {
     });
     assert_eq!(ranges(&world.hub.seen()), [None]);
 }
+
+/// A part that another program left in disorder is thrown away, and the file comes whole.
+#[test]
+fn a_part_with_other_content_is_not_trusted() {
+    let world = World::new(mixtral());
+    world.hub.fail(
+        WEIGHTS,
+        &[
+            Fault::Breaks(1000),
+            Fault::Breaks(0),
+            Fault::Breaks(0),
+            Fault::Breaks(0),
+        ],
+    );
+    failed(world.whole(), &["try again"]);
+    let blobs = world.cache.path().join("models--org--tiny/blobs");
+    let part = blobs.join(world.partial().unwrap());
+    let mut bytes = fs::read(&part).unwrap();
+    bytes[500] ^= 1;
+    fs::write(&part, bytes).unwrap();
+    world.hub.seen();
+    Checkpoint::open(&world.whole().unwrap()).unwrap();
+    assert_eq!(ranges(&world.hub.seen()), [Some("bytes=1000-"), None]);
+    assert_eq!(world.partial(), None);
+}

@@ -2,8 +2,8 @@
 //! faults on demand.
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
@@ -170,11 +170,13 @@ impl State {
         let Some((file, bytes)) = resolve.and_then(|f| Some((f, self.files.get(f)?))) else {
             return refuse(to, 404, "EntryNotFound");
         };
-        let mut hash = DefaultHasher::new();
-        (file, bytes).hash(&mut hash);
-        let etag = format!("\"{:064x}\"", hash.finish());
+        // As the Hub does: the SHA-256 of large files, another digest of small ones.
+        let digest = Sha256::digest(bytes);
+        let digest: String = digest.iter().map(|b| format!("{b:02x}")).collect();
+        let large = file.ends_with(".safetensors");
+        let etag = format!("\"{}\"", if large { &digest[..] } else { &digest[..40] });
         let commit = ("X-Repo-Commit", COMMIT.to_owned());
-        if file.ends_with(".safetensors") {
+        if large {
             let facts = [
                 commit,
                 ("Location", format!("{}/storage/{file}", self.storage)),
