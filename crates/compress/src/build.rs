@@ -6,9 +6,10 @@
 //! computes with the bases alone until it is recovered.
 
 use crate::methods::BaseInit;
+use crate::observations::{LayerObservations, Observations};
 use crate::plan::{LayerPlan, Plan, SlotForm};
 use crate::{Error, Result};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use lightmoe_models::random::{gaussian, stream};
 use lightmoe_models::{
     Adapters, BankLayout, Checkpoint, CheckpointWriter, Format, LayerLayout, Manifest, ModelConfig,
@@ -34,11 +35,26 @@ impl LayerPlan {
         let form = |form: SlotForm| match form {
             SlotForm::Dense => SlotLayout::Dense,
             SlotForm::Adapted { group, rank, .. } => SlotLayout::Adapted { group, rank },
+            SlotForm::Constant => SlotLayout::Constant,
+            SlotForm::Removed => SlotLayout::Removed,
         };
         LayerLayout {
             slots: self.slots.iter().map(|s| form(s.form)).collect(),
         }
     }
+}
+
+/// What a checkpoint is built from.
+#[derive(Clone, Copy)]
+pub struct BuildInputs<'a> {
+    /// The original.
+    pub checkpoint: &'a Checkpoint,
+    /// What becomes of each expert.
+    pub plan: &'a Plan,
+    /// What was observed; only slots that are constants need it.
+    pub observations: Option<&'a Observations>,
+    /// Seed of fresh adapters and random bases.
+    pub seed: u64,
 }
 
 /// Builds the compressed checkpoint in the folder `target`, in the element type and with the names
@@ -49,19 +65,21 @@ impl LayerPlan {
 /// [`Error::Invalid`] if the plan is for another model, [`Error::Interrupted`] if the work was stopped;
 /// what reading and writing may bring, too little room on the disk included.
 pub fn build(
-    checkpoint: &Checkpoint,
-    plan: &Plan,
-    seed: u64,
+    inputs: &BuildInputs<'_>,
     target: &Path,
     progress: &mut dyn FnMut(usize, usize) -> bool,
 ) -> Result<()> {
+    let (checkpoint, plan) = (inputs.checkpoint, inputs.plan);
     let config = checkpoint.config();
     plan.check_model(config)?;
+    if let Some(observations) = inputs.observations {
+        observations.check(config)?;
+    }
     let mut manifest = Manifest::of(config, &plan.layout(config))?;
     checkpoint.keep_types(&mut manifest)?;
     let extras = checkpoint.extras()?;
     let format = Format::new(checkpoint.dtype(), checkpoint.scheme());
-    let key = key(checkpoint, plan, seed)?;
+    let key = key(inputs)?;
     let mut writer = CheckpointWriter::resume(target, &format, &manifest, &extras, &key)?;
     writer.copy_extras(checkpoint, &extras)?;
     writer.checkpoint()?;
@@ -75,11 +93,13 @@ pub fn build(
         let here = |(name, _): &(String, Vec<usize>)| names::layer_of(name) == Some(l);
         let (tensors, rest) = layers.split_at(layers.partition_point(here));
         layers = rest;
+        let seen = inputs.observations.map(|seen| seen.layers.iter());
         let layer = Layer {
             checkpoint,
-            seed,
+            seed: inputs.seed,
             base: plan.settings.base,
             plan: plan.layers.iter().find(|p| p.layer == l),
+            observed: seen.and_then(|mut layers| layers.find(|o| o.layer == l)),
         };
         if tensors.iter().any(|(name, _)| !writer.is_done(name)) {
             layer.write(tensors, &mut writer)?;
@@ -95,13 +115,14 @@ pub fn build(
 }
 
 /// Names all that decides the content of the result.
-fn key(checkpoint: &Checkpoint, plan: &Plan, seed: u64) -> Result<String> {
-    let plan = serde_json::to_vec(plan)
+fn key(inputs: &BuildInputs<'_>) -> Result<String> {
+    let plan = serde_json::to_vec(inputs.plan)
         .map_err(|e| Error::Invalid(format!("the plan cannot be written: {e}")))?;
     let mut hash = Sha256::new();
-    hash.update(seed.to_le_bytes());
+    hash.update(inputs.seed.to_le_bytes());
     hash.update(&plan);
-    hash.update(checkpoint.stamp()?);
+    hash.update(inputs.checkpoint.stamp()?);
+    hash.update(inputs.observations.map_or("", |seen| &seen.fingerprint));
     Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }
 
@@ -111,12 +132,14 @@ struct Layer<'a> {
     seed: u64,
     base: BaseInit,
     plan: Option<&'a LayerPlan>,
+    observed: Option<&'a LayerObservations>,
 }
 
 impl Layer<'_> {
-    /// Writes all tensors of the layer: those that stay, bases, adapters.
+    /// Writes all tensors of the layer: those that stay, bases, adapters, constants.
     fn write(&self, tensors: &[(String, Vec<usize>)], writer: &mut CheckpointWriter) -> Result<()> {
-        let ours = |name: &str| name.contains(".mlp.bases.") || name.contains(".lora_");
+        let made = [".mlp.bases.", ".lora_", ".constant."];
+        let ours = |name: &str| made.iter().any(|part| name.contains(part));
         let kept: Vec<_> = tensors
             .iter()
             .filter(|(name, _)| !ours(name))
@@ -141,6 +164,12 @@ impl Layer<'_> {
                 }
             }
         }
+        for expert in plan.layout().of_form(SlotLayout::Constant) {
+            push(
+                names::constant(plan.layer, expert),
+                &self.constant(plan, expert)?,
+            )?;
+        }
         for (expert, _, rank) in plan.layout().adapted() {
             let fresh = Adapters::fresh(config, plan.layer, &[expert], rank, self.seed)?;
             let Some(adapters) = fresh else { continue };
@@ -152,6 +181,27 @@ impl Layer<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The mean output of an expert over the tokens that chose it; zero if there were none.
+    fn constant(&self, plan: &LayerPlan, expert: usize) -> Result<Tensor> {
+        let width = self.checkpoint.config().hidden_size;
+        let seen = self
+            .observed
+            .and_then(|o| Some((o.outputs.as_ref()?, o.selections[expert])));
+        let (outputs, count) = seen.ok_or_else(|| {
+            Error::Invalid(format!(
+                "layer {}: expert {expert} becomes its mean output, which only observations tell; \
+                 give those that `observe` wrote",
+                plan.layer
+            ))
+        })?;
+        let sum = &outputs.sum[expert * width..(expert + 1) * width];
+        let mean: Vec<f32> = sum
+            .iter()
+            .map(|s| (s / count.max(1) as f64) as f32)
+            .collect();
+        Ok(Tensor::new(mean, &Device::Cpu)?)
     }
 
     /// The three matrices of the base of a group.

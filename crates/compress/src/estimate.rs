@@ -30,6 +30,30 @@ pub struct Estimate {
     pub bytes_after: u64,
 }
 
+/// Forecasts the outcome of dropping whole experts to save the share `ratio` of all parameters. What
+/// trains is not known before: it is as much as adapters on all experts, but for rounding.
+///
+/// # Errors
+/// [`Error::Invalid`] if fewer experts would be left than a token chooses.
+pub fn drop_estimate(config: &ModelConfig, ratio: f64) -> Result<Estimate> {
+    let options = LightmoeOptions {
+        rank: 0,
+        groups: 0,
+        ..LightmoeOptions::default()
+    };
+    check_ratio(ratio)?;
+    let whole = forecast(config, ratio, &options)?;
+    let left = config.moe.num_experts as f64 - whole.experts_replaced_per_layer;
+    match left < config.moe.top_k as f64 {
+        true => Err(Error::Invalid(format!(
+            "a ratio of {ratio} leaves {left:.1} experts a layer, and a token chooses {}; choose a \
+             lower ratio",
+            config.moe.top_k
+        ))),
+        false => Ok(whole),
+    }
+}
+
 /// Forecasts the outcome of saving the share `ratio` of all parameters with `options`; 0 groups
 /// means adapters without bases.
 ///
@@ -39,6 +63,10 @@ pub struct Estimate {
 pub fn estimate(config: &ModelConfig, ratio: f64, options: &LightmoeOptions) -> Result<Estimate> {
     check_ratio(ratio)?;
     options.check_replacing(config)?;
+    forecast(config, ratio, options)
+}
+
+fn forecast(config: &ModelConfig, ratio: f64, options: &LightmoeOptions) -> Result<Estimate> {
     let before = config.parameters().total();
     let experts = config.moe.num_experts;
     let moe_layers = config.num_moe_layers();

@@ -25,9 +25,9 @@ pub mod search;
 pub mod select;
 pub mod size;
 
-pub use build::build;
+pub use build::{BuildInputs, build};
 pub use error::{Error, Result};
-pub use estimate::{Estimate, estimate};
+pub use estimate::{Estimate, drop_estimate, estimate};
 pub use memory::{batch_tokens, layer_bytes};
 pub use observe::{ObserveOptions, Observed, observe};
 

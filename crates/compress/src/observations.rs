@@ -8,6 +8,13 @@
 //! | `layers.{l}.selections` | `[E]` u64 | how often it was chosen |
 //! | `layers.{l}.router_norm` | `[1]` f64, optional | mean L2 norm of a token's router logits |
 //! | `layers.{l}.similarity` | `[E, E]` f64, optional | cosine of two experts' logit columns within a sample, averaged over samples |
+//! | `layers.{l}.output_gated` | `[E]` f64, optional | sum of gate times norm of an expert's output where it was chosen, the gates of a token scaled to sum to one |
+//! | `layers.{l}.output_norm` | `[E]` f64, optional | sum of the norms of its outputs |
+//! | `layers.{l}.output_square` | `[E]` f64, optional | sum of their squares |
+//! | `layers.{l}.output_sum` | `[E, H]` f64, optional | sum of its outputs |
+//! | `layers.{l}.weight_flatness` | `[E]` f64, optional | `‖w‖₁ / (√n · ‖w‖₂)` of all its weights |
+//!
+//! The last five come together.
 //!
 //! The metadata has one key, `observations`: a JSON object of `schema_version`, `tokens`,
 //! `samples` and `fingerprint`. One key, because several would be written in a random order, and
@@ -43,6 +50,67 @@ pub struct LayerObservations {
     /// `[E * E]` row-major: mean over samples of the cosine of two experts' logit columns
     /// (section 3.2).
     pub similarity: Option<Vec<f64>>,
+    /// What the experts gave; `None` where only scores were given.
+    pub outputs: Option<OutputObservations>,
+}
+
+/// What the experts of a layer gave on the tokens that chose them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OutputObservations {
+    /// `[E]` sums of gate times L2 norm of the output, the gates of a token scaled to sum to one
+    /// (REAP, arXiv 2510.13999, as its code has it since March 2026).
+    pub gated: Vec<f64>,
+    /// `[E]` sums of the L2 norms of the outputs.
+    pub norm: Vec<f64>,
+    /// `[E]` sums of their squares.
+    pub square: Vec<f64>,
+    /// `[E * H]` row-major: sums of the outputs.
+    pub sum: Vec<f64>,
+    /// `[E]` `‖w‖₁ / (√n · ‖w‖₂)` over the `n` weights of an expert (AIMER, arXiv 2603.18492): what an
+    /// expert is, whatever the tokens.
+    pub flatness: Vec<f64>,
+}
+
+impl OutputObservations {
+    /// Nothing seen yet of `experts` experts.
+    pub(crate) fn none(experts: usize, hidden_size: usize) -> Self {
+        Self {
+            gated: vec![0.0; experts],
+            norm: vec![0.0; experts],
+            square: vec![0.0; experts],
+            sum: vec![0.0; experts * hidden_size],
+            flatness: vec![0.0; experts],
+        }
+    }
+
+    /// By name in the file.
+    fn named(&self) -> [(&'static str, &Vec<f64>); 5] {
+        [
+            ("output_gated", &self.gated),
+            ("output_norm", &self.norm),
+            ("output_square", &self.square),
+            ("output_sum", &self.sum),
+            ("weight_flatness", &self.flatness),
+        ]
+    }
+
+    fn validate(&self, layer: usize, experts: usize) -> std::result::Result<(), String> {
+        for (name, values) in self.named() {
+            let rows = if name == "output_sum" {
+                values.len() / experts.max(1)
+            } else {
+                1
+            };
+            let negative = name != "output_sum" && values.iter().any(|v| *v < 0.0);
+            if values.len() != experts * rows || negative || values.iter().any(|v| !v.is_finite()) {
+                return Err(format!(
+                    "layer {layer}: `{name}` must hold finite numbers for {experts} experts; \
+                     observe again"
+                ));
+            }
+        }
+        Ok(())
+    }
 }
 
 impl LayerObservations {
@@ -80,6 +148,9 @@ impl LayerObservations {
             return Err(format!(
                 "layer {layer}: the router norm is {norm}, expected a number from 0; observe again"
             ));
+        }
+        if let Some(outputs) = &self.outputs {
+            outputs.validate(layer, experts)?;
         }
         let Some(similarity) = &self.similarity else {
             return Ok(());
@@ -171,6 +242,14 @@ impl Observations {
             if let Some(similarity) = &layer.similarity {
                 push("similarity", &[experts, experts], Block::f64(similarity));
             }
+            for (name, values) in layer.outputs.iter().flat_map(OutputObservations::named) {
+                let width = values.len() / experts.max(1);
+                let shape: &[usize] = match name {
+                    "output_sum" => &[experts, width],
+                    _ => &[experts],
+                };
+                push(name, shape, Block::f64(values));
+            }
         }
         let header = Header {
             schema_version: SCHEMA_VERSION,
@@ -249,7 +328,18 @@ fn decode(bytes: &[u8]) -> std::result::Result<Observations, String> {
 
 fn split_name(name: &str) -> Option<(usize, &str)> {
     let (layer, field) = name.strip_prefix("layers.")?.split_once('.')?;
-    let known = ["gate_mass", "selections", "router_norm", "similarity"].contains(&field);
+    let known = [
+        "gate_mass",
+        "selections",
+        "router_norm",
+        "similarity",
+        "output_gated",
+        "output_norm",
+        "output_square",
+        "output_sum",
+        "weight_flatness",
+    ];
+    let known = known.contains(&field);
     known.then_some((layer.parse().ok()?, field))
 }
 
@@ -283,7 +373,23 @@ fn decode_layer(
         selections: words(&selections).map(u64::from_le_bytes).collect(),
         router_norm: None,
         similarity: None,
+        outputs: None,
     };
+    if fields.contains(&"output_sum") {
+        let name = tensor_name(layer, "output_sum");
+        let view = file
+            .tensor(&name)
+            .map_err(|e| format!("tensor `{name}`: {e}"))?;
+        let width = view.shape().get(1).copied().unwrap_or(0);
+        let of = |field: &str| Ok::<_, String>(floats(&read(field, Dtype::F64, Some(&[experts]))?));
+        observed.outputs = Some(OutputObservations {
+            gated: of("output_gated")?,
+            norm: of("output_norm")?,
+            square: of("output_square")?,
+            sum: floats(&read("output_sum", Dtype::F64, Some(&[experts, width]))?),
+            flatness: of("weight_flatness")?,
+        });
+    }
     if fields.contains(&"router_norm") {
         let view = read("router_norm", Dtype::F64, Some(&[1]))?;
         observed.router_norm = floats(&view).first().copied();

@@ -5,10 +5,11 @@
 //! goes on with the layer where it stopped.
 
 use crate::memory::batch_tokens;
-use crate::observations::{LayerObservations, Observations};
+use crate::observations::{LayerObservations, Observations, OutputObservations};
 use crate::states::{States, Work};
 use crate::{Error, Result};
-use lightmoe_models::{Checkpoint, Embedding, Layer, Rotary, Routing, Tokens};
+use candle_core::Tensor;
+use lightmoe_models::{Bank, Checkpoint, Embedding, Layer, ModelConfig, Rotary, Routing, Tokens};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -91,11 +92,17 @@ pub fn observe(
         let layer = Layer::load(checkpoint, l)?;
         read += begin.elapsed();
         let begin = Instant::now();
-        let mut sums = Sums::new(config.moe.num_experts);
+        let mut sums = Sums::new(config);
+        if let Some(bank) = layer.bank() {
+            sums.weights(bank)?;
+        }
         let mut next = states.writer(l + 1)?;
         for (i, batch) in batches.iter().enumerate() {
             let hidden = states.read(l, i, batch)?;
-            let (hidden, routing) = layer.forward(&hidden, config, &rotary, None)?;
+            let each = &mut |routing: &Routing, expert: usize, pairs: &[u32], y: &Tensor| {
+                sums.outputs(routing, batch, expert, pairs, y)
+            };
+            let (hidden, routing) = layer.forward_observed(&hidden, config, &rotary, None, each)?;
             if let Some(routing) = routing {
                 sums.add(&routing, batch)?;
             }
@@ -153,17 +160,76 @@ struct Sums {
     selections: Vec<u64>,
     norm: f64,
     cosine: Vec<f64>,
+    outputs: OutputObservations,
 }
 
 impl Sums {
-    fn new(experts: usize) -> Self {
+    fn new(config: &ModelConfig) -> Self {
+        let experts = config.moe.num_experts;
         Self {
             experts,
             gate_mass: vec![0.0; experts],
             selections: vec![0; experts],
             norm: 0.0,
             cosine: vec![0.0; experts * experts],
+            outputs: OutputObservations::none(experts, config.hidden_size),
         }
+    }
+
+    /// Looks at the weights of the experts.
+    fn weights(&mut self, bank: &Bank) -> Result<()> {
+        let Some(dense) = &bank.dense else {
+            return Ok(());
+        };
+        for (i, &expert) in bank.dense_experts().iter().enumerate() {
+            let (mut absolute, mut square, mut count) = (0.0, 0.0, 0.0);
+            for (_, stack) in dense.named() {
+                let w = stack.get(i)?;
+                // Row by row in f32, the rows in f64.
+                let rows = |t: Tensor| Ok::<_, Error>(t.sum(1)?.to_vec1::<f32>()?);
+                absolute += rows(w.abs()?)?.into_iter().map(f64::from).sum::<f64>();
+                square += rows(w.sqr()?)?.into_iter().map(f64::from).sum::<f64>();
+                count += w.elem_count() as f64;
+            }
+            if square > 0.0 {
+                self.outputs.flatness[expert] = absolute / (count * square).sqrt();
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the outputs `y: [rows, H]` of an expert at these places among the choices, padding
+    /// excluded.
+    fn outputs(
+        &mut self,
+        routing: &Routing,
+        batch: &Batch<'_>,
+        expert: usize,
+        pairs: &[u32],
+        y: &Tensor,
+    ) -> lightmoe_models::Result<()> {
+        let (rows, width) = y.dims2()?;
+        let k = routing.chosen.len() / (batch.samples.len() * batch.width);
+        let gates = routing.gates.to_vec1::<f32>()?;
+        let values = y.flatten_all()?.to_vec1::<f32>()?;
+        let sum = &mut self.outputs.sum[expert * width..(expert + 1) * width];
+        for (&pair, output) in pairs[..rows].iter().zip(values.chunks_exact(width)) {
+            let token = pair as usize / k;
+            if token % batch.width >= batch.samples[token / batch.width].len() {
+                continue;
+            }
+            let of_token = gates[token * k..(token + 1) * k].iter();
+            let whole: f64 = of_token.map(|&g| f64::from(g)).sum();
+            let square: f64 = output.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+            let share = f64::from(gates[pair as usize]) / whole.max(f64::MIN_POSITIVE);
+            self.outputs.gated[expert] += share * square.sqrt();
+            self.outputs.norm[expert] += square.sqrt();
+            self.outputs.square[expert] += square;
+            for (sum, &v) in sum.iter_mut().zip(output) {
+                *sum += f64::from(v);
+            }
+        }
+        Ok(())
     }
 
     /// Adds the routing of a batch, padding excluded.
@@ -223,6 +289,7 @@ impl Sums {
             selections: self.selections,
             router_norm: Some(self.norm / tokens as f64),
             similarity: Some(self.cosine.into_iter().map(|c| c / samples).collect()),
+            outputs: Some(self.outputs),
         }
     }
 }

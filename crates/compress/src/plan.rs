@@ -165,19 +165,23 @@ pub enum SlotForm {
         /// Whether the others of its group were drawn to this expert.
         dominant: bool,
     },
+    /// The mean of the expert's outputs (MoNE).
+    Constant,
+    /// Nothing; the router does as if it had no row for it.
+    Removed,
 }
 
 impl SlotForm {
     /// Whether the expert's own matrices go.
     pub fn is_replaced(&self) -> bool {
-        matches!(self, Self::Adapted { .. })
+        *self != Self::Dense
     }
 
     /// The group whose base the slot uses.
     pub fn group(&self) -> Option<usize> {
         match self {
-            Self::Dense => None,
             Self::Adapted { group, .. } => *group,
+            _ => None,
         }
     }
 }

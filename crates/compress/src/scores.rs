@@ -69,6 +69,7 @@ fn decode_scores(bytes: &[u8], config: &ModelConfig) -> std::result::Result<Obse
             selections: vec![0; experts],
             router_norm: None,
             similarity: None,
+            outputs: None,
         };
         observed.validate()?;
         layers.push(observed);

@@ -22,6 +22,8 @@ pub struct LayerSize {
     pub bases: u64,
     /// Adapters of the replaced slots that come.
     pub adapters: u64,
+    /// Vectors that stand for outputs.
+    pub constants: u64,
     /// Adapters that the kept experts have while training.
     pub kept_adapters: u64,
 }
@@ -41,6 +43,11 @@ impl LayerSize {
                     size.removed += expert;
                     size.adapters += adapter_parameters(config, rank);
                 }
+                SlotForm::Constant => {
+                    size.removed += expert;
+                    size.constants += config.hidden_size as u64;
+                }
+                SlotForm::Removed => size.removed += expert,
             }
         }
         size
@@ -48,7 +55,8 @@ impl LayerSize {
 
     /// Parameters saved; 0 where the layer would grow.
     pub fn saved(&self) -> u64 {
-        self.removed.saturating_sub(self.bases + self.adapters)
+        self.removed
+            .saturating_sub(self.bases + self.adapters + self.constants)
     }
 }
 
@@ -62,7 +70,8 @@ pub fn parameters(config: &ModelConfig, layers: &[LayerPlan], kept_rank: usize) 
     };
     for layer in layers {
         let size = LayerSize::of(config, layer, kept_rank);
-        counts.after = counts.after + size.bases + size.adapters - size.removed;
+        let comes = size.bases + size.adapters + size.constants;
+        counts.after = counts.after + comes - size.removed;
         counts.trained += size.bases + size.adapters + size.kept_adapters;
     }
     counts

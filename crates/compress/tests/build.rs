@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use common::{observations, options, random_checkpoint, small};
+use common::{inputs, observations, options, random_checkpoint, small};
 use lightmoe_compress::build;
 use lightmoe_compress::methods::{BaseInit, LightmoeOptions, MethodName, Target, plan};
 use lightmoe_compress::plan::Plan;
@@ -67,7 +67,10 @@ impl Original {
 
     fn build(&self, plan: &Plan, seed: u64) -> Checkpoint {
         let path = self.folder.path().join("built");
-        build(&self.checkpoint, plan, seed, &path, &mut |_, _| true).unwrap();
+        build(&inputs(&self.checkpoint, plan, seed), &path, &mut |_, _| {
+            true
+        })
+        .unwrap();
         Checkpoint::open(&path).unwrap()
     }
 }
@@ -309,16 +312,18 @@ fn a_stopped_build_goes_on_to_the_same_bytes() {
     let path = |name: &str| original.folder.path().join(name);
     let layers = |target: &Path, seed: u64, last: usize| {
         let mut calls = Vec::new();
-        let done = build(&original.checkpoint, &plan, seed, target, &mut |done, _| {
-            calls.push(done);
-            done < last
-        });
+        let done = build(
+            &inputs(&original.checkpoint, &plan, seed),
+            target,
+            &mut |done, _| {
+                calls.push(done);
+                done < last
+            },
+        );
         (calls, done.is_ok())
     };
     build(
-        &original.checkpoint,
-        &plan,
-        1,
+        &inputs(&original.checkpoint, &plan, 1),
         &path("whole"),
         &mut |_, _| true,
     )
@@ -342,9 +347,11 @@ fn a_stopped_build_goes_on_to_the_same_bytes() {
     let other = path("other");
     assert_eq!(layers(&other, 1, 1), (vec![1], false));
     assert_eq!(layers(&other, 2, 9), (vec![1, 2], true));
-    build(&original.checkpoint, &plan, 2, &path("two"), &mut |_, _| {
-        true
-    })
+    build(
+        &inputs(&original.checkpoint, &plan, 2),
+        &path("two"),
+        &mut |_, _| true,
+    )
     .unwrap();
     assert!(files(&other) == files(&path("two")));
 }

@@ -3,11 +3,11 @@
 
 mod common;
 
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use common::{random_checkpoint, small};
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::{Error, ObserveOptions, batch_tokens, observe};
-use lightmoe_models::{Checkpoint, Decoder, LanguageModel, Tokens};
+use lightmoe_models::{Checkpoint, Decoder, LanguageModel, Rotary, Routing, Tokens, names};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tempfile::TempDir;
@@ -329,4 +329,129 @@ fn little_memory_means_small_batches_and_the_same_numbers() {
     for word in ["GiB", "--max-memory", "30 tokens"] {
         assert!(message.contains(word), "`{message}` lacks `{word}`");
     }
+}
+
+/// Numbers of a tensor.
+fn numbers(tensor: &Tensor) -> Vec<f64> {
+    let tensor = tensor.to_dtype(DType::F64).unwrap();
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// What the experts gave, against their formula on every token alone: the inputs of the experts come
+/// from the model, everything behind them from the weights in f64.
+#[test]
+fn the_outputs_are_those_of_every_token_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = checkpoint(&folder);
+    let config = checkpoint.config();
+    let (h, f) = (config.hidden_size, config.moe.intermediate_size);
+    let samples = samples(&[5, 17, 1, 9]);
+    let seen = observed(&checkpoint, &samples);
+    let model = Decoder::load(&checkpoint).unwrap();
+    for (l, layer) in seen.layers.iter().enumerate() {
+        let matrix = |e: usize, p: &str, shape: [usize; 2]| {
+            let name = names::expert(l, e, p);
+            numbers(&checkpoint.tensor(&name, &shape).unwrap())
+        };
+        let experts: Vec<[Vec<f64>; 3]> = (0..EXPERTS)
+            .map(|e| {
+                let gate = matrix(e, "gate_proj", [f, h]);
+                [
+                    gate,
+                    matrix(e, "up_proj", [f, h]),
+                    matrix(e, "down_proj", [h, f]),
+                ]
+            })
+            .collect();
+        let [mut gated, mut norm, mut square] = [[0.0; EXPERTS]; 3];
+        let mut sum = vec![0.0; EXPERTS * h];
+        for sample in &samples {
+            let mut inputs = None;
+            let mut chosen = (Vec::new(), Vec::new());
+            let each = &mut |layer: usize, x: &Tensor, routing: Option<&Routing>| {
+                if layer == l {
+                    inputs = Some(x.clone());
+                    let routing = routing.unwrap();
+                    chosen = (routing.chosen.clone(), routing.gates.to_vec1::<f32>()?);
+                }
+                Ok(())
+            };
+            model.forward(Tokens::one(sample), None, each).unwrap();
+            // What the experts see: the layer's input behind attention and norm.
+            let x = expert_inputs(&model, l, &inputs.unwrap());
+            for (pair, (&expert, &gate)) in chosen.0.iter().zip(&chosen.1).enumerate() {
+                let (token, expert) = (pair / TOP_K, expert as usize);
+                let row = &x[token * h..(token + 1) * h];
+                let times = |m: &[f64], v: &[f64]| -> Vec<f64> {
+                    m.chunks(v.len())
+                        .map(|r| r.iter().zip(v).map(|(a, b)| a * b).sum())
+                        .collect()
+                };
+                let [g, u, d] = &experts[expert];
+                let pairs = times(g, row).into_iter().zip(times(u, row));
+                let inner: Vec<f64> = pairs.map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+                let y = times(d, &inner);
+                let size: f64 = y.iter().map(|v| v * v).sum();
+                let of_token = &chosen.1[token * TOP_K..(token + 1) * TOP_K];
+                let whole: f64 = of_token.iter().map(|&g| f64::from(g)).sum();
+                gated[expert] += f64::from(gate) / whole * size.sqrt();
+                norm[expert] += size.sqrt();
+                square[expert] += size;
+                for (sum, v) in sum[expert * h..].iter_mut().zip(&y) {
+                    *sum += v;
+                }
+            }
+        }
+        let outputs = layer.outputs.as_ref().unwrap();
+        let largest = |values: &[f64]| values.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+        for (ours, expected) in [
+            (&outputs.gated, &gated[..]),
+            (&outputs.norm, &norm[..]),
+            (&outputs.square, &square[..]),
+            (&outputs.sum, &sum[..]),
+        ] {
+            assert_close(ours, expected, 1e-4, largest(expected));
+        }
+        let flatness: Vec<f64> = experts
+            .iter()
+            .map(|m| {
+                let all: Vec<f64> = m.concat();
+                let absolute: f64 = all.iter().map(|w| w.abs()).sum();
+                let square: f64 = all.iter().map(|w| w * w).sum();
+                absolute / (all.len() as f64).sqrt() / square.sqrt()
+            })
+            .collect();
+        assert_close(&outputs.flatness, &flatness, 1e-5, 0.0);
+    }
+}
+
+/// The inputs `[T, H]` of the experts of a layer, found by taking the layer's weights apart: with a
+/// router of unit rows, its logits are the inputs themselves.
+fn expert_inputs(model: &Decoder, l: usize, x: &Tensor) -> Vec<f64> {
+    let config = model.config();
+    let h = config.hidden_size;
+    let mut out = vec![0.0; x.dims()[1] * h];
+    for first in (0..h).step_by(EXPERTS) {
+        let mut layer = model.layers[l].clone();
+        let width = EXPERTS.min(h - first);
+        let rows: Vec<f32> = (0..EXPERTS * h)
+            .map(|i| f32::from(i / h < width && i % h == first + i / h))
+            .collect();
+        let unit = Tensor::from_vec(rows, (EXPERTS, h), x.device()).unwrap();
+        layer
+            .visit(&mut |name, _, tensor| {
+                if name == "mlp.gate" {
+                    *tensor = unit.clone();
+                }
+                Ok(())
+            })
+            .unwrap();
+        let rotary = Rotary::new(config);
+        let (_, routing) = layer.forward(x, config, &rotary, None).unwrap();
+        let logits = numbers(&routing.unwrap().logits);
+        for (token, logits) in logits.chunks(EXPERTS).enumerate() {
+            out[token * h + first..][..width].copy_from_slice(&logits[..width]);
+        }
+    }
+    out
 }

@@ -163,6 +163,9 @@ pub struct BuildArgs {
     /// What `plan` wrote
     #[arg(long, value_name = "FILE.json")]
     pub plan: PathBuf,
+    /// What `observe` wrote; `mone` needs it
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub observations: Option<PathBuf>,
     /// The model folder to write
     #[arg(long)]
     pub out: PathBuf,

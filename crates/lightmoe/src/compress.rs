@@ -10,6 +10,7 @@ use crate::results::{Bytes, Results, SCHEMA_VERSION, Stage};
 use crate::run::{Inputs, Run};
 use crate::source::{TaskData, model_fingerprint, open_model};
 use anyhow::Result;
+use lightmoe_compress::BuildInputs;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_models::{Checkpoint, ModelTokenizer, folder};
@@ -74,7 +75,13 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
     })?;
     let plan = Plan::load(&run.path("plan.json"))?;
     run.stage("build", |run| {
-        build_stage(&original, &plan, recipe.seed, &run.path("built"))
+        let inputs = BuildInputs {
+            checkpoint: &original,
+            plan: &plan,
+            observations: Some(&observations),
+            seed: recipe.seed,
+        };
+        build_stage(&inputs, &run.path("built"))
     })?;
     evaluate(&mut run, Stage::Original, &original)?;
     let built = Checkpoint::open(&run.path("built"))?;

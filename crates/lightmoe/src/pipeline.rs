@@ -10,7 +10,7 @@ use crate::source::{TaskData, calibration};
 use anyhow::{Context, Result, bail};
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
-use lightmoe_compress::{ObserveOptions, build, methods, observe};
+use lightmoe_compress::{BuildInputs, ObserveOptions, build, methods, observe};
 use lightmoe_data::{Encoded, Sampler};
 use lightmoe_eval::{evaluate, write_samples};
 use lightmoe_models::{
@@ -95,12 +95,10 @@ pub fn plan_stage(
 ///
 /// # Errors
 /// If the plan is for another model, the model is damaged, or the work was stopped.
-pub fn build_stage(original: &Checkpoint, plan: &Plan, seed: u64, target: &Path) -> Result<()> {
-    check_original(original)?;
-    let bar = Progress::new("build", original.config().num_layers);
-    Ok(build(original, plan, seed, target, &mut |done, all| {
-        bar.of(done, all)
-    })?)
+pub fn build_stage(inputs: &BuildInputs<'_>, target: &Path) -> Result<()> {
+    check_original(inputs.checkpoint)?;
+    let bar = Progress::new("build", inputs.checkpoint.config().num_layers);
+    Ok(build(inputs, target, &mut |done, all| bar.of(done, all))?)
 }
 
 /// What stage recover works on.

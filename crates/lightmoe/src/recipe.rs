@@ -93,7 +93,7 @@ impl Recipe {
         let paper_rank = (smaller / 16).clamp(1, 16);
         let groups = s.groups.unwrap_or(match method {
             MethodName::Lightmoe => PAPER_GROUPS,
-            MethodName::Replace | MethodName::Lora => 0,
+            _ => 0,
         });
         // The baselines train as many parameters as LightMoE does, as in the paper's table.
         let rank = s.rank.unwrap_or_else(|| match method {
@@ -232,6 +232,7 @@ impl Recipe {
             alpha: self.alpha,
             max_delta: self.max_delta,
             base: self.base,
+            seed: self.seed,
         }
     }
 

@@ -14,7 +14,7 @@ use crate::tokens::TokenBatch;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use lightmoe_compress::plan::Plan;
-use lightmoe_compress::{ObserveOptions, Observed, observe};
+use lightmoe_compress::{BuildInputs, ObserveOptions, Observed, observe};
 use lightmoe_models::{Checkpoint, GenerateOptions, ModelConfig, folder, generate, synthesize};
 use rustix::fs::{Advice, fadvise};
 use std::fs::{self, File};
@@ -118,7 +118,13 @@ pub fn run(args: ScaleArgs) -> Result<String> {
     let (copy_cost, ()) = timed(|| copy_model(&model, &copy))?;
     fs::remove_dir_all(&copy)?;
     forget(&model)?;
-    let (build_cost, ()) = timed(|| build_stage(&original, &plan, 0, &built))?;
+    let inputs = BuildInputs {
+        checkpoint: &original,
+        plan: &plan,
+        observations: Some(&observed.observations),
+        seed: 0,
+    };
+    let (build_cost, ()) = timed(|| build_stage(&inputs, &built))?;
 
     forget(&built)?;
     let compressed = Checkpoint::open(&built)?;

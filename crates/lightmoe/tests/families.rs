@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use lightmoe_compress::methods::{LightmoeOptions, MethodName, Target, plan};
-use lightmoe_compress::{ObserveOptions, build, observe};
+use lightmoe_compress::plan::Plan;
+use lightmoe_compress::{BuildInputs, ObserveOptions, build, observe};
 use lightmoe_export::{Card, ExportKind, ExportOptions, export};
 use lightmoe_models::{Checkpoint, DType, Decoder, ExpertPacking, LanguageModel, Tokens};
 use lightmoe_train::{Recovery, finish_recovery, prepare_recovery};
@@ -16,6 +17,15 @@ fn logits(model: &Decoder) -> Vec<f32> {
     let hidden = model.forward(tokens, None, &mut |_, _, _| Ok(())).unwrap();
     let logits = model.logits(&hidden).unwrap();
     logits.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn inputs<'a>(checkpoint: &'a Checkpoint, plan: &'a Plan, seed: u64) -> BuildInputs<'a> {
+    BuildInputs {
+        checkpoint,
+        plan,
+        observations: None,
+        seed,
+    }
 }
 
 #[track_caller]
@@ -61,7 +71,7 @@ fn every_family_goes_the_whole_way() {
         let (config, target) = (original.config(), Target::Threshold(0.5));
         let plan = plan(config, &seen, target, MethodName::Lightmoe, &options).unwrap();
         let path = folder.path().join("built");
-        build(&original, &plan, 0, &path, &mut |_, _| true).unwrap();
+        build(&inputs(&original, &plan, 0), &path, &mut |_, _| true).unwrap();
         let built = Checkpoint::open(&path).unwrap();
         assert_eq!(built.parameters(), plan.parameters.after, "{family}");
 
@@ -123,7 +133,7 @@ fn every_family_goes_the_whole_way() {
         export(&original, &fused, &options, &card, &mut |_, _| true).unwrap();
         let fused = Checkpoint::open(&fused).unwrap();
         let path = folder.path().join("built-fused");
-        build(&fused, &plan, 0, &path, &mut |_, _| true).unwrap();
+        build(&inputs(&fused, &plan, 0), &path, &mut |_, _| true).unwrap();
         let again = Checkpoint::open(&path).unwrap();
         assert!(
             again

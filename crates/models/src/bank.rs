@@ -69,6 +69,10 @@ pub struct Adapters {
     pub b: Projections,
 }
 
+/// What is shown of each dense expert that was chosen: its number, the places of its rows among the
+/// `[T · K]` choices, and its outputs there before they are weighted, `[rows, H]`.
+pub type OutputObserver<'a> = dyn FnMut(usize, &[u32], &Tensor) -> Result<()> + 'a;
+
 /// The experts of one layer.
 #[derive(Debug, Clone)]
 pub struct Bank {
@@ -124,6 +128,8 @@ struct Rows {
     x: Tensor,
     gates: Tensor,
     tokens: Arc<[u32]>,
+    /// Places among the choices.
+    pairs: Arc<[u32]>,
     segments: Arc<[Segment]>,
 }
 
@@ -166,6 +172,17 @@ impl Bank {
     /// Runs the chosen experts: `x: [T, H]`, `gates: [T · K]`, `chosen: [T · K]` expert numbers;
     /// result `[T, H]`, the gate-weighted sum of the experts' outputs.
     pub fn forward(&self, x: &Tensor, gates: &Tensor, chosen: &[u32]) -> Result<Tensor> {
+        self.forward_observed(x, gates, chosen, &mut |_, _, _| Ok(()))
+    }
+
+    /// The same, while `each` sees the outputs of every dense expert.
+    pub fn forward_observed(
+        &self,
+        x: &Tensor,
+        gates: &Tensor,
+        chosen: &[u32],
+        each: &mut OutputObserver<'_>,
+    ) -> Result<Tensor> {
         let tokens = x.dim(0)?;
         let dispatch = Dispatch::new(
             chosen,
@@ -178,7 +195,7 @@ impl Bank {
         let without = with_base.end..adapted.end;
         let mut out = None;
         if let Some(rows) = Rows::select(&dispatch, 0..self.order.dense, x, gates)? {
-            out = Some(self.dense_output(&rows, tokens)?);
+            out = Some(self.dense_output(&rows, tokens, each)?);
         }
         if let Some(rows) = Rows::select(&dispatch, with_base.clone(), x, gates)? {
             let own = self.own(&rows, with_base.clone())?;
@@ -226,7 +243,12 @@ impl Bank {
         })
     }
 
-    fn dense_output(&self, rows: &Rows, tokens: usize) -> Result<Tensor> {
+    fn dense_output(
+        &self,
+        rows: &Rows,
+        tokens: usize,
+        each: &mut OutputObserver<'_>,
+    ) -> Result<Tensor> {
         let Some(w) = &self.dense else {
             return Err(missing("dense weights"));
         };
@@ -243,6 +265,11 @@ impl Bank {
             &project(&rows.x, |p| &p.up)?,
         )?;
         let y = project(&h, |p| &p.down)?;
+        for segment in rows.segments.iter().filter(|segment| segment.len > 0) {
+            let pairs = &rows.pairs[segment.start..segment.start + segment.len];
+            let outputs = y.narrow(0, segment.start, segment.len)?;
+            each(self.order.experts[segment.group], pairs, &outputs)?;
+        }
         Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)
     }
 
@@ -379,10 +406,12 @@ impl Rows {
             return Ok(None);
         }
         let tokens: Arc<[u32]> = dispatch.tokens[rows.clone()].into();
+        let pairs: Arc<[u32]> = dispatch.pairs[rows].into();
         Ok(Some(Self {
             x: x.index_select(&index(&tokens)?, 0)?,
-            gates: gates.index_select(&index(&dispatch.pairs[rows])?, 0)?,
+            gates: gates.index_select(&index(&pairs)?, 0)?,
             tokens,
+            pairs,
             segments: dispatch.segments(start, end),
         }))
     }

@@ -45,6 +45,10 @@ pub enum ParameterKind {
 /// What is called with each parameter of a part: its name within the part, its kind, itself.
 pub type Visitor<'a> = dyn FnMut(&str, ParameterKind, &mut Tensor) -> Result<()> + 'a;
 
+/// What is shown of each dense expert that was chosen: what the router decided, and then as for
+/// [`crate::OutputObserver`].
+pub type LayerObserver<'a> = dyn FnMut(&Routing, usize, &[u32], &Tensor) -> Result<()> + 'a;
+
 /// Where the tensors of a layer come from, by name within the layer and shape: a checkpoint, or
 /// fresh random numbers.
 pub(crate) type Source<'a> = dyn Fn(&str, &[usize]) -> Result<Tensor> + 'a;
@@ -130,6 +134,18 @@ impl Layer {
         rotary: &Rotary,
         cache: Option<&mut LayerCache>,
     ) -> Result<(Tensor, Option<Routing>)> {
+        self.forward_observed(x, config, rotary, cache, &mut |_, _, _, _| Ok(()))
+    }
+
+    /// The same, while `each` sees what the router decided and the outputs of every dense expert.
+    pub fn forward_observed(
+        &self,
+        x: &Tensor,
+        config: &ModelConfig,
+        rotary: &Rotary,
+        cache: Option<&mut LayerCache>,
+        each: &mut LayerObserver<'_>,
+    ) -> Result<(Tensor, Option<Routing>)> {
         let normed = self.input_norm.forward(x)?;
         let x = (x + self.attention.forward(&normed, config, rotary, cache)?)?;
         let (b, t, h) = x.dims3()?;
@@ -142,7 +158,10 @@ impl Layer {
                 bank,
             } => {
                 let routing = router.route(&flat, &config.moe, bank.removed_experts())?;
-                let mut y = bank.forward(&flat, &routing.gates, &routing.chosen)?;
+                let (gates, chosen) = (&routing.gates, &routing.chosen);
+                let mut y = bank.forward_observed(&flat, gates, chosen, &mut |e, pairs, y| {
+                    each(&routing, e, pairs, y)
+                })?;
                 if let Some(shared) = shared {
                     y = (y + shared.forward(&flat)?)?;
                 }

@@ -34,7 +34,7 @@ pub mod parameters;
 pub mod random;
 
 pub use attention::LayerCache;
-pub use bank::{Adapters, Bank, Projections};
+pub use bank::{Adapters, Bank, OutputObserver, Projections};
 pub use bank_io::{load_experts, multiplied_out};
 pub use candle_core::DType;
 pub use checkpoint::{Checkpoint, Extra};
@@ -44,7 +44,7 @@ pub use decoder::{
 };
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, generate};
-pub use layer::{Layer, ParameterKind, Visitor};
+pub use layer::{Layer, LayerObserver, ParameterKind, Visitor};
 pub use layout::{BankLayout, LayerLayout, SlotLayout};
 pub use manifest::Manifest;
 pub use names::{ExpertPacking, Scheme};

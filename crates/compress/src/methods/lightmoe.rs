@@ -3,13 +3,10 @@
 
 use lightmoe_models::config::ModelConfig;
 
-use super::{LightmoeOptions, MethodName, Target};
+use super::{LightmoeOptions, MethodName, Target, finish};
 use crate::group::Selection;
 use crate::observations::{LayerObservations, Observations};
-use crate::plan::{
-    LayerPlan, ModelSummary, Parameters, Plan, PlanSettings, Ratio, SCHEMA_VERSION, SlotForm,
-    SlotPlan,
-};
+use crate::plan::{LayerPlan, Plan, SlotForm, SlotPlan};
 use crate::search::{LayerChoices, search};
 use crate::select::{ascending, layer_thresholds, prefix, threshold_factors};
 use crate::size::LayerSize;
@@ -177,38 +174,4 @@ fn layers<'a>(
             scores: observed.importance(),
         })
         .collect()
-}
-
-fn finish(
-    config: &ModelConfig,
-    method: MethodName,
-    options: &LightmoeOptions,
-    layers: Vec<LayerPlan>,
-) -> Plan {
-    let mut plan = Plan {
-        schema_version: SCHEMA_VERSION,
-        method,
-        model: ModelSummary::from(config),
-        settings: PlanSettings {
-            rank: options.rank,
-            kept_rank: options.rank,
-            groups: options.groups,
-            alpha: options.alpha,
-            max_delta: options.max_delta,
-            base: options.base,
-        },
-        ratio: Ratio {
-            target: None,
-            achieved: 0.0,
-        },
-        p_hat: None,
-        parameters: Parameters {
-            before: 0,
-            after: 0,
-            trained: 0,
-        },
-        layers,
-    };
-    plan.recount(config);
-    plan
 }

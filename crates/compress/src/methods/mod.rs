@@ -1,6 +1,7 @@
 //! The methods: each turns observations into a plan. All share observation, selection, recovery
 //! and evaluation, so that what differs between them is what the comparison is about.
 
+mod drop;
 mod lightmoe;
 
 use std::fmt;
@@ -10,7 +11,7 @@ use lightmoe_models::config::ModelConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::observations::Observations;
-use crate::plan::Plan;
+use crate::plan::{LayerPlan, ModelSummary, Parameters, Plan, PlanSettings, Ratio, SCHEMA_VERSION};
 use crate::size::adapter_parameters;
 use crate::{Error, Result};
 
@@ -24,11 +25,33 @@ pub enum MethodName {
     Replace,
     /// The uncompressed reference: every expert is kept and trains an adapter.
     Lora,
+    /// Pruning by the mean of gate times output norm (REAP, arXiv 2510.13999).
+    Reap,
+    /// Pruning by how often an expert is chosen.
+    Frequency,
+    /// Pruning by the sum of output norms (expert activation norm).
+    Ean,
+    /// Pruning at random: what a score is worth.
+    Random,
+    /// Pruning by the weights alone (AIMER, arXiv 2603.18492).
+    Aimer,
+    /// Dropped experts become the mean of their outputs (MoNE, arXiv 2507.00390).
+    Mone,
 }
 
 impl MethodName {
     /// Every method, in the order in which messages list them.
-    pub const ALL: [Self; 3] = [Self::Lightmoe, Self::Replace, Self::Lora];
+    pub const ALL: [Self; 9] = [
+        Self::Lightmoe,
+        Self::Replace,
+        Self::Lora,
+        Self::Reap,
+        Self::Frequency,
+        Self::Ean,
+        Self::Random,
+        Self::Aimer,
+        Self::Mone,
+    ];
 
     /// The name in recipes, plans and on the command line.
     pub fn name(self) -> &'static str {
@@ -36,7 +59,18 @@ impl MethodName {
             Self::Lightmoe => "lightmoe",
             Self::Replace => "replace",
             Self::Lora => "lora",
+            Self::Reap => "reap",
+            Self::Frequency => "frequency",
+            Self::Ean => "ean",
+            Self::Random => "random",
+            Self::Aimer => "aimer",
+            Self::Mone => "mone",
         }
+    }
+
+    /// Whether it drops whole experts, by a ratio and without bases or adapters of their own.
+    pub fn drops(self) -> bool {
+        !matches!(self, Self::Lightmoe | Self::Replace | Self::Lora)
     }
 }
 
@@ -83,6 +117,8 @@ pub struct LightmoeOptions {
     pub max_delta: f64,
     /// How the bases start.
     pub base: BaseInit,
+    /// Seed of the method `random`.
+    pub seed: u64,
 }
 
 impl Default for LightmoeOptions {
@@ -94,6 +130,7 @@ impl Default for LightmoeOptions {
             alpha: 0.3,
             max_delta: 0.2,
             base: BaseInit::GateWeighted,
+            seed: 0,
         }
     }
 }
@@ -216,10 +253,53 @@ pub fn plan(
         return lightmoe::uncompressed(config, observations, options);
     }
     target.check()?;
+    if method.drops() {
+        let Target::Ratio(ratio) = target else {
+            return Err(Error::Invalid(format!(
+                "`{method}` has no threshold; give a ratio"
+            )));
+        };
+        return drop::plan(config, observations, ratio, method, options);
+    }
     options.check_replacing(config)?;
     lightmoe::plan(config, observations, target, method, options)
 }
 
 pub(crate) fn check_ratio(ratio: f64) -> Result<()> {
     Target::Ratio(ratio).check()
+}
+
+/// A plan of these layers, counted.
+fn finish(
+    config: &ModelConfig,
+    method: MethodName,
+    options: &LightmoeOptions,
+    layers: Vec<LayerPlan>,
+) -> Plan {
+    let mut plan = Plan {
+        schema_version: SCHEMA_VERSION,
+        method,
+        model: ModelSummary::from(config),
+        settings: PlanSettings {
+            rank: options.rank,
+            kept_rank: options.rank,
+            groups: options.groups,
+            alpha: options.alpha,
+            max_delta: options.max_delta,
+            base: options.base,
+        },
+        ratio: Ratio {
+            target: None,
+            achieved: 0.0,
+        },
+        p_hat: None,
+        parameters: Parameters {
+            before: 0,
+            after: 0,
+            trained: 0,
+        },
+        layers,
+    };
+    plan.recount(config);
+    plan
 }

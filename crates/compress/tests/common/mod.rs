@@ -3,8 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
+use lightmoe_compress::BuildInputs;
 use lightmoe_compress::methods::LightmoeOptions;
-use lightmoe_compress::observations::{LayerObservations, Observations};
+use lightmoe_compress::observations::{LayerObservations, Observations, OutputObservations};
+use lightmoe_compress::plan::Plan;
 use lightmoe_models::config::ModelConfig;
 use lightmoe_models::{BankLayout, Checkpoint, CheckpointWriter, DType, Decoder, Format, Scheme};
 use rand::{Rng, SeedableRng};
@@ -85,6 +87,7 @@ pub fn observations(config: &ModelConfig, seed: u64) -> Observations {
             selections: (0..experts as u64).collect(),
             router_norm: Some(100.0 + 30.0 * layer as f64),
             similarity: Some(similarity),
+            outputs: Some(outputs(experts, config.hidden_size, &mut rng)),
         }
     });
     Observations {
@@ -99,4 +102,26 @@ pub fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/golden")
         .join(name)
+}
+
+/// What experts might have given.
+fn outputs(experts: usize, hidden_size: usize, rng: &mut ChaCha8Rng) -> OutputObservations {
+    let mut draw = |n: usize| (0..n).map(|_| rng.random::<f64>()).collect::<Vec<f64>>();
+    OutputObservations {
+        gated: draw(experts),
+        norm: draw(experts),
+        square: draw(experts),
+        sum: draw(experts * hidden_size),
+        flatness: draw(experts),
+    }
+}
+
+/// A build without observations.
+pub fn inputs<'a>(checkpoint: &'a Checkpoint, plan: &'a Plan, seed: u64) -> BuildInputs<'a> {
+    BuildInputs {
+        checkpoint,
+        plan,
+        observations: None,
+        seed,
+    }
 }

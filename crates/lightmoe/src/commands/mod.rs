@@ -21,6 +21,7 @@ use crate::settings::Settings;
 use crate::source::{BUILT_IN, TaskData, model_fingerprint, model_folder, open_model};
 use crate::tokens::TokenBatch;
 use anyhow::{Context, Result, anyhow};
+use lightmoe_compress::BuildInputs;
 use lightmoe_compress::methods::MethodName;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
@@ -190,7 +191,15 @@ pub fn run_plan(args: PlanArgs) -> Result<String> {
 /// What the stage brings.
 pub fn run_build(args: BuildArgs) -> Result<String> {
     let original = open_model(&args.model)?;
-    build_stage(&original, &Plan::load(&args.plan)?, args.seed, &args.out)?;
+    let observations = args.observations.as_deref().map(Observations::load);
+    let observations = observations.transpose()?;
+    let inputs = BuildInputs {
+        checkpoint: &original,
+        plan: &Plan::load(&args.plan)?,
+        observations: observations.as_ref(),
+        seed: args.seed,
+    };
+    build_stage(&inputs, &args.out)?;
     Ok(format!("model  {}", args.out.display()))
 }
 

@@ -23,6 +23,7 @@ use crate::settings::Settings;
 use crate::source::{BUILT_IN, TaskData, model_fingerprint, open_model};
 use anyhow::{Context, Result, anyhow, bail};
 use cells::{Cell, RATES, grid, rate_of, rate_search};
+use lightmoe_compress::BuildInputs;
 use lightmoe_compress::observations::Observations;
 use lightmoe_data::{Encoded, Task};
 use lightmoe_models::{Checkpoint, ModelTokenizer, folder};
@@ -302,7 +303,13 @@ impl Bench {
         let dir = self.work.join(cell.id());
         let observations = self.observed(cell, &encoded, &recipe)?;
         let plan = plan_stage(config, &observations, &recipe, &dir.join("plan.json"))?;
-        build_stage(&self.original, &plan, cell.seed, &dir.join("built"))?;
+        let inputs = BuildInputs {
+            checkpoint: &self.original,
+            plan: &plan,
+            observations: Some(&observations),
+            seed: cell.seed,
+        };
+        build_stage(&inputs, &dir.join("built"))?;
         let built = Checkpoint::open(&dir.join("built"))?;
         let score = |checkpoint: &Checkpoint, examples: &[lightmoe_data::Example]| {
             evaluate_stage("cell", checkpoint, &data, examples, recipe.max_length, None)

@@ -30,10 +30,12 @@ pub(super) struct LayerRow {
 }
 
 fn class_of(form: SlotForm) -> String {
-    match (form.is_replaced(), form.group()) {
-        (false, _) => "kept".to_owned(),
-        (true, Some(group)) => format!("g{}", group % COLOURS),
-        (true, None) => "alone".to_owned(),
+    match (form, form.group()) {
+        (SlotForm::Dense, _) => "kept".to_owned(),
+        (SlotForm::Removed, _) => "removed".to_owned(),
+        (SlotForm::Constant, _) => "constant".to_owned(),
+        (_, Some(group)) => format!("g{}", group % COLOURS),
+        (_, None) => "alone".to_owned(),
     }
 }
 
@@ -67,6 +69,8 @@ pub(super) fn experts<'a>(
                 title += &format!(", rank {rank}");
             }
             SlotForm::Dense => title += "kept",
+            SlotForm::Constant => title += "its mean output",
+            SlotForm::Removed => title += "removed",
         }
         title += &format!(", score {:.4}", slot.score);
         let tokens = seen(layer).and_then(|c| c.tokens_per_expert.get(slot.expert));
@@ -111,8 +115,14 @@ pub(super) fn legend(plan: &Plan) -> Vec<Swatch> {
         let class = format!("g{}", group % COLOURS);
         legend.push(swatch(&class, format!("group {group}")));
     }
-    if slots().any(|s| s.form.is_replaced() && s.form.group().is_none()) {
-        legend.push(swatch("alone", "replaced, no shared base".to_owned()));
+    for (class, label) in [
+        ("alone", "replaced, no shared base"),
+        ("constant", "its mean output"),
+        ("removed", "removed"),
+    ] {
+        if slots().any(|s| class_of(s.form) == class) {
+            legend.push(swatch(class, label.to_owned()));
+        }
     }
     if groups.is_some() {
         legend.push(swatch("dominant", "dominant of its group".to_owned()));

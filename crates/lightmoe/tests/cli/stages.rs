@@ -132,3 +132,52 @@ fn a_dense_export_is_the_same_model() {
     }
     assert_eq!(names(folder.path()), ["dense"]);
 }
+
+/// The methods that drop experts go the same way as LightMoE; what they leave has no dense form.
+#[test]
+fn methods_that_drop_experts_run_to_the_end() {
+    let folder = tempfile::tempdir().unwrap();
+    for (method, form) in [("reap", "removed"), ("mone", "constant")] {
+        let run = folder.path().join(method);
+        let mut call = tiny("compress");
+        call.args(["--method", method, "--ratio", "0.4"])
+            .arg("--out")
+            .arg(&run)
+            .ok();
+        let plan = crate::support::json(&run.join("plan.json"));
+        let slots = plan["layers"].as_array().unwrap().iter();
+        let slots = slots.flat_map(|l| l["slots"].as_array().unwrap());
+        let dropped = slots.filter(|s| s["form"] == form).count();
+        assert!(dropped > 30, "{method}: {dropped}");
+        let results = crate::support::json(&run.join("results.json"));
+        let achieved = results["ratio"]["achieved"].as_f64().unwrap();
+        assert!((achieved - 0.4).abs() < 0.005, "{method}: {achieved}");
+        let mut inspect = command("inspect");
+        let text = inspect
+            .arg("--json")
+            .arg("--model")
+            .arg(run.join("model"))
+            .ok();
+        let summary: Value = from_str(&text).unwrap();
+        assert_eq!(summary["parameters"], plan["parameters"]["after"]);
+        let mut export = command("export");
+        export
+            .arg("--model")
+            .arg(&run)
+            .arg("--out")
+            .arg(folder.path().join("dense"));
+        assert!(export.fails(1).contains("compact"));
+        let mut export = command("export");
+        export.args(["--kind", "compact"]).arg("--model").arg(&run);
+        export.arg("--out").arg(folder.path().join("compact")).ok();
+    }
+    let mut forecast = tiny("compress");
+    forecast.args(["--method", "reap", "--ratio", "0.4", "--dry-run", "--json"]);
+    let forecast: Value = from_str(&forecast.ok()).unwrap();
+    assert_eq!(forecast["parameters_after"], 2_203_469);
+    let mut far = tiny("compress");
+    let message = far
+        .args(["--method", "ean", "--ratio", "0.85", "--dry-run"])
+        .fails(2);
+    assert!(message.contains("chooses 4"), "{message}");
+}
