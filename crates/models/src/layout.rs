@@ -66,7 +66,8 @@ impl LayerLayout {
         self.adapted().map(|(_, _, rank)| rank).next().unwrap_or(0)
     }
 
-    fn check(&self, experts: usize) -> std::result::Result<(), String> {
+    /// `widest`: the smaller side of an expert's matrices, which no rank exceeds.
+    fn check(&self, experts: usize, widest: usize) -> std::result::Result<(), String> {
         if self.slots.len() != experts {
             return Err(format!("{} slots for {experts} experts", self.slots.len()));
         }
@@ -74,6 +75,9 @@ impl LayerLayout {
         // Every base is used, so there are no more than slots; the numbers may be of any size.
         if bases > experts {
             return Err(format!("base {} for {experts} experts", bases - 1));
+        }
+        if rank > widest {
+            return Err(format!("rank {rank} for matrices of smaller side {widest}"));
         }
         let mut used = vec![false; bases];
         for (expert, group, r) in self.adapted() {
@@ -149,13 +153,14 @@ impl BankLayout {
     /// # Errors
     /// What does not, as part of a sentence.
     pub fn check(&self, config: &ModelConfig) -> std::result::Result<(), String> {
+        let widest = config.hidden_size.min(config.moe.intermediate_size);
         for layer in config.moe_layers() {
             let found = self
                 .layers
                 .get(&layer)
                 .ok_or_else(|| format!("no layer {layer}"))?;
             found
-                .check(config.moe.num_experts)
+                .check(config.moe.num_experts, widest)
                 .map_err(|message| format!("layer {layer}: {message}"))?;
         }
         match self.layers.keys().find(|&&l| !config.is_moe_layer(l)) {
@@ -290,7 +295,10 @@ mod tests {
         assert_refused(&layout(&mixed), &["slot 2", "no base"]);
         assert_refused(&one(adapted(Some(1), 2)), &["no slot uses base 0"]);
         assert_refused(&one(adapted(Some(4), 2)), &["base 4"]);
+        let wide = layout(&[adapted(None, 9), DENSE, DENSE, DENSE]);
+        assert_refused(&wide, &["layer 0", "rank 9", "8"]);
         // Neither an overflow nor an allocation of that size.
+        assert_refused(&one(adapted(None, usize::MAX)), &["rank"]);
         assert_refused(&one(adapted(Some(usize::MAX - 1), 2)), &["base"]);
         assert_refused(&one(adapted(Some(usize::MAX), 2)), &["base"]);
         assert_refused(&one(adapted(None, 0)), &["slot 1", "neither"]);
