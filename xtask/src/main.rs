@@ -5,6 +5,7 @@ mod bench;
 mod binary;
 mod docs;
 mod fixtures;
+mod fuzz;
 mod shell;
 mod test;
 
@@ -51,6 +52,12 @@ const COMMANDS: &[Command] = &[
         arguments: "",
         about: "Make the PyTorch parity fixtures again and compare them with the committed ones",
         run: fixtures::run,
+    },
+    Command {
+        name: "fuzz",
+        arguments: "[--runs N] [TARGET]...",
+        about: "Feed damaged files to everything that reads one; needs a nightly compiler and cargo-fuzz",
+        run: fuzz::run,
     },
     Command {
         name: "docs",

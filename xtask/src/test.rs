@@ -32,6 +32,7 @@ const SKIPPED: &[(&str, &str)] = &[
     ),
     ("the comparison of methods", "cargo xtask bench quality"),
     ("the timing of kernels", "cargo xtask bench kernels"),
+    ("fuzzing", "cargo xtask fuzz"),
 ];
 
 /// Runs every step, whatever became of the one before it, and sums up.

@@ -227,9 +227,22 @@ impl Observations {
     /// [`Error::Io`] if the file cannot be written; [`Error::Invalid`] if a layer holds
     /// impossible values.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let mut tensors = Vec::new();
         for layer in &self.layers {
             layer.validate().map_err(Error::Invalid)?;
+        }
+        let bytes = self
+            .encode()
+            .map_err(|e| observations_error(path, format!("cannot be encoded ({e}); report it")))?;
+        Ok(folder::write_file(path, &bytes)?)
+    }
+
+    /// The bytes of the file.
+    ///
+    /// # Errors
+    /// If they cannot be encoded, in the words of the encoder.
+    pub fn encode(&self) -> std::result::Result<Vec<u8>, String> {
+        let mut tensors = Vec::new();
+        for layer in &self.layers {
             let experts = layer.gate_mass.len();
             let mut push = |name: &str, shape: &[usize], block: Block| {
                 tensors.push((tensor_name(layer.layer, name), block.shaped(shape)));
@@ -257,14 +270,9 @@ impl Observations {
             samples: self.samples,
             fingerprint: self.fingerprint.clone(),
         };
-        let bytes = serde_json::to_string(&header)
-            .map_err(|e| e.to_string())
-            .and_then(|header| {
-                let metadata = HashMap::from([(METADATA_KEY.to_owned(), header)]);
-                safetensors::serialize(tensors, Some(metadata)).map_err(|e| e.to_string())
-            })
-            .map_err(|e| observations_error(path, format!("cannot be encoded ({e}); report it")))?;
-        Ok(folder::write_file(path, &bytes)?)
+        let header = serde_json::to_string(&header).map_err(|e| e.to_string())?;
+        let metadata = HashMap::from([(METADATA_KEY.to_owned(), header)]);
+        safetensors::serialize(tensors, Some(metadata)).map_err(|e| e.to_string())
     }
 
     /// Reads a file that [`Observations::save`] wrote.
@@ -274,7 +282,15 @@ impl Observations {
     /// damaged, of another version, incomplete, or holds impossible values.
     pub fn load(path: &Path) -> Result<Self> {
         let bytes = read(path)?;
-        decode(&bytes).map_err(|message| observations_error(path, message))
+        Self::decode(&bytes).map_err(|message| observations_error(path, message))
+    }
+
+    /// Reads the bytes of a file that [`Observations::save`] wrote.
+    ///
+    /// # Errors
+    /// What is wrong with them and what to do.
+    pub fn decode(bytes: &[u8]) -> std::result::Result<Self, String> {
+        decode(bytes)
     }
 }
 

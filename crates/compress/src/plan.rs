@@ -57,6 +57,13 @@ pub struct ModelSummary {
     pub layers: usize,
 }
 
+impl ModelSummary {
+    /// The smaller side of an expert's matrices, which no rank exceeds.
+    fn widest_rank(&self) -> usize {
+        self.hidden_size.min(self.intermediate_size)
+    }
+}
+
 impl From<&ModelConfig> for ModelSummary {
     fn from(config: &ModelConfig) -> Self {
         Self {
@@ -211,9 +218,17 @@ impl Plan {
     /// or breaks a rule of [`Plan::validate`].
     pub fn load(path: &Path) -> Result<Self> {
         let text = read(path)?;
-        let plan: Self = serde_json::from_slice(&text)
-            .map_err(|e| plan_error(path, format!("not a plan ({e}); correct it or plan again")))?;
-        plan.rules().map_err(|message| plan_error(path, message))?;
+        Self::decode(&text).map_err(|message| plan_error(path, message))
+    }
+
+    /// Reads and checks the text of a plan.
+    ///
+    /// # Errors
+    /// What is wrong with it and what to do.
+    pub fn decode(text: &[u8]) -> std::result::Result<Self, String> {
+        let plan: Self = serde_json::from_slice(text)
+            .map_err(|e| format!("not a plan ({e}); correct it or plan again"))?;
+        plan.rules()?;
         Ok(plan)
     }
 
@@ -246,6 +261,17 @@ impl Plan {
             self.validate_layer(layer)
                 .map_err(|message| format!("layer {}{message}", layer.layer))?;
         }
+        let widest = self.model.widest_rank();
+        for (key, rank) in [
+            ("rank", self.settings.rank),
+            ("kept_rank", self.settings.kept_rank),
+        ] {
+            if rank > widest {
+                return Err(format!(
+                    "`{key}` of `settings` is {rank}, expected at most {widest}; lower it"
+                ));
+            }
+        }
         let numbers = [self.settings.alpha, self.settings.max_delta];
         if numbers.iter().any(|number| !number.is_finite()) {
             return Err("`settings` holds a number that is not finite; correct it".to_owned());
@@ -255,7 +281,7 @@ impl Plan {
 
     fn validate_layer(&self, layer: &LayerPlan) -> std::result::Result<(), String> {
         let experts = self.model.num_experts;
-        let widest = self.model.hidden_size.min(self.model.intermediate_size);
+        let widest = self.model.widest_rank();
         if layer.slots.len() != experts {
             return Err(format!(
                 ": {} slots, expected one for each of {experts} experts; add or remove some",

@@ -346,6 +346,10 @@ fn a_broken_plan_names_the_layer_and_the_slot() {
     broken(&["layer 1", slot, "rank 17", "16"], &|j| {
         j["layers"][1]["slots"][dominant]["rank"] = 17.into();
     });
+    // Or counting its parameters would overflow.
+    broken(&["settings", "kept_rank", "16"], &|j| {
+        j["settings"]["kept_rank"] = u64::MAX.into();
+    });
     broken(&["layer 1", slot, "group 2"], &|j| {
         j["layers"][1]["slots"][dominant]["group"] = 2.into();
     });

@@ -49,6 +49,13 @@ impl Rope {
         }
     }
 
+    /// Whether all angles of the context, and the factor, are finite numbers.
+    pub fn is_finite(&self) -> bool {
+        let last = self.positions as f32;
+        let mut angles = self.frequencies.iter().map(|&frequency| last * frequency);
+        (self.scale as f32).is_finite() && angles.all(f32::is_finite)
+    }
+
     /// With a factor on the rotated numbers.
     pub fn with_scale(self, scale: f64) -> Self {
         Self { scale, ..self }

@@ -178,6 +178,10 @@ impl Recipe {
         ];
         for (key, value) in counts {
             ensure!(value > 0, "`{key}` is 0; give at least 1");
+            ensure!(
+                u32::try_from(value).is_ok(),
+                "`{key}` is {value}; give a number below 2^32"
+            );
         }
         let shares = [
             ("warmup", self.warmup),
@@ -200,10 +204,11 @@ impl Recipe {
                 "`{key}` is {value}; give a number above 0"
             );
         }
-        if let Some(threshold) = self.threshold {
+        for (key, value) in [("ratio", self.ratio), ("threshold", self.threshold)] {
             ensure!(
-                threshold > 0.0 && threshold < 1.0,
-                "`threshold` is {threshold}; give a number between 0 and 1"
+                value.is_none_or(|v| v > 0.0 && v < 1.0),
+                "`{key}` is {}; give a number between 0 and 1",
+                value.unwrap_or_default()
             );
         }
         ensure!(
@@ -217,9 +222,16 @@ impl Recipe {
              nothing beside them, get no gradient; use `annealing` linear or exponential with \
              `end_ratio` above 0, or `groups` 1"
         );
+        for (key, value) in [("weight_decay", self.weight_decay), ("alpha", self.alpha)] {
+            ensure!(
+                value >= 0.0 && value.is_finite(),
+                "`{key}` is {value}; give a number from 0"
+            );
+        }
         ensure!(
-            self.weight_decay >= 0.0,
-            "`weight_decay` is below 0; give 0 or more"
+            i64::try_from(self.seed).is_ok(),
+            "`seed` is {}, which a recipe file cannot hold; give a number below 2^63",
+            self.seed
         );
         Ok(())
     }
@@ -279,7 +291,15 @@ impl Recipe {
     pub fn load(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the recipe `{}`", path.display()))?;
-        toml::from_str(&text).with_context(|| format!("in the recipe `{}`", path.display()))
+        Self::parse(&text).with_context(|| format!("in the recipe `{}`", path.display()))
+    }
+
+    /// Reads the text of a resolved recipe.
+    ///
+    /// # Errors
+    /// If it is none.
+    pub fn parse(text: &str) -> Result<Self> {
+        Ok(toml::from_str(text)?)
     }
 
     /// Refuses another recipe than this one, naming each key that differs.

@@ -110,16 +110,22 @@ impl Settings {
     pub fn load(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the recipe `{}`", path.display()))?;
+        Self::parse(&text)
+            .map_err(|message| anyhow!("in the recipe `{}`, {message}", path.display()))
+    }
+
+    /// Reads the text of a recipe file.
+    ///
+    /// # Errors
+    /// What is wrong in which line, as part of a sentence.
+    pub fn parse(text: &str) -> std::result::Result<Self, String> {
         // The parser's own form draws the line over several lines of ours.
-        toml::from_str(&text).map_err(|e: toml::de::Error| {
+        toml::from_str(text).map_err(|e: toml::de::Error| {
             let line = e
                 .span()
                 .map_or(1, |s| 1 + text[..s.start].matches('\n').count());
-            anyhow!(
-                "in the recipe `{}`, line {line}: {}; see docs/reference.md for its keys",
-                path.display(),
-                e.message()
-            )
+            let message = e.message();
+            format!("line {line}: {message}; see docs/reference.md for its keys")
         })
     }
 

@@ -4,15 +4,16 @@
 //! What the files call a tensor, and whether experts are stacked in them, is seen here alone.
 
 use crate::config::ModelConfig;
+use crate::index::{INDEX, read_index, shards};
 use crate::layout::BankLayout;
 use crate::manifest::Manifest;
 use crate::names::Scheme;
-use crate::tensor_file::{BlockScales, Stored, TensorFile};
+use crate::tensor_file::{BlockScales, Stored, TensorFile, count_numbers};
 use crate::{Error, Result, folder, names};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use safetensors::Dtype;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -20,8 +21,6 @@ use std::path::{Path, PathBuf};
 pub(crate) const SINGLE: &str = "model.safetensors";
 /// What the scales of an FP8 matrix add to its name.
 const SCALE: &str = "_scale_inv";
-/// Which shard has which tensor, if they are several.
-pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// An open model folder.
 pub struct Checkpoint {
@@ -186,9 +185,8 @@ impl Checkpoint {
     pub fn dtype(&self) -> DType {
         let mut counts = BTreeMap::new();
         for file in &self.files {
-            for info in file.metadata.tensors().values() {
-                let numbers: usize = info.shape.iter().product();
-                *counts.entry(info.dtype).or_insert(0usize) += numbers;
+            for (dtype, numbers) in count_numbers(&file.metadata) {
+                *counts.entry(dtype).or_insert(0u64) += numbers;
             }
         }
         match counts.into_iter().max_by_key(|(_, n)| *n) {
@@ -375,32 +373,4 @@ impl Checkpoint {
             values,
         })
     }
-}
-
-/// The names of the shards that an index names, sorted.
-pub(crate) fn shards(index: &BTreeMap<String, String>) -> BTreeSet<&str> {
-    index.values().map(String::as_str).collect()
-}
-
-/// The shard of each tensor. Shards are files beside the index and nothing else.
-pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
-    let fail = |message: String| Error::config(path, format!("{message}; download it again"));
-    let text = fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-    let value: serde_json::Value =
-        serde_json::from_str(&text).map_err(|e| fail(format!("not JSON: {e}")))?;
-    let map = value
-        .get("weight_map")
-        .and_then(|m| m.as_object())
-        .filter(|m| !m.is_empty())
-        .ok_or_else(|| fail("`weight_map` is no object with entries".into()))?;
-    map.iter()
-        .map(|(tensor, shard)| match shard.as_str() {
-            Some(shard) if Path::new(shard).file_name() == Some(shard.as_ref()) => {
-                Ok((tensor.clone(), shard.to_owned()))
-            }
-            _ => Err(fail(format!(
-                "`weight_map` gives `{tensor}` the shard {shard}, which is no file name"
-            ))),
-        })
-        .collect()
 }

@@ -10,11 +10,16 @@ use std::path::Path;
 use serde_json::Value;
 
 pub use crate::families::Family;
+use crate::rotary::Rotary;
 pub use crate::rotary::{LongRope, RopeScaling, Yarn};
 use crate::{Error, Result, families};
 
 /// More parameters than this are taken for a damaged file.
 const IMPLAUSIBLE_PARAMETERS: u64 = 1_000_000_000_000_000;
+/// And so are more layers × experts; the largest published models have a tenth of it.
+const IMPLAUSIBLE_EXPERTS: usize = 1 << 18;
+/// And wider heads.
+const IMPLAUSIBLE_HEAD: usize = 1 << 16;
 
 /// Everything the decoder and the counters need to know of a model.
 #[derive(Debug, Clone, PartialEq)]
@@ -222,14 +227,45 @@ impl ModelConfig {
                 return Err(Error::config(origin, message));
             }
         }
-        if config.parameters().total() > IMPLAUSIBLE_PARAMETERS {
-            return Err(Error::config(
-                origin,
+        match config.implausible() {
+            Some(message) => Err(Error::config(origin, message)),
+            None => Ok(config),
+        }
+    }
+
+    /// What no model has. Everything that is computed from a configuration may rely on its
+    /// absence: on counts that fit, and on lists of layers, experts and angles that fit memory.
+    fn implausible(&self) -> Option<String> {
+        let experts = self.num_layers.saturating_mul(self.moe.num_experts);
+        if self.parameters().total() > IMPLAUSIBLE_PARAMETERS {
+            return Some(
                 "the sizes describe a model above 10^15 parameters; check `hidden_size`, \
-                 `vocab_size` and the expert sizes",
+                 `vocab_size` and the expert sizes"
+                    .into(),
+            );
+        }
+        if experts > IMPLAUSIBLE_EXPERTS {
+            return Some(format!(
+                "{} layers of {} experts are more than {IMPLAUSIBLE_EXPERTS} experts together; \
+                 check `num_hidden_layers` and the number of experts",
+                self.num_layers, self.moe.num_experts
             ));
         }
-        Ok(config)
+        if self.head_dim > IMPLAUSIBLE_HEAD {
+            return Some(format!(
+                "heads of {} numbers, expected at most {IMPLAUSIBLE_HEAD}; check the sizes of the \
+                 attention heads",
+                self.head_dim
+            ));
+        }
+        if !self.attention_scale().is_finite() || !Rotary::new(self).is_finite() {
+            return Some(
+                "the angles that `rope_theta`, `rope_scaling` and `max_position_embeddings` \
+                 describe are not finite numbers; correct them"
+                    .into(),
+            );
+        }
+        None
     }
 
     /// Whether layer `layer` (from 0) has experts.

@@ -78,7 +78,8 @@ impl LayerLayout {
         self.adapted().map(|(_, _, rank)| rank).max().unwrap_or(0)
     }
 
-    fn check(&self, moe: &MoeConfig) -> std::result::Result<(), String> {
+    /// `widest`: the smaller side of an expert's matrices, which no rank exceeds.
+    fn check(&self, moe: &MoeConfig, widest: usize) -> std::result::Result<(), String> {
         let experts = moe.num_experts;
         if self.slots.len() != experts {
             return Err(format!("{} slots for {experts} experts", self.slots.len()));
@@ -87,6 +88,12 @@ impl LayerLayout {
         // Every base is used, so there are no more than slots; the numbers may be of any size.
         if bases > experts {
             return Err(format!("base {} for {experts} experts", bases - 1));
+        }
+        if self.rank() > widest {
+            return Err(format!(
+                "rank {} for matrices of smaller side {widest}",
+                self.rank()
+            ));
         }
         let mut used = vec![false; bases];
         for (expert, group, r) in self.adapted() {
@@ -163,13 +170,14 @@ impl BankLayout {
     /// # Errors
     /// What does not, as part of a sentence.
     pub fn check(&self, config: &ModelConfig) -> std::result::Result<(), String> {
+        let widest = config.hidden_size.min(config.moe.intermediate_size);
         for layer in config.moe_layers() {
             let found = self
                 .layers
                 .get(&layer)
                 .ok_or_else(|| format!("no layer {layer}"))?;
             found
-                .check(&config.moe)
+                .check(&config.moe, widest)
                 .map_err(|message| format!("layer {layer}: {message}"))?;
         }
         match self.layers.keys().find(|&&l| !config.is_moe_layer(l)) {
@@ -313,7 +321,10 @@ mod tests {
         assert_refused(&layout(&removed), &["1 experts", "top-k of 2"]);
         assert_refused(&one(adapted(Some(1), 2)), &["no slot uses base 0"]);
         assert_refused(&one(adapted(Some(4), 2)), &["base 4"]);
+        let wide = layout(&[adapted(None, 9), DENSE, DENSE, DENSE]);
+        assert_refused(&wide, &["layer 0", "rank 9", "8"]);
         // Neither an overflow nor an allocation of that size.
+        assert_refused(&one(adapted(None, usize::MAX)), &["rank"]);
         assert_refused(&one(adapted(Some(usize::MAX - 1), 2)), &["base"]);
         assert_refused(&one(adapted(Some(usize::MAX), 2)), &["base"]);
         assert_refused(&one(adapted(None, 0)), &["slot 1", "neither"]);

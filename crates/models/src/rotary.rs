@@ -124,6 +124,15 @@ impl Rotary {
         Self { within, beyond }
     }
 
+    /// Whether all angles of the context are finite numbers.
+    pub(crate) fn is_finite(&self) -> bool {
+        let beyond = self.beyond.as_ref().map(|(_, rope)| rope);
+        [Some(&self.within), beyond]
+            .into_iter()
+            .flatten()
+            .all(Rope::is_finite)
+    }
+
     /// The angles for sequences that are `length` tokens long with this call, earlier ones in the
     /// cache included. As in the published models, keys that a shorter call left in the cache keep
     /// the angles of that call.

@@ -5,6 +5,7 @@ use candle_core::DType;
 use float8::F8E4M3;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -49,6 +50,16 @@ pub fn parse_header(bytes: &[u8], data: u64) -> std::result::Result<Metadata, St
             "{data} bytes of tensors, but its header describes {described}"
         )),
     }
+}
+
+/// How many numbers of each element type a file holds, from its header.
+pub fn count_numbers(header: &Metadata) -> BTreeMap<Dtype, u64> {
+    let mut counts = BTreeMap::new();
+    for info in header.tensors().values() {
+        let numbers: usize = info.shape.iter().product();
+        *counts.entry(info.dtype).or_insert(0) += numbers as u64;
+    }
+    counts
 }
 
 impl TensorFile {

@@ -3,10 +3,11 @@
 //! What will be written is known before it begins, so each tensor goes to its place at once and in
 //! any order, nothing waits in memory, and a run that was stopped can go on.
 
-use crate::checkpoint::{Checkpoint, Extra, INDEX};
+use crate::checkpoint::{Checkpoint, Extra};
 use crate::config::ModelConfig;
 use crate::encode::{encode, first_not_finite};
 use crate::folder::{PartialFolder, write_file};
+use crate::index::INDEX;
 use crate::layout::BankLayout;
 use crate::manifest::Manifest;
 pub use crate::shards::Format;

@@ -43,7 +43,7 @@ fn what_cannot_work_is_refused_in_one_line() {
     let broken = write("broken.toml", "steps = 3\n[[[\n");
     let compressed = base().join("model").to_str().unwrap().to_owned();
     let both = write("both.toml", "ratio = 0.5\nthreshold = 0.1\n");
-    let cases: [(&[&str], &[&str]); 20] = [
+    let cases: [(&[&str], &[&str]); 25] = [
         (&["--ratio", "0.99"], &["0.99", "to", "lower"]),
         (&["--ratio=-0.5"], &["-0.5"]),
         (&["--rank", "1000"], &["rank 1000", "64"]),
@@ -62,6 +62,11 @@ fn what_cannot_work_is_refused_in_one_line() {
             &["ratio", "threshold"],
         ),
         (&["--threshold", "5"], &["`threshold` is 5"]),
+        (&["--ratio", "nan"], &["`ratio` is NaN"]),
+        (&["--alpha", "inf"], &["`alpha` is inf"]),
+        (&["--weight-decay", "inf"], &["`weight_decay` is inf"]),
+        (&["--steps", "4294967296"], &["`steps` is 4294967296"]),
+        (&["--seed", "9223372036854775808"], &["`seed`", "2^63"]),
         (&["--threshold", "0.2", "--rank", "60"], &["rank 60"]),
         (&["--method", "lora", "--rank", "0"], &["`rank` is 0"]),
         (

@@ -297,3 +297,60 @@ fn a_file_that_is_missing_or_no_json_is_named() {
         assert!(message.contains("config.json"), "{message}");
     }
 }
+
+/// Lists of layers, experts and angles are made of a configuration alone: none may be endless, and no
+/// angle a NaN.
+#[test]
+fn sizes_that_no_model_has_are_refused() {
+    let experts = olmoe_with("num_experts", json!(1 << 20));
+    assert_refused(experts, &["experts together"]);
+    let layers = olmoe_with("num_hidden_layers", json!(4097));
+    assert_refused(layers, &["4097 layers of 64", "num_hidden_layers"]);
+    olmoe_with("num_hidden_layers", json!(4096)).unwrap();
+    // Dense layers count too.
+    let mut dense = fixture("configs/deepseek-v2-lite.json");
+    dense["num_hidden_layers"] = json!(1_000_000);
+    dense["first_k_dense_replace"] = json!(999_999);
+    let dense = ModelConfig::from_json(&dense, Path::new("here/config.json"));
+    assert_refused(dense, &["experts together"]);
+    let head = changed("parity/qwen3_moe/config.json", "head_dim", json!(1 << 17));
+    assert_refused(head, &["131072"]);
+    for (key, value) in [
+        ("rope_theta", json!(1e-300)),
+        (
+            "rope_scaling",
+            json!({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1e300}),
+        ),
+        (
+            "rope_scaling",
+            json!({"rope_type": "yarn", "factor": 4.0, "beta_fast": 1e-320}),
+        ),
+    ] {
+        assert_refused(olmoe_with(key, value), &["rope_theta", "not finite"]);
+    }
+    let mut long = fixture("parity/phimoe/config.json");
+    long["rope_parameters"] = Value::Null;
+    let scaling = long["rope_scaling"].as_object_mut().unwrap();
+    scaling.insert("original_max_position_embeddings".into(), json!(1));
+    scaling.retain(|key, _| !key.ends_with("_mscale"));
+    let long = ModelConfig::from_json(&long, Path::new("here/config.json"));
+    assert_refused(long, &["rope_scaling", "not finite"]);
+}
+
+/// A key of the wrong type says something, if nobody knows what.
+#[test]
+fn no_value_is_passed_over() {
+    for (key, value) in [
+        ("mlp_only_layers", json!(1)),
+        ("layer_types", json!("full")),
+    ] {
+        assert_refused(changed("parity/qwen3_moe/config.json", key, value), &[key]);
+    }
+    for value in [json!(-1e-5), json!("1e-5")] {
+        let mut config = fixture("parity/mixtral/config.json");
+        config["rms_norm_eps"] = Value::Null;
+        config["layer_norm_eps"] = value;
+        let read = ModelConfig::from_json(&config, Path::new("here/config.json"));
+        assert_refused(read, &["layer_norm_eps"]);
+    }
+}

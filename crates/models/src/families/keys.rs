@@ -306,8 +306,8 @@ impl<'a> Keys<'a> {
                 "`decoder_sparse_step` must be 1; use a model with experts in every layer";
             return Err(self.error(message));
         }
-        let dense = self.get("mlp_only_layers").and_then(Value::as_array);
-        if dense.is_some_and(|layers| !layers.is_empty()) {
+        let empty = |layers: &Value| layers.as_array().is_some_and(Vec::is_empty);
+        if !self.get("mlp_only_layers").is_none_or(empty) {
             let message =
                 "`mlp_only_layers` must be empty; use a model with experts in every layer";
             return Err(self.error(message));
@@ -315,8 +315,8 @@ impl<'a> Keys<'a> {
         // They matter only for what is refused here.
         self.ignore(&["intermediate_size", "max_window_layers", "sliding_window"]);
         let full = |kind: &Value| kind.as_str() == Some("full_attention");
-        let kinds = self.get("layer_types").and_then(Value::as_array);
-        if kinds.is_some_and(|kinds| !kinds.iter().all(full)) {
+        let all_full = |kinds: &Value| kinds.as_array().is_some_and(|k| k.iter().all(full));
+        if !self.get("layer_types").is_none_or(all_full) {
             let message = "`layer_types` must be `full_attention` alone; use such a model";
             return Err(self.error(message));
         }
@@ -329,8 +329,8 @@ impl<'a> Keys<'a> {
 
     /// Epsilon of the norms, under either name.
     pub(super) fn norm_eps(&self, default: f64) -> Result<f64> {
-        let layer = self.get("layer_norm_eps").and_then(Value::as_f64);
-        self.positive("rms_norm_eps", Some(layer.unwrap_or(default)))
+        let layer = self.positive("layer_norm_eps", Some(default))?;
+        self.positive("rms_norm_eps", Some(layer))
     }
 
     /// The block of weights that share a scale, `[rows, columns]`, where they are stored as FP8

@@ -10,7 +10,8 @@ mod name;
 
 pub use name::HubName;
 
-use crate::checkpoint::{INDEX, SINGLE, read_index, shards};
+use crate::checkpoint::SINGLE;
+use crate::index::{INDEX, read_index, shards};
 use crate::{Error, Result};
 use client::Client;
 use hf_hub::{Cache, CacheRepo};
