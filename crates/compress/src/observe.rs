@@ -10,6 +10,7 @@ use crate::states::{States, Work};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use lightmoe_models::{Bank, Checkpoint, Embedding, Layer, ModelConfig, Rotary, Routing, Tokens};
+use rayon::prelude::*;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -153,6 +154,20 @@ fn batches<'a>(order: &'a [&'a Vec<u32>], tokens: usize) -> Vec<Batch<'a>> {
     batches
 }
 
+/// Weights that are summed in f32.
+const ROW: usize = 1024;
+/// Outputs of an expert that are summed by one task.
+const ROWS: usize = 64;
+
+/// Sums over some outputs of an expert.
+#[derive(Default)]
+struct RowSums {
+    gated: f64,
+    norm: f64,
+    square: f64,
+    sum: Vec<f64>,
+}
+
 /// Sums over the tokens of one layer.
 struct Sums {
     experts: usize,
@@ -181,19 +196,29 @@ impl Sums {
         let Some(dense) = &bank.dense else {
             return Ok(());
         };
-        for (i, &expert) in bank.dense_experts().iter().enumerate() {
-            let (mut absolute, mut square, mut count) = (0.0, 0.0, 0.0);
+        let of_expert = |i: usize| -> Result<f64> {
+            let (mut absolute, mut square, mut count) = (0.0, 0.0, 0usize);
             for (_, stack) in dense.named() {
-                let w = stack.get(i)?;
+                let weights = stack.get(i)?.flatten_all()?.to_vec1::<f32>()?;
                 // Row by row in f32, the rows in f64.
-                let rows = |t: Tensor| Ok::<_, Error>(t.sum(1)?.to_vec1::<f32>()?);
-                absolute += rows(w.abs()?)?.into_iter().map(f64::from).sum::<f64>();
-                square += rows(w.sqr()?)?.into_iter().map(f64::from).sum::<f64>();
-                count += w.elem_count() as f64;
+                for row in weights.chunks(ROW) {
+                    absolute += f64::from(row.iter().map(|w| w.abs()).sum::<f32>());
+                    square += f64::from(row.iter().map(|w| w * w).sum::<f32>());
+                }
+                count += weights.len();
             }
-            if square > 0.0 {
-                self.outputs.flatness[expert] = absolute / (count * square).sqrt();
-            }
+            Ok(match square > 0.0 {
+                true => absolute / (count as f64 * square).sqrt(),
+                false => 0.0,
+            })
+        };
+        let experts = bank.dense_experts();
+        let found: Vec<f64> = (0..experts.len())
+            .into_par_iter()
+            .map(of_expert)
+            .collect::<Result<_>>()?;
+        for (&expert, flatness) in experts.iter().zip(found) {
+            self.outputs.flatness[expert] = flatness;
         }
         Ok(())
     }
@@ -212,21 +237,43 @@ impl Sums {
         let k = routing.chosen.len() / (batch.samples.len() * batch.width);
         let gates = routing.gates.to_vec1::<f32>()?;
         let values = y.flatten_all()?.to_vec1::<f32>()?;
-        let sum = &mut self.outputs.sum[expert * width..(expert + 1) * width];
-        for (&pair, output) in pairs[..rows].iter().zip(values.chunks_exact(width)) {
+        let seen = |&pair: &u32| {
             let token = pair as usize / k;
-            if token % batch.width >= batch.samples[token / batch.width].len() {
-                continue;
-            }
-            let of_token = gates[token * k..(token + 1) * k].iter();
-            let whole: f64 = of_token.map(|&g| f64::from(g)).sum();
-            let square: f64 = output.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
-            let share = f64::from(gates[pair as usize]) / whole.max(f64::MIN_POSITIVE);
-            self.outputs.gated[expert] += share * square.sqrt();
-            self.outputs.norm[expert] += square.sqrt();
-            self.outputs.square[expert] += square;
-            for (sum, &v) in sum.iter_mut().zip(output) {
-                *sum += f64::from(v);
+            token % batch.width < batch.samples[token / batch.width].len()
+        };
+        // The sums of some rows each, in parallel; added in order, so that they are always the same.
+        let parts: Vec<RowSums> = pairs[..rows]
+            .par_chunks(ROWS)
+            .zip(values.par_chunks(ROWS * width))
+            .map(|(pairs, values)| {
+                let mut part = RowSums {
+                    sum: vec![0.0; width],
+                    ..RowSums::default()
+                };
+                let rows = pairs.iter().zip(values.chunks_exact(width));
+                for (&pair, output) in rows.filter(|(pair, _)| seen(pair)) {
+                    let token = pair as usize / k;
+                    let of_token = gates[token * k..(token + 1) * k].iter();
+                    let whole: f64 = of_token.map(|&g| f64::from(g)).sum();
+                    let square: f64 = output.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+                    let share = f64::from(gates[pair as usize]) / whole.max(f64::MIN_POSITIVE);
+                    part.gated += share * square.sqrt();
+                    part.norm += square.sqrt();
+                    part.square += square;
+                    for (sum, &v) in part.sum.iter_mut().zip(output) {
+                        *sum += f64::from(v);
+                    }
+                }
+                part
+            })
+            .collect();
+        let sum = &mut self.outputs.sum[expert * width..(expert + 1) * width];
+        for part in parts {
+            self.outputs.gated[expert] += part.gated;
+            self.outputs.norm[expert] += part.norm;
+            self.outputs.square[expert] += part.square;
+            for (sum, v) in sum.iter_mut().zip(part.sum) {
+                *sum += v;
             }
         }
         Ok(())
