@@ -13,7 +13,7 @@ use candle_core::{Device, Tensor};
 use lightmoe_models::random::{gaussian, stream};
 use lightmoe_models::{
     Adapters, BankLayout, Checkpoint, CheckpointWriter, Format, LayerLayout, Manifest, ModelConfig,
-    SlotLayout, names,
+    NamedShape, SlotLayout, names,
 };
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -83,16 +83,9 @@ pub fn build(
     let mut writer = CheckpointWriter::resume(target, &format, &manifest, &extras, &key)?;
     writer.copy_extras(checkpoint, &extras)?;
     writer.checkpoint()?;
-    let (layers, ends): (Vec<_>, Vec<_>) = manifest
-        .tensors
-        .into_iter()
-        .partition(|(name, _)| names::layer_of(name).is_some());
-    writer.copy(checkpoint, &ends)?;
-    let mut layers = &layers[..];
-    for l in 0..config.num_layers {
-        let here = |(name, _): &(String, Vec<usize>)| names::layer_of(name) == Some(l);
-        let (tensors, rest) = layers.split_at(layers.partition_point(here));
-        layers = rest;
+    let (ends, layers) = manifest.parts();
+    writer.copy(checkpoint, ends)?;
+    for (l, tensors) in layers.into_iter().enumerate() {
         let seen = inputs.observations.map(|seen| seen.layers.iter());
         let layer = Layer {
             checkpoint,
@@ -106,7 +99,6 @@ pub fn build(
             writer.checkpoint()?;
         }
         if !progress(l + 1, config.num_layers) {
-            writer.keep()?;
             return Err(Error::Interrupted);
         }
     }
@@ -137,7 +129,7 @@ struct Layer<'a> {
 
 impl Layer<'_> {
     /// Writes all tensors of the layer: those that stay, bases, adapters, constants.
-    fn write(&self, tensors: &[(String, Vec<usize>)], writer: &mut CheckpointWriter) -> Result<()> {
+    fn write(&self, tensors: &[NamedShape], writer: &mut CheckpointWriter) -> Result<()> {
         let made = [".mlp.bases.", ".lora_", ".constant."];
         let ours = |name: &str| made.iter().any(|part| name.contains(part));
         let kept: Vec<_> = tensors

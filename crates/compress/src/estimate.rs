@@ -85,7 +85,7 @@ fn forecast(config: &ModelConfig, ratio: f64, options: &LightmoeOptions) -> Resu
     }
     let trained_per_layer = bases as u64 + experts as u64 * adapter;
     let after = ((1.0 - ratio) * before as f64).round() as u64;
-    let bytes_per_parameter = bytes_per_parameter(config);
+    let bytes_per_parameter = config.file_dtype().size_in_bytes() as u64;
     Ok(Estimate {
         experts_replaced_per_layer: replaced,
         experts_per_layer: experts,
@@ -97,17 +97,4 @@ fn forecast(config: &ModelConfig, ratio: f64, options: &LightmoeOptions) -> Resu
         bytes_before: before * bytes_per_parameter,
         bytes_after: after * bytes_per_parameter,
     })
-}
-
-/// By `dtype` or `torch_dtype` of the configuration; two where it does not say, as published
-/// checkpoints have.
-fn bytes_per_parameter(config: &ModelConfig) -> u64 {
-    let stored = ["dtype", "torch_dtype"]
-        .into_iter()
-        .find_map(|key| config.raw.get(key)?.as_str());
-    match stored {
-        Some("float32") => 4,
-        Some("float64") => 8,
-        _ => 2,
-    }
 }

@@ -15,8 +15,8 @@ pub use kind::ExportKind;
 
 use candle_core::DType;
 use lightmoe_models::{
-    BankLayout, Checkpoint, CheckpointWriter, ExpertPacking, Format, Manifest, Scheme, SlotLayout,
-    multiplied_out, names,
+    BankLayout, Checkpoint, CheckpointWriter, ExpertPacking, Format, Manifest, NamedShape, Scheme,
+    SlotLayout, multiplied_out, names, torch_dtype,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -102,16 +102,10 @@ pub fn export(
     };
     report_progress(0)?;
     writer.copy_extras(source, &extras)?;
-    let mut tensors = &manifest.tensors[..];
-    let (ends, rest) =
-        tensors.split_at(tensors.partition_point(|(name, _)| names::layer_of(name).is_none()));
+    let (ends, parts) = manifest.parts();
     writer.copy(source, ends)?;
-    tensors = rest;
-    for number in 0..layers {
-        let here = |(name, _): &(String, Vec<usize>)| names::layer_of(name) == Some(number);
-        let (of_layer, rest) = tensors.split_at(tensors.partition_point(here));
-        tensors = rest;
-        write_layer(&mut writer, source, number, of_layer, options.kind)?;
+    for (number, tensors) in parts.into_iter().enumerate() {
+        write_layer(&mut writer, source, number, tensors, options.kind)?;
         report_progress(number + 1)?;
     }
     let extra = extras
@@ -138,11 +132,7 @@ pub fn export(
 /// with the element type where the source names one.
 fn config(source: &Checkpoint, layout: &BankLayout, dtype: DType) -> Result<Value> {
     let mut raw = layout.annotate(source.config())?;
-    let name = match dtype {
-        DType::BF16 => "bfloat16",
-        DType::F16 => "float16",
-        _ => "float32",
-    };
+    let name = torch_dtype(dtype);
     for key in ["torch_dtype", "dtype"] {
         if let Some(value) = raw.get_mut(key).filter(|value| !value.is_null()) {
             *value = name.into();
@@ -156,7 +146,7 @@ fn write_layer(
     writer: &mut CheckpointWriter,
     source: &Checkpoint,
     number: usize,
-    tensors: &[(String, Vec<usize>)],
+    tensors: &[NamedShape],
     kind: ExportKind,
 ) -> Result<()> {
     let slots = source.layout().layers.get(&number);

@@ -1,6 +1,5 @@
 //! `lightmoe inspect`: what a model folder holds, or what a configuration describes.
 
-use crate::commands::file_dtype;
 use crate::recipe::Recipe;
 use crate::settings::Settings;
 use anyhow::Result;
@@ -114,7 +113,7 @@ impl Summary {
     /// # Errors
     /// If its layout does not fit the model.
     pub fn of_config(config: &ModelConfig, origin: &Path) -> Result<Self> {
-        let dtype = file_dtype(config);
+        let dtype = config.file_dtype();
         let size = dtype.size_in_bytes() as u64;
         Ok(Self {
             dtype: dtype.as_str().to_owned(),

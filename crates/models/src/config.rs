@@ -7,6 +7,7 @@
 
 use std::path::Path;
 
+use candle_core::DType;
 use serde_json::Value;
 
 pub use crate::families::Family;
@@ -193,7 +194,26 @@ pub enum ProjectionBias {
     All,
 }
 
+/// The element type in the words of `config.json`.
+pub fn torch_dtype(dtype: DType) -> &'static str {
+    match dtype {
+        DType::BF16 => "bfloat16",
+        DType::F16 => "float16",
+        DType::F64 => "float64",
+        _ => "float32",
+    }
+}
+
 impl ModelConfig {
+    /// The element type that the configuration names for its files; bf16 where it names none.
+    pub fn file_dtype(&self) -> DType {
+        let named = ["dtype", "torch_dtype"].map(|key| self.raw.get(key)?.as_str());
+        let named = named.into_iter().flatten().next();
+        let known = [DType::F64, DType::F32, DType::F16].into_iter();
+        let mut known = known.filter(|&dtype| Some(torch_dtype(dtype)) == named);
+        known.next().unwrap_or(DType::BF16)
+    }
+
     /// Reads a `config.json`.
     ///
     /// # Errors

@@ -39,7 +39,7 @@ pub use bank::{Adapters, Bank, OutputObserver, Projections};
 pub use bank_io::{load_experts, multiplied_out};
 pub use candle_core::DType;
 pub use checkpoint::{Checkpoint, Extra};
-pub use config::{Family, ModelConfig};
+pub use config::{Family, ModelConfig, torch_dtype};
 pub use decoder::{
     Cache, Decoder, Embedding, Ends, LanguageModel, Observer, StreamedDecoder, Tokens,
 };
@@ -48,7 +48,7 @@ pub use generate::{GenerateOptions, generate};
 pub use index::parse_index;
 pub use layer::{Layer, LayerObserver, ParameterKind, Visitor};
 pub use layout::{BankLayout, LayerLayout, SlotLayout};
-pub use manifest::Manifest;
+pub use manifest::{Manifest, NamedShape};
 pub use names::{ExpertPacking, Scheme};
 pub use rotary::Rotary;
 pub use router::Routing;

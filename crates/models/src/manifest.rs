@@ -9,13 +9,16 @@ use candle_core::{DType, Device, Tensor};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
+/// A tensor's name and shape.
+pub type NamedShape = (String, Vec<usize>);
+
 /// The tensors of a model under our names, in the order in which they are written.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Manifest {
     /// The forms of its experts.
     pub layout: BankLayout,
     /// Name and shape.
-    pub tensors: Vec<(String, Vec<usize>)>,
+    pub tensors: Vec<NamedShape>,
     /// The element type of those that have one of their own, whatever the others have.
     pub types: BTreeMap<String, DType>,
 }
@@ -52,6 +55,14 @@ impl Manifest {
         })
     }
 
+    /// The tensors before and behind the layers, and those of each layer.
+    pub fn parts(&self) -> (&[NamedShape], Vec<&[NamedShape]>) {
+        let of = |(name, _): &NamedShape| names::layer_of(name);
+        let mut parts = self.tensors.chunk_by(|a, b| of(a) == of(b)).peekable();
+        let ends = parts.next_if(|part| of(&part[0]).is_none());
+        (ends.unwrap_or_default(), parts.collect())
+    }
+
     /// Numbers in all tensors.
     pub fn parameters(&self) -> u64 {
         let sizes = self.tensors.iter();
@@ -62,7 +73,7 @@ impl Manifest {
 }
 
 /// The tensors of the bank of layer `number`.
-fn experts(config: &ModelConfig, number: usize, layout: &LayerLayout) -> Vec<(String, Vec<usize>)> {
+fn experts(config: &ModelConfig, number: usize, layout: &LayerLayout) -> Vec<NamedShape> {
     let (h, f) = (config.hidden_size, config.moe.intermediate_size);
     let mut all = Vec::new();
     let shapes = [[f, h], [f, h], [h, f]];

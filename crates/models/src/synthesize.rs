@@ -2,7 +2,7 @@
 //! memory and speed of a model without having it.
 
 use crate::Result;
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, torch_dtype};
 use crate::layout::BankLayout;
 use crate::manifest::Manifest;
 use crate::names::{Scheme, layer_of};
@@ -53,12 +53,7 @@ pub fn synthesize(
     }
     progress(config.num_layers, config.num_layers);
     let mut raw = layout.annotate(config)?;
-    let word = match dtype {
-        DType::BF16 => "bfloat16",
-        DType::F16 => "float16",
-        _ => "float32",
-    };
-    raw["torch_dtype"] = word.into();
+    raw["torch_dtype"] = torch_dtype(dtype).into();
     writer.finish(&raw)?;
     Ok(true)
 }

@@ -301,8 +301,8 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Makes what is done durable, so that a later run with the same key goes on from here, unless the
-    /// disk fails: a full one gets its room back.
+    /// Makes what is done durable: a writer that is dropped, or killed, from here on leaves it for a
+    /// later run with the same key, unless the disk fails: a full one gets its room back.
     pub fn checkpoint(&mut self) -> Result<()> {
         for (file, shard) in self.files.iter().zip(&self.shards.shards) {
             file.sync_data()
@@ -315,11 +315,6 @@ impl CheckpointWriter {
         write_file(&self.folder.path().join(JOURNAL), &json(JOURNAL, &journal)?)?;
         self.journaled = true;
         Ok(())
-    }
-
-    /// Stops here and leaves what is done for a later run with the same key.
-    pub fn keep(mut self) -> Result<()> {
-        self.checkpoint()
     }
 
     /// Adds a side file (tokenizer, generation config, …).

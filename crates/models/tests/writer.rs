@@ -228,10 +228,10 @@ fn a_stopped_writer_goes_on() {
     for stopped in [true, false] {
         let mut writer = two_shards(&path, "one");
         writer.push("b", &tensor(&[3.0, 4.0])).unwrap();
+        writer.checkpoint().unwrap();
         if stopped {
-            writer.keep().unwrap();
+            drop(writer);
         } else {
-            writer.checkpoint().unwrap();
             std::mem::forget(writer);
         }
         assert_eq!(files(folder.dir.path()), [".out.partial"]);
@@ -254,13 +254,15 @@ fn a_stopped_writer_goes_on() {
     }
     let mut writer = two_shards(&path, "one");
     writer.push("b", &tensor(&[3.0, 4.0])).unwrap();
-    writer.keep().unwrap();
+    writer.checkpoint().unwrap();
+    drop(writer);
     assert!(!two_shards(&path, "another").is_done("b"));
     // A shard that is gone, or a journal of something else, is no reason to fail.
     for damage in ["model-00002-of-00002.safetensors", "journal.json"] {
         let mut writer = two_shards(&path, "one");
         writer.push("b", &tensor(&[3.0, 4.0])).unwrap();
-        writer.keep().unwrap();
+        writer.checkpoint().unwrap();
+        drop(writer);
         let partial = folder.path(".out.partial");
         fs::remove_file(partial.join(damage)).unwrap();
         assert!(!two_shards(&path, "one").is_done("b"));

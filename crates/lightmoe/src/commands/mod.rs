@@ -96,7 +96,7 @@ pub fn run_compress(args: CompressArgs) -> Result<String> {
             return Err(Refused(message).into());
         }
         let recipe = Recipe::resolve(settings(args.recipe)?, &config).map_err(Refused::of)?;
-        let size = file_dtype(&config).size_in_bytes() as u64;
+        let size = config.file_dtype().size_in_bytes() as u64;
         return shown(forecast(&recipe, &config, size, recipe.calibration_tokens)?);
     }
     let opened = Opened::new(args.recipe)?;
@@ -256,16 +256,6 @@ pub fn run_evaluate(args: EvaluateArgs) -> Result<String> {
         folder::write_file(path, (text.clone() + "\n").as_bytes())?;
     }
     Ok(text)
-}
-
-/// The element type that a configuration names for its files; bf16 where it names none.
-pub(crate) fn file_dtype(config: &ModelConfig) -> DType {
-    let named = ["torch_dtype", "dtype"].map(|key| config.raw.get(key)?.as_str());
-    match named.into_iter().flatten().next() {
-        Some("float32") => DType::F32,
-        Some("float16") => DType::F16,
-        _ => DType::BF16,
-    }
 }
 
 /// An element type of files; `None` for the model's own.

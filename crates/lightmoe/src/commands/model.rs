@@ -1,6 +1,6 @@
 //! The subcommands that look at a model or run it, and change none.
 
-use super::{dtype, file_dtype};
+use super::dtype;
 use crate::cli::{GenerateArgs, InspectArgs, LogitsArgs, SynthesizeArgs};
 use crate::inspect::Summary;
 use crate::pipeline::load_model;
@@ -137,7 +137,7 @@ pub fn run_logits(args: LogitsArgs) -> Result<String> {
 /// If the configuration cannot be read, or the folder cannot be written.
 pub fn run_synthesize(args: SynthesizeArgs) -> Result<String> {
     let config = ModelConfig::from_file(&args.config)?;
-    let dtype = dtype(&args.dtype)?.unwrap_or_else(|| file_dtype(&config));
+    let dtype = dtype(&args.dtype)?.unwrap_or_else(|| config.file_dtype());
     let bar = Progress::new("synthesize", config.num_layers);
     let each = &mut |done, all| bar.of(done, all);
     if !synthesize(&config, dtype, args.seed, &args.out, each)? {

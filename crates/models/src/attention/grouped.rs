@@ -2,7 +2,7 @@
 //! sliding window where the family has them.
 
 use super::LayerCache;
-use crate::config::{Attention, ModelConfig, ProjectionBias, QkNorm};
+use crate::config::{ModelConfig, ProjectionBias, QkNorm};
 use crate::layer::{ParameterKind, Source, Visitor};
 use crate::rotary::Rotary;
 use crate::{Error, Result};
@@ -16,11 +16,18 @@ pub(crate) struct GroupedAttention {
     projections: [Projection; 4],
     /// Of queries and keys.
     norms: Option<[Tensor; 2]>,
-    qk_norm: QkNorm,
+    facts: Facts,
+}
+
+/// What the family says of it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Facts {
+    pub(super) qk_norm: QkNorm,
+    pub(super) bias: ProjectionBias,
     /// Queries, keys and values are clamped to `[-clip, clip]`.
-    clip: Option<f64>,
+    pub(super) clip: Option<f64>,
     /// Keys that a query sees.
-    window: Option<usize>,
+    pub(super) window: Option<usize>,
 }
 
 /// `[out, in]` and, where there is one, a bias `[out]`.
@@ -51,23 +58,11 @@ const NORMS: [&str; 2] = ["self_attn.q_norm", "self_attn.k_norm"];
 
 impl GroupedAttention {
     /// Takes the weights from `get`.
-    pub(super) fn build(config: &ModelConfig, get: &Source<'_>) -> Result<Self> {
-        let Attention::GroupedQuery {
-            qk_norm,
-            bias,
-            clip_qkv: clip,
-            sliding_window: window,
-        } = config.attention
-        else {
-            return Err(Error::Invalid(
-                "grouped attention was asked for latent weights; this is a fault of the program"
-                    .into(),
-            ));
-        };
+    pub(super) fn build(config: &ModelConfig, facts: Facts, get: &Source<'_>) -> Result<Self> {
         let (h, d) = (config.hidden_size, config.head_dim);
         let (q, kv) = (config.num_heads * d, config.num_kv_heads * d);
         let shapes = [[q, h], [kv, h], [kv, h], [h, q]];
-        let biased = match bias {
+        let biased = match facts.bias {
             ProjectionBias::None => 0,
             ProjectionBias::QueryKeyValue => 3,
             ProjectionBias::All => 4,
@@ -81,7 +76,7 @@ impl GroupedAttention {
                     .transpose()?,
             })
         };
-        let norms = match qk_norm {
+        let norms = match facts.qk_norm {
             QkNorm::None => None,
             QkNorm::WholeProjection => Some([get(NORMS[0], &[q])?, get(NORMS[1], &[kv])?]),
             QkNorm::PerHead => Some([get(NORMS[0], &[d])?, get(NORMS[1], &[d])?]),
@@ -94,9 +89,7 @@ impl GroupedAttention {
                 projection(3)?,
             ],
             norms,
-            qk_norm,
-            clip,
-            window,
+            facts,
         })
     }
 
@@ -116,7 +109,7 @@ impl GroupedAttention {
         // Queries or keys: projected, normed as a whole or per head, rotated.
         let rotated = |projection: &Projection, heads: usize, norm: Option<&Tensor>| {
             let mut x = projection.forward(x)?;
-            if self.qk_norm == QkNorm::PerHead {
+            if self.facts.qk_norm == QkNorm::PerHead {
                 x = x.reshape((b, t, heads, d))?;
             }
             if let Some(norm) = norm {
@@ -134,7 +127,7 @@ impl GroupedAttention {
             None => (k, v),
         };
         let scale = config.attention_scale();
-        let y = match self.window {
+        let y = match self.facts.window {
             Some(window) => sliding_window_attention(&q, &k, &v, scale, window)?,
             None => causal_attention(&q, &k, &v, scale)?,
         };
@@ -142,7 +135,7 @@ impl GroupedAttention {
     }
 
     fn clipped(&self, x: Tensor) -> Result<Tensor> {
-        Ok(match self.clip {
+        Ok(match self.facts.clip {
             Some(clip) => x.clamp(-clip, clip)?,
             None => x,
         })

@@ -2,10 +2,10 @@
 //! narrow latent, beside one rotated key that the heads share. The cache holds these two.
 
 use super::LayerCache;
-use crate::config::{Attention, ModelConfig};
+use crate::Result;
+use crate::config::ModelConfig;
 use crate::layer::{ParameterKind, Source, Visitor};
 use crate::rotary::Rotary;
-use crate::{Error, Result};
 use candle_core::{D, Tensor};
 use lightmoe_kernels::{apply_rope, causal_attention, linear, rms_norm};
 
@@ -50,30 +50,33 @@ enum Query {
     },
 }
 
+/// The parts of queries, keys and values.
 #[derive(Debug, Clone, Copy)]
-struct Widths {
-    latent: usize,
-    rope: usize,
-    nope: usize,
-    value: usize,
+pub(super) struct Widths {
+    /// The latent of keys and values.
+    pub(super) latent: usize,
+    /// The rotated part of a head.
+    pub(super) rope: usize,
+    /// Its other part.
+    pub(super) nope: usize,
+    /// A head of values.
+    pub(super) value: usize,
 }
 
 impl LatentAttention {
     /// Takes the weights from `get`.
-    pub(super) fn build(config: &ModelConfig, get: &Source<'_>) -> Result<Self> {
-        let Attention::MultiHeadLatent {
-            q_lora_rank,
-            kv_lora_rank: latent,
-            qk_rope_head_dim: rope,
-            qk_nope_head_dim: nope,
-            v_head_dim: value,
-        } = config.attention
-        else {
-            return Err(Error::Invalid(
-                "latent attention was asked for grouped weights; this is a fault of the program"
-                    .into(),
-            ));
-        };
+    pub(super) fn build(
+        config: &ModelConfig,
+        q_lora_rank: Option<usize>,
+        widths: Widths,
+        get: &Source<'_>,
+    ) -> Result<Self> {
+        let Widths {
+            latent,
+            rope,
+            nope,
+            value,
+        } = widths;
         let (h, heads) = (config.hidden_size, config.num_heads);
         let queries = heads * (nope + rope);
         Ok(Self {
@@ -89,12 +92,7 @@ impl LatentAttention {
             kv_norm: get(KV_NORM, &[latent])?,
             kv_b: get(KV_B, &[heads * (nope + value), latent])?,
             o: get(O, &[h, heads * value])?,
-            widths: Widths {
-                latent,
-                rope,
-                nope,
-                value,
-            },
+            widths,
         })
     }
 

@@ -53,8 +53,35 @@ impl SelfAttention {
     /// Takes the weights from `get`.
     pub(crate) fn build(config: &ModelConfig, get: &Source<'_>) -> Result<Self> {
         Ok(match config.attention {
-            Attention::GroupedQuery { .. } => Self::Grouped(GroupedAttention::build(config, get)?),
-            Attention::MultiHeadLatent { .. } => Self::Latent(LatentAttention::build(config, get)?),
+            Attention::GroupedQuery {
+                qk_norm,
+                bias,
+                clip_qkv: clip,
+                sliding_window: window,
+            } => {
+                let facts = grouped::Facts {
+                    qk_norm,
+                    bias,
+                    clip,
+                    window,
+                };
+                Self::Grouped(GroupedAttention::build(config, facts, get)?)
+            }
+            Attention::MultiHeadLatent {
+                q_lora_rank,
+                kv_lora_rank: latent,
+                qk_rope_head_dim: rope,
+                qk_nope_head_dim: nope,
+                v_head_dim: value,
+            } => {
+                let widths = latent::Widths {
+                    latent,
+                    rope,
+                    nope,
+                    value,
+                };
+                Self::Latent(LatentAttention::build(config, q_lora_rank, widths, get)?)
+            }
         })
     }
 
