@@ -6,14 +6,19 @@
 //! most weights of a compressed model are frozen.
 
 use crate::gemm::{Mat, Output};
+use crate::lanes::transpose;
 use crate::real::{Real, dispatch, same_dtype, slice, storage, tensor, view};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 
 /// Rows and columns of a task's tile. Fixed, so that results do not depend on the thread count.
-const TILE_ROWS: usize = 256;
+const TILE_ROWS: usize = 512;
 const TILE_COLS: usize = 512;
+/// Inputs of a tile's weights that are turned at once, so that they stay in the cache.
+const TILE_DEPTH: usize = 256;
+/// Rows of a tile from which turning its weights pays.
+const TURN_FROM: usize = 4;
 /// Output rows of a task that reduces over tokens (weight gradients).
 const TILE_GRAD: usize = 64;
 
@@ -79,20 +84,25 @@ impl GroupedLinear {
         let out = Output::new(&mut y);
         self.tiles(d.n)
             .into_par_iter()
-            .for_each(|(s, row, m, col, n)| {
-                let a = Mat::new(&x[row * d.k..], d.k, 1);
-                let b = Mat::new(&w[(s.group * d.n + col) * d.k..], d.k, 1).t();
-                // SAFETY: the tiles partition the output.
-                unsafe {
-                    out.matmul(
-                        (row * d.n + col, d.n, 1),
-                        (m, d.k, n),
-                        a,
-                        b,
-                        T::one(),
-                        T::zero(),
-                    )
-                };
+            .for_each_init(Vec::new, |turned, (s, row, m, col, n)| {
+                let w = &w[(s.group * d.n + col) * d.k..];
+                // A few rows read every weight once, as it lies.
+                let step = if m < TURN_FROM { d.k } else { TILE_DEPTH };
+                for depth in (0..d.k).step_by(step.max(1)) {
+                    let k = step.min(d.k - depth);
+                    let b = if m < TURN_FROM {
+                        Mat::new(w, d.k, 1).t()
+                    } else {
+                        turned.resize(k * n, T::zero());
+                        transpose(&w[depth..], d.k, n, k, turned);
+                        Mat::new(turned, n, 1)
+                    };
+                    let a = Mat::new(&x[row * d.k + depth..], d.k, 1);
+                    let tile = (row * d.n + col, d.n, 1);
+                    let before = if depth == 0 { T::zero() } else { T::one() };
+                    // SAFETY: the tiles partition the output.
+                    unsafe { out.matmul(tile, (m, k, n), a, b, T::one(), before) };
+                }
             });
         y
     }

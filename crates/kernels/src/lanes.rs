@@ -8,6 +8,8 @@ use crate::real::Real;
 
 /// Partial results of a reduction.
 const LANES: usize = 16;
+/// Rows of a block of [`transpose`].
+const BLOCK: usize = 8;
 
 /// Defines a function whose body is compiled a second time for AVX2, used where there is AVX2.
 /// Everything that the body calls must be `#[inline(always)]`.
@@ -81,6 +83,39 @@ pub(crate) fn dot<T: Real>(a: &[T], b: &[T]) -> T {
     lanes.into_iter().fold(T::zero(), |a, b| a + b)
 }
 
+simd! {
+    /// `out[c, r] = x[r * stride + c]` for `rows` rows of `cols` columns; `out: [cols, rows]`.
+    ///
+    /// Block by block: a block touches a few cache lines and uses the whole of each, where a walk
+    /// down a column would touch a line per element, and lines a power of two apart push each other
+    /// out of the cache.
+    pub(crate) fn transpose<T: Real>(x: &[T], stride: usize, rows: usize, cols: usize, out: &mut [T]) {
+        for r in (0..rows).step_by(BLOCK) {
+            for c in (0..cols).step_by(LANES) {
+                if r + BLOCK <= rows && c + LANES <= cols {
+                    let mut block = [[T::zero(); LANES]; BLOCK];
+                    for (i, row) in block.iter_mut().enumerate() {
+                        let start = (r + i) * stride + c;
+                        row.copy_from_slice(&x[start..start + LANES]);
+                    }
+                    let lines = out[c * rows..].chunks_exact_mut(rows).take(LANES);
+                    for (j, line) in lines.enumerate() {
+                        for (to, from) in line[r..r + BLOCK].iter_mut().zip(&block) {
+                            *to = from[j];
+                        }
+                    }
+                } else {
+                    for i in r..rows.min(r + BLOCK) {
+                        for j in c..cols.min(c + LANES) {
+                            out[j * rows + i] = x[i * stride + j];
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// `exp` within 2 units in the last place, with infinities, NaN and subnormal results.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
@@ -138,6 +173,21 @@ mod tests {
         assert_eq!((exp(0.0), exp(-0.0)), (1.0, 1.0));
         // Subnormal results.
         assert!((exp(-95.0) / (-95f32).exp() - 1.0).abs() < 1e-3);
+    }
+
+    #[test]
+    fn transposes_of_every_shape() {
+        for (rows, cols) in [(0, 3), (3, 0), (1, 1), (8, 16), (7, 40), (25, 17), (16, 32)] {
+            let stride = cols + 3;
+            let x: Vec<f32> = (0..rows * stride).map(|i| i as f32).collect();
+            let mut out = vec![f32::NAN; rows * cols];
+            transpose(&x, stride, rows, cols, &mut out);
+            for r in 0..rows {
+                for c in 0..cols {
+                    assert_eq!(out[c * rows + r], x[r * stride + c], "{rows} x {cols}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -29,6 +29,9 @@ const LENGTH: usize = 512;
 const NEW_TOKENS: usize = 2;
 /// Side of the dense product.
 const SIDE: usize = 4096;
+/// How long the dense product is timed before observe, and again after it: about a layer's time,
+/// because a processor that has rested is faster for a moment.
+const DENSE_SECONDS: f64 = 6.0;
 
 /// What one step cost.
 #[derive(Debug, Clone, Copy)]
@@ -93,7 +96,7 @@ pub fn run(args: ScaleArgs) -> Result<String> {
             fs::remove_dir_all(left)?;
         }
     }
-    let dense_flops = dense_rate()?;
+    let before = dense_products()?;
     let batch = TokenBatch::spread(args.tokens.div_ceil(LENGTH), LENGTH, config.vocab_size);
     let options = ObserveOptions {
         fingerprint: "scale",
@@ -108,6 +111,9 @@ pub fn run(args: ScaleArgs) -> Result<String> {
             bar.of(d, all)
         })?)
     })?;
+    let after = dense_products()?;
+    let products = (before.0 + after.0) as f64;
+    let dense_flops = products * 2.0 * (SIDE as f64).powi(3) / (before.1 + after.1);
     let recipe = Recipe::resolve(Settings::default(), &config)?;
     let path = folder.join("plan.json");
     let (plan_cost, plan): (Cost, Plan) =
@@ -169,17 +175,18 @@ fn timed<T>(step: impl FnOnce() -> Result<T>) -> Result<(Cost, T)> {
     Ok((cost, out))
 }
 
-/// Floating-point operations a second of the best of three large dense products of candle in f32.
-fn dense_rate() -> Result<f64> {
+/// Dense products of candle in f32, one after the other for [`DENSE_SECONDS`]: how many, and the
+/// seconds they took.
+fn dense_products() -> Result<(usize, f64)> {
     let matrix = || Tensor::rand(-1f32, 1f32, (SIDE, SIDE), &Device::Cpu);
     let (x, w) = (matrix()?, matrix()?);
-    let mut best = f64::INFINITY;
-    for _ in 0..3 {
-        let begin = Instant::now();
+    x.matmul(&w)?;
+    let (begin, mut count) = (Instant::now(), 0);
+    while begin.elapsed().as_secs_f64() < DENSE_SECONDS {
         x.matmul(&w)?;
-        best = best.min(begin.elapsed().as_secs_f64());
+        count += 1;
     }
-    Ok(2.0 * (SIDE as f64).powi(3) / best)
+    Ok((count, begin.elapsed().as_secs_f64()))
 }
 
 /// The files of a model, copied and made durable as a build is.
