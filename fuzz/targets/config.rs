@@ -8,7 +8,7 @@
 use libfuzzer_sys::fuzz_target;
 use lightmoe::inspect::Summary;
 use lightmoe_compress::estimate;
-use lightmoe_compress::methods::LightmoeOptions;
+use lightmoe_compress::methods::PlanOptions;
 use lightmoe_models::{BankLayout, Manifest, ModelConfig, Rotary};
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -56,10 +56,10 @@ fuzz_target!(|input: &[u8]| {
     let parameters = config.parameters().total();
     assert!(config.active_parameters() > 0 && parameters > 0);
     for (rank, groups) in [(1, 0), (16, 3)] {
-        let options = LightmoeOptions {
+        let options = PlanOptions {
             rank,
             groups,
-            ..LightmoeOptions::default()
+            ..PlanOptions::default()
         };
         if let Ok(estimate) = estimate(&config, 0.3, &options) {
             assert!(estimate.parameters_after < parameters);

@@ -3,7 +3,7 @@
 use lightmoe_models::config::ModelConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::methods::{LightmoeOptions, check_ratio};
+use crate::methods::{Kind, MethodName, PlanOptions, check_ratio};
 use crate::size::adapter_parameters;
 use crate::{Error, Result};
 
@@ -30,43 +30,53 @@ pub struct Estimate {
     pub bytes_after: u64,
 }
 
-/// Forecasts the outcome of dropping whole experts to save the share `ratio` of all parameters. What
-/// trains is not known before: it is as much as adapters on all experts, but for rounding.
+/// Forecasts the outcome of saving the share `ratio` of all parameters by `method` with `options`; 0
+/// groups means adapters without bases. What trains is, for methods that neither replace nor keep, as
+/// much as adapters of the rank on all experts, but for rounding.
 ///
 /// # Errors
-/// [`Error::Invalid`] if fewer experts would be left than a token chooses.
-pub fn drop_estimate(config: &ModelConfig, ratio: f64) -> Result<Estimate> {
-    let options = LightmoeOptions {
+/// [`Error::Invalid`] if the options cannot work for the model, or saying what can be reached if the
+/// ratio cannot.
+pub fn estimate(
+    config: &ModelConfig,
+    ratio: f64,
+    method: MethodName,
+    options: &PlanOptions,
+) -> Result<Estimate> {
+    check_ratio(ratio)?;
+    if method.kind() == Kind::Replace {
+        options.check_replacing(config)?;
+        return forecast(config, ratio, options);
+    }
+    let whole = PlanOptions {
         rank: 0,
         groups: 0,
-        ..LightmoeOptions::default()
+        ..*options
     };
-    check_ratio(ratio)?;
-    let whole = forecast(config, ratio, &options)?;
-    let left = config.moe.num_experts as f64 - whole.experts_replaced_per_layer;
-    match left < config.moe.top_k as f64 {
-        true => Err(Error::Invalid(format!(
+    let dropped = forecast(config, ratio, &whole)?;
+    let experts = config.moe.num_experts;
+    let left = experts as f64 - dropped.experts_replaced_per_layer;
+    // A constant or a merged expert may be chosen like any other; what is gone may not.
+    let gone = method.kind() == Kind::Drop && method != MethodName::Mone;
+    if (gone || method == MethodName::Ream) && left < config.moe.top_k as f64 {
+        return Err(Error::Invalid(format!(
             "a ratio of {ratio} leaves {left:.1} experts a layer, and a token chooses {}; choose a \
              lower ratio",
             config.moe.top_k
-        ))),
-        false => Ok(whole),
+        )));
     }
+    let adapters = (experts * config.num_moe_layers()) as u64;
+    Ok(Estimate {
+        experts_replaced_per_layer: match method.kind() {
+            Kind::Factorise => experts as f64,
+            _ => dropped.experts_replaced_per_layer,
+        },
+        parameters_trained: adapters * adapter_parameters(config, options.rank),
+        ..dropped
+    })
 }
 
-/// Forecasts the outcome of saving the share `ratio` of all parameters with `options`; 0 groups
-/// means adapters without bases.
-///
-/// # Errors
-/// [`Error::Invalid`] if the options cannot work for the model, or naming the reachable range if
-/// the ratio lies outside of it.
-pub fn estimate(config: &ModelConfig, ratio: f64, options: &LightmoeOptions) -> Result<Estimate> {
-    check_ratio(ratio)?;
-    options.check_replacing(config)?;
-    forecast(config, ratio, options)
-}
-
-fn forecast(config: &ModelConfig, ratio: f64, options: &LightmoeOptions) -> Result<Estimate> {
+fn forecast(config: &ModelConfig, ratio: f64, options: &PlanOptions) -> Result<Estimate> {
     let before = config.parameters().total();
     let experts = config.moe.num_experts;
     let moe_layers = config.num_moe_layers();

@@ -17,19 +17,24 @@ mod observe;
 mod scores;
 mod states;
 
+pub mod align;
+pub mod factor;
 pub mod group;
+pub mod merge;
 pub mod methods;
+pub mod moments;
 pub mod observations;
 pub mod plan;
+pub mod ranks;
 pub mod search;
 pub mod select;
 pub mod size;
 
 pub use build::{BuildInputs, build};
 pub use error::{Error, Result};
-pub use estimate::{Estimate, drop_estimate, estimate};
+pub use estimate::{Estimate, estimate};
 pub use memory::{batch_tokens, layer_bytes};
-pub use observe::{ObserveOptions, Observed, observe};
+pub use observe::{ObserveOptions, Observed, Statistics, Successor, observe};
 
 /// Reads a whole file.
 fn read(path: &std::path::Path) -> Result<Vec<u8>> {

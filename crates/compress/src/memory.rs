@@ -11,13 +11,19 @@ const PROGRAM: u64 = 128 << 20;
 const F32: u64 = 4;
 
 /// The size of a batch, in tokens, that runs through any layer of the model within `max_memory`
-/// bytes: weights are f32, and so is what a layer computes of each token. At least `longest`.
+/// bytes: weights are f32, and so is what a layer computes of each token; `beside` bytes are taken.
+/// At least `longest`.
 ///
 /// # Errors
 /// [`Error::Invalid`] with what is needed, if a layer and the longest sample, or the embedding, do
 /// not fit.
-pub fn batch_tokens(config: &ModelConfig, longest: usize, max_memory: u64) -> Result<usize> {
-    let weights = layer_bytes(config).max(embedding_bytes(config)) + PROGRAM;
+pub fn batch_tokens(
+    config: &ModelConfig,
+    longest: usize,
+    max_memory: u64,
+    beside: u64,
+) -> Result<usize> {
+    let weights = layer_bytes(config).max(embedding_bytes(config)) + PROGRAM + beside;
     let needed = weights + longest as u64 * token_bytes(config);
     if needed > max_memory {
         return Err(Error::Invalid(format!(
@@ -41,6 +47,15 @@ pub fn layer_bytes(config: &ModelConfig) -> u64 {
     let shared = counts.routed_experts + counts.shared_experts + counts.router;
     let dense = counts.dense_mlp / config.first_dense_layers.max(1) as u64;
     F32 * (counts.attention / layers + counts.norms / layers + (shared / experts).max(dense))
+}
+
+/// Bytes of the second moments of a layer's experts, and of one more.
+pub fn moment_bytes(config: &ModelConfig) -> u64 {
+    let (h, f) = (
+        config.hidden_size as u64,
+        config.moe.intermediate_size as u64,
+    );
+    F32 * (config.moe.num_experts as u64 + 1) * (h * h + f * f)
 }
 
 fn embedding_bytes(config: &ModelConfig) -> u64 {

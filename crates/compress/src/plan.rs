@@ -13,7 +13,8 @@ use lightmoe_models::config::ModelConfig;
 use lightmoe_models::folder;
 use serde::{Deserialize, Serialize};
 
-use crate::methods::{BaseInit, MethodName};
+use crate::methods::{AdapterInit, BaseInit, MethodName};
+use crate::observations::LayerObservations;
 use crate::{Error, Result, read};
 
 /// Version of the plan's layout.
@@ -90,8 +91,18 @@ pub struct PlanSettings {
     pub alpha: f64,
     /// Greatest relative distance of a layer's threshold from `p_hat`.
     pub max_delta: f64,
-    /// How the bases start.
+    /// How the bases start, and what experts that others are merged into become.
     pub base: BaseInit,
+    /// How the adapters of the replaced experts start.
+    #[serde(default)]
+    pub adapters: AdapterInit,
+    /// Rank of the adapter that each base has while training, merged at the end; `None` trains the
+    /// base itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_rank: Option<usize>,
+    /// How many components of each replaced expert's adapter train, the last ones; `None` for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trained_rank: Option<usize>,
 }
 
 /// How much smaller the model becomes, as a share of all its parameters.
@@ -130,12 +141,51 @@ pub struct LayerPlan {
 }
 
 impl LayerPlan {
+    /// A layer that stays as it is, its experts with these scores.
+    pub(crate) fn dense(observed: &LayerObservations, scores: &[f64]) -> Self {
+        let slot = |(expert, &score): (usize, &f64)| SlotPlan {
+            expert,
+            form: SlotForm::Dense,
+            score,
+        };
+        Self {
+            layer: observed.layer,
+            threshold: None,
+            router_norm: observed.router_norm,
+            groups: 0,
+            slots: scores.iter().enumerate().map(slot).collect(),
+        }
+    }
+
+    /// Lets the experts of each of `clusters`, its dominant first, share a base; one alone stays as it
+    /// is.
+    pub(crate) fn merge(&mut self, clusters: &[Vec<usize>]) {
+        for members in clusters.iter().filter(|members| members.len() > 1) {
+            for (i, &expert) in members.iter().enumerate() {
+                self.slots[expert].form = SlotForm::Adapted {
+                    group: Some(self.groups),
+                    rank: 0,
+                    dominant: i == 0,
+                };
+            }
+            self.groups += 1;
+        }
+    }
+
     /// The experts of group `group`, ascending.
     pub fn members(&self, group: usize) -> impl Iterator<Item = usize> + '_ {
         self.slots
             .iter()
             .filter(move |slot| slot.form.group() == Some(group))
             .map(|slot| slot.expert)
+    }
+
+    /// The experts whose weights become those of the dense slot `expert`: itself first, then those
+    /// that were merged into it.
+    pub fn sources(&self, expert: usize) -> Vec<usize> {
+        let merged = |slot: &&SlotPlan| slot.form == SlotForm::Removed { into: Some(expert) };
+        let others = self.slots.iter().filter(merged).map(|slot| slot.expert);
+        std::iter::once(expert).chain(others).collect()
     }
 
     /// How many experts are replaced.
@@ -175,7 +225,11 @@ pub enum SlotForm {
     /// The mean of the expert's outputs (MoNE).
     Constant,
     /// Nothing; the router does as if it had no row for it.
-    Removed,
+    Removed {
+        /// The dense slot that its weights were merged into, if any (REAM).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        into: Option<usize>,
+    },
 }
 
 impl SlotForm {
@@ -265,6 +319,8 @@ impl Plan {
         for (key, rank) in [
             ("rank", self.settings.rank),
             ("kept_rank", self.settings.kept_rank),
+            ("base_rank", self.settings.base_rank.unwrap_or(0)),
+            ("trained_rank", self.settings.trained_rank.unwrap_or(0)),
         ] {
             if rank > widest {
                 return Err(format!(
@@ -306,13 +362,22 @@ impl Plan {
             if !(slot.score.is_finite() && slot.score >= 0.0) {
                 return fail(format!("score {}; give a number from 0", slot.score));
             }
-            let SlotForm::Adapted {
-                group,
-                rank,
-                dominant,
-            } = slot.form
-            else {
-                continue;
+            let (group, rank, dominant) = match slot.form {
+                SlotForm::Adapted {
+                    group,
+                    rank,
+                    dominant,
+                } => (group, rank, dominant),
+                SlotForm::Removed { into: Some(into) } => {
+                    let target = layer.slots.get(into).map(|slot| slot.form);
+                    if target != Some(SlotForm::Dense) {
+                        return fail(format!(
+                            "merged into expert {into}, which is not dense; name one that is"
+                        ));
+                    }
+                    continue;
+                }
+                _ => continue,
             };
             if rank > widest || (rank == 0 && group.is_none()) {
                 return fail(format!(

@@ -69,7 +69,10 @@ fn decode_scores(bytes: &[u8], config: &ModelConfig) -> std::result::Result<Obse
             selections: vec![0; experts],
             router_norm: None,
             similarity: None,
+            logit_gram: None,
             outputs: None,
+            all_outputs: None,
+            spectra: None,
         };
         observed.validate()?;
         layers.push(observed);
@@ -86,6 +89,7 @@ fn decode_scores(bytes: &[u8], config: &ModelConfig) -> std::result::Result<Obse
         layers,
         tokens: 0,
         samples: 0,
+        moments: None,
         fingerprint: format!("scores:{digest}"),
     })
 }

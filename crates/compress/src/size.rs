@@ -1,12 +1,13 @@
 //! What a plan leaves, in parameters (LightMoE eq. 5 and the totals of its Table 8).
 //!
 //! The exported model has the original's parameters, less the replaced experts, plus the bases
-//! and the adapters of the replaced slots. Adapters of kept experts are merged and cost nothing.
-//! Trained are the bases and an adapter on *every* expert, kept or replaced.
+//! and the adapters of the replaced slots. Adapters of kept experts, and of bases, are merged and cost
+//! nothing. Trained is an adapter on *every* expert, kept or replaced, and the bases or an adapter of
+//! each.
 
 use lightmoe_models::config::ModelConfig;
 
-use crate::plan::{LayerPlan, Parameters, Plan, SlotForm};
+use crate::plan::{LayerPlan, Parameters, Plan, PlanSettings, SlotForm};
 
 /// Parameters of the adapters of one expert: rank `R` on gate, up and down, `3 R (H + F)`.
 pub fn adapter_parameters(config: &ModelConfig, rank: usize) -> u64 {
@@ -24,30 +25,34 @@ pub struct LayerSize {
     pub adapters: u64,
     /// Vectors that stand for outputs.
     pub constants: u64,
-    /// Adapters that the kept experts have while training.
-    pub kept_adapters: u64,
+    /// What trains.
+    pub trained: u64,
 }
 
 impl LayerSize {
-    /// Counts `layer`, whose kept experts train adapters of rank `kept_rank`.
-    pub fn of(config: &ModelConfig, layer: &LayerPlan, kept_rank: usize) -> Self {
+    /// Counts `layer`, which trains as `settings` say.
+    pub fn of(config: &ModelConfig, layer: &LayerPlan, settings: &PlanSettings) -> Self {
         let expert = config.expert_parameters();
+        let adapter = |rank| adapter_parameters(config, rank);
+        let groups = layer.groups as u64;
         let mut size = Self {
-            bases: layer.groups as u64 * expert,
+            bases: groups * expert,
+            trained: groups * settings.base_rank.map_or(expert, adapter),
             ..Self::default()
         };
         for slot in &layer.slots {
             match slot.form {
-                SlotForm::Dense => size.kept_adapters += adapter_parameters(config, kept_rank),
+                SlotForm::Dense => size.trained += adapter(settings.kept_rank),
                 SlotForm::Adapted { rank, .. } => {
                     size.removed += expert;
-                    size.adapters += adapter_parameters(config, rank);
+                    size.adapters += adapter(rank);
+                    size.trained += adapter(settings.trained_rank.map_or(rank, |t| t.min(rank)));
                 }
                 SlotForm::Constant => {
                     size.removed += expert;
                     size.constants += config.hidden_size as u64;
                 }
-                SlotForm::Removed => size.removed += expert,
+                SlotForm::Removed { .. } => size.removed += expert,
             }
         }
         size
@@ -60,8 +65,12 @@ impl LayerSize {
     }
 }
 
-/// Counts a plan of `layers`, whose kept experts train adapters of rank `kept_rank`.
-pub fn parameters(config: &ModelConfig, layers: &[LayerPlan], kept_rank: usize) -> Parameters {
+/// Counts a plan of `layers`, which train as `settings` say.
+pub fn parameters(
+    config: &ModelConfig,
+    layers: &[LayerPlan],
+    settings: &PlanSettings,
+) -> Parameters {
     let before = config.parameters().total();
     let mut counts = Parameters {
         before,
@@ -69,10 +78,10 @@ pub fn parameters(config: &ModelConfig, layers: &[LayerPlan], kept_rank: usize) 
         trained: 0,
     };
     for layer in layers {
-        let size = LayerSize::of(config, layer, kept_rank);
+        let size = LayerSize::of(config, layer, settings);
         let comes = size.bases + size.adapters + size.constants;
         counts.after = counts.after + comes - size.removed;
-        counts.trained += size.bases + size.adapters + size.kept_adapters;
+        counts.trained += size.trained;
     }
     counts
 }
@@ -81,7 +90,7 @@ impl Plan {
     /// Counts the plan again, after its layers were edited: sets `parameters` and
     /// `ratio.achieved`.
     pub fn recount(&mut self, config: &ModelConfig) {
-        let counts = parameters(config, &self.layers, self.settings.kept_rank);
+        let counts = parameters(config, &self.layers, &self.settings);
         self.ratio.achieved = 1.0 - counts.after as f64 / counts.before as f64;
         self.parameters = counts;
     }

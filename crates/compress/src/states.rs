@@ -46,6 +46,7 @@ pub(crate) struct Found {
 }
 
 /// The folder, and where the batches lie in its files.
+#[derive(Debug)]
 pub(crate) struct States {
     folder: PathBuf,
     hidden_size: usize,
@@ -72,6 +73,10 @@ impl States {
             hidden_size,
             starts,
         }
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
     }
 
     fn hidden(&self, layer: usize) -> PathBuf {

@@ -9,7 +9,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use common::{inputs, observations, options, random_checkpoint, small};
 use lightmoe_compress::build;
-use lightmoe_compress::methods::{BaseInit, LightmoeOptions, MethodName, Target, plan};
+use lightmoe_compress::methods::{BaseInit, MethodName, PlanOptions, Target, plan};
 use lightmoe_compress::plan::Plan;
 use lightmoe_models::{Checkpoint, Decoder, ModelConfig, names};
 use rand::{Rng, SeedableRng};
@@ -50,7 +50,7 @@ impl Original {
         for layer in &mut seen.layers {
             layer.similarity = None;
         }
-        let options = LightmoeOptions {
+        let options = PlanOptions {
             base,
             max_delta: 0.0,
             ..options(rank, 2)

@@ -5,7 +5,7 @@ mod common;
 
 use candle_core::DType;
 use common::{observations, options, random_checkpoint, small};
-use lightmoe_compress::methods::{LightmoeOptions, MethodName, Target, plan};
+use lightmoe_compress::methods::{MethodName, PlanOptions, Target, plan};
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::{Plan, SlotForm};
 use lightmoe_compress::{BuildInputs, build};
@@ -80,7 +80,7 @@ fn the_scores_are_those_of_the_papers() {
         }
         let form = match method {
             MethodName::Mone => SlotForm::Constant,
-            _ => SlotForm::Removed,
+            _ => SlotForm::Removed { into: None },
         };
         assert_eq!(
             plan.layers[0].slots[2].form == form,
@@ -89,7 +89,7 @@ fn the_scores_are_those_of_the_papers() {
     }
     // At random: another seed drops others.
     let random = |seed| {
-        let options = LightmoeOptions {
+        let options = PlanOptions {
             seed,
             ..options(2, 0)
         };
@@ -218,7 +218,7 @@ fn a_built_model_has_what_the_plan_says() {
                          routing: Option<&lightmoe_models::Routing>| {
             for &expert in &routing.unwrap().chosen {
                 let form = plan.layers[layer].slots[expert as usize].form;
-                assert_ne!(form, SlotForm::Removed, "{method}");
+                assert_ne!(form, SlotForm::Removed { into: None }, "{method}");
             }
             Ok(())
         };

@@ -6,7 +6,7 @@ mod common;
 use candle_core::{DType, Tensor};
 use common::{random_checkpoint, small};
 use lightmoe_compress::observations::Observations;
-use lightmoe_compress::{Error, ObserveOptions, batch_tokens, observe};
+use lightmoe_compress::{Error, ObserveOptions, Statistics, batch_tokens, observe};
 use lightmoe_models::{Checkpoint, Decoder, LanguageModel, Rotary, Routing, Tokens, names};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -35,6 +35,8 @@ fn options(state: &TempDir) -> ObserveOptions<'_> {
     ObserveOptions {
         fingerprint: "these",
         state: state.path(),
+        statistics: Statistics::default(),
+        successor: None,
         max_memory: 1 << 32,
     }
 }
@@ -229,9 +231,11 @@ fn the_work_can_be_stopped_after_any_layer() {
             calls.push(done);
             true
         });
-        let whole = whole.unwrap().observations;
         assert_eq!(calls, (last + 1..=LAYERS).collect::<Vec<_>>());
+        let path = folder.path().join("seen.safetensors");
+        let whole = whole.unwrap().save(&path).unwrap();
         assert_eq!(whole, observed(&checkpoint, &samples));
+        assert_eq!(whole, Observations::load(&path).unwrap());
         assert!(!state.path().exists());
     }
 }
@@ -266,7 +270,7 @@ fn only_the_same_work_is_continued() {
     let state = tempfile::tempdir().unwrap();
     let mut least = 0;
     for bit in (0..40).rev() {
-        let more = batch_tokens(checkpoint.config(), 4, least | 1 << bit).is_err();
+        let more = batch_tokens(checkpoint.config(), 4, least | 1 << bit, 0).is_err();
         least |= u64::from(more) << bit;
     }
     let limited = |max_memory: u64| ObserveOptions {
@@ -294,15 +298,15 @@ fn little_memory_means_small_batches_and_the_same_numbers() {
     let samples = samples(&[9, 30, 17, 30, 4, 30, 30]);
     let mut least = 0;
     for bit in (0..40).rev() {
-        least |= match batch_tokens(config, 30, least | 1 << bit) {
+        least |= match batch_tokens(config, 30, least | 1 << bit, 0) {
             Ok(_) => 0,
             Err(_) => 1 << bit,
         };
     }
-    assert_eq!(batch_tokens(config, 30, least + 1).unwrap(), 30);
+    assert_eq!(batch_tokens(config, 30, least + 1, 0).unwrap(), 30);
     let mut before = 0;
     for extra in [1, 1 << 12, 1 << 16, 1 << 20, 1 << 40] {
-        let tokens = batch_tokens(config, 30, least + extra).unwrap();
+        let tokens = batch_tokens(config, 30, least + extra, 0).unwrap();
         assert!(tokens >= before && tokens <= 8192);
         before = tokens;
     }

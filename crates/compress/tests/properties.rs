@@ -4,7 +4,7 @@
 mod common;
 
 use common::{observations, options, small};
-use lightmoe_compress::methods::{LightmoeOptions, MethodName, Target, plan};
+use lightmoe_compress::methods::{MethodName, PlanOptions, Target, plan};
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::{LayerPlan, Plan, SlotForm};
 use lightmoe_compress::select::{ascending, prefix};
@@ -143,7 +143,7 @@ proptest! {
     ) {
         let config = small(3, 12);
         let seen = coarse(&config, seed, similar);
-        let options = LightmoeOptions { max_delta: 0.5, ..options(1, 2) };
+        let options = PlanOptions { max_delta: 0.5, ..options(1, 2) };
         let make = |target| plan(&config, &seen, target, MethodName::Lightmoe, &options);
         let found = make(Target::Ratio(target));
         if let Err(error) = &found {

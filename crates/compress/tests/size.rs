@@ -4,7 +4,7 @@
 mod common;
 
 use common::{observations, olmoe, options, published, small};
-use lightmoe_compress::methods::{LightmoeOptions, MethodName, Target, plan};
+use lightmoe_compress::methods::{MethodName, PlanOptions, Target, plan};
 use lightmoe_compress::plan::{LayerPlan, SlotForm, SlotPlan};
 use lightmoe_compress::size::{adapter_parameters, equal_trainable_rank, parameters};
 
@@ -52,7 +52,7 @@ fn the_published_counts_give_the_published_totals() {
             .collect();
         let total: usize = layers.iter().map(LayerPlan::replaced).sum();
         assert_eq!(total, replaced);
-        let counts = parameters(&config, &layers, 16);
+        let counts = parameters(&config, &layers, &options(16, 3).settings());
         assert_eq!(counts.before, 6_919_161_856);
         assert_eq!(format!("{:.2}", counts.after as f64 / 1e9), billions);
         assert_eq!(counts.trained, 452_984_832);
@@ -65,7 +65,7 @@ fn the_count_is_equation_five() {
     let routed = config.parameters().routed_experts as f64;
     for replaced in [4, 24, 64] {
         let layers: Vec<LayerPlan> = (0..16).map(|l| layer(l, 64, replaced, 3)).collect();
-        let counts = parameters(&config, &layers, 16);
+        let counts = parameters(&config, &layers, &options(16, 3).settings());
         let ratio = expert_ratio(replaced as f64, 3);
         let saved = (counts.before - counts.after) as f64 / routed;
         assert!((saved - ratio).abs() < 1e-12);
@@ -79,7 +79,7 @@ fn the_count_is_equation_five() {
 fn a_real_plan_counts_as_equation_five() {
     let config = olmoe();
     let seen = observations(&config, 7);
-    let options = LightmoeOptions::default();
+    let options = PlanOptions::default();
     let target = Target::Ratio(0.4);
     let plan = plan(&config, &seen, target, MethodName::Lightmoe, &options).unwrap();
     let per_layer: f64 = plan

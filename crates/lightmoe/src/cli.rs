@@ -122,6 +122,12 @@ pub struct ObserveArgs {
     /// Token ids to observe instead of a task: `input_ids` [batch, length]
     #[arg(long, value_name = "FILE.safetensors")]
     pub tokens: Option<PathBuf>,
+    /// Record second moments of what each expert is given, as `svd` and `d2moe` need them; a folder `.moments` beside the observations
+    #[arg(long)]
+    pub moments: bool,
+    /// Record the mean outputs of every expert for all tokens, as `hcsmoe` needs them
+    #[arg(long)]
+    pub all_outputs: bool,
     /// The observations to write
     #[arg(long, value_name = "FILE.safetensors")]
     pub out: PathBuf,
@@ -163,7 +169,7 @@ pub struct BuildArgs {
     /// What `plan` wrote
     #[arg(long, value_name = "FILE.json")]
     pub plan: PathBuf,
-    /// What `observe` wrote; `mone` needs it
+    /// What `observe` wrote; `mone`, `svd` and `d2moe` need it
     #[arg(long, value_name = "FILE.safetensors")]
     pub observations: Option<PathBuf>,
     /// The model folder to write

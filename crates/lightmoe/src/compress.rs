@@ -10,9 +10,9 @@ use crate::results::{Bytes, Results, SCHEMA_VERSION, Stage};
 use crate::run::{Inputs, Run};
 use crate::source::{TaskData, model_fingerprint, open_model};
 use anyhow::Result;
-use lightmoe_compress::BuildInputs;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
+use lightmoe_compress::{BuildInputs, Statistics};
 use lightmoe_models::{Checkpoint, ModelTokenizer, folder};
 use lightmoe_train::{Curve, Folders};
 use std::path::{Path, PathBuf};
@@ -55,8 +55,8 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
 
     run.stage("observe", |run| {
         let target = run.path("observations.safetensors");
-        let budget = recipe.calibration_tokens;
-        observe_stage(&original, &encoded, budget, &fingerprint, &target)
+        let more = Statistics::default();
+        observe_stage(&original, &encoded, recipe, more, &fingerprint, &target)
     })?;
     let observations = Observations::load(&run.path("observations.safetensors"))?;
     run.stage("plan", |run| {

@@ -4,6 +4,7 @@ use crate::recipe::Recipe;
 use crate::settings::Settings;
 use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
+use lightmoe_compress::methods::MethodName;
 use lightmoe_compress::{Estimate, estimate};
 use lightmoe_models::{BankLayout, Checkpoint, Manifest, ModelConfig, SlotLayout};
 use serde::Serialize;
@@ -127,7 +128,7 @@ impl Summary {
         let options = Recipe::resolve(Settings::default(), config)?.plan_options();
         let ratios = RATIOS.map(|ratio| RatioSummary {
             ratio,
-            forecast: estimate(config, ratio, &options).ok(),
+            forecast: estimate(config, ratio, MethodName::Lightmoe, &options).ok(),
         });
         let original = *layout == BankLayout::dense(config);
         Ok(Self {

@@ -8,9 +8,12 @@ use crate::recipe::Recipe;
 use crate::results::{Score, TaskScores};
 use crate::source::{TaskData, calibration};
 use anyhow::{Context, Result, bail};
+use lightmoe_compress::methods::Kind;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
-use lightmoe_compress::{BuildInputs, ObserveOptions, build, methods, observe};
+use lightmoe_compress::{
+    BuildInputs, ObserveOptions, Statistics, Successor, build, methods, observe,
+};
 use lightmoe_data::{Encoded, Sampler};
 use lightmoe_eval::{evaluate, write_samples};
 use lightmoe_models::{
@@ -29,45 +32,54 @@ use std::path::Path;
 const INTERRUPTED: &str =
     "interrupted; run the same command again to go on, `compress` with `--resume`";
 
-/// Stage observe: the routing of the first `budget` tokens of the training examples → `target`.
+/// Stage observe: what the recipe's method needs to know of its first training tokens → `target`,
+/// and `more` beside it.
 ///
 /// # Errors
 /// If there is too little text, the model is damaged, or the work was stopped.
 pub fn observe_stage(
     checkpoint: &Checkpoint,
     encoded: &[Encoded],
-    budget: usize,
+    recipe: &Recipe,
+    more: Statistics,
     fingerprint: &str,
     target: &Path,
 ) -> Result<()> {
-    let samples = calibration(encoded, budget, checkpoint)?;
-    observe_samples(checkpoint, &samples, fingerprint, target)
+    let samples = calibration(encoded, recipe.calibration_tokens, checkpoint)?;
+    let (method, statistics) = (recipe.method, recipe.method.statistics().and(more));
+    let successor = methods::successor(method, checkpoint.config(), recipe.target());
+    let what = (statistics, successor.as_deref());
+    observe_samples(checkpoint, &samples, what, fingerprint, target)
 }
 
 /// Stage observe on samples of token ids → `target`; what an interrupted run left in
-/// `.<target>.partial` beside it is continued.
+/// `.<stem of target>.partial` beside it is continued.
 ///
 /// # Errors
 /// If the model is damaged, the memory is too little for a layer, or the work was stopped.
 pub fn observe_samples(
     checkpoint: &Checkpoint,
     samples: &[Vec<u32>],
+    (statistics, successor): (Statistics, Option<&Successor<'_>>),
     fingerprint: &str,
     target: &Path,
 ) -> Result<()> {
     let bar = Progress::new("observe", checkpoint.config().num_layers);
     let mut name = OsString::from(".");
-    name.push(target.file_name().unwrap_or_default());
+    name.push(target.file_stem().unwrap_or_default());
     name.push(".partial");
     let options = ObserveOptions {
         fingerprint,
         state: &target.with_file_name(name),
+        statistics,
+        successor,
         max_memory: machine::max_memory(),
     };
     let seen = observe(checkpoint, samples, &options, &mut |done, all| {
         bar.of(done, all)
     })?;
-    Ok(seen.observations.save(target)?)
+    seen.save(target)?;
+    Ok(())
 }
 
 /// Stage plan: observations and recipe → `target`.
@@ -133,12 +145,14 @@ pub fn recover_stage(
     let (built, plan) = (inputs.built, inputs.plan);
     let mut model = Decoder::load(built)?;
     let mut annealing = recipe.annealing();
-    if plan.mean_replaced() == 0.0 {
-        // Nothing is replaced, so there is nothing to fade out.
+    if plan.mean_replaced() == 0.0 || plan.method.kind() != Kind::Replace {
+        // There is nothing to fade out.
         annealing.shape = AnnealingShape::None;
     }
     let recovery = Recovery {
         kept_rank: plan.settings.kept_rank,
+        base_rank: plan.settings.base_rank,
+        trained_rank: plan.settings.trained_rank,
         anneal: annealing.beta(0, recipe.steps) > 0.0,
         seed: recipe.seed,
     };

@@ -4,7 +4,7 @@ use crate::recipe::Recipe;
 use crate::source::calibration;
 use lightmoe_compress::methods::{MethodName, Target};
 use lightmoe_compress::size::adapter_parameters;
-use lightmoe_compress::{Estimate, drop_estimate, estimate};
+use lightmoe_compress::{Estimate, estimate};
 use lightmoe_data::Encoded;
 use lightmoe_models::{Checkpoint, ModelConfig};
 use serde::Serialize;
@@ -130,10 +130,9 @@ fn estimate_of(
     options.check(config)?;
     match (recipe.method, recipe.target()) {
         (MethodName::Lora, _) => Ok(None),
-        (method, Target::Ratio(ratio)) if method.drops() => drop_estimate(config, ratio).map(Some),
         // What concerns the options alone is known even so.
         (_, Target::Threshold(_)) => options.check_replacing(config).map(|()| None),
-        (_, Target::Ratio(ratio)) => estimate(config, ratio, &options).map(Some),
+        (method, Target::Ratio(ratio)) => estimate(config, ratio, method, &options).map(Some),
     }
 }
 

@@ -3,7 +3,8 @@
 
 use crate::settings::Settings;
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use lightmoe_compress::methods::{BaseInit, LightmoeOptions, MethodName, Target};
+use lightmoe_compress::methods::{BaseInit, MethodName, PlanOptions, Target};
+use lightmoe_compress::ranks::RankRule;
 use lightmoe_compress::size::equal_trainable_rank;
 use lightmoe_data::Task;
 use lightmoe_models::ModelConfig;
@@ -37,6 +38,7 @@ pub struct Recipe {
     pub rank: usize,
     pub groups: usize,
     pub base: BaseInit,
+    pub ranks: RankRule,
     pub alpha: f64,
     pub max_delta: f64,
     pub calibration_tokens: usize,
@@ -122,7 +124,13 @@ impl Recipe {
                 "base",
                 s.base,
                 BaseInit::GateWeighted,
-                "gate-weighted, random",
+                "gate-weighted, random, aligned",
+            )?,
+            ranks: named(
+                "ranks",
+                s.ranks,
+                RankRule::Budget,
+                "uniform, importance, budget",
             )?,
             alpha: s.alpha.unwrap_or(0.3),
             max_delta: s.max_delta.unwrap_or(0.2),
@@ -206,7 +214,7 @@ impl Recipe {
         }
         for (key, value) in [("ratio", self.ratio), ("threshold", self.threshold)] {
             ensure!(
-                value.is_none_or(|v| v > 0.0 && v < 1.0),
+                value.is_none_or(|v| (key == "ratio" && v == 0.0) || (v > 0.0 && v < 1.0)),
                 "`{key}` is {}; give a number between 0 and 1",
                 value.unwrap_or_default()
             );
@@ -237,13 +245,14 @@ impl Recipe {
     }
 
     /// The options of plan.
-    pub fn plan_options(&self) -> LightmoeOptions {
-        LightmoeOptions {
+    pub fn plan_options(&self) -> PlanOptions {
+        PlanOptions {
             rank: self.rank,
             groups: self.groups,
             alpha: self.alpha,
             max_delta: self.max_delta,
             base: self.base,
+            ranks: self.ranks,
             seed: self.seed,
         }
     }

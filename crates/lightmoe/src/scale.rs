@@ -14,7 +14,7 @@ use crate::tokens::TokenBatch;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use lightmoe_compress::plan::Plan;
-use lightmoe_compress::{BuildInputs, ObserveOptions, Observed, observe};
+use lightmoe_compress::{BuildInputs, ObserveOptions, Observed, Statistics, observe};
 use lightmoe_models::{Checkpoint, GenerateOptions, ModelConfig, folder, generate, synthesize};
 use rustix::fs::{Advice, fadvise};
 use std::fs::{self, File};
@@ -101,6 +101,8 @@ pub fn run(args: ScaleArgs) -> Result<String> {
     let options = ObserveOptions {
         fingerprint: "scale",
         state: &state,
+        statistics: Statistics::default(),
+        successor: None,
         max_memory: max_memory(),
     };
     forget(&model)?;

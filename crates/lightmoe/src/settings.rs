@@ -17,7 +17,7 @@ pub struct Settings {
     /// Records to train on, JSON lines of prompt/completion or messages; a tenth is held out
     #[arg(long, value_name = "FILE.jsonl")]
     pub train: Option<PathBuf>,
-    /// lightmoe, replace (adapters alone, or with one base), lora (nothing is replaced); reap, frequency, ean, aimer or random (pruned); mone (mean outputs) [default: lightmoe]
+    /// lightmoe, replace (adapters alone, or with one base), lora (nothing is replaced); reap, frequency, ean, aimer or random (pruned); mone (mean outputs); msmoe, hcsmoe or ream (merged); svd or d2moe (factorised) [default: lightmoe]
     #[arg(long)]
     pub method: Option<String>,
     /// Share of all parameters to save, between 0 and 1 [default: 0.5]
@@ -32,9 +32,12 @@ pub struct Settings {
     /// Shared bases per layer [default: 3, for replace 0]
     #[arg(long)]
     pub groups: Option<usize>,
-    /// How the bases start: gate-weighted or random [default: gate-weighted]
+    /// How the bases start: gate-weighted, random, or aligned (neurons in the order of the dominant's) [default: gate-weighted]
     #[arg(long)]
     pub base: Option<String>,
+    /// How `svd` shares its budget: uniform, importance or budget (where it saves most loss) [default: budget]
+    #[arg(long)]
+    pub ranks: Option<String>,
     /// How much the router norm moves a layer's threshold (eq. 8) [default: 0.3]
     #[arg(long)]
     pub alpha: Option<f64>,
@@ -152,6 +155,7 @@ impl Settings {
             rank,
             groups,
             base,
+            ranks,
             alpha,
             max_delta,
             calibration_tokens,

@@ -6,6 +6,7 @@ use crate::pipeline::{evaluate_stage, observe_samples};
 use crate::results::{Score, digits};
 use crate::source::{BUILT_IN, TaskData, calibration, open_model};
 use anyhow::Result;
+use lightmoe_compress::Statistics;
 use lightmoe_compress::observations::Observations;
 use lightmoe_data::Task;
 use lightmoe_models::{ModelTokenizer, folder::write_file};
@@ -32,7 +33,13 @@ pub fn run(args: UsageArgs) -> Result<String> {
         let data = TaskData::built_in(task, 4000, ITEMS, 0);
         let samples = calibration(&data.encoded(&tokenizer, LENGTH)?, TOKENS, &checkpoint)?;
         let path = folder.path().join("observations.safetensors");
-        observe_samples(&checkpoint, &samples, "usage", &path)?;
+        observe_samples(
+            &checkpoint,
+            &samples,
+            (Statistics::default(), None),
+            "usage",
+            &path,
+        )?;
         seen.push(Observations::load(&path)?);
         let all = evaluate_stage("evaluate", &checkpoint, &data, &data.test, LENGTH, None)?;
         scores.push(all.into_values().next().unwrap_or_default());

@@ -2,9 +2,9 @@
 //! the parity fixtures.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use lightmoe_compress::methods::{LightmoeOptions, MethodName, Target, plan};
+use lightmoe_compress::methods::{MethodName, PlanOptions, Target, plan};
 use lightmoe_compress::plan::Plan;
-use lightmoe_compress::{BuildInputs, ObserveOptions, build, observe};
+use lightmoe_compress::{BuildInputs, ObserveOptions, Statistics, build, observe};
 use lightmoe_export::{Card, ExportKind, ExportOptions, export};
 use lightmoe_models::{Checkpoint, DType, Decoder, ExpertPacking, LanguageModel, Tokens};
 use lightmoe_train::{Recovery, finish_recovery, prepare_recovery};
@@ -59,14 +59,16 @@ fn every_family_goes_the_whole_way() {
         let state = ObserveOptions {
             fingerprint: "families",
             state: &folder.path().join("state"),
+            statistics: Statistics::default(),
+            successor: None,
             max_memory: 1 << 30,
         };
         let seen = observe(&original, &samples, &state, &mut |_, _| true).unwrap();
         let seen = seen.observations;
-        let options = LightmoeOptions {
+        let options = PlanOptions {
             rank: 2,
             groups: 2,
-            ..LightmoeOptions::default()
+            ..PlanOptions::default()
         };
         let (config, target) = (original.config(), Target::Threshold(0.5));
         let plan = plan(config, &seen, target, MethodName::Lightmoe, &options).unwrap();
@@ -79,6 +81,8 @@ fn every_family_goes_the_whole_way() {
         let mut model = Decoder::load(&built).unwrap();
         let recovery = Recovery {
             kept_rank: 2,
+            base_rank: None,
+            trained_rank: None,
             anneal: true,
             seed: 0,
         };

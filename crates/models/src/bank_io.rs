@@ -7,8 +7,8 @@ use crate::{Error, Result, names};
 use candle_core::{DType, Device, Tensor};
 
 impl Bank {
-    /// A bank of nothing but dense slots.
-    pub(crate) fn of_dense(layout: &LayerLayout, dense: Projections) -> Self {
+    /// A bank of dense slots, and removed ones: the matrices of the dense, by ascending number.
+    pub fn of_dense(layout: &LayerLayout, dense: Projections) -> Self {
         Self {
             dense: Some(dense),
             ..Self::empty(layout)
@@ -22,7 +22,10 @@ impl Bank {
             dense: None,
             dense_adapters: None,
             bases: None,
+            base_adapters: None,
             adapters: None,
+            frozen: None,
+            trained_components: 0,
             constants: None,
             originals: None,
             beta: 0.0,
@@ -53,10 +56,10 @@ impl Bank {
     /// The tensors of the bank under the names of the checkpoint. Such a checkpoint has no adapters
     /// of dense slots and no originals: a bank that still computes with them is an error.
     pub fn tensors(&self, layer: usize) -> Result<Vec<(String, Tensor)>> {
-        if self.dense_adapters.is_some() || self.blended()?.is_some() {
+        if self.trains() || self.blended()?.is_some() {
             return Err(Error::Invalid(format!(
-                "layer {layer} still computes with adapters of kept experts or with originals; \
-                 merge the adapters and anneal to zero before writing it"
+                "layer {layer} still computes with what only training has, or with originals; \
+                 finish the recovery before writing it"
             )));
         }
         let mut out = Vec::new();

@@ -5,7 +5,7 @@
 //! [`crate::ModelConfig`] alone.
 
 use crate::attention::{LayerCache, SelfAttention};
-use crate::bank::Bank;
+use crate::bank::{Bank, ExpertRows};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::mlp::{Mlp, SharedExpert};
@@ -45,9 +45,21 @@ pub enum ParameterKind {
 /// What is called with each parameter of a part: its name within the part, its kind, itself.
 pub type Visitor<'a> = dyn FnMut(&str, ParameterKind, &mut Tensor) -> Result<()> + 'a;
 
-/// What is shown of each dense expert that was chosen: what the router decided, and then as for
-/// [`crate::OutputObserver`].
-pub type LayerObserver<'a> = dyn FnMut(&Routing, usize, &[u32], &Tensor) -> Result<()> + 'a;
+/// What looks on while the experts of a layer run.
+pub trait LayerObserver {
+    /// Before they run: the experts, what they are given `[T, H]`, and what the router decided.
+    fn block(&mut self, _bank: &Bank, _x: &Tensor, _routing: &Routing) -> Result<()> {
+        Ok(())
+    }
+
+    /// Each dense expert that was chosen.
+    fn expert(&mut self, _routing: &Routing, _rows: &ExpertRows<'_>) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Nobody looks.
+impl LayerObserver for () {}
 
 /// Where the tensors of a layer come from, by name within the layer and shape: a checkpoint, or
 /// fresh random numbers.
@@ -134,17 +146,17 @@ impl Layer {
         rotary: &Rotary,
         cache: Option<&mut LayerCache>,
     ) -> Result<(Tensor, Option<Routing>)> {
-        self.forward_observed(x, config, rotary, cache, &mut |_, _, _, _| Ok(()))
+        self.forward_observed(x, config, rotary, cache, &mut ())
     }
 
-    /// The same, while `each` sees what the router decided and the outputs of every dense expert.
+    /// The same, while `observer` looks at the experts.
     pub fn forward_observed(
         &self,
         x: &Tensor,
         config: &ModelConfig,
         rotary: &Rotary,
         cache: Option<&mut LayerCache>,
-        each: &mut LayerObserver<'_>,
+        observer: &mut dyn LayerObserver,
     ) -> Result<(Tensor, Option<Routing>)> {
         let normed = self.input_norm.forward(x)?;
         let x = (x + self.attention.forward(&normed, config, rotary, cache)?)?;
@@ -159,9 +171,9 @@ impl Layer {
             } => {
                 let routing = router.route(&flat, &config.moe, bank.removed_experts())?;
                 let (gates, chosen) = (&routing.gates, &routing.chosen);
-                let mut y = bank.forward_observed(&flat, gates, chosen, &mut |e, pairs, y| {
-                    each(&routing, e, pairs, y)
-                })?;
+                observer.block(bank, &flat, &routing)?;
+                let each = &mut |rows: &ExpertRows<'_>| observer.expert(&routing, rows);
+                let mut y = bank.forward_observed(&flat, gates, chosen, each)?;
                 if let Some(shared) = shared {
                     y = (y + shared.forward(&flat)?)?;
                 }
@@ -202,9 +214,15 @@ impl Layer {
             Ok::<_, Error>(())
         };
         stack("experts", Expert, bank.dense.as_mut())?;
-        stack("bases", Base, bank.bases.as_mut())?;
+        // A base that trains through an adapter stays as it is.
+        let base = match bank.base_adapters {
+            Some(_) => Expert,
+            None => Base,
+        };
+        stack("bases", base, bank.bases.as_mut())?;
         for (what, adapters) in [
             ("kept", &mut bank.dense_adapters),
+            ("shared", &mut bank.base_adapters),
             ("replaced", &mut bank.adapters),
         ] {
             if let Some(adapters) = adapters {

@@ -35,7 +35,7 @@ pub mod parameters;
 pub mod random;
 
 pub use attention::LayerCache;
-pub use bank::{Adapters, Bank, OutputObserver, Projections};
+pub use bank::{Adapters, Bank, ExpertRows, Projections};
 pub use bank_io::{load_experts, multiplied_out};
 pub use candle_core::DType;
 pub use checkpoint::{Checkpoint, Extra};
@@ -53,6 +53,6 @@ pub use names::{ExpertPacking, Scheme};
 pub use rotary::Rotary;
 pub use router::Routing;
 pub use synthesize::synthesize;
-pub use tensor_file::{count_numbers, header_length, parse_header};
+pub use tensor_file::{TensorFile, count_numbers, header_length, parse_header};
 pub use tokenizer::{ChatMessage, ModelTokenizer};
 pub use writer::{CheckpointWriter, Format};

@@ -16,7 +16,7 @@ const READ_ELEMENTS: usize = 1 << 18;
 const MAX_HEADER: u64 = 100 << 20;
 
 /// An open file and its header.
-pub(crate) struct TensorFile {
+pub struct TensorFile {
     pub(crate) path: PathBuf,
     pub(crate) metadata: Metadata,
     file: File,
@@ -64,7 +64,10 @@ pub fn count_numbers(header: &Metadata) -> BTreeMap<Dtype, u64> {
 
 impl TensorFile {
     /// Opens a file and reads its header.
-    pub(crate) fn open(path: PathBuf) -> Result<Self> {
+    ///
+    /// # Errors
+    /// If it cannot be read or is damaged.
+    pub fn open(path: PathBuf) -> Result<Self> {
         let fail = |message: &str| {
             Error::tensor(
                 &path,
@@ -88,6 +91,38 @@ impl TensorFile {
             metadata,
             data_start: header + 8,
         })
+    }
+
+    /// Reads the f32 tensor `name` of this shape, row-major.
+    ///
+    /// # Errors
+    /// Naming the tensor, if it is missing, of another type or shape, truncated or not finite.
+    pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let info = self.metadata.info(name);
+        let fits = |info: &&safetensors::tensor::TensorInfo| {
+            info.dtype == Dtype::F32 && info.shape == shape
+        };
+        let info = info.filter(fits).ok_or_else(|| {
+            let message = format!("no f32 tensor of shape {shape:?} of this name; make it again");
+            Error::tensor(&self.path, name, message)
+        })?;
+        let stored = Stored {
+            file: self,
+            name: name.to_owned(),
+            dtype: Dtype::F32,
+            start: info.data_offsets.0 as u64,
+            count: shape.iter().product(),
+            scales: None,
+        };
+        let mut values = vec![0f32; stored.count];
+        stored.read(&mut values)?;
+        Ok(values)
+    }
+
+    /// An entry of the metadata.
+    pub fn entry(&self, key: &str) -> Option<&str> {
+        let entries = self.metadata.metadata().as_ref()?;
+        entries.get(key).map(String::as_str)
     }
 }
 

@@ -5,7 +5,8 @@ mod support;
 
 use candle_core::{DType, Tensor, Var};
 use lightmoe_models::{
-    Adapters, Decoder, GenerateOptions, LanguageModel, SlotLayout, Tokens, generate, multiplied_out,
+    Adapters, Decoder, GenerateOptions, LanguageModel, ParameterKind, SlotLayout, Tokens, generate,
+    multiplied_out,
 };
 use std::collections::HashSet;
 use std::path::Path;
@@ -255,14 +256,54 @@ fn a_written_model_is_the_model() {
     }
 }
 
-/// Adapters that do something, on every dense slot.
+/// Adapters that do something, on every dense slot and every base.
 fn attach_adapters(model: &mut Decoder) {
     let (config, mut random) = (model.config().clone(), Random::new(9));
     for (l, bank) in model.banks_mut().enumerate() {
         let experts = bank.dense_experts().to_vec();
         bank.dense_adapters = Adapters::fresh(&config, l, &experts, 2, 1).unwrap();
-        for (_, b) in bank.dense_adapters.iter_mut().flat_map(|a| a.b.named_mut()) {
-            *b = random.tensor(b.dims(), 0.0, 0.5);
+        let bases: Vec<usize> = (0..bank.base_count()).collect();
+        bank.base_adapters = Adapters::fresh(&config, l, &bases, 3, 2).unwrap();
+        for adapters in [&mut bank.dense_adapters, &mut bank.base_adapters] {
+            for (_, b) in adapters.iter_mut().flat_map(|a| a.b.named_mut()) {
+                *b = random.tensor(b.dims(), 0.0, 0.5);
+            }
+        }
+    }
+}
+
+/// Factors of which some components are frozen compute, and are written, as before; the frozen ones
+/// are not among the parameters.
+#[test]
+fn frozen_components_change_nothing_but_what_trains() {
+    let folder = Folder::new();
+    for form in FORMS {
+        let original = folder.original(&config());
+        let compressed = folder.compressed(&original, form.slots());
+        let ids = Random::new(6).ids(12);
+        for trained in [0, 1, 2, 9] {
+            let mut model = Decoder::load(&compressed).unwrap();
+            let expected = logits(&model, &ids, 1);
+            for bank in model.banks_mut() {
+                bank.freeze_components(trained).unwrap();
+            }
+            assert_close(&logits(&model, &ids, 1), &expected, TOLERANCE);
+            let mut widest = 0;
+            let visit = &mut |name: &str, _: ParameterKind, tensor: &mut Tensor| {
+                if name.contains("replaced.lora_A") {
+                    widest = widest.max(tensor.dim(1)?);
+                }
+                Ok(())
+            };
+            model.visit(visit).unwrap();
+            assert!(
+                widest <= trained,
+                "{widest} components train, not {trained}"
+            );
+            for bank in model.banks_mut() {
+                bank.join_components().unwrap();
+            }
+            assert_eq!(values(&logits(&model, &ids, 1)), values(&expected));
         }
     }
 }
@@ -279,15 +320,15 @@ fn merged_adapters_of_kept_experts_compute_the_same() {
         let expected = logits(&model, &ids, 1);
         assert_ne!(values(&expected), values(&bare), "the adapters do nothing");
         for bank in model.banks_mut() {
-            bank.merge_dense_adapters().unwrap();
-            assert!(bank.dense_adapters.is_none());
+            bank.merge_adapters().unwrap();
+            assert!(bank.dense_adapters.is_none() && bank.base_adapters.is_none());
         }
         assert_close(&logits(&model, &ids, 1), &expected, TOLERANCE);
         let copy = write(&model, &folder.path("copy"), &model.config().raw);
         assert_close(&logits(&copy, &ids, 1), &expected, TOLERANCE);
         // Merging again changes nothing.
         let before = values(&logits(&model, &ids, 1));
-        bank_of(&mut model, 1).merge_dense_adapters().unwrap();
+        bank_of(&mut model, 1).merge_adapters().unwrap();
         assert_eq!(values(&logits(&model, &ids, 1)), before);
     }
 }
@@ -302,7 +343,7 @@ fn a_model_that_is_more_than_its_checkpoint_is_not_written() {
     attach_adapters(&mut adapted);
     for model in [annealing, adapted] {
         let message = model.tensors().unwrap_err().to_string();
-        assert!(message.contains("merge"), "{message}");
+        assert!(message.contains("finish the recovery"), "{message}");
     }
 }
 

@@ -8,14 +8,18 @@ use lightmoe_models::{Adapters, Checkpoint, Decoder, LanguageModel, load_experts
 pub struct Recovery {
     /// Rank of the adapters on kept experts; zero for none. They are merged at the end.
     pub kept_rank: usize,
+    /// Rank of the adapters of shared bases, merged at the end; `None` trains the bases themselves.
+    pub base_rank: Option<usize>,
+    /// How many components of each adapted slot train, the last ones; `None` for all.
+    pub trained_rank: Option<usize>,
     /// Whether β starts above zero, so that the replaced experts are needed.
     pub anneal: bool,
     /// Seed of the fresh adapters.
     pub seed: u64,
 }
 
-/// Adds fresh adapters to the kept experts of `model` (which change nothing yet), and the replaced
-/// experts of the `original` checkpoint, with full weight, where annealing wants them.
+/// Adds fresh adapters to the kept experts of `model`, and to its bases if they do not train
+/// themselves (they change nothing yet), and the replaced experts of the `original` checkpoint, with full weight, where annealing wants them.
 pub fn prepare_recovery(model: &mut Decoder, original: &Checkpoint, r: &Recovery) -> Result<()> {
     let config = model.config().clone();
     for l in config.moe_layers() {
@@ -24,6 +28,15 @@ pub fn prepare_recovery(model: &mut Decoder, original: &Checkpoint, r: &Recovery
         };
         let kept = bank.dense_experts().to_vec();
         bank.dense_adapters = Adapters::fresh(&config, l, &kept, r.kept_rank, r.seed)?;
+        if let Some(rank) = r.base_rank {
+            // Beside the experts' own numbers, so that no two adapters start alike.
+            let first = bank.len();
+            let bases: Vec<usize> = (first..first + bank.base_count()).collect();
+            bank.base_adapters = Adapters::fresh(&config, l, &bases, rank, r.seed)?;
+        }
+        if let Some(rank) = r.trained_rank {
+            bank.freeze_components(rank)?;
+        }
         if r.anneal {
             bank.originals = load_experts(original, l, bank.adapted_experts())?;
             bank.anneal(if bank.originals.is_some() { 1.0 } else { 0.0 });
@@ -32,11 +45,13 @@ pub fn prepare_recovery(model: &mut Decoder, original: &Checkpoint, r: &Recovery
     Ok(())
 }
 
-/// Drops the replaced experts and merges the adapters of the kept ones.
+/// Drops the replaced experts, merges the adapters of kept ones and of bases, and puts factors
+/// together again.
 pub fn finish_recovery(model: &mut Decoder) -> Result<()> {
     for bank in model.banks_mut() {
         bank.anneal(0.0);
-        bank.merge_dense_adapters()?;
+        bank.merge_adapters()?;
+        bank.join_components()?;
     }
     Ok(())
 }

@@ -78,6 +78,8 @@ impl Models {
         let mut model = Decoder::load(&self.built).unwrap();
         let recovery = Recovery {
             kept_rank: RANK,
+            base_rank: None,
+            trained_rank: None,
             anneal,
             seed: 2,
         };

@@ -8,9 +8,10 @@ use lightmoe_models::config::ModelConfig;
 use lightmoe_models::random::stream;
 use rand::Rng;
 
-use super::{LightmoeOptions, MethodName, finish};
+use super::{MethodName, PlanOptions, finish};
 use crate::observations::{LayerObservations, Observations};
-use crate::plan::{LayerPlan, Plan, SlotForm, SlotPlan};
+use crate::plan::{LayerPlan, Plan, SlotForm};
+use crate::select::ascending;
 use crate::{Error, Result};
 
 /// Plans to save the share `ratio` of all parameters.
@@ -19,18 +20,12 @@ pub(super) fn plan(
     observations: &Observations,
     ratio: f64,
     method: MethodName,
-    options: &LightmoeOptions,
+    options: &PlanOptions,
 ) -> Result<Plan> {
-    let scores = observations.layers.iter().map(|observed| {
-        scores(method, observed, options.seed).ok_or_else(|| {
-            Error::Invalid(format!(
-                "`{method}` needs what the experts gave, and layer {} was observed without; give \
-                 observations that `observe` wrote",
-                observed.layer
-            ))
-        })
-    });
-    let scores: Vec<Vec<f64>> = scores.collect::<Result<_>>()?;
+    let layers = observations.layers.iter();
+    let scores: Vec<Vec<f64>> = layers
+        .map(|observed| scores(method, observed, options.seed))
+        .collect::<Result<_>>()?;
     let gain = config.expert_parameters() - constant(config, method);
     let wanted = ratio * config.parameters().total() as f64 / gain as f64;
     let counts = counts(&scores, wanted.round() as usize);
@@ -53,15 +48,8 @@ pub(super) fn plan(
             "a ratio of {ratio} drops no expert; choose a higher one"
         )));
     }
-    // The trainable parameters of adapters on all experts, on those that are left.
-    let widest = config.hidden_size.min(config.moe.intermediate_size);
-    let rank = options.rank * experts * layers.len() / kept.max(1);
-    let options = LightmoeOptions {
-        rank: rank.min(widest),
-        groups: 0,
-        ..*options
-    };
-    let mut plan = finish(config, method, &options, layers);
+    let options = options.for_carriers(config, kept);
+    let mut plan = finish(config, method, options.settings(), layers);
     plan.ratio.target = Some(ratio);
     Ok(plan)
 }
@@ -74,25 +62,25 @@ fn constant(config: &ModelConfig, method: MethodName) -> u64 {
     }
 }
 
-/// How much each expert of a layer matters; `None` where that was not observed. An expert that no
-/// token chose has score zero.
-fn scores(method: MethodName, observed: &LayerObservations, seed: u64) -> Option<Vec<f64>> {
-    let outputs = observed.outputs.as_ref();
-    let counts = || observed.selections.iter().map(|&n| n.max(1) as f64);
-    Some(match method {
+/// How much each expert of a layer matters. An expert that no token chose has score zero.
+fn scores(method: MethodName, observed: &LayerObservations, seed: u64) -> Result<Vec<f64>> {
+    Ok(match method {
         MethodName::Frequency => observed.selections.iter().map(|&n| n as f64).collect(),
         MethodName::Random => {
             let mut rng = stream(seed, &format!("prune/{}", observed.layer));
             observed.gate_mass.iter().map(|_| rng.random()).collect()
         }
-        MethodName::Ean => outputs?.norm.clone(),
+        MethodName::Ean => observed.outputs()?.norm.clone(),
         // The flatter the weights, the less they say.
-        MethodName::Aimer => outputs?.flatness.iter().map(|f| 1.0 - f.min(1.0)).collect(),
+        MethodName::Aimer => {
+            let flatness = observed.outputs()?.flatness.iter();
+            flatness.map(|f| 1.0 - f.min(1.0)).collect()
+        }
         MethodName::Mone => {
-            let outputs = outputs?;
+            let outputs = observed.outputs()?;
             let width = outputs.sum.len() / outputs.norm.len();
-            let deviation = outputs.sum.chunks(width).zip(&outputs.square).zip(counts());
-            let deviation = deviation.map(|((sum, square), n)| {
+            let sums = outputs.sum.chunks(width).zip(&outputs.square);
+            let deviation = sums.zip(counts_of(observed)).map(|((sum, square), n)| {
                 let mean: f64 = sum.iter().map(|s| (s / n).powi(2)).sum();
                 (square / n - mean).max(0.0).sqrt()
             });
@@ -102,17 +90,26 @@ fn scores(method: MethodName, observed: &LayerObservations, seed: u64) -> Option
                 .map(|(d, gate)| d * gate)
                 .collect()
         }
-        _ => outputs?
-            .gated
-            .iter()
-            .zip(counts())
-            .map(|(sum, n)| sum / n)
-            .collect(),
+        _ => reap_scores(observed)?,
     })
 }
 
+/// The mean of gate times output norm over the tokens that chose an expert (REAP).
+pub(super) fn reap_scores(observed: &LayerObservations) -> Result<Vec<f64>> {
+    let gated = observed.outputs()?.gated.iter();
+    Ok(gated
+        .zip(counts_of(observed))
+        .map(|(sum, n)| sum / n)
+        .collect())
+}
+
+/// How many tokens chose each expert, at least one.
+fn counts_of(observed: &LayerObservations) -> impl Iterator<Item = f64> + '_ {
+    observed.selections.iter().map(|&n| n.max(1) as f64)
+}
+
 /// How many experts each layer drops, `total` in all.
-fn counts(scores: &[Vec<f64>], total: usize) -> Vec<usize> {
+pub(super) fn counts(scores: &[Vec<f64>], total: usize) -> Vec<usize> {
     let layers = scores.len().max(1);
     let (each, left) = (total / layers, total % layers);
     // The share that the next expert has of its layer.
@@ -125,10 +122,8 @@ fn counts(scores: &[Vec<f64>], total: usize) -> Vec<usize> {
             .map_or(f64::INFINITY, |s| s / sum.max(f64::MIN_POSITIVE))
     };
     let shares: Vec<f64> = scores.iter().map(next).collect();
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|&a, &b| shares[a].total_cmp(&shares[b]).then(a.cmp(&b)));
     let mut counts = vec![each; scores.len()];
-    order
+    ascending(&shares)
         .iter()
         .take(left)
         .for_each(|&layer| counts[layer] += 1);
@@ -142,25 +137,14 @@ fn layer(
     scores: &[f64],
     count: usize,
 ) -> LayerPlan {
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]).then(a.cmp(&b)));
+    let order = ascending(scores);
     let dropped = match method {
         MethodName::Mone => SlotForm::Constant,
-        _ => SlotForm::Removed,
+        _ => SlotForm::Removed { into: None },
     };
-    let slot = |(expert, &score): (usize, &f64)| SlotPlan {
-        expert,
-        form: match order[..count].contains(&expert) {
-            true => dropped,
-            false => SlotForm::Dense,
-        },
-        score,
-    };
-    LayerPlan {
-        layer: observed.layer,
-        threshold: None,
-        router_norm: observed.router_norm,
-        groups: 0,
-        slots: scores.iter().enumerate().map(slot).collect(),
+    let mut plan = LayerPlan::dense(observed, scores);
+    for &expert in &order[..count] {
+        plan.slots[expert].form = dropped;
     }
+    plan
 }

@@ -3,10 +3,10 @@
 
 use lightmoe_models::config::ModelConfig;
 
-use super::{LightmoeOptions, MethodName, Target, finish};
+use super::{MethodName, PlanOptions, Target, finish};
 use crate::group::Selection;
 use crate::observations::{LayerObservations, Observations};
-use crate::plan::{LayerPlan, Plan, SlotForm, SlotPlan};
+use crate::plan::{LayerPlan, Plan, SlotForm};
 use crate::search::{LayerChoices, search};
 use crate::select::{ascending, layer_thresholds, prefix, threshold_factors};
 use crate::size::LayerSize;
@@ -15,7 +15,7 @@ use crate::{Error, Result};
 /// One layer, ready to be planned.
 struct Layer<'a> {
     config: &'a ModelConfig,
-    options: &'a LightmoeOptions,
+    options: &'a PlanOptions,
     observed: &'a LayerObservations,
     scores: Vec<f64>,
 }
@@ -51,26 +51,16 @@ impl Layer<'_> {
                 };
             }
         }
-        if LayerSize::of(self.config, &plan, rank).saved() == 0 {
+        if LayerSize::of(self.config, &plan, &self.options.settings()).saved() == 0 {
             return self.untouched(threshold);
         }
         plan
     }
 
     fn untouched(&self, threshold: Option<f64>) -> LayerPlan {
-        let slots = self.scores.iter().enumerate();
         LayerPlan {
-            layer: self.observed.layer,
             threshold,
-            router_norm: self.observed.router_norm,
-            groups: 0,
-            slots: slots
-                .map(|(expert, &score)| SlotPlan {
-                    expert,
-                    form: SlotForm::Dense,
-                    score,
-                })
-                .collect(),
+            ..LayerPlan::dense(self.observed, &self.scores)
         }
     }
 
@@ -79,7 +69,7 @@ impl Layer<'_> {
         let order = ascending(&self.scores);
         let saved = (0..=order.len())
             .map(|count| self.replace(&order[..count], None))
-            .map(|plan| LayerSize::of(self.config, &plan, self.options.rank).saved())
+            .map(|plan| LayerSize::of(self.config, &plan, &self.options.settings()).saved())
             .collect();
         LayerChoices {
             scores: self.scores.clone(),
@@ -95,7 +85,7 @@ pub(super) fn plan(
     observations: &Observations,
     target: Target,
     method: MethodName,
-    options: &LightmoeOptions,
+    options: &PlanOptions,
 ) -> Result<Plan> {
     let layers = layers(config, observations, options);
     let norms = observations.router_norms();
@@ -122,7 +112,7 @@ pub(super) fn plan(
         .zip(layer_thresholds(p_hat, &factors))
         .map(|(layer, threshold)| layer.replace(&prefix(&layer.scores, threshold), Some(threshold)))
         .collect();
-    let mut plan = finish(config, method, options, planned);
+    let mut plan = finish(config, method, options.settings(), planned);
     plan.p_hat = Some(p_hat);
     plan.ratio.target = ratio;
     if plan.mean_replaced() == 0.0 {
@@ -144,7 +134,7 @@ pub(super) fn plan(
 pub(super) fn uncompressed(
     config: &ModelConfig,
     observations: &Observations,
-    options: &LightmoeOptions,
+    options: &PlanOptions,
 ) -> Result<Plan> {
     if options.rank == 0 {
         return Err(Error::Invalid(
@@ -153,17 +143,22 @@ pub(super) fn uncompressed(
     }
     let layers = layers(config, observations, options);
     let layers = layers.iter().map(|layer| layer.untouched(None)).collect();
-    let without_bases = LightmoeOptions {
+    let without_bases = PlanOptions {
         groups: 0,
         ..*options
     };
-    Ok(finish(config, MethodName::Lora, &without_bases, layers))
+    Ok(finish(
+        config,
+        MethodName::Lora,
+        without_bases.settings(),
+        layers,
+    ))
 }
 
 fn layers<'a>(
     config: &'a ModelConfig,
     observations: &'a Observations,
-    options: &'a LightmoeOptions,
+    options: &'a PlanOptions,
 ) -> Vec<Layer<'a>> {
     let layers = observations.layers.iter();
     layers

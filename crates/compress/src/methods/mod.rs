@@ -1,8 +1,13 @@
-//! The methods: each turns observations into a plan. All share observation, selection, recovery
+//! The methods, one file each (those that only differ by a score share one): each turns observations into a plan. All share observation, selection, recovery
 //! and evaluation, so that what differs between them is what the comparison is about.
 
+mod d2moe;
 mod drop;
+pub mod hcsmoe;
 mod lightmoe;
+mod msmoe;
+pub mod ream;
+mod svd;
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,8 +15,10 @@ use std::str::FromStr;
 use lightmoe_models::config::ModelConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::observations::Observations;
+use crate::observations::{LayerObservations, Observations};
+use crate::observe::{Statistics, Successor};
 use crate::plan::{LayerPlan, ModelSummary, Parameters, Plan, PlanSettings, Ratio, SCHEMA_VERSION};
+use crate::ranks::RankRule;
 use crate::size::adapter_parameters;
 use crate::{Error, Result};
 
@@ -37,11 +44,37 @@ pub enum MethodName {
     Aimer,
     /// Dropped experts become the mean of their outputs (MoNE, arXiv 2507.00390).
     Mone,
+    /// Merging by router logits, neurons aligned (M-SMoE, arXiv 2310.01334).
+    Msmoe,
+    /// Merging by clusters of mean outputs (HC-SMoE, arXiv 2410.08589).
+    Hcsmoe,
+    /// Merging by REAP scores and gated similarity (REAM, arXiv 2604.04356).
+    Ream,
+    /// Low-rank factors of every expert, whitened by what it is given.
+    Svd,
+    /// One base for all experts of a layer, and whitened factors of the differences (D²-MoE,
+    /// arXiv 2502.17298).
+    D2moe,
+}
+
+/// What a method does to experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Keeps all of them.
+    Keep,
+    /// Replaces some by a base and an adapter, and fades the originals out while it recovers.
+    Replace,
+    /// Drops some, by a ratio.
+    Drop,
+    /// Merges some into others, by a ratio.
+    Merge,
+    /// Factorises all of them, by a ratio.
+    Factorise,
 }
 
 impl MethodName {
     /// Every method, in the order in which messages list them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 14] = [
         Self::Lightmoe,
         Self::Replace,
         Self::Lora,
@@ -51,6 +84,11 @@ impl MethodName {
         Self::Random,
         Self::Aimer,
         Self::Mone,
+        Self::Msmoe,
+        Self::Hcsmoe,
+        Self::Ream,
+        Self::Svd,
+        Self::D2moe,
     ];
 
     /// The name in recipes, plans and on the command line.
@@ -65,12 +103,44 @@ impl MethodName {
             Self::Random => "random",
             Self::Aimer => "aimer",
             Self::Mone => "mone",
+            Self::Msmoe => "msmoe",
+            Self::Hcsmoe => "hcsmoe",
+            Self::Ream => "ream",
+            Self::Svd => "svd",
+            Self::D2moe => "d2moe",
         }
     }
 
-    /// Whether it drops whole experts, by a ratio and without bases or adapters of their own.
-    pub fn drops(self) -> bool {
-        !matches!(self, Self::Lightmoe | Self::Replace | Self::Lora)
+    /// What it does to experts.
+    pub fn kind(self) -> Kind {
+        match self {
+            Self::Lora => Kind::Keep,
+            Self::Lightmoe | Self::Replace => Kind::Replace,
+            Self::Msmoe | Self::Hcsmoe | Self::Ream => Kind::Merge,
+            Self::Svd | Self::D2moe => Kind::Factorise,
+            _ => Kind::Drop,
+        }
+    }
+
+    /// What it needs to be observed beside routing and outputs.
+    pub fn statistics(self) -> Statistics {
+        Statistics {
+            moments: self.kind() == Kind::Factorise,
+            all_outputs: self == Self::Hcsmoe,
+        }
+    }
+}
+
+/// What `method` does to each layer while it is observed, if it compresses layer after layer; `target`
+/// is that of the plan.
+pub fn successor(
+    method: MethodName,
+    config: &ModelConfig,
+    target: Target,
+) -> Option<Box<Successor<'static>>> {
+    match (method, target) {
+        (MethodName::Ream, Target::Ratio(ratio)) => Some(Box::new(ream::successor(config, ratio))),
+        _ => None,
     }
 }
 
@@ -98,15 +168,29 @@ impl FromStr for MethodName {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BaseInit {
-    /// The mean of the members' weights, weighted by `Gbar` (eq. 4).
+    /// The mean of the members' weights, weighted by their scores; for LightMoE `Gbar` (eq. 4).
     GateWeighted,
     /// Random weights: what the weighted mean is worth.
     Random,
+    /// The weighted mean after the neurons of all were brought into the order of the dominant's.
+    Aligned,
+}
+
+/// How the adapters of replaced experts start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AdapterInit {
+    /// Gaussian times zero: nothing yet.
+    #[default]
+    Fresh,
+    /// Factors of what the expert differs from its base by, those that lose least on the inputs it was
+    /// given.
+    Whitened,
 }
 
 /// The settings of [`plan`].
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LightmoeOptions {
+pub struct PlanOptions {
     /// Rank of every adapter, on replaced and kept experts alike.
     pub rank: usize,
     /// Shared bases per layer; 0 for adapters alone.
@@ -117,11 +201,13 @@ pub struct LightmoeOptions {
     pub max_delta: f64,
     /// How the bases start.
     pub base: BaseInit,
+    /// How `svd` shares its budget.
+    pub ranks: RankRule,
     /// Seed of the method `random`.
     pub seed: u64,
 }
 
-impl Default for LightmoeOptions {
+impl Default for PlanOptions {
     /// The paper's settings: rank 16, 3 bases, alpha 0.3, delta 0.2, gate-weighted bases.
     fn default() -> Self {
         Self {
@@ -130,6 +216,7 @@ impl Default for LightmoeOptions {
             alpha: 0.3,
             max_delta: 0.2,
             base: BaseInit::GateWeighted,
+            ranks: RankRule::Budget,
             seed: 0,
         }
     }
@@ -138,7 +225,7 @@ impl Default for LightmoeOptions {
 /// How much to replace.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Target {
-    /// Save this share of all the model's parameters.
+    /// Save this share of all the model's parameters; 0 leaves the model as it is.
     Ratio(f64),
     /// Use this global threshold `p_hat`.
     Threshold(f64),
@@ -150,7 +237,8 @@ impl Target {
             Self::Ratio(value) => ("ratio", value),
             Self::Threshold(value) => ("threshold", value),
         };
-        if value > 0.0 && value < 1.0 {
+        let none = matches!(self, Self::Ratio(0.0));
+        if none || (value > 0.0 && value < 1.0) {
             return Ok(());
         }
         Err(Error::Invalid(format!(
@@ -159,7 +247,34 @@ impl Target {
     }
 }
 
-impl LightmoeOptions {
+impl PlanOptions {
+    /// The settings that a plan with these options states.
+    pub fn settings(&self) -> PlanSettings {
+        PlanSettings {
+            rank: self.rank,
+            kept_rank: self.rank,
+            groups: self.groups,
+            alpha: self.alpha,
+            max_delta: self.max_delta,
+            base: self.base,
+            adapters: AdapterInit::Fresh,
+            base_rank: None,
+            trained_rank: None,
+        }
+    }
+
+    /// The same budget of trained parameters as adapters of `rank` on all experts, on as many as
+    /// `carriers`: of higher rank, without bases.
+    fn for_carriers(&self, config: &ModelConfig, carriers: usize) -> Self {
+        let widest = config.hidden_size.min(config.moe.intermediate_size);
+        let all = config.moe.num_experts * config.num_moe_layers();
+        Self {
+            rank: (self.rank * all / carriers.max(1)).min(widest),
+            groups: 0,
+            ..*self
+        }
+    }
+
     /// What the method has no form for.
     ///
     /// # Errors
@@ -244,7 +359,7 @@ pub fn plan(
     observations: &Observations,
     target: Target,
     method: MethodName,
-    options: &LightmoeOptions,
+    options: &PlanOptions,
 ) -> Result<Plan> {
     options.check_method(method)?;
     options.check(config)?;
@@ -253,41 +368,109 @@ pub fn plan(
         return lightmoe::uncompressed(config, observations, options);
     }
     target.check()?;
-    if method.drops() {
-        let Target::Ratio(ratio) = target else {
-            return Err(Error::Invalid(format!(
-                "`{method}` has no threshold; give a ratio"
-            )));
-        };
-        return drop::plan(config, observations, ratio, method, options);
+    warn_of_silent(observations);
+    if target == Target::Ratio(0.0) {
+        let layers = observations.layers.iter();
+        let layers = layers.map(|seen| LayerPlan::dense(seen, &seen.importance()));
+        let mut plan = finish(config, method, options.settings(), layers.collect());
+        plan.ratio.target = Some(0.0);
+        return Ok(plan);
     }
-    options.check_replacing(config)?;
-    lightmoe::plan(config, observations, target, method, options)
+    if method.kind() == Kind::Replace {
+        options.check_replacing(config)?;
+        return lightmoe::plan(config, observations, target, method, options);
+    }
+    let Target::Ratio(ratio) = target else {
+        return Err(Error::Invalid(format!(
+            "`{method}` has no threshold; give a ratio"
+        )));
+    };
+    match method {
+        MethodName::Msmoe => msmoe::plan(config, observations, ratio, options),
+        MethodName::Hcsmoe => hcsmoe::plan(config, observations, ratio, options),
+        MethodName::Ream => ream::plan(config, observations, ratio, options),
+        MethodName::Svd => svd::plan(config, observations, ratio, options),
+        MethodName::D2moe => d2moe::plan(config, observations, ratio, options),
+        _ => drop::plan(config, observations, ratio, method, options),
+    }
 }
 
 pub(crate) fn check_ratio(ratio: f64) -> Result<()> {
     Target::Ratio(ratio).check()
 }
 
+/// Lists the experts that no token chose: nothing was seen of them, so what becomes of them is a guess.
+fn warn_of_silent(observations: &Observations) {
+    for layer in &observations.layers {
+        let chosen = layer.selections.iter().any(|&n| n > 0);
+        let silent = layer.selections.iter().enumerate();
+        let silent: Vec<usize> = silent.filter(|(_, n)| **n == 0).map(|(e, _)| e).collect();
+        if chosen && !silent.is_empty() {
+            tracing::warn!(layer = layer.layer, experts = ?silent, "no observed token chose these experts");
+        }
+    }
+}
+
+/// How many whole experts are worth the share `ratio` of all parameters.
+fn experts_to_save(config: &ModelConfig, ratio: f64) -> usize {
+    let wanted = ratio * config.parameters().total() as f64;
+    (wanted / config.expert_parameters() as f64).round() as usize
+}
+
+/// How often each expert was chosen, as a share of its layer; the gate mass where that is not known.
+fn usage(observed: &LayerObservations) -> Vec<f64> {
+    let total: u64 = observed.selections.iter().sum();
+    match total {
+        0 => observed.importance(),
+        _ => {
+            let share = |&n: &u64| n as f64 / total as f64;
+            observed.selections.iter().map(share).collect()
+        }
+    }
+}
+
+/// The numbers of `scores` from the highest on; of equals the lower number first.
+fn order(scores: &[f64]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+    order
+}
+
+/// A plan of merged experts: kept ones and bases train adapters, with the same budget as everywhere.
+fn merged(
+    config: &ModelConfig,
+    method: MethodName,
+    options: &PlanOptions,
+    layers: Vec<LayerPlan>,
+    ratio: f64,
+) -> Plan {
+    let carriers = |layer: &LayerPlan| layer.slots.len() - layer.replaced() + layer.groups;
+    let options = options.for_carriers(config, layers.iter().map(carriers).sum());
+    let settings = PlanSettings {
+        base: match method {
+            MethodName::Msmoe => BaseInit::Aligned,
+            _ => BaseInit::GateWeighted,
+        },
+        base_rank: Some(options.rank),
+        ..options.settings()
+    };
+    let mut plan = finish(config, method, settings, layers);
+    plan.ratio.target = Some(ratio);
+    plan
+}
+
 /// A plan of these layers, counted.
 fn finish(
     config: &ModelConfig,
     method: MethodName,
-    options: &LightmoeOptions,
+    settings: PlanSettings,
     layers: Vec<LayerPlan>,
 ) -> Plan {
     let mut plan = Plan {
         schema_version: SCHEMA_VERSION,
         method,
         model: ModelSummary::from(config),
-        settings: PlanSettings {
-            rank: options.rank,
-            kept_rank: options.rank,
-            groups: options.groups,
-            alpha: options.alpha,
-            max_delta: options.max_delta,
-            base: options.base,
-        },
+        settings,
         ratio: Ratio {
             target: None,
             achieved: 0.0,

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use lightmoe_compress::BuildInputs;
-use lightmoe_compress::methods::LightmoeOptions;
+use lightmoe_compress::methods::PlanOptions;
 use lightmoe_compress::observations::{LayerObservations, Observations, OutputObservations};
 use lightmoe_compress::plan::Plan;
 use lightmoe_models::config::ModelConfig;
@@ -58,11 +58,11 @@ pub fn random_checkpoint(
     Checkpoint::open(&path).unwrap()
 }
 
-pub fn options(rank: usize, groups: usize) -> LightmoeOptions {
-    LightmoeOptions {
+pub fn options(rank: usize, groups: usize) -> PlanOptions {
+    PlanOptions {
         rank,
         groups,
-        ..LightmoeOptions::default()
+        ..PlanOptions::default()
     }
 }
 
@@ -87,7 +87,10 @@ pub fn observations(config: &ModelConfig, seed: u64) -> Observations {
             selections: (0..experts as u64).collect(),
             router_norm: Some(100.0 + 30.0 * layer as f64),
             similarity: Some(similarity),
+            logit_gram: None,
             outputs: Some(outputs(experts, config.hidden_size, &mut rng)),
+            all_outputs: None,
+            spectra: None,
         }
     });
     Observations {
@@ -95,6 +98,7 @@ pub fn observations(config: &ModelConfig, seed: u64) -> Observations {
         tokens: 1024,
         samples: 8,
         fingerprint: format!("seed {seed}"),
+        moments: None,
     }
 }
 
@@ -112,6 +116,7 @@ fn outputs(experts: usize, hidden_size: usize, rng: &mut ChaCha8Rng) -> OutputOb
         norm: draw(experts),
         square: draw(experts),
         sum: draw(experts * hidden_size),
+        weighted: draw(experts * hidden_size),
         flatness: draw(experts),
     }
 }

@@ -21,10 +21,10 @@ use crate::settings::Settings;
 use crate::source::{BUILT_IN, TaskData, model_fingerprint, model_folder, open_model};
 use crate::tokens::TokenBatch;
 use anyhow::{Context, Result, anyhow};
-use lightmoe_compress::BuildInputs;
 use lightmoe_compress::methods::MethodName;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
+use lightmoe_compress::{BuildInputs, Statistics};
 use lightmoe_export::{Card, ExportKind, ExportOptions, export};
 use lightmoe_models::hub::Want;
 use lightmoe_models::{
@@ -124,18 +124,22 @@ pub fn run_compress(args: CompressArgs) -> Result<String> {
 /// # Errors
 /// What the stage brings.
 pub fn run_observe(args: ObserveArgs) -> Result<String> {
+    let more = Statistics {
+        moments: args.moments,
+        all_outputs: args.all_outputs,
+    };
     if let Some(path) = &args.tokens {
         let settings = settings(args.recipe)?;
         let checkpoint = open_model(settings.model.as_deref().unwrap_or(BUILT_IN))?;
         let batch = TokenBatch::load(path, checkpoint.config().vocab_size)?;
         let fingerprint = crate::fingerprint(&(&batch, model_fingerprint(checkpoint.dir())?))?;
-        observe_samples(&checkpoint, &batch.samples(), &fingerprint, &args.out)?;
+        let samples = batch.samples();
+        observe_samples(&checkpoint, &samples, (more, None), &fingerprint, &args.out)?;
     } else {
         let opened = Opened::new(args.recipe)?;
         let (encoded, fingerprint) = (opened.encoded()?, opened.fingerprint()?);
-        let budget = opened.recipe.calibration_tokens;
-        let (checkpoint, out) = (&opened.checkpoint, &args.out);
-        observe_stage(checkpoint, &encoded, budget, &fingerprint, out)?;
+        let (checkpoint, recipe) = (&opened.checkpoint, &opened.recipe);
+        observe_stage(checkpoint, &encoded, recipe, more, &fingerprint, &args.out)?;
     }
     Ok(format!("observations  {}", args.out.display()))
 }

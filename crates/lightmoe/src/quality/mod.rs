@@ -23,8 +23,8 @@ use crate::settings::Settings;
 use crate::source::{BUILT_IN, TaskData, model_fingerprint, open_model};
 use anyhow::{Context, Result, anyhow, bail};
 use cells::{Cell, RATES, grid, rate_of, rate_search};
-use lightmoe_compress::BuildInputs;
 use lightmoe_compress::observations::Observations;
+use lightmoe_compress::{BuildInputs, Statistics};
 use lightmoe_data::{Encoded, Task};
 use lightmoe_models::{Checkpoint, ModelTokenizer, folder};
 use lightmoe_train::Folders;
@@ -272,7 +272,8 @@ impl Bench {
             observe_stage(
                 &self.original,
                 encoded,
-                recipe.calibration_tokens,
+                recipe,
+                Statistics::default(),
                 "bench",
                 &path,
             )?;

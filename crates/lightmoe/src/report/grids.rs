@@ -32,7 +32,7 @@ pub(super) struct LayerRow {
 fn class_of(form: SlotForm) -> String {
     match (form, form.group()) {
         (SlotForm::Dense, _) => "kept".to_owned(),
-        (SlotForm::Removed, _) => "removed".to_owned(),
+        (SlotForm::Removed { .. }, _) => "removed".to_owned(),
         (SlotForm::Constant, _) => "constant".to_owned(),
         (_, Some(group)) => format!("g{}", group % COLOURS),
         (_, None) => "alone".to_owned(),
@@ -70,7 +70,10 @@ pub(super) fn experts<'a>(
             }
             SlotForm::Dense => title += "kept",
             SlotForm::Constant => title += "its mean output",
-            SlotForm::Removed => title += "removed",
+            SlotForm::Removed { into: None } => title += "removed",
+            SlotForm::Removed { into: Some(into) } => {
+                title += &format!("merged into expert {into}")
+            }
         }
         title += &format!(", score {:.4}", slot.score);
         let tokens = seen(layer).and_then(|c| c.tokens_per_expert.get(slot.expert));

@@ -1,7 +1,7 @@
 use super::*;
 use crate::results::tests::sample;
-use lightmoe_compress::methods::{BaseInit, MethodName};
-use lightmoe_compress::plan::{ModelSummary, Parameters, PlanSettings, Ratio, SlotForm, SlotPlan};
+use lightmoe_compress::methods::{MethodName, PlanOptions};
+use lightmoe_compress::plan::{ModelSummary, Parameters, Ratio, SlotForm, SlotPlan};
 
 /// A plan of 6 layers with 32 experts: of each five experts, two are kept.
 fn plan() -> Plan {
@@ -36,14 +36,11 @@ fn plan() -> Plan {
             top_k: 4,
             layers: 6,
         },
-        settings: PlanSettings {
+        settings: PlanOptions {
             rank: 4,
-            kept_rank: 4,
-            groups: 3,
-            alpha: 0.3,
-            max_delta: 0.2,
-            base: BaseInit::GateWeighted,
-        },
+            ..PlanOptions::default()
+        }
+        .settings(),
         ratio: Ratio {
             target: Some(0.5),
             achieved: 0.502,

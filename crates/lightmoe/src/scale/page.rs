@@ -6,6 +6,7 @@ use crate::recipe::Recipe;
 use crate::report::table::thousands;
 use crate::settings::Settings;
 use anyhow::Result;
+use lightmoe_compress::methods::MethodName;
 use lightmoe_compress::{estimate, layer_bytes};
 use lightmoe_models::ModelConfig;
 use std::fmt::Write;
@@ -142,7 +143,7 @@ fn others(page: &mut String, m: &Measured) -> Result<()> {
     for (name, file) in OTHERS {
         let config = ModelConfig::from_file(&configs.join(file))?;
         let options = Recipe::resolve(Settings::default(), &config)?.plan_options();
-        let forecast = estimate(&config, 0.5, &options)?;
+        let forecast = estimate(&config, 0.5, MethodName::Lightmoe, &options)?;
         let (before, after) = (
             2.0 * forecast.parameters_before as f64,
             2.0 * forecast.parameters_after as f64,

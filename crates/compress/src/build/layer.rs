@@ -1,0 +1,239 @@
+//! One layer under work.
+//!
+//! The base of a group is the mean of its members' weights, weighted by their scores (LightMoE eq. 4),
+//! for each of the three matrices; fresh adapters start as Gaussian · zero, so a built model computes
+//! with the bases alone until it is recovered. Whitened ones start as the factors of what an expert
+//! differs from its base by.
+
+use crate::factor::whitened;
+use crate::merge::merge;
+use crate::methods::{AdapterInit, BaseInit};
+use crate::moments::{LayerMoments, Moments};
+use crate::observations::LayerObservations;
+use crate::plan::{LayerPlan, PlanSettings, SlotForm};
+use crate::{Error, Result};
+use candle_core::{Device, Tensor};
+use lightmoe_models::random::{gaussian, stream};
+use lightmoe_models::{Adapters, Checkpoint, CheckpointWriter, NamedShape, SlotLayout, names};
+use rayon::prelude::*;
+
+pub(super) struct Layer<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) seed: u64,
+    pub(super) settings: &'a PlanSettings,
+    pub(super) plan: Option<&'a LayerPlan>,
+    pub(super) observed: Option<&'a LayerObservations>,
+    pub(super) moments: Option<&'a Moments>,
+}
+
+/// Tensors with their names.
+type Named = Vec<(String, Tensor)>;
+
+impl Layer<'_> {
+    /// Writes all tensors of the layer: those that stay, bases, merged experts, adapters, constants.
+    pub(super) fn write(
+        &self,
+        tensors: &[NamedShape],
+        writer: &mut CheckpointWriter,
+    ) -> Result<()> {
+        let Some(plan) = self.plan else {
+            return Ok(writer.copy(self.checkpoint, tensors)?);
+        };
+        let merged: Vec<usize> = (0..plan.slots.len())
+            .filter(|&expert| plan.sources(expert).len() > 1)
+            .collect();
+        let made = [".mlp.bases.", ".lora_", ".constant."];
+        let ours = |name: &str| {
+            let own = |&e: &usize| {
+                let mut projections = names::PROJECTIONS.iter();
+                projections.any(|p| name == names::expert(plan.layer, e, p))
+            };
+            made.iter().any(|part| name.contains(part)) || merged.iter().any(own)
+        };
+        let stays = tensors.iter().filter(|(name, _)| !ours(name));
+        writer.copy(self.checkpoint, &stays.cloned().collect::<Vec<_>>())?;
+        let groups: Vec<usize> = (0..plan.groups).collect();
+        let base = |&group: &usize| self.base(plan, group);
+        let mut bases = Vec::new();
+        // As many at a time as there are threads: each holds the sums of one group.
+        for some in groups.chunks(rayon::current_num_threads()) {
+            let made: Vec<[Tensor; 3]> = some.par_iter().map(base).collect::<Result<_>>()?;
+            for (&group, base) in some.iter().zip(made) {
+                let name = |p: &str| names::base(plan.layer, group, p);
+                push(writer, named(name, &base))?;
+                // Only factors of differences need them again.
+                if self.moments.is_some() {
+                    bases.push(base);
+                }
+            }
+        }
+        let merge = |&expert: &usize| self.merged(plan, expert);
+        self.each(&merged, merge, writer)?;
+        let constants: Vec<usize> = plan.layout().of_form(SlotLayout::Constant).collect();
+        let constant = |&expert: &usize| {
+            let name = names::constant(plan.layer, expert);
+            Ok(vec![(name, self.constant(plan, expert)?)])
+        };
+        self.each(&constants, constant, writer)?;
+        let moments = self.moments.map(|m| m.layer(plan.layer)).transpose()?;
+        let adapted: Vec<(usize, Option<usize>, usize)> = plan.layout().adapted().collect();
+        let adapters = |&(expert, group, rank): &(usize, Option<usize>, usize)| match (
+            &moments,
+            self.settings.adapters,
+        ) {
+            (Some(moments), AdapterInit::Whitened) => {
+                let base = group.map(|group| &bases[group]);
+                self.factors(plan, expert, base, rank, moments)
+            }
+            _ => self.fresh(plan, expert, rank),
+        };
+        self.each(&adapted, adapters, writer)
+    }
+
+    /// Makes and writes the tensors of `items`, a few at a time.
+    fn each<T: Sync>(
+        &self,
+        items: &[T],
+        make: impl Fn(&T) -> Result<Named> + Sync,
+        writer: &mut CheckpointWriter,
+    ) -> Result<()> {
+        for some in items.chunks(rayon::current_num_threads()) {
+            let made: Vec<Named> = some.par_iter().map(&make).collect::<Result<_>>()?;
+            push(writer, made.concat())?;
+        }
+        Ok(())
+    }
+
+    /// Gate `[F, H]`, up `[F, H]` and down `[H, F]` of an expert of the original.
+    fn expert(&self, layer: usize, expert: usize) -> Result<[Tensor; 3]> {
+        let config = self.checkpoint.config();
+        let (h, f) = (config.hidden_size, config.moe.intermediate_size);
+        let read = |projection: &str, shape: [usize; 2]| {
+            let name = names::expert(layer, expert, projection);
+            self.checkpoint.tensor(&name, &shape)
+        };
+        let [gate, up, down] = names::PROJECTIONS;
+        Ok([read(gate, [f, h])?, read(up, [f, h])?, read(down, [h, f])?])
+    }
+
+    /// The mean of some experts, the first of which gives the order of the neurons.
+    fn mean(&self, plan: &LayerPlan, members: &[usize]) -> Result<[Tensor; 3]> {
+        let scores: Vec<f64> = members.iter().map(|&e| plan.slots[e].score).collect();
+        let align = self.settings.base == BaseInit::Aligned;
+        let weights = |expert: usize| self.expert(plan.layer, expert);
+        merge(&weights, members, &scores, align)
+    }
+
+    /// The three matrices of the base of a group.
+    fn base(&self, plan: &LayerPlan, group: usize) -> Result<[Tensor; 3]> {
+        let is_dominant = |&expert: &usize| {
+            matches!(
+                plan.slots[expert].form,
+                SlotForm::Adapted { dominant: true, .. }
+            )
+        };
+        let (mut members, others): (Vec<usize>, Vec<usize>) = match self.settings.base {
+            BaseInit::Aligned => plan.members(group).partition(is_dominant),
+            _ => (plan.members(group).collect(), Vec::new()),
+        };
+        members.extend(others);
+        let mean = self.mean(plan, &members)?;
+        if self.settings.base != BaseInit::Random {
+            return Ok(mean);
+        }
+        let mut rng = stream(self.seed, &format!("base/{}/{group}", plan.layer));
+        let mut random = |mean: &Tensor| gaussian(&mut rng, root_mean_square(mean)?, mean.dims());
+        let [gate, up, down] = &mean;
+        Ok([random(gate)?, random(up)?, random(down)?])
+    }
+
+    /// An expert that others were merged into.
+    fn merged(&self, plan: &LayerPlan, expert: usize) -> Result<Named> {
+        let mean = self.mean(plan, &plan.sources(expert))?;
+        Ok(named(|p| names::expert(plan.layer, expert, p), &mean))
+    }
+
+    /// Adapters that do nothing yet.
+    fn fresh(&self, plan: &LayerPlan, expert: usize, rank: usize) -> Result<Named> {
+        let config = self.checkpoint.config();
+        let fresh = Adapters::fresh(config, plan.layer, &[expert], rank, self.seed)?;
+        let mut out = Vec::new();
+        if let Some(adapters) = fresh {
+            for (side, stack) in [("lora_A", &adapters.a), ("lora_B", &adapters.b)] {
+                for (projection, tensor) in stack.named() {
+                    let name = format!("{projection}.{side}");
+                    out.push((names::expert(plan.layer, expert, &name), tensor.get(0)?));
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// Adapters that are the factors of what an expert differs from its base by.
+    fn factors(
+        &self,
+        plan: &LayerPlan,
+        expert: usize,
+        base: Option<&[Tensor; 3]>,
+        rank: usize,
+        moments: &LayerMoments,
+    ) -> Result<Named> {
+        let [input, hidden] = moments.expert(self.checkpoint.config(), expert)?;
+        let grams = [&input, &input, &hidden];
+        let own = self.expert(plan.layer, expert)?;
+        let mut out = Vec::new();
+        for (i, (w, gram)) in own.iter().zip(grams).enumerate() {
+            let difference = match base {
+                Some(base) => &(w - &base[i])?,
+                None => w,
+            };
+            let factors = whitened(difference, gram, rank)?;
+            for (side, tensor) in [("lora_A", factors.a), ("lora_B", factors.b)] {
+                let name = format!("{}.{side}", names::PROJECTIONS[i]);
+                out.push((names::expert(plan.layer, expert, &name), tensor));
+            }
+        }
+        Ok(out)
+    }
+
+    /// The mean output of an expert over the tokens that chose it; zero if there were none.
+    fn constant(&self, plan: &LayerPlan, expert: usize) -> Result<Tensor> {
+        let width = self.checkpoint.config().hidden_size;
+        let seen = self
+            .observed
+            .and_then(|o| Some((o.outputs.as_ref()?, o.selections[expert])));
+        let (outputs, count) = seen.ok_or_else(|| {
+            Error::Invalid(format!(
+                "layer {}: expert {expert} becomes its mean output, which only observations tell; \
+                 give those that `observe` wrote",
+                plan.layer
+            ))
+        })?;
+        let sum = &outputs.sum[expert * width..(expert + 1) * width];
+        let mean: Vec<f32> = sum
+            .iter()
+            .map(|s| (s / count.max(1) as f64) as f32)
+            .collect();
+        Ok(Tensor::new(mean, &Device::Cpu)?)
+    }
+}
+
+/// Writes what an earlier run did not.
+fn push(writer: &mut CheckpointWriter, tensors: Named) -> Result<()> {
+    for (name, tensor) in tensors {
+        if !writer.is_done(&name) {
+            writer.push(name, &tensor)?;
+        }
+    }
+    Ok(())
+}
+
+/// The three matrices under their names.
+fn named(name: impl Fn(&str) -> String, matrices: &[Tensor; 3]) -> Named {
+    let names = names::PROJECTIONS.iter().map(|p| name(p));
+    names.zip(matrices.iter().cloned()).collect()
+}
+
+fn root_mean_square(w: &Tensor) -> candle_core::Result<f64> {
+    Ok(f64::from(w.sqr()?.mean_all()?.to_scalar::<f32>()?).sqrt())
+}

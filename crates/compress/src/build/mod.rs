@@ -1,0 +1,127 @@
+//! Build: a plan and a checkpoint become a checkpoint. What stays is copied byte by byte; in memory
+//! are the bases of a layer, and a few experts under work.
+
+mod layer;
+
+use crate::methods::AdapterInit;
+use crate::observations::Observations;
+use crate::plan::{LayerPlan, Plan, SlotForm};
+use crate::{Error, Result};
+use layer::Layer;
+use lightmoe_models::{
+    BankLayout, Checkpoint, CheckpointWriter, Format, LayerLayout, Manifest, ModelConfig,
+    SlotLayout,
+};
+use sha2::{Digest, Sha256};
+use std::path::Path;
+
+impl Plan {
+    /// The layout of the model that the plan describes.
+    pub fn layout(&self, config: &ModelConfig) -> BankLayout {
+        let mut layout = BankLayout::dense(config);
+        let planned = self.layers.iter().map(|l| (l.layer, l.layout()));
+        layout.layers.extend(planned);
+        layout
+    }
+}
+
+impl LayerPlan {
+    /// The layout of the layer that the plan describes.
+    pub fn layout(&self) -> LayerLayout {
+        let form = |form: SlotForm| match form {
+            SlotForm::Dense => SlotLayout::Dense,
+            SlotForm::Adapted { group, rank, .. } => SlotLayout::Adapted { group, rank },
+            SlotForm::Constant => SlotLayout::Constant,
+            SlotForm::Removed { .. } => SlotLayout::Removed,
+        };
+        LayerLayout {
+            slots: self.slots.iter().map(|s| form(s.form)).collect(),
+        }
+    }
+}
+
+/// What a checkpoint is built from.
+#[derive(Clone, Copy)]
+pub struct BuildInputs<'a> {
+    /// The original.
+    pub checkpoint: &'a Checkpoint,
+    /// What becomes of each expert.
+    pub plan: &'a Plan,
+    /// What was observed; only constants and whitened factors need it.
+    pub observations: Option<&'a Observations>,
+    /// Seed of fresh adapters and random bases.
+    pub seed: u64,
+}
+
+/// Builds the compressed checkpoint in the folder `target`, in the element type and with the names
+/// and packing of the original. `progress(done, total)` counts layers and may stop the work by
+/// `false`; the same call goes on with the layer where it stopped, or was killed.
+///
+/// # Errors
+/// [`Error::Invalid`] if the plan is for another model, [`Error::Interrupted`] if the work was stopped;
+/// what reading and writing may bring, too little room on the disk included.
+pub fn build(
+    inputs: &BuildInputs<'_>,
+    target: &Path,
+    progress: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<()> {
+    let (checkpoint, plan) = (inputs.checkpoint, inputs.plan);
+    let config = checkpoint.config();
+    plan.check_model(config)?;
+    if let Some(observations) = inputs.observations {
+        observations.check(config)?;
+    }
+    let moments = match (plan.settings.adapters, inputs.observations) {
+        (AdapterInit::Fresh, _) => None,
+        (AdapterInit::Whitened, Some(seen)) => Some(seen.moments()?),
+        (AdapterInit::Whitened, None) => {
+            return Err(Error::Invalid(
+                "the plan has whitened factors, which only observations tell; give those that \
+                 `observe --moments` wrote"
+                    .to_owned(),
+            ));
+        }
+    };
+    let mut manifest = Manifest::of(config, &plan.layout(config))?;
+    checkpoint.keep_types(&mut manifest)?;
+    let extras = checkpoint.extras()?;
+    let format = Format::new(checkpoint.dtype(), checkpoint.scheme());
+    let key = key(inputs)?;
+    let mut writer = CheckpointWriter::resume(target, &format, &manifest, &extras, &key)?;
+    writer.copy_extras(checkpoint, &extras)?;
+    writer.checkpoint()?;
+    let (ends, layers) = manifest.parts();
+    writer.copy(checkpoint, ends)?;
+    for (l, tensors) in layers.into_iter().enumerate() {
+        let seen = inputs.observations.map(|seen| seen.layers.iter());
+        let layer = Layer {
+            checkpoint,
+            seed: inputs.seed,
+            settings: &plan.settings,
+            plan: plan.layers.iter().find(|p| p.layer == l),
+            moments: moments.as_ref(),
+            observed: seen.and_then(|mut layers| layers.find(|o| o.layer == l)),
+        };
+        if tensors.iter().any(|(name, _)| !writer.is_done(name)) {
+            layer.write(tensors, &mut writer)?;
+            writer.checkpoint()?;
+        }
+        if !progress(l + 1, config.num_layers) {
+            return Err(Error::Interrupted);
+        }
+    }
+    writer.copy_side_files(checkpoint.dir())?;
+    Ok(writer.finish(&plan.layout(config).annotate(config)?)?)
+}
+
+/// Names all that decides the content of the result.
+fn key(inputs: &BuildInputs<'_>) -> Result<String> {
+    let plan = serde_json::to_vec(inputs.plan)
+        .map_err(|e| Error::Invalid(format!("the plan cannot be written: {e}")))?;
+    let mut hash = Sha256::new();
+    hash.update(inputs.seed.to_le_bytes());
+    hash.update(&plan);
+    hash.update(inputs.checkpoint.stamp()?);
+    hash.update(inputs.observations.map_or("", |seen| &seen.fingerprint));
+    Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+}

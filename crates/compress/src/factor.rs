@@ -1,0 +1,163 @@
+//! Low-rank factors of a matrix that lose least on the inputs it is given (SVD-LLM, arXiv 2403.07378;
+//! MoE-SVD; D²-MoE, arXiv 2502.17298, section 3.3).
+//!
+//! For inputs with second moment `G = Σ x·xᵀ` the output error of `P` in place of `W` is
+//! `Σ ‖(W−P)·x‖² = tr((W−P)·G·(W−P)ᵀ) = ‖(W−P)·S‖²` with `G = S·Sᵀ` (Cholesky). So the best `P` of rank
+//! `r` is the truncated SVD of `W·S`, times `S⁻¹`. A small multiple of the identity is added to `G`, so
+//! that few inputs, or none, still give an answer.
+//!
+//! The singular vectors come from the smaller of the two Gram matrices of `W·S`, in f64: for a wide
+//! matrix `W·G·Wᵀ`, whose leading eigenvectors `U` give `P = U·(Uᵀ·W)` without any inverse; for a tall
+//! one `Sᵀ·Wᵀ·W·S`.
+
+use crate::{Error, Result};
+use candle_core::{Device, Tensor};
+use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
+use faer::{Mat, MatRef, Par, Side};
+
+/// What is added to the diagonal of a second moment, as a share of its mean.
+pub const DAMPING: f64 = 0.01;
+
+/// A second moment `[n, n]`, damped, and positive definite.
+#[derive(Debug, Clone)]
+pub struct Gram(Mat<f64>);
+
+impl Gram {
+    /// Of the sums `values`, row-major; all zeros count as the identity: every direction alike.
+    pub fn new(n: usize, values: &[f32]) -> Self {
+        let mean = (0..n).map(|i| f64::from(values[i * n + i])).sum::<f64>() / n as f64;
+        if mean <= 0.0 {
+            return Self::zero(n);
+        }
+        Self(Mat::from_fn(n, n, |i, j| {
+            // Sums in f32 are not quite symmetric.
+            let value = 0.5 * (f64::from(values[i * n + j]) + f64::from(values[j * n + i]));
+            value + if i == j { DAMPING * mean } else { 0.0 }
+        }))
+    }
+
+    /// Of no inputs.
+    pub fn zero(n: usize) -> Self {
+        Self(Mat::identity(n, n))
+    }
+}
+
+/// A matrix as the product of two.
+#[derive(Debug, Clone)]
+pub struct Factors {
+    /// `[rank, in]`
+    pub a: Tensor,
+    /// `[out, rank]`
+    pub b: Tensor,
+}
+
+/// `[out, in]` as f64.
+fn matrix(w: &Tensor) -> Result<Mat<f64>> {
+    let (rows, columns) = w.dims2()?;
+    let values = w.flatten_all()?.to_vec1::<f32>()?;
+    Ok(Mat::from_fn(rows, columns, |i, j| {
+        f64::from(values[i * columns + j])
+    }))
+}
+
+/// Back to f32.
+fn tensor(m: MatRef<'_, f64>) -> Result<Tensor> {
+    let rows = 0..m.nrows();
+    let values: Vec<f32> = rows
+        .flat_map(|i| (0..m.ncols()).map(move |j| m[(i, j)] as f32))
+        .collect();
+    Ok(Tensor::from_vec(
+        values,
+        (m.nrows(), m.ncols()),
+        &Device::Cpu,
+    )?)
+}
+
+fn failed(what: &str) -> Error {
+    Error::Invalid(format!(
+        "the {what} of an expert's moments did not converge; observe more tokens"
+    ))
+}
+
+/// The eigenvectors of a symmetric matrix, those of the largest eigenvalues first, and the roots of
+/// those.
+fn eigen(m: &Mat<f64>) -> Result<(Mat<f64>, Vec<f64>)> {
+    let decomposed = m
+        .self_adjoint_eigen(Side::Lower)
+        .map_err(|_| failed("eigenvalues"))?;
+    let n = m.nrows();
+    let vectors = decomposed.U();
+    let values = decomposed.S().column_vector();
+    let descending = Mat::from_fn(n, n, |i, j| vectors[(i, n - 1 - j)]);
+    let roots = (0..n).map(|j| values[n - 1 - j].max(0.0).sqrt());
+    Ok((descending, roots.collect()))
+}
+
+fn cholesky(gram: &Gram) -> Result<Mat<f64>> {
+    let factor = gram
+        .0
+        .llt(Side::Lower)
+        .map_err(|_| failed("Cholesky factor"))?;
+    Ok(factor.L().to_owned())
+}
+
+/// The singular values of `W·S`, descending, as many as the smaller side of `w: [out, in]` has.
+///
+/// # Errors
+/// If the moments have no Cholesky factor, which needs numbers that are not finite.
+pub fn singular_values(w: &Tensor, gram: &Gram) -> Result<Vec<f64>> {
+    let w = matrix(w)?;
+    let small = match w.nrows() <= w.ncols() {
+        true => &w * &gram.0 * w.transpose(),
+        false => {
+            let ws = &w * cholesky(gram)?;
+            ws.transpose() * &ws
+        }
+    };
+    let values = small
+        .self_adjoint_eigenvalues(Side::Lower)
+        .map_err(|_| failed("eigenvalues"))?;
+    Ok(values.iter().rev().map(|v| v.max(0.0).sqrt()).collect())
+}
+
+/// The factors of rank `rank` of `w: [out, in]` that lose least on inputs of this second moment.
+///
+/// The two are balanced: the `i`-th row of `a` and column of `b` have the same norm. Components come
+/// with the largest singular value first.
+///
+/// # Errors
+/// As [`singular_values`].
+pub fn whitened(w: &Tensor, gram: &Gram, rank: usize) -> Result<Factors> {
+    let w = matrix(w)?;
+    let rank = rank.min(w.nrows()).min(w.ncols());
+    let (mut a, mut b) = match w.nrows() <= w.ncols() {
+        true => {
+            let (vectors, _) = eigen(&(&w * &gram.0 * w.transpose()))?;
+            let b = vectors.subcols(0, rank).to_owned();
+            (b.transpose() * &w, b)
+        }
+        false => {
+            let s = cholesky(gram)?;
+            let ws = &w * &s;
+            let (vectors, _) = eigen(&(ws.transpose() * &ws))?;
+            let v = vectors.subcols(0, rank);
+            let b = &ws * v;
+            // A·S = Vᵀ, so Sᵀ·Aᵀ = V.
+            let mut at = v.to_owned();
+            solve_upper_triangular_in_place(s.transpose(), at.as_mut(), Par::Seq);
+            (at.transpose().to_owned(), b)
+        }
+    };
+    for i in 0..rank {
+        let (na, nb) = (a.row(i).norm_l2(), b.col(i).norm_l2());
+        if na > 0.0 && nb > 0.0 {
+            let scale = (nb / na).sqrt();
+            (0..a.ncols()).for_each(|j| a[(i, j)] *= scale);
+            (0..b.nrows()).for_each(|j| b[(j, i)] /= scale);
+        }
+    }
+    Ok(Factors {
+        a: tensor(a.as_ref())?,
+        b: tensor(b.as_ref())?,
+    })
+}

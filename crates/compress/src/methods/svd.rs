@@ -1,0 +1,96 @@
+//! Activation-whitened SVD: every expert becomes low-rank factors that lose least on the inputs it was
+//! given, without a base (SVD-LLM, arXiv 2403.07378, expert by expert).
+
+use lightmoe_models::config::ModelConfig;
+
+use super::{AdapterInit, MethodName, PlanOptions, finish, order};
+use crate::observations::Observations;
+use crate::plan::{LayerPlan, Plan, PlanSettings, SlotForm};
+use crate::ranks::{Costs, Level, RankRule, least_loss, proportional, uniform};
+use crate::size::adapter_parameters;
+use crate::{Error, Result};
+
+/// What is added to an expert's importance, of which the largest in a layer is 1, so that the least
+/// important keep some rank (MoE-I² smooths alike).
+const SMOOTHING: f64 = 0.15;
+
+/// Plans to save the share `ratio` of all parameters.
+pub(super) fn plan(
+    config: &ModelConfig,
+    observations: &Observations,
+    ratio: f64,
+    options: &PlanOptions,
+) -> Result<Plan> {
+    let importance: Vec<Vec<f64>> = observations.layers.iter().map(|l| l.importance()).collect();
+    let experts = config.moe.num_experts;
+    let slots = experts * importance.len();
+    let costs = Costs {
+        unit: adapter_parameters(config, 1),
+        dense: config.expert_parameters(),
+    };
+    let saved = (ratio * config.parameters().total() as f64).round() as u64;
+    let budget = (slots as u64 * costs.dense).saturating_sub(saved);
+    let levels = match options.ranks {
+        RankRule::Uniform => uniform(&order(&importance.concat()), costs, budget),
+        RankRule::Importance => {
+            let weight = |layer: &Vec<f64>| -> Vec<f64> {
+                let largest = layer.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+                layer.iter().map(|i| i / largest + SMOOTHING).collect()
+            };
+            let weights: Vec<f64> = importance.iter().flat_map(weight).collect();
+            proportional(&weights, costs, budget)
+        }
+        RankRule::Budget => least_loss(&losses(observations, experts)?, costs, budget),
+    }?;
+    let planned = observations.layers.iter().zip(&importance);
+    let layers = planned
+        .zip(levels.chunks(experts))
+        .map(|((observed, scores), levels)| {
+            let mut layer = LayerPlan::dense(observed, scores);
+            for (slot, &level) in layer.slots.iter_mut().zip(levels) {
+                slot.form = form(level);
+            }
+            layer
+        });
+    let settings = PlanSettings {
+        rank: levels.iter().flatten().copied().max().unwrap_or(0),
+        groups: 0,
+        adapters: AdapterInit::Whitened,
+        trained_rank: Some(options.rank),
+        ..options.settings()
+    };
+    let mut plan = finish(config, MethodName::Svd, settings, layers.collect());
+    plan.ratio.target = Some(ratio);
+    Ok(plan)
+}
+
+fn form(level: Level) -> SlotForm {
+    level.map_or(SlotForm::Dense, |rank| SlotForm::Adapted {
+        group: None,
+        rank,
+        dominant: false,
+    })
+}
+
+/// What each rank of each expert loses: the share of the energy of its three matrices that is cut off,
+/// times what the expert adds to the outputs of its layer, squared and summed over tokens.
+fn losses(observations: &Observations, experts: usize) -> Result<Vec<Vec<f64>>> {
+    let mut losses = Vec::new();
+    for layer in &observations.layers {
+        let seen = layer.spectra.as_ref().zip(layer.outputs.as_ref());
+        let (spectra, outputs) = seen.ok_or_else(|| {
+            Error::Invalid(format!(
+                "ranks by budget need the spectra of the experts, and layer {} was observed \
+                 without; observe with `--moments`",
+                layer.layer
+            ))
+        })?;
+        for expert in 0..experts {
+            let count = layer.selections[expert].max(1) as f64;
+            let weight = outputs.gated[expert].powi(2) / count;
+            let of_expert = spectra.losses(expert, experts).into_iter();
+            losses.push(of_expert.map(|loss| weight * loss).collect());
+        }
+    }
+    Ok(losses)
+}

@@ -1,0 +1,277 @@
+//! Observe: what the routers do on the task's training tokens (LightMoE §3.1, eq. 1–3).
+//!
+//! One pass over the weights, one layer in memory at a time. The hidden states of the samples travel
+//! from layer to layer in files, of which the page cache keeps what fits; so a run that was stopped
+//! goes on with the layer where it stopped.
+
+mod sums;
+
+use crate::memory::{batch_tokens, moment_bytes};
+use crate::observations::{LayerObservations, Observations, moments_folder};
+use crate::states::{States, StatesWriter, Work};
+use crate::{Error, Result};
+use lightmoe_models::{Checkpoint, Embedding, Layer, LayerObserver, ModelConfig, Rotary, Tokens};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use sums::{BatchSums, Sums};
+
+/// What to record beside routing and outputs, which is always recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Statistics {
+    /// Second moments of what each expert is given, and the spectra of its matrices on them; memory
+    /// and disk of `4·E·(H² + F²)` bytes a layer.
+    pub moments: bool,
+    /// Mean outputs over all tokens: every token through every expert.
+    pub all_outputs: bool,
+}
+
+impl Statistics {
+    /// What either wants.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            moments: self.moments || other.moments,
+            all_outputs: self.all_outputs || other.all_outputs,
+        }
+    }
+}
+
+/// Changes a layer once it was observed, before the samples go on through it: for methods that
+/// compress layer after layer, each on what the compressed layers before it give.
+pub type Successor<'a> = dyn Fn(&LayerObservations, &mut Layer) -> Result<()> + 'a;
+
+/// What [`observe`] needs beside the model and the samples.
+#[derive(Clone, Copy)]
+pub struct ObserveOptions<'a> {
+    /// Names the model and the data.
+    pub fingerprint: &'a str,
+    /// Folder for what lies between two layers, and for the moments; what it holds is removed at the
+    /// end.
+    pub state: &'a Path,
+    /// What to record beside routing and outputs.
+    pub statistics: Statistics,
+    /// What becomes of each layer before the samples go on; `None`: it stays.
+    pub successor: Option<&'a Successor<'a>>,
+    /// The most memory to use, in bytes.
+    pub max_memory: u64,
+}
+
+/// What [`observe`] saw, and what it took. [`Observed::save`] ends the run: until then the same call
+/// goes on behind the last layer.
+#[derive(Debug)]
+pub struct Observed {
+    states: States,
+    /// The routing.
+    pub observations: Observations,
+    /// Reading and converting weights, in this run.
+    pub read: Duration,
+    /// All that is done with a layer once it is read, in this run.
+    pub compute: Duration,
+}
+
+impl Observed {
+    /// Writes the observations to `path`, with their moments in the folder beside it, and removes what
+    /// lay between the layers.
+    ///
+    /// # Errors
+    /// If they cannot be written.
+    pub fn save(self, path: &Path) -> Result<Observations> {
+        let (found, target) = (moments_in(self.states.folder()), moments_folder(path));
+        let io = |source| Error::Io {
+            path: target.clone(),
+            source,
+        };
+        if found.is_dir() {
+            if target.is_dir() {
+                std::fs::remove_dir_all(&target).map_err(io)?;
+            }
+            std::fs::rename(&found, &target).map_err(io)?;
+        }
+        self.observations.save(path)?;
+        self.states.remove()?;
+        Ok(Observations {
+            moments: target.is_dir().then_some(target),
+            ..self.observations
+        })
+    }
+}
+
+/// Samples of one batch, right-padded to `width`.
+pub(crate) struct Batch<'a> {
+    pub(crate) samples: &'a [&'a Vec<u32>],
+    pub(crate) width: usize,
+}
+
+impl Batch<'_> {
+    /// Whether a token of the padded batch is one of a sample.
+    fn holds(&self, token: usize) -> bool {
+        token % self.width < self.samples[token / self.width].len()
+    }
+}
+
+/// Where the moments of an unfinished run lie.
+fn moments_in(state: &Path) -> PathBuf {
+    state.join("moments")
+}
+
+/// Runs `samples` (token ids, as in training, without padding) through the model and records the
+/// routing of every MoE layer. `progress(done, total)` counts layers and may stop the work by
+/// `false`; the same call goes on behind the last layer that was done.
+///
+/// # Errors
+/// [`Error::Invalid`] if there are no samples, one is empty, or the memory is too little for a layer;
+/// [`Error::Interrupted`] if the work was stopped; what reading the weights may bring.
+pub fn observe(
+    checkpoint: &Checkpoint,
+    samples: &[Vec<u32>],
+    options: &ObserveOptions<'_>,
+    progress: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<Observed> {
+    let config = checkpoint.config();
+    if samples.is_empty() || samples.iter().any(Vec::is_empty) {
+        return Err(Error::Invalid(
+            "observe needs at least one sample, and none may be empty; give more training data"
+                .to_owned(),
+        ));
+    }
+    // Samples of like length together, so that little is padded.
+    let mut order: Vec<&Vec<u32>> = samples.iter().collect();
+    order.sort_by_key(|s| std::cmp::Reverse(s.len()));
+    let beside = match options.statistics.moments {
+        true => moment_bytes(config),
+        false => 0,
+    };
+    let most = batch_tokens(config, order[0].len(), options.max_memory, beside)?;
+    let work = Work::new(
+        samples,
+        &format!("{}{:?}", options.fingerprint, options.statistics),
+    );
+    // A run that goes on keeps the batches of the one before, if there is memory for them.
+    let found = States::find(options.state, &work).filter(|found| found.batch_tokens <= most);
+    let tokens = found.as_ref().map_or(most, |found| found.batch_tokens);
+    let batches = batches(&order, tokens);
+    let states = States::new(options.state, config.hidden_size, &batches);
+    let (first, mut seen) = match states.resume(found.is_some())? {
+        Some((layer, seen)) => (layer, seen),
+        None => {
+            states.begin(&work, tokens)?;
+            embed(checkpoint, &batches, &states)?;
+            let none = Observations {
+                layers: Vec::new(),
+                tokens: samples.iter().map(|s| s.len() as u64).sum(),
+                samples: samples.len() as u64,
+                fingerprint: options.fingerprint.to_owned(),
+                moments: None,
+            };
+            (0, none)
+        }
+    };
+    let rotary = Rotary::new(config);
+    let (mut read, mut compute) = (Duration::ZERO, Duration::ZERO);
+    for l in first..config.num_layers {
+        let begin = Instant::now();
+        let mut layer = Layer::load(checkpoint, l)?;
+        read += begin.elapsed();
+        let begin = Instant::now();
+        let mut next = states.writer(l + 1)?;
+        let mut sums = Sums::new(config, options.statistics);
+        if let Some(bank) = layer.bank() {
+            sums.weights(bank)?;
+        }
+        let pass = Pass {
+            states: &states,
+            batches: &batches,
+            config,
+            rotary: &rotary,
+            number: l,
+        };
+        match (options.successor, layer.bank().is_some()) {
+            (Some(successor), true) => {
+                pass.run(&layer, Some(&mut sums), None)?;
+                let observed = sums.finish(l, samples, &layer, options)?;
+                successor(&observed, &mut layer)?;
+                seen.layers.push(observed);
+                pass.run(&layer, None, Some(&mut next))?;
+            }
+            (_, experts) => {
+                pass.run(&layer, Some(&mut sums), Some(&mut next))?;
+                if experts {
+                    seen.layers.push(sums.finish(l, samples, &layer, options)?);
+                }
+            }
+        }
+        next.finish(&seen)?;
+        compute += begin.elapsed();
+        if !progress(l + 1, config.num_layers) {
+            return Err(Error::Interrupted);
+        }
+    }
+    Ok(Observed {
+        states,
+        observations: seen,
+        read,
+        compute,
+    })
+}
+
+/// The samples on their way through one layer.
+struct Pass<'a> {
+    states: &'a States,
+    batches: &'a [Batch<'a>],
+    config: &'a ModelConfig,
+    rotary: &'a Rotary,
+    number: usize,
+}
+
+impl Pass<'_> {
+    /// Runs all batches; `sums` looks on, and `next` takes what comes out.
+    fn run(
+        &self,
+        layer: &Layer,
+        mut sums: Option<&mut Sums>,
+        mut next: Option<&mut StatesWriter<'_>>,
+    ) -> Result<()> {
+        for (i, batch) in self.batches.iter().enumerate() {
+            let hidden = self.states.read(self.number, i, batch)?;
+            let mut looking = sums.as_deref_mut().map(|sums| BatchSums { sums, batch });
+            let observer: &mut dyn LayerObserver = match &mut looking {
+                Some(looking) => looking,
+                None => &mut (),
+            };
+            let (hidden, _) =
+                layer.forward_observed(&hidden, self.config, self.rotary, None, observer)?;
+            if let Some(next) = next.as_deref_mut() {
+                next.push(&hidden)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes the states before the first layer.
+fn embed(checkpoint: &Checkpoint, batches: &[Batch<'_>], states: &States) -> Result<()> {
+    let embedding = Embedding::load(checkpoint)?;
+    let mut first = states.writer(0)?;
+    for batch in batches {
+        let mut ids = vec![0u32; batch.samples.len() * batch.width];
+        for (row, sample) in ids.chunks_exact_mut(batch.width).zip(batch.samples) {
+            row[..sample.len()].copy_from_slice(sample);
+        }
+        let rows = batch.samples.len();
+        first.push(&embedding.embed(Tokens { ids: &ids, rows })?)?;
+    }
+    first.close()
+}
+
+/// Batches of at most `tokens` tokens, padding included, but of at least one sample.
+fn batches<'a>(order: &'a [&'a Vec<u32>], tokens: usize) -> Vec<Batch<'a>> {
+    let mut batches = Vec::new();
+    let mut rest = order;
+    while let Some(longest) = rest.first() {
+        let width = longest.len();
+        let (samples, later) = rest.split_at((tokens / width).clamp(1, rest.len()));
+        rest = later;
+        batches.push(Batch { samples, width });
+    }
+    batches
+}

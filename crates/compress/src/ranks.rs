@@ -1,0 +1,235 @@
+//! How a budget of parameters is spent on ranks: the same for all, by importance, or where it saves
+//! most loss.
+
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+/// How factorised experts share a budget.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RankRule {
+    /// The same rank everywhere.
+    Uniform,
+    /// In proportion to the importance of an expert in its layer (MoE-I², arXiv 2411.01016, stage two).
+    Importance,
+    /// Where a parameter saves most loss, over all experts of all layers.
+    Budget,
+}
+
+/// What becomes of an expert: factors of this rank, or `None` where its own matrices are no larger.
+pub type Level = Option<usize>;
+
+/// What levels cost, in parameters.
+#[derive(Debug, Clone, Copy)]
+pub struct Costs {
+    /// Of one rank.
+    pub unit: u64,
+    /// Of the expert's own matrices.
+    pub dense: u64,
+}
+
+impl Costs {
+    /// The highest rank that is smaller than the expert.
+    fn most(self) -> usize {
+        (self.dense.saturating_sub(1) / self.unit) as usize
+    }
+
+    fn level(self, rank: usize) -> Level {
+        (rank <= self.most()).then_some(rank)
+    }
+
+    /// Of a level.
+    pub fn of(self, level: Level) -> u64 {
+        level.map_or(self.dense, |rank| rank as u64 * self.unit)
+    }
+
+    fn check(self, slots: usize, budget: u64) -> Result<()> {
+        match budget < slots as u64 * self.unit {
+            true => Err(Error::Invalid(format!(
+                "{budget} parameters are left for {slots} experts, and rank 1 takes {} each; choose \
+                 a lower ratio",
+                self.unit
+            ))),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The same rank for all; what is left over raises it by one for the first of `order`, which names
+/// every slot once.
+///
+/// # Errors
+/// [`Error::Invalid`] if not even rank 1 can be had.
+pub fn uniform(order: &[usize], costs: Costs, budget: u64) -> Result<Vec<Level>> {
+    costs.check(order.len(), budget)?;
+    if budget / costs.dense >= order.len() as u64 {
+        return Ok(vec![None; order.len()]);
+    }
+    let units = (budget / costs.unit) as usize;
+    let (rank, more) = (units / order.len(), units % order.len());
+    let mut levels = vec![costs.level(rank); order.len()];
+    for &slot in &order[..more] {
+        levels[slot] = costs.level(rank + 1);
+    }
+    Ok(levels)
+}
+
+/// Ranks in proportion to `weights` (one a slot, from 0), at least 1 each.
+///
+/// # Errors
+/// [`Error::Invalid`] if not even rank 1 can be had.
+pub fn proportional(weights: &[f64], costs: Costs, budget: u64) -> Result<Vec<Level>> {
+    costs.check(weights.len(), budget)?;
+    let levels = |scale: f64| -> Vec<Level> {
+        let rank = |w: &f64| costs.level(((scale * w) as usize).max(1));
+        weights.iter().map(rank).collect()
+    };
+    let spent = |levels: &[Level]| levels.iter().map(|&l| costs.of(l)).sum::<u64>();
+    // The largest scale that the budget allows.
+    let (mut low, mut high) = (0.0, 1.0);
+    while spent(&levels(high)) <= budget && high < 1e12 {
+        high *= 2.0;
+    }
+    for _ in 0..64 {
+        let middle = 0.5 * (low + high);
+        match spent(&levels(middle)) <= budget {
+            true => low = middle,
+            false => high = middle,
+        }
+    }
+    Ok(levels(low))
+}
+
+/// Spends the budget where it saves most: `losses[slot][rank]` falls with the rank, and the expert's
+/// own matrices lose nothing. At least rank 1 each.
+///
+/// The steps of each slot are those of the lower hull of its losses over its costs, so that each saves
+/// less a parameter than the one before; all are taken in the order of what they save, and the last that
+/// does not fit is taken as far as it does.
+///
+/// # Errors
+/// [`Error::Invalid`] if not even rank 1 can be had.
+pub fn least_loss(losses: &[Vec<f64>], costs: Costs, budget: u64) -> Result<Vec<Level>> {
+    costs.check(losses.len(), budget)?;
+    let mut steps: Vec<(f64, usize, Level)> = Vec::new();
+    for (slot, losses) in losses.iter().enumerate() {
+        let most = costs.most().min(losses.len() - 1);
+        let ranks = (1..=most).map(|rank| (Some(rank), losses[rank]));
+        let points: Vec<(Level, f64)> = ranks.chain([(None, 0.0)]).collect();
+        let mut at = 0;
+        while at + 1 < points.len() {
+            let slope = |next: usize| {
+                let cost = costs.of(points[next].0) - costs.of(points[at].0);
+                (points[at].1 - points[next].1) / cost as f64
+            };
+            // Of equal steps the longest, so that they come as one.
+            let next = (at + 1..points.len())
+                .max_by(|&a, &b| slope(a).total_cmp(&slope(b)))
+                .unwrap_or(at + 1);
+            steps.push((slope(next), slot, points[next].0));
+            at = next;
+        }
+    }
+    // Stable: the steps of a slot stay in order, since each saves no more than the one before.
+    steps.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let mut levels = vec![costs.level(1); losses.len()];
+    let mut left = budget - levels.iter().map(|&l| costs.of(l)).sum::<u64>();
+    let mut ended = vec![false; losses.len()];
+    for (_, slot, level) in steps {
+        if ended[slot] {
+            continue;
+        }
+        let room = costs.of(levels[slot]) + left;
+        let reached = match costs.of(level) <= room {
+            true => level,
+            false => {
+                ended[slot] = true;
+                Some((room / costs.unit) as usize)
+            }
+        };
+        left = room - costs.of(reached);
+        levels[slot] = reached;
+    }
+    Ok(levels)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const COSTS: Costs = Costs { unit: 3, dense: 20 };
+
+    fn total(levels: &[Level]) -> u64 {
+        levels.iter().map(|&l| COSTS.of(l)).sum()
+    }
+
+    #[test]
+    fn what_is_left_over_goes_to_the_first() {
+        let levels = uniform(&[2, 0, 1], COSTS, 23).unwrap();
+        assert_eq!(levels, [Some(2), Some(2), Some(3)]);
+        // Rank 7 would be larger than the expert.
+        assert_eq!(uniform(&[0], COSTS, 21).unwrap(), [None]);
+        let message = uniform(&[0, 1], COSTS, 5).unwrap_err().to_string();
+        assert!(message.contains("lower ratio"), "{message}");
+    }
+
+    #[test]
+    fn ranks_follow_the_weights() {
+        let levels = proportional(&[1.0, 2.0, 0.0], COSTS, 3 * 7).unwrap();
+        assert_eq!(levels, [Some(2), Some(4), Some(1)]);
+    }
+
+    /// All plans of three small slots, one by one.
+    fn best(losses: &[Vec<f64>], budget: u64) -> f64 {
+        let options: Vec<Level> = (1..=COSTS.most()).map(Some).chain([None]).collect();
+        let loss = |slot: usize, l: Level| l.map_or(0.0, |rank| losses[slot][rank]);
+        let mut best = f64::INFINITY;
+        for &a in &options {
+            for &b in &options {
+                for &c in &options {
+                    if total(&[a, b, c]) <= budget {
+                        best = best.min(loss(0, a) + loss(1, b) + loss(2, c));
+                    }
+                }
+            }
+        }
+        best
+    }
+
+    proptest! {
+        /// Never above the budget, and no further from the best plan than one step of one slot.
+        #[test]
+        fn the_least_loss_is_nearly_the_least(
+            falls in prop::collection::vec(prop::collection::vec(0.0f64..1.0, 8), 3),
+            budget in 9u64..60,
+        ) {
+            let losses: Vec<Vec<f64>> = falls
+                .into_iter()
+                .map(|mut falls| {
+                    falls.sort_by(|a, b| b.total_cmp(a));
+                    let mut loss: f64 = falls.iter().sum();
+                    let mut losses = vec![loss];
+                    for fall in falls {
+                        loss = (loss - fall).max(0.0);
+                        losses.push(loss);
+                    }
+                    losses
+                })
+                .collect();
+            let levels = least_loss(&losses, COSTS, budget).unwrap();
+            prop_assert!(total(&levels) <= budget);
+            let ours: f64 = levels
+                .iter()
+                .zip(&losses)
+                .map(|(&level, losses)| level.map_or(0.0, |rank| losses[rank]))
+                .sum();
+            let largest = losses.iter().map(|l| l[1]).fold(0.0, f64::max);
+            prop_assert!(ours <= best(&losses, budget) + largest);
+            let even = uniform(&[0, 1, 2], COSTS, budget).unwrap();
+            prop_assert!(total(&even) <= budget);
+            let shares = proportional(&[0.3, 0.2, 0.5], COSTS, budget).unwrap();
+            prop_assert!(total(&shares) <= budget);
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! The one forward pass of the bank.
+
+use super::{Adapters, Bank, Projections, missing};
+use crate::{Error, Result};
+use candle_core::Tensor;
+use lightmoe_kernels::{Dispatch, Segment, grouped_linear, linear, swiglu, weighted_scatter};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// What is shown of a dense expert that was chosen.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertRows<'a> {
+    /// Its number.
+    pub expert: usize,
+    /// The places of its rows among the `[T · K]` choices.
+    pub pairs: &'a [u32],
+    /// What it was given, `[rows, H]`.
+    pub x: &'a Tensor,
+    /// What its down projection was given, `[rows, F]`.
+    pub h: &'a Tensor,
+    /// What it gave before it is weighted, `[rows, H]`.
+    pub y: &'a Tensor,
+}
+
+/// What sees the chosen dense experts.
+pub(crate) type BankObserver<'a> = dyn FnMut(&ExpertRows<'_>) -> Result<()> + 'a;
+
+/// Takes one of the three matrices.
+type Pick = fn(&Projections) -> &Tensor;
+
+/// Rows of one form: their inputs, gates and tokens.
+struct Rows {
+    x: Tensor,
+    gates: Tensor,
+    tokens: Arc<[u32]>,
+    /// Places among the choices.
+    pairs: Arc<[u32]>,
+    segments: Arc<[Segment]>,
+}
+
+impl Bank {
+    /// Runs the chosen experts: `x: [T, H]`, `gates: [T · K]`, `chosen: [T · K]` expert numbers;
+    /// result `[T, H]`, the gate-weighted sum of the experts' outputs.
+    pub fn forward(&self, x: &Tensor, gates: &Tensor, chosen: &[u32]) -> Result<Tensor> {
+        self.forward_observed(x, gates, chosen, &mut |_| Ok(()))
+    }
+
+    /// The same, while `each` sees every dense expert that was chosen.
+    pub(crate) fn forward_observed(
+        &self,
+        x: &Tensor,
+        gates: &Tensor,
+        chosen: &[u32],
+        each: &mut BankObserver<'_>,
+    ) -> Result<Tensor> {
+        let tokens = x.dim(0)?;
+        let dispatch = Dispatch::new(
+            chosen,
+            chosen.len() / tokens.max(1),
+            &self.order.position,
+            self.len(),
+        );
+        let adapted = self.order.adapted();
+        let with_base = adapted.start..adapted.start + self.order.groups.len();
+        let without = with_base.end..adapted.end;
+        let mut out = None;
+        if let Some(rows) = Rows::select(&dispatch, 0..self.order.dense, x, gates)? {
+            out = Some(self.dense_output(&rows, tokens, each)?);
+        }
+        if let Some(rows) = Rows::select(&dispatch, with_base.clone(), x, gates)? {
+            let own = self.own(&rows, with_base.clone())?;
+            let y = self.based_output(&rows, &own, x, &dispatch, tokens)?;
+            out = add(out, Some(y))?;
+        }
+        if let Some(rows) = Rows::select(&dispatch, without.clone(), x, gates)? {
+            let own = self.own(&rows, without)?;
+            out = add(out, Some(own.output(&rows, tokens)?))?;
+        }
+        if let Some(rows) = Rows::select(&dispatch, self.order.constant(), x, gates)? {
+            out = add(out, Some(self.constant_output(&rows, tokens)?))?;
+        }
+        out.ok_or_else(|| Error::Invalid("the expert bank was given no tokens".into()))
+    }
+
+    /// The sum over all rows of `x: [T, H]` of what each dense expert would give, whether the router
+    /// chose it or not: `[dense][H]`.
+    pub fn output_sums(&self, x: &Tensor) -> Result<Vec<Vec<f32>>> {
+        let w = self
+            .dense
+            .as_ref()
+            .ok_or_else(|| missing("dense weights"))?;
+        let of_expert = |i: usize| -> Result<Vec<f32>> {
+            let h = swiglu(&linear(x, &w.gate.get(i)?)?, &linear(x, &w.up.get(i)?)?)?;
+            // The down projection is linear, so it takes the sum.
+            Ok(linear(&h.sum_keepdim(0)?, &w.down.get(i)?)?
+                .flatten_all()?
+                .to_vec1()?)
+        };
+        (0..self.order.dense).map(of_expert).collect()
+    }
+
+    fn constant_output(&self, rows: &Rows, tokens: usize) -> Result<Tensor> {
+        let constants = self
+            .constants
+            .as_ref()
+            .ok_or_else(|| missing("constants"))?;
+        let slots: Vec<u32> = rows
+            .segments
+            .iter()
+            .flat_map(|segment| std::iter::repeat_n(segment.group as u32, segment.len))
+            .collect();
+        let y = constants.index_select(&index(&slots)?, 0)?;
+        Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)
+    }
+
+    /// What the adapted `positions` compute by themselves: adapters, and originals at their share.
+    fn own(&self, rows: &Rows, positions: Range<usize>) -> Result<Own> {
+        let start = positions.start - self.order.dense;
+        let part = |w: &Tensor| Ok(w.narrow(0, start, positions.len())?);
+        let adapters = [&self.frozen, &self.adapters].into_iter().flatten();
+        let adapters = adapters.map(|adapters| {
+            let (a, b) = (adapters.a.map(part)?, adapters.b.map(part)?);
+            Ok::<_, Error>(Adapters { a, b })
+        });
+        let originals = self.blended()?.map(|w| w.map(part));
+        Ok(Own {
+            adapters: adapters.collect::<Result<_>>()?,
+            originals: originals.transpose()?,
+            beta: self.beta,
+            segments: rows.segments.clone(),
+        })
+    }
+
+    fn dense_output(
+        &self,
+        rows: &Rows,
+        tokens: usize,
+        each: &mut BankObserver<'_>,
+    ) -> Result<Tensor> {
+        let Some(w) = &self.dense else {
+            return Err(missing("dense weights"));
+        };
+        let adapters = self.dense_adapters.as_ref();
+        let project = |x: &Tensor, pick: Pick| product(w, adapters, x, pick, &rows.segments);
+        let h = swiglu(
+            &project(&rows.x, |p| &p.gate)?,
+            &project(&rows.x, |p| &p.up)?,
+        )?;
+        let y = project(&h, |p| &p.down)?;
+        for segment in rows.segments.iter().filter(|segment| segment.len > 0) {
+            let part = |t: &Tensor| t.narrow(0, segment.start, segment.len);
+            each(&ExpertRows {
+                expert: self.order.experts[segment.group],
+                pairs: &rows.pairs[segment.start..segment.start + segment.len],
+                x: &part(&rows.x)?,
+                h: &part(&h)?,
+                y: &part(&y)?,
+            })?;
+        }
+        Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)
+    }
+
+    fn based_output(
+        &self,
+        rows: &Rows,
+        own: &Own,
+        x: &Tensor,
+        dispatch: &Dispatch,
+        tokens: usize,
+    ) -> Result<Tensor> {
+        let share = 1.0 - self.beta;
+        // At β = 1 a base has no share, and its gradient is zero.
+        if share <= 0.0 {
+            return own.output(rows, tokens);
+        }
+        let bases = self.bases.as_ref().ok_or_else(|| missing("bases"))?;
+        let (gate, up) = (
+            own.apply(&rows.x, |p| &p.gate)?,
+            own.apply(&rows.x, |p| &p.up)?,
+        );
+        let first = self.order.dense;
+        let groups = &self.order.groups;
+        let pairs = dispatch.token_groups(first, first + groups.len(), groups);
+        let pair_of_row = index(&pairs.pair_of_row)?;
+        let pair_x = x.index_select(&index(&pairs.tokens)?, 0)?;
+        let adapters = self.base_adapters.as_ref();
+        let base = |x: &Tensor, pick: Pick| product(bases, adapters, x, pick, &pairs.segments);
+        let with_base = |own: Option<Tensor>, pick: Pick| -> Result<Tensor> {
+            let y = (base(&pair_x, pick)? * share)?;
+            let y = y.index_select(&pair_of_row, 0)?;
+            Ok(match own {
+                Some(own) => (own + y)?,
+                None => y,
+            })
+        };
+        let h = swiglu(&with_base(gate, |p| &p.gate)?, &with_base(up, |p| &p.up)?)?;
+        let pair_h = weighted_scatter(&h, &rows.gates, &pairs.pair_of_row, pairs.tokens.len())?;
+        let pair_y = base(&pair_h, |p| &p.down)?;
+        let weights = Tensor::full(share, pairs.tokens.len(), x.device())?.to_dtype(x.dtype())?;
+        let base_sum = weighted_scatter(&pair_y, &weights, &pairs.tokens, tokens)?;
+        Ok(match own.apply(&h, |p| &p.down)? {
+            Some(y) => (base_sum + weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)?,
+            None => base_sum,
+        })
+    }
+}
+
+/// What adapted slots compute by themselves: `β·W·x + U·V·x`. A plain merge has neither.
+struct Own {
+    adapters: Vec<Adapters>,
+    originals: Option<Projections>,
+    beta: f64,
+    segments: Arc<[Segment]>,
+}
+
+impl Own {
+    /// One of the three matrices on sorted rows.
+    fn apply(&self, x: &Tensor, pick: Pick) -> Result<Option<Tensor>> {
+        let mut sum = None;
+        for adapters in &self.adapters {
+            sum = add(sum, Some(adapters.apply(x, pick, &self.segments)?))?;
+        }
+        let original = self
+            .originals
+            .as_ref()
+            .map(|w| Ok::<_, Error>((grouped_linear(x, pick(w), &self.segments)? * self.beta)?));
+        add(sum, original.transpose()?)
+    }
+
+    /// The weighted outputs of slots that have nothing else.
+    fn output(&self, rows: &Rows, tokens: usize) -> Result<Tensor> {
+        let gate = self.apply(&rows.x, |p| &p.gate)?;
+        let up = self.apply(&rows.x, |p| &p.up)?;
+        let (Some(gate), Some(up)) = (gate, up) else {
+            return Err(missing("adapters"));
+        };
+        let y = self.apply(&swiglu(&gate, &up)?, |p| &p.down)?;
+        let y = y.ok_or_else(|| missing("adapters"))?;
+        Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)
+    }
+}
+
+impl Rows {
+    /// The rows of these positions, if there are any.
+    fn select(
+        dispatch: &Dispatch,
+        positions: Range<usize>,
+        x: &Tensor,
+        gates: &Tensor,
+    ) -> Result<Option<Self>> {
+        let Range { start, end } = positions;
+        let rows = dispatch.starts[start]..dispatch.starts[end];
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        let tokens: Arc<[u32]> = dispatch.tokens[rows.clone()].into();
+        let pairs: Arc<[u32]> = dispatch.pairs[rows].into();
+        Ok(Some(Self {
+            x: x.index_select(&index(&tokens)?, 0)?,
+            gates: gates.index_select(&index(&pairs)?, 0)?,
+            tokens,
+            pairs,
+            segments: dispatch.segments(start, end),
+        }))
+    }
+}
+
+impl Adapters {
+    /// `U·(V·x)` of sorted rows.
+    fn apply(&self, x: &Tensor, pick: Pick, segments: &Arc<[Segment]>) -> Result<Tensor> {
+        let low = grouped_linear(x, pick(&self.a), segments)?;
+        Ok(grouped_linear(&low, pick(&self.b), segments)?)
+    }
+}
+
+/// `(W + U·V)·x` of sorted rows.
+fn product(
+    w: &Projections,
+    adapters: Option<&Adapters>,
+    x: &Tensor,
+    pick: Pick,
+    segments: &Arc<[Segment]>,
+) -> Result<Tensor> {
+    let y = grouped_linear(x, pick(w), segments)?;
+    match adapters {
+        Some(adapters) => Ok((y + adapters.apply(x, pick, segments)?)?),
+        None => Ok(y),
+    }
+}
+
+fn add(a: Option<Tensor>, b: Option<Tensor>) -> Result<Option<Tensor>> {
+    Ok(match (a, b) {
+        (Some(a), Some(b)) => Some((a + b)?),
+        (a, b) => a.or(b),
+    })
+}
+
+fn index(values: &[u32]) -> Result<Tensor> {
+    Ok(Tensor::new(values, &candle_core::Device::Cpu)?)
+}

@@ -1,0 +1,244 @@
+//! The expert bank: one slot per router output, whatever became of the expert behind it.
+//!
+//! Slots stand in *positions*: dense slots first, then adapted slots by group, those without one,
+//! constants, and removed slots last, so that the rows of each form, and of each group, are
+//! consecutive after sorting by position. A dense slot computes with its own matrices; an adapted
+//! slot with `β·W + (1−β)·B + U·V`, where `W` is the expert it replaces (only while `β > 0`), `B` the
+//! base its group shares, if it has one, and `U·V` its adapter (LightMoE, eq. 6–7). A constant slot
+//! gives its vector whatever the input, and a removed one is never chosen. While training, dense
+//! slots may carry adapters too.
+//!
+//! A shared base may train through an adapter of its own, and a factorised slot by a few of its
+//! components; both end with the training.
+//!
+//! Adapters of different ranks lie in one stack, the narrow ones filled up with zeros, which neither
+//! compute nor learn.
+//!
+//! The products with a base run once per token and group: the gate and up inputs of a token's
+//! slots are the same, and the down projection is linear, so `Σ g·(B·h) = B·(Σ g·h)`.
+
+use crate::{Error, Result};
+use candle_core::Tensor;
+use std::ops::Range;
+
+mod components;
+mod forward;
+
+pub use forward::ExpertRows;
+
+/// The three matrices of `n` experts, stacked.
+#[derive(Debug, Clone)]
+pub struct Projections {
+    /// `[n, F, H]`
+    pub gate: Tensor,
+    /// `[n, F, H]`
+    pub up: Tensor,
+    /// `[n, H, F]`
+    pub down: Tensor,
+}
+
+impl Projections {
+    /// The three with their Hugging Face names.
+    pub fn named(&self) -> [(&'static str, &Tensor); 3] {
+        [
+            ("gate_proj", &self.gate),
+            ("up_proj", &self.up),
+            ("down_proj", &self.down),
+        ]
+    }
+
+    /// The three after `f`.
+    pub fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self {
+            gate: f(&self.gate)?,
+            up: f(&self.up)?,
+            down: f(&self.down)?,
+        })
+    }
+
+    /// The same, to change them.
+    pub fn named_mut(&mut self) -> [(&'static str, &mut Tensor); 3] {
+        [
+            ("gate_proj", &mut self.gate),
+            ("up_proj", &mut self.up),
+            ("down_proj", &mut self.down),
+        ]
+    }
+}
+
+/// Low-rank adapters of `n` experts: `lora_A` `[n, R, in]`, `lora_B` `[n, out, R]` (scale 1).
+#[derive(Debug, Clone)]
+pub struct Adapters {
+    /// `V` of the paper: gate and up `[n, R, H]`, down `[n, R, F]`.
+    pub a: Projections,
+    /// `U` of the paper: gate and up `[n, F, R]`, down `[n, H, R]`.
+    pub b: Projections,
+}
+
+/// The experts of one layer.
+#[derive(Debug, Clone)]
+pub struct Bank {
+    /// Which slot stands where.
+    pub(crate) order: Order,
+    /// Matrices of the dense positions.
+    pub dense: Option<Projections>,
+    /// Adapters of the dense positions, while training.
+    pub dense_adapters: Option<Adapters>,
+    /// Shared bases.
+    pub bases: Option<Projections>,
+    /// Adapters of the bases, while training.
+    pub base_adapters: Option<Adapters>,
+    /// Adapters of the adapted positions; while training, the components that train.
+    pub adapters: Option<Adapters>,
+    /// The components that do not train, while training.
+    pub(crate) frozen: Option<Adapters>,
+    /// How many components of a slot train, where some are frozen.
+    pub(crate) trained_components: usize,
+    /// Vectors of the constant positions, `[n, H]`.
+    pub constants: Option<Tensor>,
+    /// The experts that the adapted positions replace, while `beta > 0`.
+    pub originals: Option<Projections>,
+    /// Share of the originals.
+    pub beta: f64,
+}
+
+/// The positions of a layer's slots.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Order {
+    /// Expert of each position: `[E]`.
+    pub(crate) experts: Vec<usize>,
+    /// Position of each expert: `[E]`.
+    pub(crate) position: Vec<usize>,
+    /// Group of each adapted position that has one, ascending.
+    pub(crate) groups: Vec<usize>,
+    /// Rank of each adapted position.
+    pub(crate) ranks: Vec<usize>,
+    /// How many positions are dense, and constant; what is left is removed.
+    pub(crate) dense: usize,
+    pub(crate) constants: usize,
+}
+
+impl Order {
+    /// The adapted positions.
+    fn adapted(&self) -> Range<usize> {
+        self.dense..self.dense + self.ranks.len()
+    }
+
+    /// The constant positions.
+    fn constant(&self) -> Range<usize> {
+        let start = self.adapted().end;
+        start..start + self.constants
+    }
+}
+
+impl Bank {
+    /// Number of experts.
+    pub fn len(&self) -> usize {
+        self.order.experts.len()
+    }
+
+    /// Whether there are no experts.
+    pub fn is_empty(&self) -> bool {
+        self.order.experts.is_empty()
+    }
+
+    /// The experts of the dense positions, in order.
+    pub fn dense_experts(&self) -> &[usize] {
+        &self.order.experts[..self.order.dense]
+    }
+
+    /// The experts of the adapted positions, in order of their group, those without one last.
+    pub fn adapted_experts(&self) -> &[usize] {
+        &self.order.experts[self.order.adapted()]
+    }
+
+    /// The group of each adapted expert that has one, in the order of [`Bank::adapted_experts`].
+    pub fn groups(&self) -> &[usize] {
+        &self.order.groups
+    }
+
+    /// The number of shared bases.
+    pub fn base_count(&self) -> usize {
+        self.groups().iter().max().map_or(0, |group| group + 1)
+    }
+
+    /// The experts of the constant positions, in order.
+    pub fn constant_experts(&self) -> &[usize] {
+        &self.order.experts[self.order.constant()]
+    }
+
+    /// The experts that may not be chosen.
+    pub fn removed_experts(&self) -> &[usize] {
+        &self.order.experts[self.order.constant().end..]
+    }
+
+    /// Sets the share of the originals, brought into `0..=1`; at zero they are dropped from memory
+    /// (LightMoE §3.3).
+    pub fn anneal(&mut self, beta: f64) {
+        self.beta = beta.clamp(0.0, 1.0);
+        if self.beta == 0.0 {
+            self.originals = None;
+        }
+    }
+
+    /// Adds the adapters of dense positions and of bases to their matrices and drops the adapters.
+    pub fn merge_adapters(&mut self) -> Result<()> {
+        self.dense = merged(self.dense.take(), self.dense_adapters.take())?;
+        self.bases = merged(self.bases.take(), self.base_adapters.take())?;
+        Ok(())
+    }
+
+    /// Whether it computes with what only training has.
+    pub(crate) fn trains(&self) -> bool {
+        self.dense_adapters.is_some() || self.base_adapters.is_some() || self.frozen.is_some()
+    }
+
+    /// The originals that take part now.
+    pub(crate) fn blended(&self) -> Result<Option<&Projections>> {
+        if self.beta <= 0.0 || self.order.ranks.is_empty() {
+            return Ok(None);
+        }
+        let originals = self.originals.as_ref().ok_or_else(|| {
+            Error::Invalid(format!(
+                "the expert bank has no originals, but their share is {}; load them, or anneal to \
+                 zero",
+                self.beta
+            ))
+        });
+        originals.map(Some)
+    }
+}
+
+impl Adapters {
+    /// `U·V` of every expert.
+    pub fn products(&self) -> Result<Projections> {
+        let product = |a: &Tensor, b: &Tensor| b.detach().matmul(&a.detach());
+        Ok(Projections {
+            gate: product(&self.a.gate, &self.b.gate)?,
+            up: product(&self.a.up, &self.b.up)?,
+            down: product(&self.a.down, &self.b.down)?,
+        })
+    }
+}
+
+/// The matrices with their adapters added.
+fn merged(weights: Option<Projections>, adapters: Option<Adapters>) -> Result<Option<Projections>> {
+    let (Some(weights), Some(adapters)) = (&weights, adapters) else {
+        return Ok(weights);
+    };
+    let mut sum = weights.map(|w| Ok(w.detach()))?;
+    for ((_, w), (_, product)) in sum
+        .named_mut()
+        .into_iter()
+        .zip(adapters.products()?.named())
+    {
+        *w = (&*w + product)?;
+    }
+    Ok(Some(sum))
+}
+
+fn missing(what: &str) -> Error {
+    Error::Invalid(format!(
+        "the expert bank has no {what}; build the checkpoint again"
+    ))
+}
