@@ -20,9 +20,11 @@ pub mod reference;
 pub mod report;
 pub mod results;
 pub mod run;
+pub mod runner;
 pub mod scale;
 pub mod settings;
 pub mod source;
+mod spread;
 pub mod tokens;
 pub mod usage;
 
