@@ -125,7 +125,7 @@ pub struct CompareArgs {
     #[arg(long, value_name = "METHOD[:KEY=VALUE,...],...")]
     pub methods: String,
     /// Shares of all parameters to save
-    #[arg(long, value_delimiter = ',', default_values_t = [0.3, 0.5])]
+    #[arg(long, value_delimiter = ',', default_value = "0.3,0.5")]
     pub ratios: Vec<f64>,
     /// Built-in tasks [default: all, or the records of the recipe's `train`]
     #[arg(long, value_delimiter = ',')]

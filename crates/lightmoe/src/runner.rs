@@ -8,7 +8,7 @@
 use crate::machine::max_memory;
 use crate::progress::{say, stopped};
 use crate::recipe::Recipe;
-use crate::results::{Results, TaskScores};
+use crate::results::{Results, Stage, TaskScores};
 use crate::run::{Done, Inputs, Run};
 use anyhow::{Context, Result, anyhow, bail};
 use lightmoe_compress::observations::Observations;
@@ -51,6 +51,14 @@ pub struct Finished {
     pub active: u64,
     /// Wall-clock seconds of its processes, without the stages that another job did.
     pub seconds: f64,
+}
+
+impl Finished {
+    /// The recovered model's share of right answers on the test split.
+    fn exact_match(&self) -> Option<f64> {
+        let scores = self.results.stages.get(&Stage::Recovered)?;
+        Some(scores.values().next()?.get("exact_match")?.value)
+    }
 }
 
 /// How many jobs run at once, and for how long.
@@ -153,7 +161,9 @@ impl Runner {
                 let place = format!("{:>4}/{total} {:<48}", before + number + 1, job.id);
                 match self.job(job) {
                     Ok(finished) => {
-                        say(&format!("{place} {:.0} s", finished.seconds));
+                        let score = finished.exact_match().unwrap_or(f64::NAN);
+                        let seconds = finished.seconds;
+                        say(&format!("{place} exact match {score:.3}  {seconds:.0} s"));
                         keep(job, finished)?;
                     }
                     Err(_) if stopped() => return Ok(false),

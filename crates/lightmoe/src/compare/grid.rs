@@ -99,6 +99,12 @@ impl Grid {
             !grid.ratios.is_empty(),
             "`--ratios` is empty; give at least one"
         );
+        for rate in &grid.rates {
+            ensure!(
+                *rate > 0.0 && rate.is_finite(),
+                "`--rates` has {rate}; give numbers above 0"
+            );
+        }
         once("--methods", &grid.methods)?;
         once("--ratios", &grid.ratios)?;
         once("--tasks", &grid.tasks)?;

@@ -7,6 +7,7 @@
 
 mod grid;
 mod page;
+mod rows;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -168,23 +169,16 @@ fn common(args: &CompareArgs) -> Result<Settings> {
 
 /// Refuses a comparison with a row that cannot be had, before anything is spent.
 fn check(grid: &Grid, common: &Settings, config: &ModelConfig) -> Result<(), Refused> {
-    let rates: &[f64] = &grid.rates;
-    let lrs = match rates {
-        [] => vec![None],
-        _ => rates.iter().copied().map(Some).collect(),
-    };
     for (method, ratio) in grid.rows() {
-        for &lr in &lrs {
-            let cell = Cell {
-                method: method.clone(),
-                task: grid.tasks[0],
-                ratio,
-                seed: 0,
-                lr,
-            };
-            let recipe = cell.recipe(common, config).map_err(Refused::of)?;
-            forecast(&recipe, config, 1, 0).map_err(|e| Refused(format!("`{method}`: {e}")))?;
-        }
+        let cell = Cell {
+            method: method.clone(),
+            task: grid.tasks[0],
+            ratio,
+            seed: 0,
+            lr: None,
+        };
+        let recipe = cell.recipe(common, config).map_err(Refused::of)?;
+        forecast(&recipe, config, 1, 0).map_err(|e| Refused(format!("`{method}`: {e}")))?;
     }
     Ok(())
 }

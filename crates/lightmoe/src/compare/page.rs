@@ -2,13 +2,13 @@
 //! outside resources.
 
 use super::Comparison;
-use super::table::{
-    AFTER, BEFORE, BYTES, Block, Line, ORIGINAL, PARAMETERS, blocks, notes, overview, percent,
-    section,
+use super::rows::{
+    AFTER, BEFORE, BYTES, Block, COLUMNS, Line, ORIGINAL, PARAMETERS, blocks, percent,
 };
+use super::table::{notes, overview, section};
 use crate::report::page_of;
 use crate::report::svg::scatter::{Dot, scatter};
-use crate::report::table::{Section, bytes_text, thousands};
+use crate::report::table::Section;
 use anyhow::Result;
 use serde::Serialize;
 
@@ -97,17 +97,14 @@ fn colour(method: usize) -> String {
 
 /// Exact match against parameters and against bytes, where there is any.
 fn pictures(block: &Block, labels: &[&str]) -> Vec<Picture> {
-    let sizes: [(&str, usize, fn(u64) -> String); 2] = [
-        ("parameters", PARAMETERS, thousands),
-        ("bytes of the weights", BYTES, bytes_text),
-    ];
-    let picture = |(name, column, show): (&'static str, usize, fn(u64) -> String)| {
+    let sizes = [("parameters", PARAMETERS), ("bytes of the weights", BYTES)];
+    let picture = |(name, column): (&'static str, usize)| {
         let original = block.lines.iter().find(|l| l.method == ORIGINAL)?;
         let whole = original.entries[column]?.spread.mean;
         let dots: Vec<Dot> = block
             .lines
             .iter()
-            .filter_map(|line| dot(line, column, whole, labels, show))
+            .filter_map(|line| dot(line, column, whole, labels))
             .collect();
         let untuned = original.entries[BEFORE].map(|e| (e.spread.mean, "original, untuned"));
         let describe = format!(
@@ -122,27 +119,20 @@ fn pictures(block: &Block, labels: &[&str]) -> Vec<Picture> {
 }
 
 /// The dot of a row that is measured.
-fn dot(
-    line: &Line,
-    column: usize,
-    whole: f64,
-    labels: &[&str],
-    show: fn(u64) -> String,
-) -> Option<Dot> {
+fn dot(line: &Line, column: usize, whole: f64, labels: &[&str]) -> Option<Dot> {
     let method = labels.iter().position(|label| *label == line.method)?;
-    let (score, size) = (line.entries[AFTER]?, line.entries[column]?.spread.mean);
+    let (score, size) = (line.entries[AFTER]?.spread, line.entries[column]?.spread);
     let ratio = line.ratio.map_or(String::new(), percent);
     Some(Dot {
-        x: 100.0 * size / whole,
-        y: score.spread.mean,
-        range: (score.spread.low, score.spread.high),
+        x: 100.0 * size.mean / whole,
+        y: score.mean,
+        range: (score.low, score.high),
         class: colour(method),
         title: format!(
-            "{} {ratio}: {:.3} ± {:.3}, {}",
+            "{} {ratio}: {}, {}",
             line.method,
-            score.spread.mean,
-            score.stderr,
-            show(size.round() as u64)
+            COLUMNS[AFTER].show(line.entries[AFTER]),
+            COLUMNS[column].show(line.entries[column])
         ),
         label: (method + 1).to_string(),
     })

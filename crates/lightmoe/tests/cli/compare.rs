@@ -99,7 +99,7 @@ fn what_cannot_be_compared_is_refused_at_once() {
         (&["--methods", "lightmoe:base=blue"], "`base` is `blue`"),
         (&["--methods", "reap", "--tasks", "chess"], "chess"),
         (&["--methods", "reap", "--seeds", "0"], "`--seeds` is 0"),
-        (&["--methods", "reap", "--rates", "0"], "`lr` is 0"),
+        (&["--methods", "reap", "--rates", "0"], "`--rates` has 0"),
     ] {
         let mut command = command("compare");
         let message = command.args(arguments).arg("--out").arg(&out).fails(2);

@@ -46,7 +46,7 @@ pub(crate) fn scatter(
     if dots.is_empty() {
         return None;
     }
-    let (width, left, right, top, bottom) = (450.0, 44.0, 438.0, 22.0, 268.0);
+    let (width, left, right, top, bottom) = (450.0, 44.0, 438.0, 22.0, 348.0);
     let given = dots.iter().flat_map(|d| [d.y, d.range.0, d.range.1]);
     let (low, high) = extent(given.chain(reference.map(|r| r.0)));
     let room = ((high - low) * 0.08).max(0.01);
@@ -54,7 +54,7 @@ pub(crate) fn scatter(
     let (first, last) = extent(dots.iter().map(|d| d.x));
     let room = ((last - first) * 0.08).max(0.01 * last);
     let x = Scale::new((first - room, last + room), left, right);
-    let mut out = open(width, 306.0, 300.0, describe);
+    let mut out = open(width, 386.0, 300.0, describe);
     let (ticks, digits) = y.ticks(5.0);
     for tick in ticks {
         line(&mut out, "rule", (left, y.at(tick)), (right, y.at(tick)));
@@ -82,16 +82,20 @@ pub(crate) fn scatter(
     }
     polyline(&mut out, "front", &stair, x, y);
     for dot in dots {
-        let (at, ends) = (x.at(dot.x), (y.at(dot.range.0), y.at(dot.range.1)));
-        line(&mut out, "whisker", (at, ends.0), (at, ends.1));
+        let (low, high) = (y.at(dot.range.0), y.at(dot.range.1));
+        line(&mut out, "axis", (x.at(dot.x), low), (x.at(dot.x), high));
+    }
+    for dot in dots {
+        let at = (x.at(dot.x), y.at(dot.y));
         let _ = writeln!(
             out,
-            "<g><title>{}</title><circle class=\"{}\" cx=\"{at:.1}\" cy=\"{:.1}\" r=\"5\"/></g>",
+            "<g><title>{}</title><circle class=\"{}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"5\"/></g>",
             HtmlEscape(&dot.title),
             dot.class,
-            y.at(dot.y)
+            at.0,
+            at.1
         );
-        text(&mut out, at + 6.0, y.at(dot.y) - 5.0, "t", &dot.label);
+        text(&mut out, at.0 + 6.0, at.1 - 5.0, "t", &dot.label);
     }
     Some(out + "</svg>")
 }
