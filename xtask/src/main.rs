@@ -30,6 +30,12 @@ const COMMANDS: &[Command] = &[
         run: |arguments| binary::run(&["compress"], arguments),
     },
     Command {
+        name: "compare",
+        arguments: "[ARGUMENTS]",
+        about: "Build `lightmoe` and run `lightmoe compare ARGUMENTS`",
+        run: |arguments| binary::run(&["compare"], arguments),
+    },
+    Command {
         name: "pretrain",
         arguments: "[ARGUMENTS]",
         about: "Build `lightmoe` and run `lightmoe pretrain ARGUMENTS`",

@@ -7,6 +7,7 @@
 
 use lightmoe_models::config::ModelConfig;
 
+use crate::observations::{LayerObservations, Observations};
 use crate::plan::{LayerPlan, Parameters, Plan, PlanSettings, SlotForm};
 
 /// Parameters of the adapters of one expert: rank `R` on gate, up and down, `3 R (H + F)`.
@@ -84,6 +85,56 @@ pub fn parameters(
         counts.trained += size.trained;
     }
     counts
+}
+
+/// Parameters that work on one token of the model that a plan of `layers` leaves, on average over the
+/// tokens of `observations`: those of [`ModelConfig::active_parameters`], with what the slots of its
+/// choices hold in place of whole experts.
+///
+/// A dense slot holds an expert; an adapted one its base, if it has one, and its adapter; a constant
+/// one `H` values. The average over the slots of a layer is weighted by how often the original
+/// router chose them. Removed slots have no weight: the router then chooses among the others, as many
+/// as before. A base counts for each chosen slot that uses it.
+pub fn active_parameters(
+    config: &ModelConfig,
+    layers: &[LayerPlan],
+    observations: &Observations,
+) -> u64 {
+    let expert = config.expert_parameters() as f64;
+    let mut active = config.active_parameters() as f64;
+    for (layer, seen) in layers.iter().zip(&observations.layers) {
+        let left = layer
+            .slots
+            .iter()
+            .filter(|s| !matches!(s.form, SlotForm::Removed { .. }));
+        let choices = config.moe.top_k.min(left.count()) as f64;
+        active += choices * mean_slot(config, layer, seen) - config.moe.top_k as f64 * expert;
+    }
+    active.round() as u64
+}
+
+/// Parameters of the slot that a choice of the router falls on, on average.
+fn mean_slot(config: &ModelConfig, layer: &LayerPlan, seen: &LayerObservations) -> f64 {
+    let expert = config.expert_parameters();
+    let held = |form| match form {
+        SlotForm::Dense => Some(expert),
+        SlotForm::Adapted { group, rank, .. } => {
+            Some(group.map_or(0, |_| expert) + adapter_parameters(config, rank))
+        }
+        SlotForm::Constant => Some(config.hidden_size as u64),
+        SlotForm::Removed { .. } => None,
+    };
+    let slots = layer.slots.iter().zip(&seen.selections);
+    let left: Vec<(f64, f64)> = slots
+        .filter_map(|(slot, &n)| Some((held(slot.form)? as f64, n as f64)))
+        .collect();
+    let chosen: f64 = left.iter().map(|slot| slot.1).sum();
+    if chosen > 0.0 {
+        left.iter().map(|(held, n)| held * n).sum::<f64>() / chosen
+    } else {
+        // Scores made elsewhere come without selections; then every slot counts alike.
+        left.iter().map(|slot| slot.0).sum::<f64>() / left.len().max(1) as f64
+    }
 }
 
 impl Plan {

@@ -6,7 +6,9 @@ mod common;
 use common::{observations, olmoe, options, published, small};
 use lightmoe_compress::methods::{MethodName, PlanOptions, Target, plan};
 use lightmoe_compress::plan::{LayerPlan, SlotForm, SlotPlan};
-use lightmoe_compress::size::{adapter_parameters, equal_trainable_rank, parameters};
+use lightmoe_compress::size::{
+    active_parameters, adapter_parameters, equal_trainable_rank, parameters,
+};
 
 /// A layer of `experts` whose first `replaced` share `groups` bases.
 fn layer(number: usize, experts: usize, replaced: usize, groups: usize) -> LayerPlan {
@@ -116,4 +118,46 @@ fn equal_budgets() {
     let rival = trained(MethodName::Lora, options(rank, 0));
     let step = trained(MethodName::Lora, options(rank + 1, 0)) - rival;
     assert!(rival <= ours && ours < rival + step, "{rival} {ours}");
+}
+
+/// Two of eight experts are chosen, the first alone by half of all choices.
+#[test]
+fn active_parameters_follow_the_choices() {
+    let config = small(1, 8);
+    let mut seen = observations(&config, 0);
+    seen.layers[0].selections = vec![70, 10, 10, 10, 10, 10, 10, 10];
+    let active = |forms: [SlotForm; 8], seen: &_| {
+        let mut layer = layer(0, 8, 0, 1);
+        for (slot, form) in layer.slots.iter_mut().zip(forms) {
+            slot.form = form;
+        }
+        active_parameters(&config, &[layer], seen) as i64 - config.active_parameters() as i64
+    };
+    let (expert, hidden) = (config.expert_parameters() as i64, config.hidden_size as i64);
+    let dense = [SlotForm::Dense; 8];
+    let first = |form| {
+        let mut forms = dense;
+        forms[0] = form;
+        forms
+    };
+    assert_eq!(active(dense, &seen), 0);
+    let adapted = |group| SlotForm::Adapted {
+        group,
+        rank: 2,
+        dominant: false,
+    };
+    let adapter = adapter_parameters(&config, 2) as i64;
+    // Both choices of a token, half of them the first expert's.
+    assert_eq!(active(first(adapted(Some(0))), &seen), adapter);
+    assert_eq!(active(first(adapted(None)), &seen), adapter - expert);
+    assert_eq!(active(first(SlotForm::Constant), &seen), hidden - expert);
+    // Who had chosen a removed expert chooses another.
+    assert_eq!(active(first(SlotForm::Removed { into: None }), &seen), 0);
+    let mut alone = [SlotForm::Removed { into: None }; 8];
+    alone[3] = SlotForm::Dense;
+    assert_eq!(active(alone, &seen), -expert);
+    // Scores without selections weigh all slots alike.
+    seen.layers[0].selections = vec![0; 8];
+    let eighth = active(first(SlotForm::Constant), &seen);
+    assert_eq!(eighth, (hidden - expert) / 4);
 }

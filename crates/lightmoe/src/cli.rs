@@ -45,6 +45,8 @@ pub enum LogFormat {
 pub enum Command {
     /// All stages: observe, plan, build, recover, evaluate; a compressed model and a report
     Compress(CompressArgs),
+    /// Methods × ratios × tasks × seeds: one table of scores, sizes and costs, and a page
+    Compare(CompareArgs),
     /// Record what the routers do on the training examples, or on token ids
     Observe(ObserveArgs),
     /// Decide what each expert becomes; needs `--ratio` or `--threshold`, but for `lora`
@@ -111,6 +113,48 @@ pub struct CompressArgs {
     /// Print results.json instead of the table
     #[arg(long)]
     pub json: bool,
+}
+
+/// `compare`
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// Model, as `compress` takes it [default: olmoe-nano]
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Methods, each with recipe keys of its own if wanted: `lightmoe,lightmoe:base=random,lora:rank=4`
+    #[arg(long, value_name = "METHOD[:KEY=VALUE,...],...")]
+    pub methods: String,
+    /// Shares of all parameters to save
+    #[arg(long, value_delimiter = ',', default_value = "0.3,0.5")]
+    pub ratios: Vec<f64>,
+    /// Built-in tasks [default: all, or the records of the recipe's `train`]
+    #[arg(long, value_delimiter = ',')]
+    pub tasks: Vec<String>,
+    /// Seeds, from 0
+    #[arg(long, default_value_t = 3)]
+    pub seeds: u64,
+    /// Training steps of every recovery [default: 500]
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Learning rates to choose from, by method and task, on the validation split at the highest
+    /// ratio and seed 0; one is no choice [default: the recipe's]
+    #[arg(long, value_delimiter = ',')]
+    pub rates: Vec<f64>,
+    /// Test examples, and validation examples [default: 500]
+    #[arg(long)]
+    pub eval_examples: Option<usize>,
+    /// Recipe file (TOML) with further settings common to all cells
+    #[arg(long, value_name = "FILE.toml")]
+    pub recipe: Option<PathBuf>,
+    /// Cells at once, each in a process of its own with its share of the cores and of the memory
+    #[arg(long, default_value_t = 1)]
+    pub jobs: usize,
+    /// Stop beginning new cells after this many minutes
+    #[arg(long)]
+    pub minutes: Option<f64>,
+    /// Folder of the comparison; a second call does what is missing
+    #[arg(long)]
+    pub out: PathBuf,
 }
 
 /// `observe`

@@ -6,6 +6,7 @@
 
 pub mod cli;
 pub mod commands;
+pub mod compare;
 pub mod compress;
 pub mod hub;
 pub mod inspect;
@@ -20,9 +21,11 @@ pub mod reference;
 pub mod report;
 pub mod results;
 pub mod run;
+pub mod runner;
 pub mod scale;
 pub mod settings;
 pub mod source;
+mod spread;
 pub mod tokens;
 pub mod usage;
 

@@ -3,7 +3,7 @@
 use clap::Parser;
 use lightmoe::cli::{BenchCommand, Cli, Command, LogFormat};
 use lightmoe::preflight::Refused;
-use lightmoe::{commands, machine, progress, quality, reference, scale, usage};
+use lightmoe::{commands, compare, machine, progress, quality, reference, scale, usage};
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -36,6 +36,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> anyhow::Result<String> {
     match command {
         Command::Compress(args) => commands::run_compress(args),
+        Command::Compare(args) => compare::run(args),
         Command::Observe(args) => commands::run_observe(args),
         Command::Plan(args) => commands::run_plan(args),
         Command::Build(args) => commands::run_build(args),

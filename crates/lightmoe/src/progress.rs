@@ -1,6 +1,7 @@
-//! Progress bars and interruption: the only place that draws on the terminal while work goes on.
+//! Progress bars and interruption: the only place that writes to the terminal while work goes on.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::io::Write;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -23,6 +24,14 @@ pub fn stopped() -> bool {
 /// Draws no bars from now on.
 pub fn set_quiet(quiet: bool) {
     let _ = QUIET.set(quiet);
+}
+
+/// Writes a line about work that was finished, unless quiet.
+pub fn say(line: &str) {
+    if QUIET.get() != Some(&true) {
+        // A reader that has gone away wants no message.
+        let _ = writeln!(std::io::stderr(), "{line}");
+    }
 }
 
 /// A bar of one piece of work.

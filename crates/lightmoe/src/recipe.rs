@@ -316,33 +316,38 @@ impl Recipe {
     /// # Errors
     /// If they differ.
     pub fn same_as(&self, earlier: &Self) -> Result<()> {
-        let (now, then) = (serde_json::to_value(self)?, serde_json::to_value(earlier)?);
-        let keys = |v: &serde_json::Value| -> Vec<String> {
-            v.as_object()
-                .map(|m| m.keys().cloned().collect())
-                .unwrap_or_default()
-        };
-        let mut all = keys(&then);
-        all.extend(keys(&now).into_iter().filter(|k| then.get(k).is_none()));
-        let show = |v: Option<&serde_json::Value>| v.map_or("unset".into(), ToString::to_string);
-        let differences: Vec<String> = all
-            .iter()
-            .filter(|k| now.get(k) != then.get(k))
-            .map(|k| {
-                format!(
-                    "`{k}` was {} and is now {}",
-                    show(then.get(k)),
-                    show(now.get(k))
-                )
-            })
-            .collect();
+        let differences = differences(self, earlier)?;
         if !differences.is_empty() {
             bail!(
-                "the run in this folder had another recipe: {}; give the same settings to resume, \
-                 or another `--out`",
-                differences.join(", ")
+                "the run in this folder had another recipe: {differences}; give the same settings to \
+                 resume, or another `--out`"
             );
         }
         Ok(())
     }
+}
+
+/// The keys that differ between two objects, with both values, as part of a sentence.
+///
+/// # Errors
+/// If one cannot be written as JSON.
+pub(crate) fn differences(now: &impl Serialize, then: &impl Serialize) -> Result<String> {
+    let (now, then) = (serde_json::to_value(now)?, serde_json::to_value(then)?);
+    let keys = |v: &serde_json::Value| -> Vec<String> {
+        v.as_object()
+            .map(|m| m.keys().cloned().collect())
+            .unwrap_or_default()
+    };
+    let mut all = keys(&then);
+    all.extend(keys(&now).into_iter().filter(|k| then.get(k).is_none()));
+    let show = |v: Option<&serde_json::Value>| v.map_or("unset".into(), ToString::to_string);
+    let differences: Vec<String> = all
+        .iter()
+        .filter(|k| now.get(k) != then.get(k))
+        .map(|k| {
+            let (then, now) = (show(then.get(k)), show(now.get(k)));
+            format!("`{k}` was {then} and is now {now}")
+        })
+        .collect();
+    Ok(differences.join(", "))
 }

@@ -25,6 +25,27 @@ pub struct Inputs {
     pub lightmoe: String,
 }
 
+impl Inputs {
+    /// Refuses other inputs than these, naming what differs.
+    ///
+    /// # Errors
+    /// If they differ.
+    pub fn same_as(&self, earlier: &Self) -> Result<()> {
+        let parts = [
+            ("model", &earlier.model, &self.model),
+            ("training data", &earlier.data, &self.data),
+            ("version of lightmoe", &earlier.lightmoe, &self.lightmoe),
+        ];
+        for (what, then, now) in parts {
+            ensure!(
+                then == now,
+                "the {what} changed since the run began ({then} → {now}); give another `--out`"
+            );
+        }
+        Ok(())
+    }
+}
+
 /// A finished stage.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Done {
@@ -74,7 +95,7 @@ impl Run {
                     )
                 })?;
             }
-            same_inputs(&state.inputs, &inputs)?;
+            inputs.same_as(&state.inputs)?;
             return Ok(Self {
                 dir: dir.to_owned(),
                 state,
@@ -149,6 +170,16 @@ impl Run {
         Ok(scores)
     }
 
+    /// Takes a stage as done that another run did on the same inputs; its artefact must stand in its
+    /// place.
+    ///
+    /// # Errors
+    /// If the folder cannot be written.
+    pub fn adopt(&mut self, name: &str, done: Done) -> Result<()> {
+        self.state.stages.insert(name.to_owned(), done);
+        self.save()
+    }
+
     fn save(&self) -> Result<()> {
         let text = serde_json::to_string_pretty(&self.state)?;
         Ok(write_file(
@@ -159,7 +190,7 @@ impl Run {
 }
 
 /// Whether something other than the leftovers of a killed write lies in the folder.
-fn occupied(dir: &Path) -> Result<bool> {
+pub(crate) fn occupied(dir: &Path) -> Result<bool> {
     if !dir.exists() {
         return Ok(false);
     }
@@ -168,19 +199,4 @@ fn occupied(dir: &Path) -> Result<bool> {
     Ok(entries
         .flatten()
         .any(|e| !e.file_name().to_string_lossy().starts_with('.')))
-}
-
-fn same_inputs(then: &Inputs, now: &Inputs) -> Result<()> {
-    let parts = [
-        ("model", &then.model, &now.model),
-        ("training data", &then.data, &now.data),
-        ("version of lightmoe", &then.lightmoe, &now.lightmoe),
-    ];
-    for (what, then, now) in parts {
-        ensure!(
-            then == now,
-            "the {what} changed since the run began ({then} → {now}); give another `--out`"
-        );
-    }
-    Ok(())
 }

@@ -122,6 +122,12 @@ impl MethodName {
         }
     }
 
+    /// Whether each layer is observed behind the compressed layers before it, so that observations serve
+    /// one ratio alone; see [`successor`].
+    pub fn is_sequential(self) -> bool {
+        self == Self::Ream
+    }
+
     /// What it needs to be observed beside routing and outputs.
     pub fn statistics(self) -> Statistics {
         Statistics {

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use sums::{BatchSums, Sums};
 
 /// What to record beside routing and outputs, which is always recorded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 pub struct Statistics {
     /// Second moments of what each expert is given, and the spectra of its matrices on them; memory
     /// and disk of `4·E·(H² + F²)` bytes a layer.

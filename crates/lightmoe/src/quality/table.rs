@@ -3,6 +3,7 @@
 use super::cells::{Method, RATES, RATIOS, Rule, TELLING, TRANSLATION_STEPS, lightmoe_rank};
 use super::{ITEMS, Raw, Record};
 use crate::results::TaskScores;
+use crate::spread::Spread;
 use lightmoe_data::Task;
 use lightmoe_models::ModelConfig;
 use std::fmt::Write;
@@ -11,31 +12,11 @@ use std::fmt::Write;
 type Pick = fn(&Record) -> &TaskScores;
 
 /// The mean over seeds, and the distance between the highest and the lowest.
-struct Spread {
-    mean: f64,
-    range: f64,
-    n: usize,
-}
-
-impl Spread {
-    fn of(values: &[f64]) -> Option<Self> {
-        let (low, high) = (
-            values.iter().copied().fold(f64::INFINITY, f64::min),
-            values.iter().copied().fold(f64::NEG_INFINITY, f64::max),
-        );
-        (!values.is_empty()).then(|| Self {
-            mean: values.iter().sum::<f64>() / values.len() as f64,
-            range: high - low,
-            n: values.len(),
-        })
-    }
-
-    fn show(this: Option<&Self>, seeds: usize) -> String {
-        match this {
-            None => "–".to_owned(),
-            Some(s) if s.n < seeds => format!("{:.3} ± {:.3} ({})", s.mean, s.range, s.n),
-            Some(s) => format!("{:.3} ± {:.3}", s.mean, s.range),
-        }
+fn show(spread: Option<&Spread>, seeds: usize) -> String {
+    match spread {
+        None => "–".to_owned(),
+        Some(s) if s.n < seeds => format!("{:.3} ± {:.3} ({})", s.mean, s.high - s.low, s.n),
+        Some(s) => format!("{:.3} ± {:.3}", s.mean, s.high - s.low),
     }
 }
 
@@ -234,9 +215,7 @@ impl View<'_> {
         });
         for this in lora.map(|&m| Row::new(m, self.rule, 0.0)).chain(others) {
             let spreads = Task::ALL.map(|t| this.spread(self.raw, t, self.pick, self.metric));
-            let cells = spreads
-                .each_ref()
-                .map(|s| Spread::show(s.as_ref(), self.seeds));
+            let cells = spreads.each_ref().map(|s| show(s.as_ref(), self.seeds));
             let means = spreads.each_ref().map(|s| s.as_ref().map(|s| s.mean));
             let saved = this
                 .ratio

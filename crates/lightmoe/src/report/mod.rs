@@ -2,8 +2,7 @@
 //! for the terminal and for Markdown.
 
 mod grids;
-mod svg;
-
+pub(crate) mod svg;
 pub mod table;
 
 use std::collections::BTreeMap;
@@ -19,8 +18,10 @@ use grids::{LayerRow, Swatch};
 use svg::Whisker;
 use table::{Section, bytes_text, change, thousands};
 
-/// The template; its name ends in `.html`, so every value is escaped unless marked `safe`.
+/// The template.
 const TEMPLATE: &str = include_str!("report.html.jinja");
+/// The style of every page, which templates know as `style`.
+const STYLE: &str = include_str!("style.css");
 
 /// What the experts of a layer saw of the sample data.
 #[derive(Debug, Clone, PartialEq)]
@@ -124,11 +125,19 @@ pub fn render(
         norm: layer_bars(plan, "Mean router norm", |l| l.router_norm, None),
         recipe: recipe_toml,
     };
+    page_of(TEMPLATE, page)
+}
+
+/// A page of a template, in which every value is escaped unless marked `safe`.
+///
+/// # Errors
+/// If the template cannot be rendered.
+pub(crate) fn page_of(template: &str, values: impl Serialize) -> Result<String> {
     let mut environment = Environment::new();
-    environment.add_template("report.html", TEMPLATE)?;
-    Ok(environment
-        .get_template("report.html")?
-        .render(minijinja::value::Serde(page))?)
+    environment.add_global("style", STYLE);
+    environment.add_template("page.html", template)?;
+    let page = environment.get_template("page.html")?;
+    Ok(page.render(minijinja::value::Serde(values))?)
 }
 
 fn advice(verdict: &Verdict) -> Advice {

@@ -29,7 +29,8 @@ pub struct Section {
 }
 
 impl Section {
-    fn new<const N: usize>(head: [&str; N]) -> Self {
+    /// A table without rows.
+    pub(crate) fn new<const N: usize>(head: [&str; N]) -> Self {
         Self {
             head: head.map(str::to_owned).to_vec(),
             rows: Vec::new(),
@@ -176,7 +177,8 @@ pub fn markdown(results: &Results) -> String {
     tables.join("\n")
 }
 
-fn markdown_table(section: &Section) -> String {
+/// A table as Markdown.
+pub(crate) fn markdown_table(section: &Section) -> String {
     let line = |cells: &[String]| {
         let cells: Vec<_> = cells
             .iter()
@@ -206,7 +208,7 @@ pub(crate) fn thousands(n: u64) -> String {
 }
 
 /// Bytes in MiB, or in GiB from 1 GiB on.
-pub(super) fn bytes_text(bytes: u64) -> String {
+pub(crate) fn bytes_text(bytes: u64) -> String {
     match bytes >> 30 {
         0 => format!("{:.2} MiB", bytes as f64 / 1_048_576.0),
         _ => format!("{:.2} GiB", bytes as f64 / 1_073_741_824.0),

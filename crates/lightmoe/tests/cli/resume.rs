@@ -1,11 +1,9 @@
 //! Killed at any moment, a run goes on to the same bytes.
 
-use crate::support::{Outcome, assert_same_run, base, files, json, model_copy, names, tiny};
+use crate::support::{Outcome, assert_same_run, base, end, files, json, model_copy, names, tiny};
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 /// More steps than between two training checkpoints (50).
 const LONG: [&str; 4] = ["--steps", "120", "--batch-size", "2"];
@@ -14,22 +12,6 @@ fn long(out: &Path) -> Command {
     let mut command = tiny("compress");
     command.args(LONG).arg("--out").arg(out);
     command
-}
-
-/// Sends `signal` to the program as soon as `moment` has come; returns its exit code, if it has one.
-#[track_caller]
-fn end(command: &mut Command, signal: &str, moment: impl Fn() -> bool) -> Option<i32> {
-    let mut child = command.stdout(Stdio::null()).spawn().unwrap();
-    let begin = Instant::now();
-    while !moment() {
-        let ended = child.try_wait().unwrap();
-        assert!(ended.is_none(), "ended by itself: {ended:?}");
-        assert!(begin.elapsed() < Duration::from_secs(120), "never came");
-        sleep(Duration::from_millis(2));
-    }
-    let id = child.id().to_string();
-    Command::new("kill").args([signal, &id]).output().unwrap();
-    child.wait().unwrap().code()
 }
 
 fn lines(out: &Path) -> usize {

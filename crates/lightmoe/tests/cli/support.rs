@@ -6,6 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 /// Settings of a run of a few seconds; a recipe file, so that flags can overrule them.
 pub const TINY: &str = "task = 'intent'\nsteps = 12\ntrain_examples = 300\neval_examples = 20\n\
@@ -62,6 +64,22 @@ impl Outcome for Command {
         assert_eq!(output.status.code(), Some(code), "{self:?}: {stderr}");
         stderr
     }
+}
+
+/// Sends `signal` to the program as soon as `moment` has come; returns its exit code, if it has one.
+#[track_caller]
+pub fn end(command: &mut Command, signal: &str, moment: impl Fn() -> bool) -> Option<i32> {
+    let mut child = command.stdout(Stdio::null()).spawn().unwrap();
+    let begin = Instant::now();
+    while !moment() {
+        let ended = child.try_wait().unwrap();
+        assert!(ended.is_none(), "ended by itself: {ended:?}");
+        assert!(begin.elapsed() < Duration::from_secs(120), "never came");
+        sleep(Duration::from_millis(2));
+    }
+    let id = child.id().to_string();
+    Command::new("kill").args([signal, &id]).output().unwrap();
+    child.wait().unwrap().code()
 }
 
 /// A finished run with [`TINY`] settings, made once.
