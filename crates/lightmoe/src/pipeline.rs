@@ -211,11 +211,11 @@ fn train_options(recipe: &Recipe, fingerprint: &str, checkpoint_every: usize) ->
 ///
 /// # Errors
 /// If it cannot be read.
-pub fn load_model(checkpoint: Checkpoint) -> Result<Box<dyn LanguageModel>> {
+pub fn load_model(checkpoint: &Checkpoint) -> Result<Box<dyn LanguageModel + '_>> {
     // Weights are f32 in memory; caches and activations want some room beside them.
     let needed = checkpoint.parameters().saturating_mul(4).saturating_mul(5) / 4;
     Ok(match needed <= machine::max_memory() {
-        true => Box::new(Decoder::load(&checkpoint)?),
+        true => Box::new(Decoder::load(checkpoint)?),
         false => Box::new(StreamedDecoder::new(checkpoint)?),
     })
 }
@@ -233,7 +233,7 @@ pub fn evaluate_stage(
     max_length: usize,
     samples: Option<&Path>,
 ) -> Result<TaskScores> {
-    let model = load_model(Checkpoint::open(checkpoint.dir())?)?;
+    let model = load_model(checkpoint)?;
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
     let bar = Progress::new(what, examples.len());
     let options = data.eval_options(max_length);
