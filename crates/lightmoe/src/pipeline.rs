@@ -12,7 +12,7 @@ use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{BuildInputs, ObserveOptions, build, methods, observe};
 use lightmoe_data::{Encoded, Sampler};
-use lightmoe_eval::{evaluate, write_samples};
+use lightmoe_eval::{EvalOptions, evaluate, write_samples};
 use lightmoe_models::{
     Checkpoint, CheckpointWriter, Decoder, Format, LanguageModel, Manifest, ModelTokenizer,
     ParameterKind, StreamedDecoder,
@@ -218,6 +218,32 @@ pub fn load_model(checkpoint: &Checkpoint) -> Result<Box<dyn LanguageModel + '_>
         true => Box::new(Decoder::load(checkpoint)?),
         false => Box::new(StreamedDecoder::new(checkpoint)?),
     })
+}
+
+/// The mean NLL of the answers to `examples`, in nats per answer token; infinite if the model gives
+/// no numbers.
+///
+/// # Errors
+/// If an example does not fit the model's context or the work was stopped.
+pub fn answer_nll(
+    checkpoint: &Checkpoint,
+    examples: &[lightmoe_data::Example],
+    max_length: usize,
+) -> Result<f64> {
+    let model = load_model(checkpoint)?;
+    let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
+    let options = EvalOptions {
+        metrics: Vec::new(),
+        max_len: Some(max_length),
+        ..EvalOptions::default()
+    };
+    match evaluate(&*model, &tokenizer, examples, &options, &mut |_, _| {
+        !stopped()
+    }) {
+        Ok((scores, _)) => Ok(scores["answer_nll"].value),
+        Err(lightmoe_eval::Error::NotFinite { .. }) => Ok(f64::INFINITY),
+        Err(e) => Err(e.into()),
+    }
 }
 
 /// Stage evaluate: the scores of a model on the test (or validation) examples. Samples go to

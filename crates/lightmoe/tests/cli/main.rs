@@ -11,3 +11,4 @@ mod refusals;
 mod resume;
 mod stages;
 mod support;
+mod updates;
