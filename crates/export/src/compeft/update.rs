@@ -75,12 +75,12 @@ impl Header {
         if !self.tensors.is_sorted_by(|a, b| a.0 < b.0) {
             return Err("tensors that do not stand by name, once each; pack again".into());
         }
-        let count = |shape: &[usize]| {
-            let sizes = shape.iter().map(|&size| size as u64);
-            sizes.fold(Some(1u64), |all, size| all?.checked_mul(size))
-        };
-        let n = self.tensors.iter().map(|(_, shape)| count(shape));
-        let n = n.fold(Some(0u64), |all, one| all?.checked_add(one?));
+        let mut shapes = self.tensors.iter().map(|(_, shape)| shape);
+        let n = shapes.try_fold(0u64, |all, shape| {
+            let mut sizes = shape.iter();
+            let count = sizes.try_fold(1u64, |all, &size| all.checked_mul(size as u64));
+            all.checked_add(count?)
+        });
         match n == Some(self.n) && (1..=self.n).contains(&self.kept) {
             true => Ok(()),
             false => Err(format!(
