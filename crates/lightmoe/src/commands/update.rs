@@ -19,19 +19,19 @@ use std::path::Path;
 pub fn pack(args: ExportArgs) -> Result<String> {
     let folder = Path::new(&args.model);
     let run = folder.join("model").is_dir().then_some(folder);
-    let (start, recovered) = match (&args.base, run) {
-        (Some(base), Some(run)) => (open_model(base)?, Checkpoint::open(&run.join("model"))?),
-        (Some(base), None) => (open_model(base)?, open_model(&args.model)?),
-        (None, Some(run)) => (
-            Checkpoint::open(&run.join("built"))?,
-            Checkpoint::open(&run.join("model"))?,
-        ),
+    let start = match (&args.base, run) {
+        (Some(base), _) => open_model(base)?,
+        (None, Some(run)) => Checkpoint::open(&run.join("built"))?,
         (None, None) => {
             return Err(refused(format!(
                 "`{}` is no folder of a run; say with `--base` what the model was before recovery",
                 args.model
             )));
         }
+    };
+    let recovered = match run {
+        Some(run) => Checkpoint::open(&run.join("model"))?,
+        None => open_model(&args.model)?,
     };
     if args.out.is_file() {
         let out = args.out.display();

@@ -46,12 +46,26 @@ fn the_best_update_of_the_grid_scores_what_it_says() {
     assert!(before(&text, "times") > 5.0, "{text}");
 
     let built_model = base().join("built");
-    unpack(&built_model, &update, &at("unpacked")).ok();
-    let mut call = tiny("evaluate");
-    call.args(["--split", "validation"]).arg("--model");
-    let scores: Value = from_str(&call.arg(at("unpacked")).ok()).unwrap();
-    let nll = scores["intent"]["answer_nll"]["value"].as_f64().unwrap();
-    assert!((nll - packed).abs() < 1e-4, "{nll} instead of {packed}");
+    let nll = |update: &Path, out: &Path| {
+        unpack(&built_model, update, out).ok();
+        let mut call = tiny("evaluate");
+        call.args(["--split", "validation"]).arg("--model");
+        let scores: Value = from_str(&call.arg(out).ok()).unwrap();
+        scores["intent"]["answer_nll"]["value"].as_f64().unwrap()
+    };
+    let unpacked = nll(&update, &at("unpacked"));
+    assert!(
+        (unpacked - packed).abs() < 1e-4,
+        "{unpacked} is not {packed}"
+    );
+    for (i, pair) in [["0.05", "10"], ["0.2", "2"], ["0.5", "0.5"]]
+        .iter()
+        .enumerate()
+    {
+        let (other, out) = (at(&format!("packed-{i}")), at(&format!("unpacked-{i}")));
+        pack(base(), &other, &["--density", pair[0], "--alpha", pair[1]]).ok();
+        assert!(nll(&other.join(FILE), &out) > packed - 1e-4, "{pair:?}");
+    }
 
     // The chosen pair, given by hand for the two models, makes the same file.
     let setting = text.lines().nth(1).unwrap();
