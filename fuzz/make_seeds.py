@@ -71,6 +71,11 @@ more = [("layers.1.router_norm", "F64", [1], doubles(2.0)), ("layers.1.similarit
 write("observations", "least", safetensors(layer, seen))
 write("observations", "whole", safetensors(layer + more, seen))
 
+# Entries 1 (negative) and 5 of 6: gaps 1 and 3 with one low bit, `0 1 1` and `10 1 0`.
+update = {"schema_version": 1, "fingerprint": "ab" * 32, "density": 0.3, "alpha": 2.0, "sigma": 0.125, "n": 6, "kept": 2,
+          "rice_parameter": 1, "tensors": [["a", [2, 2]], ["b", [2]]]}
+write("compeft", "two", safetensors([("stream", "U8", [1], bytes([0b01110100]))], {"compeft": text(update)}))
+
 slot = lambda expert, **form: {"expert": expert, **form, "score": 0.25}
 replaced = lambda expert, dominant: slot(expert, form="adapted", group=0, rank=2, dominant=dominant)
 layers = [{"layer": l, "threshold": 0.4, "router_norm": None, "groups": 1,

@@ -23,6 +23,17 @@ pub enum Error {
         /// What is there, and what to do.
         message: String,
     },
+    /// A file of an update is damaged.
+    #[error("update `{}`: {message}", path.display())]
+    Update {
+        /// The file.
+        path: PathBuf,
+        /// What was expected, what was found, and what to do.
+        message: String,
+    },
+    /// A request that cannot be met.
+    #[error("{0}")]
+    Invalid(String),
     /// The caller stopped the work; nothing was written.
     #[error("the export was interrupted and nothing was written; run it again")]
     Interrupted,

@@ -4,6 +4,8 @@
 //! Invariant: never more in memory than one expert's matrix a thread. Invariant: the target appears
 //! whole or not at all.
 
+pub mod compeft;
+
 mod card;
 mod error;
 mod kind;

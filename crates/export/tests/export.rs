@@ -2,77 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use candle_core::{DType, Tensor};
+mod support;
+
+use candle_core::DType;
 use lightmoe_export::{Card, Error, ExportKind, ExportOptions, ExportReport, export};
-use lightmoe_models::random::{gaussian, stream};
-use lightmoe_models::{
-    BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, Format, LanguageModel, LayerLayout,
-    Manifest, ModelConfig, Scheme, SlotLayout, Tokens,
-};
+use lightmoe_models::{BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, Format, Scheme};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
-
-const EXPERTS: usize = 6;
-const RANK: usize = 3;
-const IDS: [u32; 12] = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8];
-
-fn config() -> ModelConfig {
-    let raw = serde_json::json!({
-        "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 40,
-        "hidden_size": 16, "intermediate_size": 12, "num_attention_heads": 2,
-        "num_hidden_layers": 3, "num_experts": EXPERTS, "num_experts_per_tok": 2,
-        "max_position_embeddings": 64, "torch_dtype": "bfloat16", "task_specific_params": [1, 2],
-    });
-    ModelConfig::from_json(&raw, Path::new("config.json")).unwrap()
-}
-
-/// Layer 0: two groups. Layer 1: adapters without bases. Layer 2: as it was.
-fn layout() -> BankLayout {
-    use SlotLayout::{Adapted, Dense};
-    let adapted = |group| Adapted { group, rank: RANK };
-    let slots = [
-        vec![
-            adapted(Some(1)),
-            Dense,
-            adapted(Some(0)),
-            adapted(Some(1)),
-            Dense,
-            adapted(Some(0)),
-        ],
-        vec![Dense, adapted(None), Dense, Dense, adapted(None), Dense],
-        vec![Dense; EXPERTS],
-    ];
-    let mut layout = BankLayout::dense(&config());
-    for (layer, slots) in slots.into_iter().enumerate() {
-        layout.layers.insert(layer, LayerLayout { slots });
-    }
-    layout
-}
-
-/// The compressed model as a checkpoint of `dtype` with side files.
-fn compressed(dir: &Path, dtype: DType) -> Checkpoint {
-    let (config, layout) = (config(), layout());
-    let format = Format::new(dtype, Scheme::published(Family::Olmoe));
-    let mut writer = CheckpointWriter::for_model(dir, &format, &config, &layout).unwrap();
-    for (name, shape) in Manifest::of(&config, &layout).unwrap().tensors {
-        let tensor = gaussian(&mut stream(2, &name), 0.3, &shape).unwrap();
-        writer.push(name, &tensor).unwrap();
-    }
-    for (name, text) in [
-        ("tokenizer.json", "{}"),
-        ("generation_config.json", "{\"a\": 1}"),
-        ("LICENSE", "Do what you like."),
-        (
-            "README.md",
-            "---\nlicense: apache-2.0\n---\n# The original\n",
-        ),
-    ] {
-        writer.side_file(name, text.as_bytes()).unwrap();
-    }
-    writer.finish(&layout.annotate(&config).unwrap()).unwrap();
-    Checkpoint::open(dir).unwrap()
-}
+use support::{compressed, config, largest, logits};
 
 struct Setup {
     root: tempfile::TempDir,
@@ -123,19 +61,6 @@ fn card() -> Card {
         recipe_toml: "ratio = 0.3\nseed = 7".into(),
         table_markdown: "| task | before | after |\n|---|---|---|\n| math | 0.9 | 0.8 |".into(),
     }
-}
-
-fn logits(checkpoint: &Checkpoint) -> Tensor {
-    let model = Decoder::load(checkpoint).unwrap();
-    let hidden = model
-        .forward(Tokens { ids: &IDS, rows: 2 }, None, &mut |_, _, _| Ok(()))
-        .unwrap();
-    model.logits(&hidden).unwrap()
-}
-
-fn largest(tensor: &Tensor) -> f32 {
-    let all = tensor.abs().unwrap().flatten_all().unwrap();
-    all.max(0).unwrap().to_scalar().unwrap()
 }
 
 #[test]

@@ -31,6 +31,22 @@ fn size(text: &str) -> Result<u64, String> {
     Ok(size.as_u64())
 }
 
+/// A finite number above 0.
+fn positive(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok();
+    number
+        .filter(|n: &f64| *n > 0.0 && n.is_finite())
+        .ok_or_else(|| "give a number above 0".to_owned())
+}
+
+/// A share of something.
+fn share(text: &str) -> Result<f64, String> {
+    let share = positive(text).ok();
+    share
+        .filter(|share| *share <= 1.0)
+        .ok_or_else(|| "give a share above 0, at most 1".to_owned())
+}
+
 /// Form of the log.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum LogFormat {
@@ -57,8 +73,10 @@ pub enum Command {
     Recover(RecoverArgs),
     /// Score a model on a task
     Evaluate(EvaluateArgs),
-    /// Write a compressed model for another program
+    /// Write a compressed model for another program, or what recovery changed as a small file
     Export(ExportArgs),
+    /// Put the update of `export --pack compeft` back on the model that it was made from
+    Unpack(UnpackArgs),
     /// Show what a model holds
     Inspect(InspectArgs),
     /// Continue a text
@@ -284,6 +302,40 @@ pub struct ExportArgs {
     /// How the experts are packed
     #[arg(long, value_enum, default_value_t = Packing::Auto)]
     pub experts: Packing,
+    /// Instead of a model, write what recovery changed as `update.compeft`, for `unpack`
+    #[arg(long, value_enum, conflicts_with_all = ["kind", "dtype", "experts"])]
+    pub pack: Option<Pack>,
+    /// With `--pack`, the model before recovery [default: `built` in the folder of the run]
+    #[arg(long, requires = "pack")]
+    pub base: Option<String>,
+    /// With `--pack`, the share of the changed numbers to keep [default: it and alpha are searched, by
+    /// the answer NLL on the validation examples of the run]
+    #[arg(long, requires = "pack", requires = "alpha", value_parser = share)]
+    pub density: Option<f64>,
+    /// With `--pack`, what is left of a kept number, in standard deviations of all changes
+    #[arg(long, requires = "density", value_parser = positive)]
+    pub alpha: Option<f64>,
+}
+
+/// How an export packs what recovery changed.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Pack {
+    /// The signs of the largest changes and one size for all of them (ComPEFT)
+    Compeft,
+}
+
+/// `unpack`
+#[derive(Debug, Args)]
+pub struct UnpackArgs {
+    /// The model that the update was made from: `built` in the folder of the run
+    #[arg(long)]
+    pub base: String,
+    /// What `export --pack compeft` wrote
+    #[arg(long, value_name = "FILE.compeft")]
+    pub update: PathBuf,
+    /// The model folder to write
+    #[arg(long)]
+    pub out: PathBuf,
 }
 
 /// How an export packs experts.

@@ -7,6 +7,7 @@
 pub mod cli;
 pub mod commands;
 pub mod compare;
+pub mod compeft;
 pub mod compress;
 pub mod hub;
 pub mod inspect;

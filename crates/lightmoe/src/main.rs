@@ -43,6 +43,7 @@ fn run(command: Command) -> anyhow::Result<String> {
         Command::Recover(args) => commands::run_recover(args),
         Command::Evaluate(args) => commands::run_evaluate(args),
         Command::Export(args) => commands::run_export(args),
+        Command::Unpack(args) => commands::run_unpack(args),
         Command::Inspect(args) => commands::run_inspect(args),
         Command::Generate(args) => commands::run_generate(args),
         Command::Logits(args) => commands::run_logits(args),

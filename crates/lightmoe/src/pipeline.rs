@@ -15,7 +15,7 @@ use lightmoe_compress::{
     BuildInputs, ObserveOptions, Statistics, Successor, build, methods, observe,
 };
 use lightmoe_data::{Encoded, Sampler};
-use lightmoe_eval::{evaluate, write_samples};
+use lightmoe_eval::{EvalOptions, evaluate, write_samples};
 use lightmoe_models::{
     Checkpoint, CheckpointWriter, Decoder, Format, LanguageModel, Manifest, ModelTokenizer,
     ParameterKind, StreamedDecoder,
@@ -225,13 +225,39 @@ fn train_options(recipe: &Recipe, fingerprint: &str, checkpoint_every: usize) ->
 ///
 /// # Errors
 /// If it cannot be read.
-pub fn load_model(checkpoint: Checkpoint) -> Result<Box<dyn LanguageModel>> {
+pub fn load_model(checkpoint: &Checkpoint) -> Result<Box<dyn LanguageModel + '_>> {
     // Weights are f32 in memory; caches and activations want some room beside them.
     let needed = checkpoint.parameters().saturating_mul(4).saturating_mul(5) / 4;
     Ok(match needed <= machine::max_memory() {
-        true => Box::new(Decoder::load(&checkpoint)?),
+        true => Box::new(Decoder::load(checkpoint)?),
         false => Box::new(StreamedDecoder::new(checkpoint)?),
     })
+}
+
+/// The mean NLL of the answers to `examples`, in nats per answer token; infinite if the model gives
+/// no numbers.
+///
+/// # Errors
+/// If an example does not fit the model's context or the work was stopped.
+pub fn answer_nll(
+    checkpoint: &Checkpoint,
+    examples: &[lightmoe_data::Example],
+    max_length: usize,
+) -> Result<f64> {
+    let model = load_model(checkpoint)?;
+    let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
+    let options = EvalOptions {
+        metrics: Vec::new(),
+        max_len: Some(max_length),
+        ..EvalOptions::default()
+    };
+    match evaluate(&*model, &tokenizer, examples, &options, &mut |_, _| {
+        !stopped()
+    }) {
+        Ok((scores, _)) => Ok(scores["answer_nll"].value),
+        Err(lightmoe_eval::Error::NotFinite { .. }) => Ok(f64::INFINITY),
+        Err(e) => Err(e.into()),
+    }
 }
 
 /// Stage evaluate: the scores of a model on the test (or validation) examples. Samples go to
@@ -247,7 +273,7 @@ pub fn evaluate_stage(
     max_length: usize,
     samples: Option<&Path>,
 ) -> Result<TaskScores> {
-    let model = load_model(Checkpoint::open(checkpoint.dir())?)?;
+    let model = load_model(checkpoint)?;
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
     let bar = Progress::new(what, examples.len());
     let options = data.eval_options(max_length);

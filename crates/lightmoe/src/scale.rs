@@ -140,7 +140,7 @@ pub fn run(args: ScaleArgs) -> Result<String> {
         [original.bytes(), compressed.bytes()],
         [original.parameters(), compressed.parameters()],
     );
-    let (generate_cost, ()) = timed(|| generate_some(compressed))?;
+    let (generate_cost, ()) = timed(|| generate_some(&compressed))?;
     let measured = Measured {
         tokens: batch.ids.len(),
         memory: max_memory(),
@@ -214,7 +214,7 @@ fn forget(model: &Path) -> Result<()> {
 }
 
 /// Loads the compressed model as the limit allows and continues some ids.
-fn generate_some(compressed: Checkpoint) -> Result<()> {
+fn generate_some(compressed: &Checkpoint) -> Result<()> {
     let model = load_model(compressed)?;
     let prompt = TokenBatch::spread(1, 16, model.config().vocab_size).ids;
     let options = GenerateOptions {

@@ -8,7 +8,7 @@ use crate::index::{INDEX, read_index, shards};
 use crate::layout::BankLayout;
 use crate::manifest::Manifest;
 use crate::names::Scheme;
-use crate::tensor_file::{BlockScales, Stored, TensorFile, count_numbers};
+use crate::tensor_file::{BlockScales, Change, Stored, TensorFile, count_numbers};
 use crate::{Error, Result, folder, names};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
@@ -30,6 +30,7 @@ pub struct Checkpoint {
     scheme: Scheme,
     files: Vec<TensorFile>,
     by_name: HashMap<String, usize>,
+    change: Option<Box<Change>>,
 }
 
 /// A tensor of the files that is no part of the model as we run it.
@@ -117,7 +118,18 @@ impl Checkpoint {
             scheme,
             files,
             by_name,
+            change: None,
         })
+    }
+
+    /// The same model with `change` done to every number of its own tensors as it is read, by whoever
+    /// runs or copies it. A changed number is rounded to the element type of the file, so a copy of
+    /// that type computes the same. Extra tensors stay as they are.
+    pub fn changed(self, change: impl Fn(&str, usize, &mut [f32]) + Send + Sync + 'static) -> Self {
+        Self {
+            change: Some(Box::new(change)),
+            ..self
+        }
     }
 
     /// The folder.
@@ -291,11 +303,26 @@ impl Checkpoint {
         Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
+    /// Shows `f` the numbers of a tensor, as [`Checkpoint::tensor`] reads them, a piece at a time.
+    pub fn pieces(
+        &self,
+        name: &str,
+        shape: &[usize],
+        f: &mut dyn FnMut(&[f32]) -> Result<()>,
+    ) -> Result<()> {
+        self.find(name, shape)?.pieces(f)
+    }
+
     /// Where a tensor of this shape lies.
     pub(crate) fn find(&self, name: &str, shape: &[usize]) -> Result<Stored<'_>> {
         let place = self.scheme.place(name, shape, &self.layout);
         let count = shape.iter().product();
-        self.locate(&place.name, &place.shape, name, place.offset, count)
+        let stored = self.locate(&place.name, &place.shape, name, place.offset, count)?;
+        let change = self.change.as_deref();
+        Ok(Stored {
+            change: change.map(|change| (name.to_owned(), change)),
+            ..stored
+        })
     }
 
     /// Where an extra tensor lies.
@@ -346,6 +373,7 @@ impl Checkpoint {
             name: if offset == 0 { name } else { ours }.to_owned(),
             count,
             scales,
+            change: None,
         })
     }
 

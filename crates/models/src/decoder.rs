@@ -246,23 +246,23 @@ impl LanguageModel for Decoder {
 }
 
 /// A model on disk: each pass reads every layer, and holds one at a time.
-pub struct StreamedDecoder {
-    checkpoint: Checkpoint,
+pub struct StreamedDecoder<'a> {
+    checkpoint: &'a Checkpoint,
     ends: Ends,
 }
 
-impl StreamedDecoder {
+impl<'a> StreamedDecoder<'a> {
     /// Reads what stands before and behind the layers.
     ///
     /// # Errors
     /// What reading it brings.
-    pub fn new(checkpoint: Checkpoint) -> Result<Self> {
-        let ends = Ends::load(&checkpoint)?;
+    pub fn new(checkpoint: &'a Checkpoint) -> Result<Self> {
+        let ends = Ends::load(checkpoint)?;
         Ok(Self { checkpoint, ends })
     }
 }
 
-impl LanguageModel for StreamedDecoder {
+impl LanguageModel for StreamedDecoder<'_> {
     fn config(&self) -> &ModelConfig {
         self.checkpoint.config()
     }
@@ -272,7 +272,7 @@ impl LanguageModel for StreamedDecoder {
     }
 
     fn layer(&self, number: usize) -> Result<Cow<'_, Layer>> {
-        Ok(Cow::Owned(Layer::load(&self.checkpoint, number)?))
+        Ok(Cow::Owned(Layer::load(self.checkpoint, number)?))
     }
 }
 

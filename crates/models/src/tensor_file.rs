@@ -15,6 +15,10 @@ const READ_ELEMENTS: usize = 1 << 18;
 /// A header larger than this is damage, not data.
 const MAX_HEADER: u64 = 100 << 20;
 
+/// What is done to the numbers of a tensor as they are read: our name for it, the place of the first
+/// number in it, the numbers.
+pub(crate) type Change = dyn Fn(&str, usize, &mut [f32]) + Send + Sync;
+
 /// An open file and its header.
 pub struct TensorFile {
     pub(crate) path: PathBuf,
@@ -113,6 +117,7 @@ impl TensorFile {
             start: info.data_offsets.0 as u64,
             count: shape.iter().product(),
             scales: None,
+            change: None,
         };
         let mut values = vec![0f32; stored.count];
         stored.read(&mut values)?;
@@ -137,6 +142,8 @@ pub(crate) struct Stored<'a> {
     pub(crate) count: usize,
     /// What FP8 numbers are multiplied by.
     pub(crate) scales: Option<BlockScales>,
+    /// Our name for the tensor, and what is done to its numbers.
+    pub(crate) change: Option<(String, &'a Change)>,
 }
 
 /// One factor for each block of a matrix (DeepSeek-V3, section 3.3.2).
@@ -200,6 +207,10 @@ impl Stored<'_> {
             if let Some(scales) = &self.scales {
                 scales.apply(values, first);
             }
+            if let Some((name, change)) = &self.change {
+                change(name, first, values);
+                round(self.dtype, values);
+            }
             // Without an early end, so that the check is vectorised.
             if !values.iter().fold(true, |ok, v| ok & v.is_finite()) {
                 let at = values.iter().position(|v| !v.is_finite()).unwrap_or(0);
@@ -233,6 +244,16 @@ impl Stored<'_> {
         }
         Ok(())
     }
+}
+
+/// Rounds numbers to what a file of this element type can hold; FP8 is copied as bf16.
+fn round(dtype: Dtype, values: &mut [f32]) {
+    let rounded: fn(f32) -> f32 = match dtype {
+        Dtype::BF16 | Dtype::F8_E4M3 => |v| half::bf16::from_f32(v).to_f32(),
+        Dtype::F16 => |v| half::f16::from_f32(v).to_f32(),
+        _ => return,
+    };
+    values.iter_mut().for_each(|v| *v = rounded(*v));
 }
 
 fn decode<const N: usize>(bytes: &[u8], values: &mut [f32], decode: impl Fn([u8; N]) -> f32) {

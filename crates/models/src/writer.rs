@@ -264,7 +264,7 @@ impl CheckpointWriter {
 
     fn copy_one(&self, name: &str, stored: &Stored<'_>, number: usize) -> Result<()> {
         let dtype = self.shards.slots[number].dtype;
-        if stored.plain_dtype() != Some(dtype) {
+        if stored.plain_dtype() != Some(dtype) || stored.change.is_some() {
             let mut first = 0;
             return stored.pieces(&mut |values| {
                 self.write(number, first, &self.encoded(name, dtype, first, values)?)?;

@@ -3,11 +3,12 @@
 
 mod support;
 
-use candle_core::DType;
+use candle_core::{DType, Device, Tensor};
 use lightmoe_models::Decoder;
 use std::fs;
 use support::{
-    Folder, Random, element, files, index_json, open, original_tensors, values, write_sharded,
+    Folder, Random, begin, element, files, index_json, open, original_tensors, values,
+    write_sharded,
 };
 
 #[test]
@@ -40,6 +41,41 @@ fn every_element_type_comes_back_rounded_once() {
         assert_eq!(theirs.len(), tensors.len());
         let rounded = tensors[5].1.to_dtype(dtype).unwrap();
         assert_eq!(values(&theirs[&tensors[5].0]), values(&rounded));
+    }
+}
+
+#[test]
+fn a_change_reaches_every_reader_and_is_rounded_as_a_copy_would() {
+    let folder = Folder::new();
+    let shape = [3, (1 << 19) / 3 + 1];
+    let mut all = original_tensors(&folder);
+    all.push(("long".into(), Random::new(1).tensor(&shape, 0.0, 1.0)));
+    let (from, to) = (folder.path("from"), folder.path("to"));
+    let shapes: Vec<_> = all
+        .iter()
+        .map(|(n, t)| (n.clone(), t.dims().to_vec()))
+        .collect();
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        write_sharded(&from, &all, dtype, 1 << 30);
+        let changed = open(&from).changed(|name, first, values| {
+            let places = (first..).zip(values).filter(|_| name == "long");
+            places.for_each(|(place, value)| *value += (place % 1009) as f32 * 1e-3);
+        });
+        let mut writer = begin(&to, dtype, &all);
+        writer.copy(&changed, &shapes).unwrap();
+        writer.finish(&changed.config().raw).unwrap();
+        for (name, shape) in &shapes {
+            let mut expected = open(&from).tensor(name, shape).unwrap();
+            if name == "long" {
+                let all = 0..shape.iter().product::<usize>();
+                let change: Vec<f32> = all.map(|place| (place % 1009) as f32 * 1e-3).collect();
+                let change = Tensor::from_vec(change, shape.as_slice(), &Device::Cpu).unwrap();
+                expected = (expected + change).unwrap().to_dtype(dtype).unwrap();
+            }
+            let expected = values(&expected);
+            assert_eq!(values(&changed.tensor(name, shape).unwrap()), expected);
+            assert_eq!(values(&open(&to).tensor(name, shape).unwrap()), expected);
+        }
     }
 }
 

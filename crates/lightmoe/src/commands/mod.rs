@@ -1,12 +1,14 @@
 //! One function a subcommand; they return what is to be printed.
 
 mod model;
+mod update;
 
 pub use model::{run_generate, run_inspect, run_logits, run_synthesize};
+pub use update::run_unpack;
 
 use crate::cli::{
-    BuildArgs, CompressArgs, EvalSplit, EvaluateArgs, ExportArgs, ObserveArgs, Packing, PlanArgs,
-    PretrainArgs, RecipeArgs, RecoverArgs,
+    BuildArgs, CompressArgs, EvalSplit, EvaluateArgs, ExportArgs, ObserveArgs, Pack, Packing,
+    PlanArgs, PretrainArgs, RecipeArgs, RecoverArgs,
 };
 use crate::compress::{CHECKPOINT_EVERY, compress, default_out, inputs};
 use crate::pipeline::{
@@ -278,6 +280,9 @@ fn dtype(name: &str) -> Result<Option<DType>> {
 /// # Errors
 /// What the export brings.
 pub fn run_export(args: ExportArgs) -> Result<String> {
+    if let Some(Pack::Compeft) = args.pack {
+        return update::pack(args);
+    }
     let kind: ExportKind = args.kind.parse().map_err(Refused::of)?;
     let dtype = dtype(&args.dtype)?;
     // A run folder holds the model beside its recipe and results; a model folder stands alone.

@@ -41,7 +41,7 @@ pub fn run_inspect(args: InspectArgs) -> Result<String> {
 pub fn run_generate(args: GenerateArgs) -> Result<String> {
     let checkpoint = open_model(&args.model)?;
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
-    let model = load_model(checkpoint)?;
+    let model = load_model(&checkpoint)?;
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
@@ -76,7 +76,8 @@ type Written = (String, Dtype, Vec<usize>, Vec<u8>);
 /// # Errors
 /// If the ids do not fit the model, or the file cannot be written.
 pub fn run_logits(args: LogitsArgs) -> Result<String> {
-    let model = load_model(open_model(&args.model)?)?;
+    let checkpoint = open_model(&args.model)?;
+    let model = load_model(&checkpoint)?;
     let config = model.config();
     let batch = match &args.tokens {
         Some(path) => TokenBatch::load(path, config.vocab_size)?,

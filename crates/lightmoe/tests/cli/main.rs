@@ -12,3 +12,4 @@ mod refusals;
 mod resume;
 mod stages;
 mod support;
+mod updates;
