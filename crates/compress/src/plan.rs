@@ -136,6 +136,10 @@ pub struct LayerPlan {
     pub router_norm: Option<f64>,
     /// Shared bases in this layer.
     pub groups: usize,
+    /// How many of the chosen experts run, where the others only scale their inputs; `None` where all
+    /// run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub main: Option<usize>,
     /// One slot per expert, ascending.
     pub slots: Vec<SlotPlan>,
 }
@@ -153,6 +157,7 @@ impl LayerPlan {
             threshold: None,
             router_norm: observed.router_norm,
             groups: 0,
+            main: None,
             slots: scores.iter().enumerate().map(slot).collect(),
         }
     }

@@ -15,6 +15,11 @@ pub fn adapter_parameters(config: &ModelConfig, rank: usize) -> u64 {
     3 * rank as u64 * (config.hidden_size as u64 + config.moe.intermediate_size as u64)
 }
 
+/// Parameters of the vectors of an expert that scale the inputs of three projections.
+fn scales(config: &ModelConfig) -> u64 {
+    2 * config.hidden_size as u64 + config.moe.intermediate_size as u64
+}
+
 /// What one layer of a plan adds to and takes from the model, in parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LayerSize {
@@ -24,8 +29,8 @@ pub struct LayerSize {
     pub bases: u64,
     /// Adapters of the replaced slots that come.
     pub adapters: u64,
-    /// Vectors that stand for outputs.
-    pub constants: u64,
+    /// Vectors that stand for outputs, or scale inputs.
+    pub vectors: u64,
     /// What trains.
     pub trained: u64,
 }
@@ -41,6 +46,10 @@ impl LayerSize {
             trained: groups * settings.base_rank.map_or(expert, adapter),
             ..Self::default()
         };
+        if layer.main.is_some() {
+            size.vectors = layer.slots.len() as u64 * scales(config);
+            size.trained += size.vectors;
+        }
         for slot in &layer.slots {
             match slot.form {
                 SlotForm::Dense => size.trained += adapter(settings.kept_rank),
@@ -51,7 +60,7 @@ impl LayerSize {
                 }
                 SlotForm::Constant => {
                     size.removed += expert;
-                    size.constants += config.hidden_size as u64;
+                    size.vectors += config.hidden_size as u64;
                 }
                 SlotForm::Removed { .. } => size.removed += expert,
             }
@@ -62,7 +71,7 @@ impl LayerSize {
     /// Parameters saved; 0 where the layer would grow.
     pub fn saved(&self) -> u64 {
         self.removed
-            .saturating_sub(self.bases + self.adapters + self.constants)
+            .saturating_sub(self.bases + self.adapters + self.vectors)
     }
 }
 
@@ -80,7 +89,7 @@ pub fn parameters(
     };
     for layer in layers {
         let size = LayerSize::of(config, layer, settings);
-        let comes = size.bases + size.adapters + size.constants;
+        let comes = size.bases + size.adapters + size.vectors;
         counts.after = counts.after + comes - size.removed;
         counts.trained += size.trained;
     }
@@ -107,8 +116,10 @@ pub fn active_parameters(
             .slots
             .iter()
             .filter(|s| !matches!(s.form, SlotForm::Removed { .. }));
-        let choices = config.moe.top_k.min(left.count()) as f64;
-        active += choices * mean_slot(config, layer, seen) - config.moe.top_k as f64 * expert;
+        let choices = config.moe.top_k.min(left.count());
+        let run = layer.main.unwrap_or(choices);
+        active += run as f64 * mean_slot(config, layer, seen) - config.moe.top_k as f64 * expert;
+        active += (choices - run) as f64 * scales(config) as f64;
     }
     active.round() as u64
 }

@@ -8,10 +8,11 @@ use common::{options, random_checkpoint, small};
 use lightmoe_compress::align::{permutation, permuted};
 use lightmoe_compress::factor::{Gram, singular_values, whitened};
 use lightmoe_compress::merge::merge;
-use lightmoe_compress::methods::{MethodName, Target, plan, successor};
+use lightmoe_compress::methods::{MethodName, PlanOptions, Target, plan, successor};
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::{Plan, SlotForm};
 use lightmoe_compress::ranks::RankRule;
+use lightmoe_compress::size::active_parameters;
 use lightmoe_compress::{BuildInputs, ObserveOptions, Statistics, build, observe};
 use lightmoe_models::{Checkpoint, Decoder, LanguageModel, Tokens};
 use proptest::prelude::*;
@@ -208,7 +209,9 @@ fn every_rival_meets_the_ratio_and_builds_what_it_planned() {
 #[test]
 fn ratio_zero_changes_no_bit() {
     let model = Model::new();
-    for method in MethodName::ALL {
+    // A ratio does not concern compressed experts.
+    let methods = MethodName::ALL.into_iter();
+    for method in methods.filter(|&method| method != MethodName::Compressed) {
         let seen = model.observe(method, 0.0, 0..64);
         let config = model.checkpoint.config();
         let plan = plan(config, &seen, Target::Ratio(0.0), method, &options(1, 1)).unwrap();
@@ -230,7 +233,7 @@ fn experts_without_tokens_make_no_nan() {
         assert!(seen.layers.iter().all(|l| l.selections.contains(&0)));
         let config = model.checkpoint.config();
         for ranks in [RankRule::Uniform, RankRule::Importance, RankRule::Budget] {
-            let options = lightmoe_compress::methods::PlanOptions {
+            let options = PlanOptions {
                 ranks,
                 ..options(1, 0)
             };
@@ -285,5 +288,44 @@ fn layers_that_were_merged_one_after_the_other_are_built_so() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn compressed_experts_run_fewer_and_keep_all() {
+    let model = Model::new();
+    let config = model.checkpoint.config();
+    let seen = model.observe(MethodName::Compressed, 0.5, 0..64);
+    let ask = |main_experts| {
+        let options = PlanOptions {
+            main_experts,
+            ..options(1, 0)
+        };
+        plan(
+            config,
+            &seen,
+            Target::Ratio(0.5),
+            MethodName::Compressed,
+            &options,
+        )
+    };
+    let half = ask(None).unwrap();
+    assert!(
+        half.layers
+            .iter()
+            .all(|l| l.main == Some(config.moe.top_k / 2))
+    );
+    let built = model.build(&half, &seen);
+    assert_eq!(built.parameters(), half.parameters.after);
+    assert!(half.parameters.after > half.parameters.before);
+    // The vectors start as ones, so the model is the original with fewer experts.
+    assert_ne!(logits(&built), logits(&model.checkpoint));
+    let active = active_parameters(config, &half.layers, &seen);
+    let vectors = 3 * (2 * config.hidden_size + config.moe.intermediate_size) as u64;
+    let saved = 3 * config.expert_parameters();
+    assert_eq!(active, config.active_parameters() - saved + vectors);
+    for main in [0, config.moe.top_k] {
+        let message = ask(Some(main)).unwrap_err().to_string();
+        assert!(message.contains("main_experts"), "{message}");
     }
 }

@@ -30,6 +30,7 @@ fn layer(number: usize, experts: usize, replaced: usize, groups: usize) -> Layer
         threshold: None,
         router_norm: None,
         groups,
+        main: None,
         slots: slots.collect(),
     }
 }

@@ -17,8 +17,8 @@ pub use kind::ExportKind;
 
 use candle_core::DType;
 use lightmoe_models::{
-    BankLayout, Checkpoint, CheckpointWriter, ExpertPacking, Format, Manifest, NamedShape, Scheme,
-    SlotLayout, multiplied_out, names, torch_dtype,
+    BankLayout, Checkpoint, CheckpointWriter, ExpertPacking, Format, LayerLayout, Manifest,
+    NamedShape, Scheme, SlotLayout, multiplied_out, names, torch_dtype,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -81,6 +81,14 @@ pub fn export(
     progress: &mut dyn FnMut(usize, usize) -> bool,
 ) -> Result<ExportReport> {
     target::check(source.dir(), target)?;
+    let scaled = |layout: &LayerLayout| layout.main.is_some();
+    if options.kind == ExportKind::Dense && source.layout().layers.values().any(scaled) {
+        return Err(Error::Invalid(
+            "experts of this model only scale the inputs of others, which no other architecture has; \
+             export it as `compact`"
+                .to_owned(),
+        ));
+    }
     let dtype = options.dtype.unwrap_or_else(|| source.dtype());
     let scheme = Scheme {
         packing: options.packing.unwrap_or(source.scheme().packing),

@@ -200,7 +200,11 @@ pub fn recover_stage(
 }
 
 fn train_options(recipe: &Recipe, fingerprint: &str, checkpoint_every: usize) -> TrainOptions {
-    let mut kinds = vec![ParameterKind::Base, ParameterKind::Adapter];
+    let mut kinds = vec![
+        ParameterKind::Base,
+        ParameterKind::Adapter,
+        ParameterKind::Scale,
+    ];
     if recipe.train_router {
         kinds.push(ParameterKind::Router);
     }

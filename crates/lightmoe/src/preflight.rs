@@ -2,11 +2,11 @@
 
 use crate::recipe::Recipe;
 use crate::source::calibration;
-use lightmoe_compress::methods::{MethodName, Target};
+use lightmoe_compress::methods::{Kind, MethodName, Target};
 use lightmoe_compress::size::adapter_parameters;
 use lightmoe_compress::{Estimate, estimate};
 use lightmoe_data::Encoded;
-use lightmoe_models::{Checkpoint, ModelConfig};
+use lightmoe_models::{BankLayout, Checkpoint, ModelConfig};
 use serde::Serialize;
 
 /// A request that cannot be met whatever happens; the program exits with code 2.
@@ -77,8 +77,8 @@ pub fn forecast(
     calibration_tokens: usize,
 ) -> Result<Forecast, Refused> {
     let estimate = estimate_of(recipe, config).map_err(Refused::of)?;
-    let (replaced, parameters_after, trained) = match recipe.method {
-        MethodName::Lora => {
+    let (replaced, parameters_after, trained) = match recipe.method.kind() {
+        Kind::Keep => {
             let adapters = (config.moe.num_experts * config.num_moe_layers()) as u64
                 * adapter_parameters(config, recipe.rank);
             let total = config.parameters().total();
@@ -110,10 +110,9 @@ pub fn forecast(
 /// # Errors
 /// [`Refused`], naming the folder.
 pub fn check_original(checkpoint: &Checkpoint) -> Result<(), Refused> {
-    let mut layers = checkpoint.layout().layers.values();
-    match layers.any(|layer| layer.adapted().next().is_some()) {
-        false => Ok(()),
-        true => Err(Refused(format!(
+    match *checkpoint.layout() == BankLayout::dense(checkpoint.config()) {
+        true => Ok(()),
+        false => Err(Refused(format!(
             "`{}` is compressed already; give the original model, or its dense export",
             checkpoint.dir().display()
         ))),
@@ -129,7 +128,7 @@ fn estimate_of(
     options.check_method(recipe.method)?;
     options.check(config)?;
     match (recipe.method, recipe.target()) {
-        (MethodName::Lora, _) => Ok(None),
+        (method, _) if method.kind() == Kind::Keep => Ok(None),
         // What concerns the options alone is known even so.
         (_, Target::Threshold(_)) => options.check_replacing(config).map(|()| None),
         (method, Target::Ratio(ratio)) => estimate(config, ratio, method, &options).map(Some),

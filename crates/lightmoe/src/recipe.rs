@@ -39,6 +39,8 @@ pub struct Recipe {
     pub groups: usize,
     pub base: BaseInit,
     pub ranks: RankRule,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub main_experts: Option<usize>,
     pub alpha: f64,
     pub max_delta: f64,
     pub calibration_tokens: usize,
@@ -132,6 +134,7 @@ impl Recipe {
                 RankRule::Budget,
                 "uniform, importance, budget",
             )?,
+            main_experts: s.main_experts,
             alpha: s.alpha.unwrap_or(0.3),
             max_delta: s.max_delta.unwrap_or(0.2),
             calibration_tokens: s.calibration_tokens.unwrap_or(1 << 17),
@@ -253,6 +256,7 @@ impl Recipe {
             max_delta: self.max_delta,
             base: self.base,
             ranks: self.ranks,
+            main_experts: self.main_experts,
             seed: self.seed,
         }
     }

@@ -17,7 +17,7 @@ pub struct Settings {
     /// Records to train on, JSON lines of prompt/completion or messages; a tenth is held out
     #[arg(long, value_name = "FILE.jsonl")]
     pub train: Option<PathBuf>,
-    /// lightmoe, replace (adapters alone, or with one base), lora (nothing is replaced); reap, frequency, ean, aimer or random (pruned); mone (mean outputs); msmoe, hcsmoe or ream (merged); svd or d2moe (factorised) [default: lightmoe]
+    /// lightmoe, replace (adapters alone, or with one base), lora (nothing is replaced); reap, frequency, ean, aimer or random (pruned); mone (mean outputs); msmoe, hcsmoe or ream (merged); svd or d2moe (factorised); compressed (fewer experts run, none is removed) [default: lightmoe]
     #[arg(long)]
     pub method: Option<String>,
     /// Share of all parameters to save, between 0 and 1 [default: 0.5]
@@ -38,6 +38,9 @@ pub struct Settings {
     /// How `svd` shares its budget: uniform, importance or budget (where it saves most loss) [default: budget]
     #[arg(long)]
     pub ranks: Option<String>,
+    /// How many of the chosen experts run in `compressed` [default: half of them]
+    #[arg(long)]
+    pub main_experts: Option<usize>,
     /// How much the router norm moves a layer's threshold (eq. 8) [default: 0.3]
     #[arg(long)]
     pub alpha: Option<f64>,
@@ -156,6 +159,7 @@ impl Settings {
             groups,
             base,
             ranks,
+            main_experts,
             alpha,
             max_delta,
             calibration_tokens,

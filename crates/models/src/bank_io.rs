@@ -1,6 +1,6 @@
 //! The bank from and to the tensors of a checkpoint.
 
-use crate::bank::{Adapters, Bank, Order, Projections};
+use crate::bank::{Adapters, Bank, Order, Projections, Scales};
 use crate::checkpoint::Checkpoint;
 use crate::layout::{LayerLayout, SlotLayout};
 use crate::{Error, Result, names};
@@ -26,6 +26,7 @@ impl Bank {
             adapters: None,
             frozen: None,
             trained_components: 0,
+            scales: None,
             constants: None,
             originals: None,
             beta: 0.0,
@@ -48,6 +49,18 @@ impl Bank {
             let experts = bank.constant_experts().iter();
             let names: Vec<String> = experts.map(|&e| names::constant(layer, e)).collect();
             bank.constants = Some(checkpoint.stack(&names, &[checkpoint.config().hidden_size])?);
+        }
+        if let Some(main) = layout.main {
+            let (experts, (gate_up, down)) = (bank.len(), whole(checkpoint));
+            let read = |projection: &str, width: usize| {
+                checkpoint.tensor(&names::scales(layer, projection), &[experts, width])
+            };
+            bank.scales = Some(Scales {
+                main,
+                gate: read("gate_proj", gate_up[1])?,
+                up: read("up_proj", gate_up[1])?,
+                down: read("down_proj", down[1])?,
+            });
         }
         bank.dense = load_experts(checkpoint, layer, bank.dense_experts())?;
         Ok(bank)
@@ -94,6 +107,9 @@ impl Bank {
                     }
                 }
             }
+        }
+        for (projection, scales) in self.scales.iter().flat_map(Scales::named) {
+            out.push((names::scales(layer, projection), scales.clone()));
         }
         if let Some(constants) = &self.constants {
             for (i, &expert) in self.constant_experts().iter().enumerate() {

@@ -40,6 +40,8 @@ pub enum ParameterKind {
     Adapter,
     /// Vectors in place of experts.
     Constant,
+    /// Vectors of experts that only scale.
+    Scale,
 }
 
 /// What is called with each parameter of a part: its name within the part, its kind, itself.
@@ -204,6 +206,9 @@ impl Layer {
                 bank
             }
         };
+        for (name, tensor) in bank.scales.iter_mut().flat_map(|s| s.named_mut()) {
+            f(&format!("mlp.scales.{name}"), ParameterKind::Scale, tensor)?;
+        }
         if let Some(constants) = &mut bank.constants {
             f("mlp.constants", ParameterKind::Constant, constants)?;
         }
@@ -238,8 +243,8 @@ impl Layer {
         let mut out = Vec::new();
         // Visiting wants a mutable layer; cloning one copies handles, not weights.
         self.clone().visit(&mut |name, kind, tensor| {
-            use ParameterKind::{Adapter, Base, Constant, Expert};
-            if !matches!(kind, Expert | Base | Adapter | Constant) {
+            use ParameterKind::{Adapter, Base, Constant, Expert, Scale};
+            if !matches!(kind, Expert | Base | Adapter | Constant | Scale) {
                 out.push((names::layer(layer, name), tensor.clone()));
             }
             Ok(())

@@ -36,14 +36,23 @@ pub enum SlotLayout {
 pub struct LayerLayout {
     /// `[E]` forms.
     pub slots: Vec<SlotLayout>,
+    /// How many of the chosen experts run, where the others only scale (Compressed Experts,
+    /// arXiv 2503.00634); `None` where all run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub main: Option<usize>,
+}
+
+impl From<Vec<SlotLayout>> for LayerLayout {
+    /// Slots of which every chosen one runs.
+    fn from(slots: Vec<SlotLayout>) -> Self {
+        Self { slots, main: None }
+    }
 }
 
 impl LayerLayout {
     /// The layout of an original layer.
     pub fn dense(experts: usize) -> Self {
-        Self {
-            slots: vec![SlotLayout::Dense; experts],
-        }
+        Self::from(vec![SlotLayout::Dense; experts])
     }
 
     /// Number of shared bases.
@@ -107,6 +116,14 @@ impl LayerLayout {
         }
         if let Some(g) = used.iter().position(|u| !u) {
             return Err(format!("no slot uses base {g}"));
+        }
+        if let Some(main) = self.main {
+            if main == 0 || main >= moe.top_k {
+                return Err(format!("{main} main experts of {} chosen", moe.top_k));
+            }
+            if self.slots.iter().any(|slot| *slot != SlotLayout::Dense) {
+                return Err("main experts among slots that are not dense".to_owned());
+            }
         }
         let left = experts - self.of_form(SlotLayout::Removed).count();
         match left < moe.top_k {
@@ -240,7 +257,7 @@ mod tests {
     fn layout(slots: &[SlotLayout]) -> BankLayout {
         let mut layout = BankLayout::dense(&config(None));
         let slots = slots.to_vec();
-        layout.layers.insert(0, LayerLayout { slots });
+        layout.layers.insert(0, LayerLayout::from(slots));
         layout
     }
 

@@ -82,6 +82,12 @@ fn experts(config: &ModelConfig, number: usize, layout: &LayerLayout) -> Vec<Nam
             all.push((names::base(number, group, projection), shape.to_vec()));
         }
     }
+    if layout.main.is_some() {
+        for (projection, [_, width]) in names::PROJECTIONS.iter().zip(shapes) {
+            let shape = vec![layout.slots.len(), width];
+            all.push((names::scales(number, projection), shape));
+        }
+    }
     for expert in layout.of_form(SlotLayout::Constant) {
         all.push((names::constant(number, expert), vec![h]));
     }

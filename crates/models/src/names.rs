@@ -51,6 +51,11 @@ pub fn base(layer_number: usize, group: usize, projection: &str) -> String {
     layer(layer_number, &format!("mlp.bases.{group}.{projection}"))
 }
 
+/// The vectors of all experts that scale the input of a projection.
+pub fn scales(layer_number: usize, projection: &str) -> String {
+    layer(layer_number, &format!("mlp.scales.{projection}"))
+}
+
 /// The vector that stands for an expert's output.
 pub fn constant(layer_number: usize, expert: usize) -> String {
     layer(layer_number, &format!("mlp.experts.{expert}.constant"))

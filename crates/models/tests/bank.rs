@@ -5,7 +5,9 @@
 mod support;
 
 use candle_core::{DType, Device, Tensor};
-use lightmoe_models::{Bank, Checkpoint, Decoder, LanguageModel, SlotLayout, load_experts, names};
+use lightmoe_models::{
+    Bank, Checkpoint, Decoder, LanguageModel, LayerLayout, SlotLayout, load_experts, names,
+};
 use serde_json::json;
 use support::{
     DENSE, FORMS, Folder, Form, PROJECTIONS, Random, adapted, annealing, assert_close, bank_of,
@@ -324,4 +326,72 @@ fn positions_are_sorted_by_form_and_group() {
     let banks: Vec<&Bank> = model.banks().collect();
     assert!(banks[0].dense_experts().is_empty() && banks[0].groups().is_empty());
     assert!(banks[1].adapted_experts().is_empty());
+}
+
+/// Of three chosen experts one runs, and the others only scale what it computes with, each input by a
+/// vector of its own; token by token.
+#[test]
+fn compressed_experts_scale_what_the_main_ones_are_given() {
+    let folder = Folder::new();
+    let original = folder.original(&config_with(json!({ "num_experts_per_tok": 3 })));
+    let (h, f, k) = (16, 12, 3);
+    let experts = original.config().moe.num_experts;
+    let mut random = Random::new(4);
+    for main in [1, 2] {
+        let layer = LayerLayout {
+            main: Some(main),
+            ..LayerLayout::dense(experts)
+        };
+        let compressed = folder.of_layers(&original, [layer.clone(), layer.clone()]);
+        let bank = Bank::load(&compressed, 0, &layer).unwrap();
+        let chosen = [0u32, 1, 2, 2, 0, 1, 1, 2, 0, 0, 2, 1];
+        let tokens = chosen.len() / k;
+        let x = random.tensor(&[tokens, h], 0.0, 1.0);
+        let gates = random.tensor(&[tokens * k], 0.5, 0.4);
+        let vectors = PROJECTIONS.map(|p| {
+            let width = if p == "down_proj" { f } else { h };
+            values(
+                &compressed
+                    .tensor(&names::scales(0, p), &[experts, width])
+                    .unwrap(),
+            )
+        });
+        let (xs, gs) = (values(&x), values(&gates));
+        let mut expected = vec![0.0; tokens * h];
+        for token in 0..tokens {
+            let row = token * k..(token + 1) * k;
+            let (of, gate) = (&chosen[row.clone()], &gs[row]);
+            let total: f64 = gate[main..].iter().sum();
+            let scale = |vectors: &[f64], width: usize| -> Vec<f64> {
+                let at = |i: usize| {
+                    let others = of[main..].iter().zip(&gate[main..]);
+                    let terms = others.map(|(&e, g)| g / total * vectors[e as usize * width + i]);
+                    terms.sum::<f64>()
+                };
+                (0..width).map(at).collect()
+            };
+            let [on_gate, on_up, on_down] =
+                [(&vectors[0], h), (&vectors[1], h), (&vectors[2], f)].map(|(v, w)| scale(v, w));
+            let times = |a: &[f64], b: &[f64]| -> Vec<f64> {
+                a.iter().zip(b).map(|(a, b)| a * b).collect()
+            };
+            let input = &xs[token * h..(token + 1) * h];
+            for (&expert, g) in of[..main].iter().zip(gate) {
+                let [gate, up, down] = slot(&compressed, &original, (0, expert as usize), 0.0);
+                let silu = |v: f64| v / (1.0 + (-v).exp());
+                let gate: Vec<f64> = gate
+                    .times(&times(input, &on_gate))
+                    .into_iter()
+                    .map(silu)
+                    .collect();
+                let inner = times(&gate, &up.times(&times(input, &on_up)));
+                let out = down.times(&times(&inner, &on_down));
+                for (sum, v) in expected[token * h..].iter_mut().zip(out) {
+                    *sum += g * v;
+                }
+            }
+        }
+        let expected = Tensor::from_vec(expected, (tokens, h), &Device::Cpu).unwrap();
+        assert_close(&bank.forward(&x, &gates, &chosen).unwrap(), &expected, F32);
+    }
 }

@@ -6,7 +6,7 @@ mod support;
 
 use candle_core::{DType, Tensor, Var};
 use lightmoe_kernels::cross_entropy;
-use lightmoe_models::{Adapters, Decoder, LanguageModel, ParameterKind, Tokens};
+use lightmoe_models::{Adapters, Decoder, LanguageModel, LayerLayout, ParameterKind, Tokens};
 use rand::Rng;
 use serde_json::json;
 use support::{Folder, Form, Random, annealing, config, config_with, stacks, values};
@@ -156,6 +156,42 @@ fn every_form_beside_every_other() {
     let original = folder.original(&config());
     let compressed = folder.compressed(&original, Form::Every.slots());
     check(annealing(&compressed, &original, 0.5), 0.5);
+}
+
+/// Bases that train through adapters; β above zero, so that they have a share.
+#[test]
+fn adapters_of_bases() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let compressed = folder.compressed(&original, Form::Mixed.slots());
+    let mut model = annealing(&compressed, &original, 0.5);
+    let (config, mut random) = (model.config().clone(), Random::new(6));
+    for (l, bank) in model.banks_mut().enumerate() {
+        let bases: Vec<usize> = (0..bank.base_count()).collect();
+        bank.base_adapters = Adapters::fresh(&config, l, &bases, 2, 4).unwrap();
+        for (_, b) in bank.base_adapters.iter_mut().flat_map(|a| a.b.named_mut()) {
+            *b = random.tensor(b.dims(), 0.0, 0.5);
+        }
+    }
+    let kinds = check(model, 0.5);
+    assert!(!kinds.contains(&ParameterKind::Base));
+}
+
+#[test]
+fn experts_that_only_scale() {
+    let folder = Folder::new();
+    let original = folder.original(&config_with(json!({ "num_experts_per_tok": 3 })));
+    let experts = original.config().moe.num_experts;
+    for main in [1, 2] {
+        let layer = LayerLayout {
+            main: Some(main),
+            ..LayerLayout::dense(experts)
+        };
+        let compressed = folder.of_layers(&original, [layer.clone(), layer]);
+        let kinds = check(Decoder::load(&compressed).unwrap(), 0.0);
+        let scales = kinds.iter().filter(|k| **k == ParameterKind::Scale);
+        assert_eq!(scales.count(), 6);
+    }
 }
 
 #[test]

@@ -50,7 +50,7 @@ impl Models {
         let mut layout = BankLayout::dense(&parsed);
         for l in 0..2 {
             let slots = slots.clone();
-            layout.layers.insert(l, LayerLayout { slots });
+            layout.layers.insert(l, LayerLayout::from(slots));
         }
         let config = layout.annotate(&parsed).unwrap();
         let built = write(&folder.path().join("built"), &config, &|name, shape| {

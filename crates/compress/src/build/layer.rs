@@ -12,7 +12,7 @@ use crate::moments::{LayerMoments, Moments};
 use crate::observations::LayerObservations;
 use crate::plan::{LayerPlan, PlanSettings, SlotForm};
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use lightmoe_models::random::{gaussian, stream};
 use lightmoe_models::{Adapters, Checkpoint, CheckpointWriter, NamedShape, SlotLayout, names};
 use rayon::prelude::*;
@@ -42,7 +42,7 @@ impl Layer<'_> {
         let merged: Vec<usize> = (0..plan.slots.len())
             .filter(|&expert| plan.sources(expert).len() > 1)
             .collect();
-        let made = [".mlp.bases.", ".lora_", ".constant."];
+        let made = [".mlp.bases.", ".lora_", ".constant.", ".mlp.scales."];
         let ours = |name: &str| {
             let own = |&e: &usize| {
                 let mut projections = names::PROJECTIONS.iter();
@@ -52,6 +52,13 @@ impl Layer<'_> {
         };
         let stays = tensors.iter().filter(|(name, _)| !ours(name));
         writer.copy(self.checkpoint, &stays.cloned().collect::<Vec<_>>())?;
+        for (name, shape) in tensors
+            .iter()
+            .filter(|(name, _)| name.contains(".mlp.scales."))
+        {
+            let ones = Tensor::ones(&shape[..], DType::F32, &Device::Cpu)?;
+            push(writer, vec![(name.clone(), ones)])?;
+        }
         let groups: Vec<usize> = (0..plan.groups).collect();
         let base = |&group: &usize| self.base(plan, group);
         let mut bases = Vec::new();

@@ -36,6 +36,7 @@ impl LayerPlan {
         };
         LayerLayout {
             slots: self.slots.iter().map(|s| form(s.form)).collect(),
+            main: self.main,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The methods, one file each (those that only differ by a score share one): each turns observations into a plan. All share observation, selection, recovery
 //! and evaluation, so that what differs between them is what the comparison is about.
 
+mod compressed;
 mod d2moe;
 mod drop;
 pub mod hcsmoe;
@@ -55,12 +56,14 @@ pub enum MethodName {
     /// One base for all experts of a layer, and whitened factors of the differences (D²-MoE,
     /// arXiv 2502.17298).
     D2moe,
+    /// Fewer experts run, the others scale their inputs (Compressed Experts, arXiv 2503.00634).
+    Compressed,
 }
 
 /// What a method does to experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Keeps all of them.
+    /// Keeps all of them, whatever the ratio.
     Keep,
     /// Replaces some by a base and an adapter, and fades the originals out while it recovers.
     Replace,
@@ -74,7 +77,7 @@ pub enum Kind {
 
 impl MethodName {
     /// Every method, in the order in which messages list them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Lightmoe,
         Self::Replace,
         Self::Lora,
@@ -89,6 +92,7 @@ impl MethodName {
         Self::Ream,
         Self::Svd,
         Self::D2moe,
+        Self::Compressed,
     ];
 
     /// The name in recipes, plans and on the command line.
@@ -108,13 +112,14 @@ impl MethodName {
             Self::Ream => "ream",
             Self::Svd => "svd",
             Self::D2moe => "d2moe",
+            Self::Compressed => "compressed",
         }
     }
 
     /// What it does to experts.
     pub fn kind(self) -> Kind {
         match self {
-            Self::Lora => Kind::Keep,
+            Self::Lora | Self::Compressed => Kind::Keep,
             Self::Lightmoe | Self::Replace => Kind::Replace,
             Self::Msmoe | Self::Hcsmoe | Self::Ream => Kind::Merge,
             Self::Svd | Self::D2moe => Kind::Factorise,
@@ -209,6 +214,8 @@ pub struct PlanOptions {
     pub base: BaseInit,
     /// How `svd` shares its budget.
     pub ranks: RankRule,
+    /// How many of the chosen experts run in `compressed`; `None` for half of them.
+    pub main_experts: Option<usize>,
     /// Seed of the method `random`.
     pub seed: u64,
 }
@@ -223,6 +230,7 @@ impl Default for PlanOptions {
             max_delta: 0.2,
             base: BaseInit::GateWeighted,
             ranks: RankRule::Budget,
+            main_experts: None,
             seed: 0,
         }
     }
@@ -372,6 +380,9 @@ pub fn plan(
     observations.check(config)?;
     if method == MethodName::Lora {
         return lightmoe::uncompressed(config, observations, options);
+    }
+    if method == MethodName::Compressed {
+        return compressed::plan(config, observations, options);
     }
     target.check()?;
     warn_of_silent(observations);

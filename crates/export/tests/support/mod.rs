@@ -40,7 +40,7 @@ pub fn layout() -> BankLayout {
     ];
     let mut layout = BankLayout::dense(&config());
     for (layer, slots) in slots.into_iter().enumerate() {
-        layout.layers.insert(layer, LayerLayout { slots });
+        layout.layers.insert(layer, LayerLayout::from(slots));
     }
     layout
 }

@@ -23,7 +23,7 @@ use crate::settings::Settings;
 use crate::source::{BUILT_IN, TaskData, model_fingerprint, model_folder, open_model};
 use crate::tokens::TokenBatch;
 use anyhow::{Context, Result, anyhow};
-use lightmoe_compress::methods::MethodName;
+use lightmoe_compress::methods::{Kind, MethodName};
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{BuildInputs, Statistics};
@@ -159,8 +159,9 @@ pub fn run_plan(args: PlanArgs) -> Result<String> {
             ModelConfig::from_file(&model_folder(model, Want::ConfigOnly)?.join("config.json"))?
         }
     };
-    let lora = settings.method.as_deref() == Some(MethodName::Lora.name());
-    if settings.ratio.is_none() && settings.threshold.is_none() && !lora {
+    let method = settings.method.as_deref().map(str::parse::<MethodName>);
+    let keeps = matches!(method, Some(Ok(method)) if method.kind() == Kind::Keep);
+    if settings.ratio.is_none() && settings.threshold.is_none() && !keeps {
         return Err(Refused("how much to replace? give `--ratio` or `--threshold`".into()).into());
     }
     let recipe = Recipe::resolve(settings, &config).map_err(Refused::of)?;

@@ -5,7 +5,7 @@ use crate::cli::CompareArgs;
 use crate::recipe::Recipe;
 use crate::settings::Settings;
 use anyhow::{Result, ensure};
-use lightmoe_compress::methods::MethodName;
+use lightmoe_compress::methods::Kind;
 use lightmoe_data::Task;
 use lightmoe_models::ModelConfig;
 use serde::{Deserialize, Serialize};
@@ -112,11 +112,11 @@ impl Grid {
         Ok(grid)
     }
 
-    /// The rows: each method at each ratio, LoRA once.
+    /// The rows: each method at each ratio, those that keep all experts once.
     pub fn rows(&self) -> Vec<(&Variant, Option<f64>)> {
         let rows = self.methods.iter().flat_map(|method| {
-            let ratios = match method.method {
-                MethodName::Lora => vec![None],
+            let ratios = match method.method.kind() {
+                Kind::Keep => vec![None],
                 _ => self.ratios.iter().copied().map(Some).collect(),
             };
             ratios.into_iter().map(move |ratio| (method, ratio))

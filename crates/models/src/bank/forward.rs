@@ -1,5 +1,6 @@
 //! The one forward pass of the bank.
 
+use super::scales::TokenScales;
 use super::{Adapters, Bank, Projections, missing};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -54,6 +55,32 @@ impl Bank {
         each: &mut BankObserver<'_>,
     ) -> Result<Tensor> {
         let tokens = x.dim(0)?;
+        let Some(scales) = &self.scales else {
+            return self.run(x, gates, chosen, None, each);
+        };
+        let (main, scales) = scales.part(gates, chosen, tokens)?;
+        // Rows are named by their place among all choices.
+        let k = chosen.len() / tokens.max(1);
+        let all = |pair: u32| pair as usize / main.per_token * k + pair as usize % main.per_token;
+        self.run(x, &main.gates, &main.chosen, Some(&scales), &mut |rows| {
+            let pairs: Vec<u32> = rows.pairs.iter().map(|&pair| all(pair) as u32).collect();
+            each(&ExpertRows {
+                pairs: &pairs,
+                ..*rows
+            })
+        })
+    }
+
+    /// The same for the choices that run, their inputs scaled.
+    fn run(
+        &self,
+        x: &Tensor,
+        gates: &Tensor,
+        chosen: &[u32],
+        scales: Option<&TokenScales>,
+        each: &mut BankObserver<'_>,
+    ) -> Result<Tensor> {
+        let tokens = x.dim(0)?;
         let dispatch = Dispatch::new(
             chosen,
             chosen.len() / tokens.max(1),
@@ -65,7 +92,7 @@ impl Bank {
         let without = with_base.end..adapted.end;
         let mut out = None;
         if let Some(rows) = Rows::select(&dispatch, 0..self.order.dense, x, gates)? {
-            out = Some(self.dense_output(&rows, tokens, each)?);
+            out = Some(self.dense_output(&rows, tokens, scales, each)?);
         }
         if let Some(rows) = Rows::select(&dispatch, with_base.clone(), x, gates)? {
             let own = self.own(&rows, with_base.clone())?;
@@ -135,6 +162,7 @@ impl Bank {
         &self,
         rows: &Rows,
         tokens: usize,
+        scales: Option<&TokenScales>,
         each: &mut BankObserver<'_>,
     ) -> Result<Tensor> {
         let Some(w) = &self.dense else {
@@ -142,10 +170,16 @@ impl Bank {
         };
         let adapters = self.dense_adapters.as_ref();
         let project = |x: &Tensor, pick: Pick| product(w, adapters, x, pick, &rows.segments);
+        let tokens_of_rows = index(&rows.tokens)?;
+        let scaled = |x: &Tensor, pick: fn(&TokenScales) -> &Tensor| match scales {
+            Some(scales) => x * pick(scales).index_select(&tokens_of_rows, 0)?,
+            None => Ok(x.clone()),
+        };
         let h = swiglu(
-            &project(&rows.x, |p| &p.gate)?,
-            &project(&rows.x, |p| &p.up)?,
+            &project(&scaled(&rows.x, |s| &s.gate)?, |p| &p.gate)?,
+            &project(&scaled(&rows.x, |s| &s.up)?, |p| &p.up)?,
         )?;
+        let h = scaled(&h, |s| &s.down)?;
         let y = project(&h, |p| &p.down)?;
         for segment in rows.segments.iter().filter(|segment| segment.len > 0) {
             let part = |t: &Tensor| t.narrow(0, segment.start, segment.len);

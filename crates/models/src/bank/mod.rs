@@ -23,8 +23,10 @@ use std::ops::Range;
 
 mod components;
 mod forward;
+mod scales;
 
 pub use forward::ExpertRows;
+pub use scales::Scales;
 
 /// The three matrices of `n` experts, stacked.
 #[derive(Debug, Clone)]
@@ -94,6 +96,8 @@ pub struct Bank {
     pub(crate) frozen: Option<Adapters>,
     /// How many components of a slot train, where some are frozen.
     pub(crate) trained_components: usize,
+    /// Vectors of experts that only scale; `None` where every chosen expert runs.
+    pub scales: Option<Scales>,
     /// Vectors of the constant positions, `[n, H]`.
     pub constants: Option<Tensor>,
     /// The experts that the adapted positions replace, while `beta > 0`.

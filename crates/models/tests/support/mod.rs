@@ -170,6 +170,9 @@ pub fn tensors(config: &ModelConfig, layout: &BankLayout, seed: u64) -> Vec<(Str
         weight(names::layer(l, "mlp.gate"), &[layer.slots.len(), h], 1.0);
         for p in PROJECTIONS {
             let [rows, columns] = shape(p);
+            if layer.main.is_some() {
+                weight(names::scales(l, p), &[layer.slots.len(), columns], 1.0);
+            }
             for g in 0..layer.bases() {
                 weight(names::base(l, g, p), &[rows, columns], 0.5);
             }
@@ -238,7 +241,11 @@ impl Folder {
 
     /// A compressed model: what is not an expert is as in the original, and so are dense slots.
     pub fn compressed(&self, original: &Checkpoint, slots: [Vec<SlotLayout>; 2]) -> Checkpoint {
-        let layers = slots.map(|slots| LayerLayout { slots });
+        self.of_layers(original, slots.map(LayerLayout::from))
+    }
+
+    /// The same of whole layouts of the layers.
+    pub fn of_layers(&self, original: &Checkpoint, layers: [LayerLayout; 2]) -> Checkpoint {
         let mut layout = BankLayout::dense(original.config());
         layout.layers = layers.into_iter().enumerate().collect();
         let config = layout.annotate(original.config()).unwrap();
