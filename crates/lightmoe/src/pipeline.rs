@@ -21,8 +21,8 @@ use lightmoe_models::{
     ParameterKind, StreamedDecoder,
 };
 use lightmoe_train::{
-    AnnealingShape, Folders, Group, Outcome, Recovery, TrainBatch, TrainOptions, finish_recovery,
-    prepare_recovery, train,
+    AnnealingShape, Folders, Group, Outcome, Recovery, Teacher, TrainBatch, TrainOptions,
+    finish_recovery, prepare_recovery, train,
 };
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -163,6 +163,13 @@ pub fn recover_stage(
         annealing,
         ..train_options(recipe, inputs.fingerprint, inputs.checkpoint_every)
     };
+    let original = (recipe.distill > 0.0).then(|| Decoder::load(inputs.original));
+    let original = original.transpose()?;
+    let teacher = original.as_ref().map(|model| Teacher {
+        model,
+        weight: recipe.distill,
+        temperature: recipe.distill_temperature,
+    });
     let bar = Progress::new("recover", recipe.steps);
     let mut recent = None;
     let outcome = train(
@@ -177,6 +184,7 @@ pub fn recover_stage(
                 loss_mask: batch.loss_mask,
             })
         },
+        teacher.as_ref(),
         &mut |point| {
             let mean = recent.map_or(point.loss, |r| 0.95 * r + 0.05 * point.loss);
             recent = Some(mean);

@@ -182,6 +182,7 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
                 loss_mask: batch.loss_mask,
             })
         },
+        None,
         &mut |point| {
             recent = if point.step == 0 {
                 point.loss

@@ -54,6 +54,8 @@ pub struct Recipe {
     pub annealing: AnnealingShape,
     pub end_ratio: f64,
     pub gamma: f64,
+    pub distill: f64,
+    pub distill_temperature: f64,
     pub train_router: bool,
     pub train_examples: usize,
     pub eval_examples: usize,
@@ -155,6 +157,8 @@ impl Recipe {
             )?,
             end_ratio: s.end_ratio.unwrap_or(0.2),
             gamma: s.gamma.unwrap_or(3.0),
+            distill: s.distill.unwrap_or(0.0),
+            distill_temperature: s.distill_temperature.unwrap_or(2.0),
             train_router: s.train_router.unwrap_or(false),
             train_examples: s.train_examples.unwrap_or(8000),
             eval_examples: s.eval_examples.unwrap_or(500),
@@ -209,6 +213,7 @@ impl Recipe {
             ("lr", self.lr),
             ("clip_norm", self.clip_norm),
             ("gamma", self.gamma),
+            ("distill_temperature", self.distill_temperature),
         ] {
             ensure!(
                 value > 0.0 && value.is_finite(),
@@ -233,7 +238,11 @@ impl Recipe {
              nothing beside them, get no gradient; use `annealing` linear or exponential with \
              `end_ratio` above 0, or `groups` 1"
         );
-        for (key, value) in [("weight_decay", self.weight_decay), ("alpha", self.alpha)] {
+        for (key, value) in [
+            ("weight_decay", self.weight_decay),
+            ("alpha", self.alpha),
+            ("distill", self.distill),
+        ] {
             ensure!(
                 value >= 0.0 && value.is_finite(),
                 "`{key}` is {value}; give a number from 0"

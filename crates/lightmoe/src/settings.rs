@@ -80,6 +80,12 @@ pub struct Settings {
     /// γ of the exponential annealing [default: 3]
     #[arg(long)]
     pub gamma: Option<f64>,
+    /// Weight of the distance to the uncompressed model's predictions beside the loss; that model is then in memory too [default: 0]
+    #[arg(long)]
+    pub distill: Option<f64>,
+    /// Temperature of that distance [default: 2]
+    #[arg(long)]
+    pub distill_temperature: Option<f64>,
     /// Whether the router is trained too [default: false]
     #[arg(long, value_name = "BOOL")]
     pub train_router: Option<bool>,
@@ -173,6 +179,8 @@ impl Settings {
             annealing,
             end_ratio,
             gamma,
+            distill,
+            distill_temperature,
             train_router,
             train_examples,
             eval_examples,

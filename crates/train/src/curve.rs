@@ -17,6 +17,9 @@ pub struct Point {
     /// Load-balancing loss, where it is part of the objective.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub balance: Option<f64>,
+    /// Distance to the teacher, where there is one, nats.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub distance: Option<f64>,
     /// Learning rate.
     pub lr: f64,
     /// Share of the original weights in replaced experts.

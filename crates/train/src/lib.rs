@@ -16,7 +16,7 @@ mod trainer;
 
 pub use curve::{Curve, Point};
 pub use error::{Error, Result};
-pub use objective::{TrainBatch, load_balance, objective};
+pub use objective::{Losses, Teacher, TrainBatch, distance, load_balance, objective};
 pub use prepare::{Recovery, finish_recovery, prepare_recovery};
 pub use schedule::{Annealing, AnnealingShape, Decay, LearningRate};
 pub use trainer::{Folders, Group, Outcome, TrainOptions, train};

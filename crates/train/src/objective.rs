@@ -1,7 +1,9 @@
-//! The loss: next-token cross entropy on target tokens, plus load balancing where it is asked for.
+//! The loss: next-token cross entropy on target tokens, plus load balancing and the distance to a
+//! teacher where they are asked for.
 
 use crate::{Error, Result};
-use candle_core::Tensor;
+use candle_core::{D, Tensor};
+use candle_nn::ops::log_softmax;
 use lightmoe_kernels::cross_entropy;
 use lightmoe_models::{Decoder, LanguageModel, Routing, Tokens};
 
@@ -39,12 +41,52 @@ pub fn load_balance(routing: &[Routing]) -> Result<Tensor> {
     Ok((sum / routing.len() as f64)?)
 }
 
-/// Mean cross entropy in nats over the batch's targets, and the load-balancing loss if `balance`.
+/// A model that another one learns from: the uncompressed one, as MC-SMoE recovers
+/// (arXiv 2310.01334, section 3.2).
+#[derive(Clone, Copy)]
+pub struct Teacher<'a> {
+    /// The model; nothing of it is trained.
+    pub model: &'a Decoder,
+    /// Weight of the distance to it beside the cross entropy.
+    pub weight: f64,
+    /// What the logits of both are divided by.
+    pub temperature: f64,
+}
+
+/// The parts of the objective.
+#[derive(Debug, Clone)]
+pub struct Losses {
+    /// Mean cross entropy over the batch's targets, nats. `[]`
+    pub task: Tensor,
+    /// Load-balancing loss, if asked for. `[]`
+    pub balance: Option<Tensor>,
+    /// Distance to the teacher, if there is one: see [`distance`]. `[]`
+    pub distance: Option<Tensor>,
+}
+
+/// `τ² · KL(softmax(teacher / τ) ‖ softmax(student / τ))`, the mean over rows, nats; both `[rows, V]`.
+/// `τ²` keeps the size of the gradient whatever the temperature `τ` (Hinton, arXiv 1503.02531).
+pub fn distance(student: &Tensor, teacher: &Tensor, temperature: f64) -> Result<Tensor> {
+    let log_probability = |logits: &Tensor| -> Result<Tensor> {
+        Ok(log_softmax(&(logits / temperature)?, D::Minus1)?)
+    };
+    let (own, other) = (
+        log_probability(student)?,
+        log_probability(&teacher.detach())?,
+    );
+    let gap = (other.exp()? * (other - own)?)?
+        .sum(D::Minus1)?
+        .mean_all()?;
+    Ok((gap * temperature.powi(2))?)
+}
+
+/// The objective's parts on a batch.
 pub fn objective(
     model: &Decoder,
     batch: &TrainBatch,
     balance: bool,
-) -> Result<(Tensor, Option<Tensor>)> {
+    teacher: Option<&Teacher<'_>>,
+) -> Result<Losses> {
     let len = batch.tokens.len() / batch.rows.max(1);
     let at: Vec<u32> = (0..batch.tokens.len())
         .filter(|i| i % len + 1 < len && batch.loss_mask[i + 1])
@@ -67,12 +109,16 @@ pub fn objective(
         }
         Ok(())
     })?;
-    let hidden = hidden.index_select(&Tensor::new(at, hidden.device())?, 0)?;
-    let loss = cross_entropy(&model.logits(&hidden)?, &targets)?.mean_all()?;
-    let balance = if balance {
-        Some(load_balance(&routing)?)
-    } else {
-        None
+    let at = Tensor::new(at, hidden.device())?;
+    let logits = model.logits(&hidden.index_select(&at, 0)?)?;
+    let of_teacher = |teacher: &Teacher<'_>| -> Result<Tensor> {
+        let hidden = teacher.model.forward(tokens, None, &mut |_, _, _| Ok(()))?;
+        let theirs = teacher.model.logits(&hidden.index_select(&at, 0)?)?;
+        distance(&logits, &theirs, teacher.temperature)
     };
-    Ok((loss, balance))
+    Ok(Losses {
+        task: cross_entropy(&logits, &targets)?.mean_all()?,
+        balance: balance.then(|| load_balance(&routing)).transpose()?,
+        distance: teacher.map(of_teacher).transpose()?,
+    })
 }

@@ -1,10 +1,10 @@
 //! The training loop.
 
 use crate::curve::{Curve, Point};
-use crate::objective::{TrainBatch, objective};
+use crate::objective::{Teacher, TrainBatch, objective};
 use crate::schedule::{Annealing, LearningRate};
 use crate::{Error, Result, state};
-use candle_core::Var;
+use candle_core::{Tensor, Var};
 use lightmoe_kernels::{AdamW, Moments};
 use lightmoe_models::{Decoder, ParameterKind};
 use std::path::PathBuf;
@@ -71,12 +71,13 @@ pub(crate) struct Parameter {
 
 /// Trains the parameters of `model` that the groups name. `batch(step)` must be a pure function.
 /// A checkpoint found in the state folder is continued. `each` sees every step and may stop the run
-/// by `false`.
+/// by `false`. With a `teacher` the model learns from it beside the batches.
 pub fn train(
     model: &mut Decoder,
     options: &TrainOptions,
     folders: &Folders,
     batch: &dyn Fn(usize) -> Result<TrainBatch>,
+    teacher: Option<&Teacher<'_>>,
     each: &mut dyn FnMut(&Point) -> bool,
 ) -> Result<Outcome> {
     let mut parameters = select(model, &options.groups)?;
@@ -86,7 +87,13 @@ pub fn train(
     for step in start..options.steps {
         let beta = options.annealing.beta(step, options.steps);
         model.banks_mut().for_each(|bank| bank.anneal(beta));
-        let point = advance(model, options, step, beta, &batch(step)?, &mut parameters)?;
+        let point = advance(
+            model,
+            options,
+            (step, beta),
+            (&batch(step)?, teacher),
+            &mut parameters,
+        )?;
         curve.push(&point)?;
         let go_on = each(&point);
         let done = step + 1;
@@ -130,16 +137,18 @@ fn select(model: &mut Decoder, groups: &[Group]) -> Result<Vec<Parameter>> {
 fn advance(
     model: &Decoder,
     options: &TrainOptions,
-    step: usize,
-    beta: f64,
-    batch: &TrainBatch,
+    (step, beta): (usize, f64),
+    (batch, teacher): (&TrainBatch, Option<&Teacher<'_>>),
     parameters: &mut [Parameter],
 ) -> Result<Point> {
-    let (loss, balance) = objective(model, batch, options.balance > 0.0)?;
-    let total = match &balance {
-        Some(balance) => (&loss + (balance * options.balance)?)?,
-        None => loss.clone(),
-    };
+    let losses = objective(model, batch, options.balance > 0.0, teacher)?;
+    let mut total = losses.task.clone();
+    if let Some(balance) = &losses.balance {
+        total = (total + (balance * options.balance)?)?;
+    }
+    if let (Some(distance), Some(teacher)) = (&losses.distance, teacher) {
+        total = (total + (distance * teacher.weight)?)?;
+    }
     let grads = total.backward()?;
     let mut squares = 0.0;
     for p in parameters.iter() {
@@ -147,7 +156,7 @@ fn advance(
             squares += f64::from(grad.sqr()?.sum_all()?.to_scalar::<f32>()?);
         }
     }
-    let (loss, grad_norm) = (f64::from(loss.to_scalar::<f32>()?), squares.sqrt());
+    let (loss, grad_norm) = (f64::from(losses.task.to_scalar::<f32>()?), squares.sqrt());
     if !loss.is_finite() || !grad_norm.is_finite() {
         return Err(Error::Invalid(format!(
             "step {step}: the loss is {loss} and the gradient's norm {grad_norm}; lower the \
@@ -171,14 +180,15 @@ fn advance(
             update.update(p.var.as_tensor(), grad, &mut p.moments)?;
         }
     }
-    let balance = balance
-        .map(|b| b.to_scalar::<f32>())
-        .transpose()?
-        .map(f64::from);
+    let scalar = |part: Option<Tensor>| -> Result<Option<f64>> {
+        let value = part.map(|part| part.to_scalar::<f32>()).transpose()?;
+        Ok(value.map(f64::from))
+    };
     Ok(Point {
         step,
         loss,
-        balance,
+        balance: scalar(losses.balance)?,
+        distance: scalar(losses.distance)?,
         lr,
         beta,
         grad_norm,

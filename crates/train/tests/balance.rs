@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use lightmoe_models::{Decoder, LanguageModel, ModelConfig, ParameterKind, Routing, Tokens};
-use lightmoe_train::{TrainBatch, load_balance, objective};
+use lightmoe_train::{TrainBatch, distance, load_balance, objective};
 use std::path::Path;
 
 /// A routing with these probabilities `[T, E]` and choices `[T · K]`.
@@ -193,7 +193,8 @@ fn the_objective_balances_every_router() {
         .unwrap();
     assert_eq!(values.len(), 3);
     let expected = values.iter().sum::<f64>() / 3.0;
-    let (loss, balance) = objective(&model, &batch, true).unwrap();
+    let losses = objective(&model, &batch, true, None).unwrap();
+    let (loss, balance) = (losses.task, losses.balance);
     let balance = balance.unwrap();
     let ours = f64::from(balance.to_scalar::<f32>().unwrap());
     assert!((ours - expected).abs() < 1e-5, "{ours} is not {expected}");
@@ -204,8 +205,51 @@ fn the_objective_balances_every_router() {
         assert!(size.to_scalar::<f32>().unwrap() > 1e-5, "layer {layer}");
     }
     // Without balancing the loss on the tokens is the same and nothing else is there.
-    let (alone, none) = objective(&model, &batch, false).unwrap();
+    let losses = objective(&model, &batch, false, None).unwrap();
+    let (alone, none) = (losses.task, losses.balance);
     assert!(none.is_none());
     let losses = [loss, alone].map(|l| l.to_scalar::<f32>().unwrap());
     assert_eq!(losses[0], losses[1]);
+}
+
+/// Against the formula, and by finite differences: a student moves towards its teacher.
+#[test]
+fn the_distance_to_a_teacher() {
+    let (rows, width, temperature) = (3, 5, 2.0);
+    let numbers = |start: f64| -> Vec<f64> {
+        (0..rows * width)
+            .map(|i| (start + i as f64 * 1.7).sin() * 2.0)
+            .collect()
+    };
+    let tensor = |v: &[f64]| Tensor::from_vec(v.to_vec(), (rows, width), &Device::Cpu).unwrap();
+    let (own, other) = (numbers(0.3), numbers(1.1));
+    let expected = |own: &[f64]| -> f64 {
+        let log_softmax = |row: &[f64]| -> Vec<f64> {
+            let sum: f64 = row.iter().map(|v| (v / temperature).exp()).sum();
+            row.iter().map(|v| v / temperature - sum.ln()).collect()
+        };
+        let of_row = |(own, other): (&[f64], &[f64])| -> f64 {
+            let (p, q) = (log_softmax(other), log_softmax(own));
+            p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum()
+        };
+        let sum: f64 = own.chunks(width).zip(other.chunks(width)).map(of_row).sum();
+        temperature * temperature * sum / rows as f64
+    };
+    let student = Var::from_tensor(&tensor(&own)).unwrap();
+    let found = distance(student.as_tensor(), &tensor(&other), temperature).unwrap();
+    let value = found.to_scalar::<f64>().unwrap();
+    assert!((value - expected(&own)).abs() < 1e-12 && value > 0.0);
+    let grads = found.backward().unwrap();
+    let grad = grads.get(&student).unwrap().flatten_all().unwrap();
+    for (i, grad) in grad.to_vec1::<f64>().unwrap().into_iter().enumerate() {
+        let moved = |step: f64| {
+            let mut own = own.clone();
+            own[i] += step;
+            expected(&own)
+        };
+        let slope = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+        assert!((slope - grad).abs() < 1e-8, "{i}: {grad} is not {slope}");
+    }
+    let same = distance(&tensor(&own), &tensor(&own), temperature).unwrap();
+    assert!(same.to_scalar::<f64>().unwrap().abs() < 1e-12);
 }

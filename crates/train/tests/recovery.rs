@@ -159,7 +159,7 @@ fn batch(step: usize) -> Result<TrainBatch> {
 /// Trains to the end and returns the curve.
 #[track_caller]
 fn finish(model: &mut Decoder, options: &TrainOptions, folders: &Folders) -> Vec<Point> {
-    let outcome = train(model, options, folders, &batch, &mut |_| true).unwrap();
+    let outcome = train(model, options, folders, &batch, None, &mut |_| true).unwrap();
     assert_eq!(outcome, Outcome::Finished);
     Curve::read(&folders.logs).unwrap()
 }
@@ -168,7 +168,7 @@ fn finish(model: &mut Decoder, options: &TrainOptions, folders: &Folders) -> Vec
 #[track_caller]
 fn interrupt(model: &mut Decoder, folders: &Folders, last: usize) {
     let each = &mut |p: &Point| p.step < last;
-    let outcome = train(model, &options(), folders, &batch, each).unwrap();
+    let outcome = train(model, &options(), folders, &batch, None, each).unwrap();
     assert_eq!(outcome, Outcome::Interrupted);
 }
 
@@ -180,7 +180,7 @@ fn failure(
     folders: &Folders,
     batch: &dyn Fn(usize) -> Result<TrainBatch>,
 ) -> String {
-    train(model, options, folders, batch, &mut |_| true)
+    train(model, options, folders, batch, None, &mut |_| true)
         .expect_err("nothing was noticed")
         .to_string()
 }

@@ -80,6 +80,7 @@ fn curve() -> Vec<Point> {
             step,
             loss: 0.6 + 2.4 * (-x / 60.0).exp() + 0.08 * (x * 1.7).sin() * (x * 0.31).cos(),
             balance: None,
+            distance: None,
             lr: 1e-3,
             beta: (1.0 - x / 150.0).max(0.0),
             grad_norm: 1.0,
