@@ -111,7 +111,7 @@ pub fn forecast(
 /// [`Refused`], naming the folder.
 pub fn check_original(checkpoint: &Checkpoint) -> Result<(), Refused> {
     let mut layers = checkpoint.layout().layers.values();
-    match layers.any(|layer| layer.adapted().next().is_some()) {
+    match layers.any(|layer| layer.adapted().next().is_some() || layer.mixture().is_some()) {
         false => Ok(()),
         true => Err(Refused(format!(
             "`{}` is compressed already; give the original model, or its dense export",

@@ -5,6 +5,7 @@ mod d2moe;
 mod drop;
 pub mod hcsmoe;
 mod lightmoe;
+pub(crate) mod mobe;
 mod msmoe;
 pub mod ream;
 mod svd;
@@ -55,6 +56,8 @@ pub enum MethodName {
     /// One base for all experts of a layer, and whitened factors of the differences (D²-MoE,
     /// arXiv 2502.17298).
     D2moe,
+    /// Gate and up mixed from the layer's bases (MoBE, arXiv 2508.05257).
+    Mobe,
 }
 
 /// What a method does to experts.
@@ -74,7 +77,7 @@ pub enum Kind {
 
 impl MethodName {
     /// Every method, in the order in which messages list them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Lightmoe,
         Self::Replace,
         Self::Lora,
@@ -89,6 +92,7 @@ impl MethodName {
         Self::Ream,
         Self::Svd,
         Self::D2moe,
+        Self::Mobe,
     ];
 
     /// The name in recipes, plans and on the command line.
@@ -108,6 +112,7 @@ impl MethodName {
             Self::Ream => "ream",
             Self::Svd => "svd",
             Self::D2moe => "d2moe",
+            Self::Mobe => "mobe",
         }
     }
 
@@ -117,7 +122,7 @@ impl MethodName {
             Self::Lora => Kind::Keep,
             Self::Lightmoe | Self::Replace => Kind::Replace,
             Self::Msmoe | Self::Hcsmoe | Self::Ream => Kind::Merge,
-            Self::Svd | Self::D2moe => Kind::Factorise,
+            Self::Svd | Self::D2moe | Self::Mobe => Kind::Factorise,
             _ => Kind::Drop,
         }
     }
@@ -131,7 +136,8 @@ impl MethodName {
     /// What it needs to be observed beside routing and outputs.
     pub fn statistics(self) -> Statistics {
         Statistics {
-            moments: self.kind() == Kind::Factorise,
+            // MoBE asks the weights alone.
+            moments: matches!(self, Self::Svd | Self::D2moe),
             all_outputs: self == Self::Hcsmoe,
         }
     }
@@ -397,6 +403,7 @@ pub fn plan(
         MethodName::Ream => ream::plan(config, observations, ratio, options),
         MethodName::Svd => svd::plan(config, observations, ratio, options),
         MethodName::D2moe => d2moe::plan(config, observations, ratio, options),
+        MethodName::Mobe => mobe::plan(config, observations, ratio, options),
         _ => drop::plan(config, observations, ratio, method, options),
     }
 }
