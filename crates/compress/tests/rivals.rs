@@ -9,7 +9,6 @@ use lightmoe_compress::align::{permutation, permuted};
 use lightmoe_compress::factor::{Gram, singular_values, whitened};
 use lightmoe_compress::merge::merge;
 use lightmoe_compress::methods::{MethodName, Target, plan, successor};
-use lightmoe_compress::mixture::fit;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::{Plan, SlotForm};
 use lightmoe_compress::ranks::RankRule;
@@ -125,64 +124,6 @@ proptest! {
             if rank == out.min(width) {
                 prop_assert!(distance(&product, &w) < 1e-3);
             }
-        }
-    }
-}
-
-/// Matrices made by the form itself, for which its rank and number of bases are enough.
-fn mixtures(n: usize, bases: usize, rank: usize, [f, h]: [usize; 2]) -> Tensor {
-    let mut rng = ChaCha8Rng::seed_from_u64(4);
-    let stack = random(&mut rng, &[bases, rank, h]);
-    let weights = (random(&mut rng, &[n, bases]) * 2.0)
-        .unwrap()
-        .exp()
-        .unwrap();
-    let shares = weights.broadcast_div(&weights.sum_keepdim(1).unwrap());
-    let sums = shares
-        .unwrap()
-        .matmul(&(stack.reshape((bases, rank * h)).unwrap() * 3.0).unwrap());
-    let inner = sums.unwrap().reshape((n, rank, h)).unwrap().silu().unwrap();
-    random(&mut rng, &[n, f, rank]).matmul(&inner).unwrap()
-}
-
-#[test]
-fn matrices_of_the_form_are_fitted() {
-    let made = mixtures(8, 2, 4, [16, 32]);
-    let fitted = fit(&made, 2, 4).unwrap();
-    assert_eq!(fitted.bases.dims(), [2, 4, 32]);
-    assert_eq!(fitted.weights.dims(), [8, 2]);
-    assert_eq!(fitted.transforms.dims(), [8, 16, 4]);
-    assert!(fitted.loss < 0.01, "{}", fitted.loss);
-    let again = fit(&made, 2, 4).unwrap();
-    assert_eq!(values(&fitted.transforms), values(&again.transforms));
-    assert_eq!(values(&fitted.bases), values(&again.bases));
-}
-
-/// One basis is enough for copies of one matrix, and loses no more than a tenth beside the best factors.
-#[test]
-fn equal_experts_share_one_basis() {
-    let mut rng = ChaCha8Rng::seed_from_u64(5);
-    let own = random(&mut rng, &[12, 20]);
-    let copies = Tensor::stack(&[&own; 6], 0).unwrap();
-    assert!(fit(&copies, 1, 12).unwrap().loss < 1e-3);
-    let singular = singular_values(&own, &Gram::zero(20)).unwrap();
-    let energy = |s: &[f64]| s.iter().map(|s| s * s).sum::<f64>();
-    let best = energy(&singular[5..]) / energy(&singular);
-    let loss = fit(&copies, 3, 5).unwrap().loss;
-    assert!(loss < 1.1 * best, "{loss}, {best}");
-}
-
-/// More bases than experts, and matrices of zeros.
-#[test]
-fn degenerate_fits_are_finite() {
-    let mut rng = ChaCha8Rng::seed_from_u64(6);
-    for matrices in [
-        random(&mut rng, &[1, 4, 6]),
-        Tensor::zeros((3, 4, 6), DType::F32, &Device::Cpu).unwrap(),
-    ] {
-        let fitted = fit(&matrices, 2, 4).unwrap();
-        for tensor in [fitted.bases, fitted.weights, fitted.transforms] {
-            assert!(values(&tensor).iter().all(|v| v.is_finite()));
         }
     }
 }
