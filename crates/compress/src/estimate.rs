@@ -3,6 +3,7 @@
 use lightmoe_models::config::ModelConfig;
 use serde::{Deserialize, Serialize};
 
+use crate::methods::mobe::Shape;
 use crate::methods::{Kind, MethodName, PlanOptions, check_ratio};
 use crate::size::adapter_parameters;
 use crate::{Error, Result};
@@ -47,6 +48,9 @@ pub fn estimate(
     if method.kind() == Kind::Replace {
         options.check_replacing(config)?;
         return forecast(config, ratio, options);
+    }
+    if method == MethodName::Mobe {
+        Shape::of(config, ratio)?;
     }
     let whole = PlanOptions {
         rank: 0,

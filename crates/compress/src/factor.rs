@@ -12,6 +12,7 @@
 
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
+use faer::linalg::solvers::Solve;
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Mat, MatRef, Par, Side};
 
@@ -160,4 +161,22 @@ pub fn whitened(w: &Tensor, gram: &Gram, rank: usize) -> Result<Factors> {
         a: tensor(a.as_ref())?,
         b: tensor(b.as_ref())?,
     })
+}
+
+/// The `A: [out, rank]` for which `A·v` is closest to `w: [out, in]`, `v: [rank, in]`. Rows of `v` that
+/// depend on each other are told apart by a tiny multiple of the identity.
+///
+/// # Errors
+/// If numbers are not finite.
+pub fn least_squares(w: &Tensor, v: &Tensor) -> Result<Tensor> {
+    let (w, v) = (matrix(w)?, matrix(v)?);
+    let mut gram = &v * v.transpose();
+    let rank = gram.nrows();
+    let mean = (0..rank).map(|i| gram[(i, i)]).sum::<f64>() / rank.max(1) as f64;
+    (0..rank).for_each(|i| gram[(i, i)] += 1e-8 * mean + f64::MIN_POSITIVE);
+    let factor = gram.llt(Side::Lower).map_err(|_| {
+        Error::Invalid("the bases of mixed experts are no numbers any more; report it".to_owned())
+    })?;
+    let transposed = factor.solve(&v * w.transpose());
+    tensor(transposed.transpose())
 }

@@ -22,6 +22,7 @@ pub mod factor;
 pub mod group;
 pub mod merge;
 pub mod methods;
+pub mod mixture;
 pub mod moments;
 pub mod observations;
 pub mod plan;

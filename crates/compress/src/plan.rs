@@ -83,7 +83,8 @@ impl From<&ModelConfig> for ModelSummary {
 pub struct PlanSettings {
     /// Rank of the adapter of each replaced expert.
     pub rank: usize,
-    /// Rank of the adapter that each kept expert has while training; merged at the end.
+    /// Rank of the adapter that each kept expert, and the down matrix of each mixed one, has while
+    /// training; merged at the end.
     pub kept_rank: usize,
     /// Shared bases wanted per layer; 0 for adapters alone.
     pub groups: usize,
@@ -100,7 +101,8 @@ pub struct PlanSettings {
     /// base itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_rank: Option<usize>,
-    /// How many components of each replaced expert's adapter train, the last ones; `None` for all.
+    /// How many components of each replaced expert's adapter, or mixture, train, the last ones; `None`
+    /// for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trained_rank: Option<usize>,
 }
@@ -193,6 +195,14 @@ impl LayerPlan {
         std::iter::once(expert).chain(others).collect()
     }
 
+    /// Bases and rank of the mixed slots; `None` without such slots.
+    pub fn mixture(&self) -> Option<(usize, usize)> {
+        self.slots.iter().find_map(|slot| match slot.form {
+            SlotForm::Mixed { bases, rank } => Some((bases, rank)),
+            _ => None,
+        })
+    }
+
     /// How many experts are replaced.
     pub fn replaced(&self) -> usize {
         self.slots.iter().filter(|s| s.form.is_replaced()).count()
@@ -226,6 +236,13 @@ pub enum SlotForm {
         rank: usize,
         /// Whether the others of its group were drawn to this expert.
         dominant: bool,
+    },
+    /// Gate and up mixed from bases that all such slots of the layer share (MoBE).
+    Mixed {
+        /// How many bases.
+        bases: usize,
+        /// Rows of each.
+        rank: usize,
     },
     /// The mean of the expert's outputs (MoNE).
     Constant,
@@ -373,6 +390,16 @@ impl Plan {
                     rank,
                     dominant,
                 } => (group, rank, dominant),
+                SlotForm::Mixed { bases, rank } => {
+                    let fits = (1..=experts).contains(&bases) && (1..=widest).contains(&rank);
+                    if !fits || layer.mixture() != Some((bases, rank)) {
+                        return fail(format!(
+                            "mixed from {bases} bases of rank {rank}, expected 1 to {experts} of rank \
+                             1 to {widest}, alike in the whole layer; correct them"
+                        ));
+                    }
+                    continue;
+                }
                 SlotForm::Removed { into: Some(into) } => {
                     let target = layer.slots.get(into).map(|slot| slot.form);
                     if target != Some(SlotForm::Dense) {

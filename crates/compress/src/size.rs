@@ -20,6 +20,18 @@ fn scales(config: &ModelConfig) -> u64 {
     2 * config.hidden_size as u64 + config.moe.intermediate_size as u64
 }
 
+/// Parameters of what a mixed slot has of its own: transforms `[F, R]` and mixing weights `[M]` of gate and
+/// up, and the down matrix.
+fn mixed_parameters(config: &ModelConfig, bases: usize, rank: usize) -> u64 {
+    let f = config.moe.intermediate_size as u64;
+    config.expert_parameters() / 3 + 2 * (f * rank as u64 + bases as u64)
+}
+
+/// Parameters of the bases that the mixed slots of a layer share, `[M, R, H]` for gate and for up.
+fn basis_parameters(config: &ModelConfig, bases: usize, rank: usize) -> u64 {
+    2 * bases as u64 * rank as u64 * config.hidden_size as u64
+}
+
 /// What one layer of a plan adds to and takes from the model, in parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LayerSize {
@@ -27,7 +39,7 @@ pub struct LayerSize {
     pub removed: u64,
     /// Shared bases that come.
     pub bases: u64,
-    /// Adapters of the replaced slots that come.
+    /// Adapters of the replaced slots that come, and what mixed slots have of their own.
     pub adapters: u64,
     /// Vectors that stand for outputs, or scale inputs.
     pub vectors: u64,
@@ -58,12 +70,25 @@ impl LayerSize {
                     size.adapters += adapter(rank);
                     size.trained += adapter(settings.trained_rank.map_or(rank, |t| t.min(rank)));
                 }
+                SlotForm::Mixed { bases, rank } => {
+                    let own = |rank| mixed_parameters(config, bases, rank);
+                    let trained = settings.trained_rank.map_or(rank, |t| t.min(rank));
+                    size.removed += expert;
+                    size.adapters += own(rank);
+                    // In place of the down matrix an adapter trains.
+                    size.trained += own(trained) - expert / 3 + adapter(settings.kept_rank) / 3;
+                }
                 SlotForm::Constant => {
                     size.removed += expert;
                     size.vectors += config.hidden_size as u64;
                 }
                 SlotForm::Removed { .. } => size.removed += expert,
             }
+        }
+        if let Some((bases, rank)) = layer.mixture() {
+            let trained = settings.trained_rank.map_or(rank, |t| t.min(rank));
+            size.bases += basis_parameters(config, bases, rank);
+            size.trained += basis_parameters(config, bases, trained);
         }
         size
     }
@@ -103,7 +128,8 @@ pub fn parameters(
 /// A dense slot holds an expert; an adapted one its base, if it has one, and its adapter; a constant
 /// one `H` values. The average over the slots of a layer is weighted by how often the original
 /// router chose them. Removed slots have no weight: the router then chooses among the others, as many
-/// as before. A base counts for each chosen slot that uses it.
+/// as before. A base counts for each chosen slot that uses it; the bases that mixed slots share count
+/// once, and all of them, because each slot mixes all.
 pub fn active_parameters(
     config: &ModelConfig,
     layers: &[LayerPlan],
@@ -118,6 +144,10 @@ pub fn active_parameters(
             .filter(|s| !matches!(s.form, SlotForm::Removed { .. }));
         let choices = config.moe.top_k.min(left.count());
         let run = layer.main.unwrap_or(choices);
+        let basis = layer.mixture();
+        active += basis.map_or(0.0, |(bases, rank)| {
+            basis_parameters(config, bases, rank) as f64
+        });
         active += run as f64 * mean_slot(config, layer, seen) - config.moe.top_k as f64 * expert;
         active += (choices - run) as f64 * scales(config) as f64;
     }
@@ -132,6 +162,7 @@ fn mean_slot(config: &ModelConfig, layer: &LayerPlan, seen: &LayerObservations) 
         SlotForm::Adapted { group, rank, .. } => {
             Some(group.map_or(0, |_| expert) + adapter_parameters(config, rank))
         }
+        SlotForm::Mixed { bases, rank } => Some(mixed_parameters(config, bases, rank)),
         SlotForm::Constant => Some(config.hidden_size as u64),
         SlotForm::Removed { .. } => None,
     };

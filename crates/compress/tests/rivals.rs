@@ -21,12 +21,13 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tempfile::TempDir;
 
-const RIVALS: [MethodName; 5] = [
+const RIVALS: [MethodName; 6] = [
     MethodName::Msmoe,
     MethodName::Hcsmoe,
     MethodName::Ream,
     MethodName::Svd,
     MethodName::D2moe,
+    MethodName::Mobe,
 ];
 
 fn random(rng: &mut ChaCha8Rng, shape: &[usize]) -> Tensor {

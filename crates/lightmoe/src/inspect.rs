@@ -89,7 +89,7 @@ pub struct LayerSummary {
     /// Rank of the adapters.
     pub rank: usize,
     /// One character a slot: `#` dense, `0`–`9` the base of an adapted slot, `+` ten or more,
-    /// `.` an adapter alone, `c` a constant, a space a removed one.
+    /// `.` an adapter alone, `m` mixed from bases, `c` a constant, a space a removed one.
     pub slots: String,
 }
 
@@ -198,6 +198,7 @@ fn layers(layout: &BankLayout) -> Vec<LayerSummary> {
             .iter()
             .map(|s| match s {
                 SlotLayout::Dense => '#',
+                SlotLayout::Mixed { .. } => 'm',
                 SlotLayout::Constant => 'c',
                 SlotLayout::Removed => ' ',
                 SlotLayout::Adapted { group: None, .. } => '.',

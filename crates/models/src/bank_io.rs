@@ -1,6 +1,6 @@
 //! The bank from and to the tensors of a checkpoint.
 
-use crate::bank::{Adapters, Bank, Order, Projections, Scales};
+use crate::bank::{Adapters, Bank, MixedSlots, Mixture, Order, Projections, Scales};
 use crate::checkpoint::Checkpoint;
 use crate::layout::{LayerLayout, SlotLayout};
 use crate::{Error, Result, names};
@@ -27,6 +27,7 @@ impl Bank {
             frozen: None,
             trained_components: 0,
             scales: None,
+            mixed: None,
             constants: None,
             originals: None,
             beta: 0.0,
@@ -44,6 +45,14 @@ impl Bank {
         if layout.rank() > 0 {
             let (experts, ranks) = (bank.adapted_experts(), &bank.order.ranks);
             bank.adapters = Some(load_adapters(checkpoint, layer, experts, ranks)?);
+        }
+        if let Some(mixture) = layout.mixture() {
+            bank.mixed = Some(load_mixed(
+                checkpoint,
+                layer,
+                bank.mixed_experts(),
+                mixture,
+            )?);
         }
         if !bank.constant_experts().is_empty() {
             let experts = bank.constant_experts().iter();
@@ -111,6 +120,25 @@ impl Bank {
         for (projection, scales) in self.scales.iter().flat_map(Scales::named) {
             out.push((names::scales(layer, projection), scales.clone()));
         }
+        if let Some(mixed) = &self.mixed {
+            for (projection, mixture) in mixed.named() {
+                for basis in 0..mixture.bases.dim(0)? {
+                    let name = names::basis(layer, basis, projection);
+                    out.push((name, mixture.bases.get(basis)?));
+                }
+            }
+            for (i, &expert) in self.mixed_experts().iter().enumerate() {
+                let mut push = |part: &str, stack: &Tensor| {
+                    out.push((names::expert(layer, expert, part), stack.get(i)?));
+                    Ok::<_, candle_core::Error>(())
+                };
+                for (projection, mixture) in mixed.named() {
+                    push(&format!("{projection}.transform"), &mixture.transforms)?;
+                    push(&format!("{projection}.mixing"), &mixture.weights)?;
+                }
+                push("down_proj", &mixed.down)?;
+            }
+        }
         if let Some(constants) = &self.constants {
             for (i, &expert) in self.constant_experts().iter().enumerate() {
                 out.push((names::constant(layer, expert), constants.get(i)?));
@@ -152,6 +180,13 @@ pub fn multiplied_out(
         checkpoint.tensor(&name, shape)
     };
     let (group, rank) = match slot {
+        Some(SlotLayout::Mixed { .. }) if !names::MIXED.contains(&projection) => {
+            return own("", &[rows, columns]);
+        }
+        Some(&SlotLayout::Mixed { bases, rank }) => {
+            let mixture = load_mixture(checkpoint, layer, &[expert], (bases, rank), projection)?;
+            return Ok(mixture.products()?.get(0)?);
+        }
         Some(SlotLayout::Dense) => return own("", &[rows, columns]),
         Some(&SlotLayout::Adapted { group, rank }) => (group, rank),
         _ => {
@@ -177,6 +212,48 @@ pub fn multiplied_out(
             "expert {expert} of layer {layer} has neither base nor adapter; build the model again"
         ))),
     }
+}
+
+/// The matrices of mixed slots over `mixture` = (bases, rank).
+fn load_mixed(
+    checkpoint: &Checkpoint,
+    layer: usize,
+    experts: &[usize],
+    mixture: (usize, usize),
+) -> Result<MixedSlots> {
+    let [gate, up] = names::MIXED.map(|p| load_mixture(checkpoint, layer, experts, mixture, p));
+    let (_, down) = whole(checkpoint);
+    let names = experts
+        .iter()
+        .map(|&e| names::expert(layer, e, "down_proj"));
+    Ok(MixedSlots {
+        gate: gate?,
+        up: up?,
+        down: checkpoint.stack(&names.collect::<Vec<_>>(), &down)?,
+        down_adapters: None,
+    })
+}
+
+/// Bases, transforms and mixing weights of one of the two matrices of `experts`.
+fn load_mixture(
+    checkpoint: &Checkpoint,
+    layer: usize,
+    experts: &[usize],
+    (bases, rank): (usize, usize),
+    projection: &str,
+) -> Result<Mixture> {
+    let ([f, h], _) = whole(checkpoint);
+    let stack = |part: &str, shape: &[usize]| {
+        let part = format!("{projection}.{part}");
+        let names = experts.iter().map(|&e| names::expert(layer, e, &part));
+        checkpoint.stack(&names.collect::<Vec<_>>(), shape)
+    };
+    let names = (0..bases).map(|basis| names::basis(layer, basis, projection));
+    Ok(Mixture::new(
+        checkpoint.stack(&names.collect::<Vec<_>>(), &[rank, h])?,
+        stack("mixing", &[bases])?,
+        stack("transform", &[f, rank])?,
+    ))
 }
 
 /// The name of a matrix by layer, expert or base, and projection.
@@ -262,8 +339,10 @@ impl Order {
         let mut adapted: Vec<_> = layout.adapted().collect();
         adapted.sort_unstable_by_key(|&(e, group, _)| (group.is_none(), group, e));
         experts.extend(adapted.iter().map(|(e, _, _)| e));
+        experts.extend(layout.mixed());
+        let mixed = experts.len() - dense - adapted.len();
         experts.extend(layout.of_form(SlotLayout::Constant));
-        let constants = experts.len() - dense - adapted.len();
+        let constants = experts.len() - dense - adapted.len() - mixed;
         experts.extend(layout.of_form(SlotLayout::Removed));
         let mut position = vec![0; experts.len()];
         for (p, &e) in experts.iter().enumerate() {
@@ -275,6 +354,7 @@ impl Order {
             groups: adapted.iter().filter_map(|(_, group, _)| *group).collect(),
             ranks: adapted.iter().map(|(_, _, rank)| *rank).collect(),
             dense,
+            mixed,
             constants,
         }
     }

@@ -36,7 +36,7 @@ pub enum ParameterKind {
     SharedExpert,
     /// Shared bases.
     Base,
-    /// Low-rank adapters.
+    /// Low-rank adapters, and what mixed slots have beside bases.
     Adapter,
     /// Vectors in place of experts.
     Constant,
@@ -211,6 +211,23 @@ impl Layer {
         }
         if let Some(constants) = &mut bank.constants {
             f("mlp.constants", ParameterKind::Constant, constants)?;
+        }
+        if let Some(mixed) = &mut bank.mixed {
+            for (name, mixture) in mixed.named_mut() {
+                f(&format!("mlp.basis.{name}"), Base, &mut mixture.bases)?;
+                let own = [
+                    ("transform", &mut mixture.transforms),
+                    ("mixing", &mut mixture.weights),
+                ];
+                for (what, tensor) in own {
+                    f(&format!("mlp.mixed.{what}.{name}"), Adapter, tensor)?;
+                }
+            }
+            f("mlp.mixed.down_proj", Expert, &mut mixed.down)?;
+            if let Some((a, b)) = &mut mixed.down_adapters {
+                f("mlp.mixed.lora_A.down_proj", Adapter, a)?;
+                f("mlp.mixed.lora_B.down_proj", Adapter, b)?;
+            }
         }
         let mut stack = |what: &str, kind, stack: Option<&mut crate::bank::Projections>| {
             for (name, tensor) in stack.into_iter().flat_map(|s| s.named_mut()) {

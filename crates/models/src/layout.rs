@@ -25,6 +25,14 @@ pub enum SlotLayout {
         /// Rank of the adapter of each of the three matrices.
         rank: usize,
     },
+    /// Gate and up mixed from bases that all such slots of the layer share, and the expert's own down
+    /// (MoBE, arXiv 2508.05257).
+    Mixed {
+        /// Number of the bases in this layer.
+        bases: usize,
+        /// Rows of each basis, and columns of the slot's transforms.
+        rank: usize,
+    },
     /// A vector in place of the expert's output (MoNE, arXiv 2507.00390); the gate multiplies it.
     Constant,
     /// Nothing: the router may not choose it.
@@ -74,6 +82,22 @@ impl LayerLayout {
             })
     }
 
+    /// Bases and rank of the mixed slots, which have them in common; `None` without such slots.
+    pub fn mixture(&self) -> Option<(usize, usize)> {
+        self.slots.iter().find_map(|slot| match *slot {
+            SlotLayout::Mixed { bases, rank } => Some((bases, rank)),
+            _ => None,
+        })
+    }
+
+    /// The mixed slots' experts, ascending.
+    pub fn mixed(&self) -> impl Iterator<Item = usize> + '_ {
+        let slots = self.slots.iter().enumerate();
+        slots
+            .filter(|(_, slot)| matches!(slot, SlotLayout::Mixed { .. }))
+            .map(|(expert, _)| expert)
+    }
+
     /// The experts of slots of this form, ascending.
     pub fn of_form(&self, form: SlotLayout) -> impl Iterator<Item = usize> + '_ {
         let slots = self.slots.iter().enumerate();
@@ -85,6 +109,24 @@ impl LayerLayout {
     /// The largest rank of the adapted slots, zero if there are none.
     pub fn rank(&self) -> usize {
         self.adapted().map(|(_, _, rank)| rank).max().unwrap_or(0)
+    }
+
+    fn check_mixture(&self, experts: usize, widest: usize) -> std::result::Result<(), String> {
+        let Some((bases, rank)) = self.mixture() else {
+            return Ok(());
+        };
+        if !(1..=experts).contains(&bases) || !(1..=widest).contains(&rank) {
+            return Err(format!(
+                "{bases} bases of rank {rank}, expected 1 to {experts} of rank 1 to {widest}"
+            ));
+        }
+        let alike = SlotLayout::Mixed { bases, rank };
+        match self.mixed().find(|&expert| self.slots[expert] != alike) {
+            Some(expert) => Err(format!(
+                "slot {expert} is mixed from other bases than the slots before it"
+            )),
+            None => Ok(()),
+        }
     }
 
     /// `widest`: the smaller side of an expert's matrices, which no rank exceeds.
@@ -104,6 +146,7 @@ impl LayerLayout {
                 self.rank()
             ));
         }
+        self.check_mixture(experts, widest)?;
         let mut used = vec![false; bases];
         for (expert, group, r) in self.adapted() {
             match group {
@@ -253,6 +296,10 @@ mod tests {
         SlotLayout::Adapted { group, rank }
     }
 
+    fn mixed(bases: usize, rank: usize) -> SlotLayout {
+        SlotLayout::Mixed { bases, rank }
+    }
+
     /// A layout with this first layer; the second is dense.
     fn layout(slots: &[SlotLayout]) -> BankLayout {
         let mut layout = BankLayout::dense(&config(None));
@@ -276,6 +323,7 @@ mod tests {
                 SlotLayout::Constant,
                 SlotLayout::Removed,
             ],
+            [mixed(2, 3), adapted(Some(0), 2), mixed(2, 3), DENSE],
         ] {
             let (original, layout) = (config(None), layout(&slots));
             let raw = layout.annotate(&original).unwrap();
@@ -345,6 +393,18 @@ mod tests {
         assert_refused(&one(adapted(Some(usize::MAX - 1), 2)), &["base"]);
         assert_refused(&one(adapted(Some(usize::MAX), 2)), &["base"]);
         assert_refused(&one(adapted(None, 0)), &["slot 1", "neither"]);
+        for (bases, rank) in [
+            (0, 2),
+            (5, 2),
+            (usize::MAX, 2),
+            (2, 0),
+            (2, 9),
+            (2, usize::MAX),
+        ] {
+            assert_refused(&one(mixed(bases, rank)), &["layer 0", "bases of rank"]);
+        }
+        let unlike = layout(&[mixed(2, 3), DENSE, mixed(2, 4), DENSE]);
+        assert_refused(&unlike, &["slot 2", "other bases"]);
         let mut missing = layout(&[DENSE, DENSE, DENSE, adapted(Some(0), 1)]);
         let second = missing.layers.remove(&1).unwrap();
         assert_refused(&missing, &["no layer 1"]);

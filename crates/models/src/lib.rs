@@ -35,7 +35,7 @@ pub mod parameters;
 pub mod random;
 
 pub use attention::LayerCache;
-pub use bank::{Adapters, Bank, ExpertRows, Projections, Scales};
+pub use bank::{Adapters, Bank, ExpertRows, MixedSlots, Mixture, Projections, Scales};
 pub use bank_io::{load_experts, multiplied_out};
 pub use candle_core::DType;
 pub use checkpoint::{Checkpoint, Extra};

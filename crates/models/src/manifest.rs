@@ -88,23 +88,35 @@ fn experts(config: &ModelConfig, number: usize, layout: &LayerLayout) -> Vec<Nam
             all.push((names::scales(number, projection), shape));
         }
     }
+    if let Some((bases, rank)) = layout.mixture() {
+        for basis in 0..bases {
+            for projection in names::MIXED {
+                all.push((names::basis(number, basis, projection), vec![rank, h]));
+            }
+        }
+    }
     for expert in layout.of_form(SlotLayout::Constant) {
         all.push((names::constant(number, expert), vec![h]));
     }
     for (expert, slot) in layout.slots.iter().enumerate() {
         for (projection, [out, width]) in names::PROJECTIONS.iter().zip(shapes) {
-            let mut push = |suffix: &str, shape: [usize; 2]| {
+            let mut push = |suffix: &str, shape: &[usize]| {
                 let name = names::expert(number, expert, &format!("{projection}{suffix}"));
                 all.push((name, shape.to_vec()));
             };
             match *slot {
-                SlotLayout::Dense => push("", [out, width]),
+                SlotLayout::Dense => push("", &[out, width]),
+                SlotLayout::Mixed { bases, rank } if names::MIXED.contains(projection) => {
+                    push(".transform", &[out, rank]);
+                    push(".mixing", &[bases]);
+                }
+                SlotLayout::Mixed { .. } => push("", &[out, width]),
                 SlotLayout::Adapted { rank: 0, .. }
                 | SlotLayout::Constant
                 | SlotLayout::Removed => {}
                 SlotLayout::Adapted { rank, .. } => {
-                    push(".lora_A", [rank, width]);
-                    push(".lora_B", [out, rank]);
+                    push(".lora_A", &[rank, width]);
+                    push(".lora_B", &[out, rank]);
                 }
             }
         }

@@ -4,7 +4,8 @@
 //! matrix of an expert. Where files differ, [`Scheme`] translates at the border: other names, or
 //! the experts of a layer stacked in one tensor as transformers 5 holds them. What replaces an
 //! expert has names of our own: a compressed slot keeps its expert's name with PEFT's
-//! `lora_A`/`lora_B`; bases stand beside the experts as `mlp.bases.<group>`.
+//! `lora_A`/`lora_B`, or has `transform` and `mixing` where it is mixed from the layer's
+//! `mlp.basis.<number>`; bases stand beside the experts as `mlp.bases.<group>`.
 
 use crate::families::Family;
 use crate::layout::{BankLayout, SlotLayout};
@@ -18,6 +19,9 @@ pub const HEAD: &str = "lm_head";
 
 /// The three matrices of an expert.
 pub const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+
+/// Those that mixed slots mix from bases.
+pub const MIXED: [&str; 2] = ["gate_proj", "up_proj"];
 
 /// `<name>.weight`, or `name` as it is if it is that of a bias.
 pub fn whole(name: &str) -> String {
@@ -40,8 +44,8 @@ pub fn layer_of(name: &str) -> Option<usize> {
     number.parse().ok()
 }
 
-/// One matrix of an expert; `projection` is one of [`PROJECTIONS`], optionally with `.lora_A` or
-/// `.lora_B`.
+/// One matrix of an expert; `projection` is one of [`PROJECTIONS`], optionally with `.lora_A`,
+/// `.lora_B`, `.transform` or `.mixing`.
 pub fn expert(layer_number: usize, expert: usize, projection: &str) -> String {
     layer(layer_number, &format!("mlp.experts.{expert}.{projection}"))
 }
@@ -54,6 +58,11 @@ pub fn base(layer_number: usize, group: usize, projection: &str) -> String {
 /// The vectors of all experts that scale the input of a projection.
 pub fn scales(layer_number: usize, projection: &str) -> String {
     layer(layer_number, &format!("mlp.scales.{projection}"))
+}
+
+/// One of the bases that mixed slots share; `projection` is one of [`MIXED`].
+pub fn basis(layer_number: usize, number: usize, projection: &str) -> String {
+    layer(layer_number, &format!("mlp.basis.{number}.{projection}"))
 }
 
 /// The vector that stands for an expert's output.
@@ -153,7 +162,7 @@ impl Scheme {
     }
 }
 
-/// The place of an expert's own matrix in the stack of its layer; `None` for any other tensor.
+/// The place of a dense slot's matrix in the stack of its layer; `None` for any other tensor.
 fn fused(name: &str, shape: &[usize], layout: &BankLayout) -> Option<Place> {
     let (number, rest) = name
         .strip_prefix("model.layers.")?
@@ -163,6 +172,9 @@ fn fused(name: &str, shape: &[usize], layout: &BankLayout) -> Option<Place> {
     let projection = rest.strip_suffix(".weight")?;
     let part = PROJECTIONS.iter().position(|p| *p == projection)?;
     let slots = &layout.layers.get(&number)?.slots;
+    if slots.get(expert) != Some(&SlotLayout::Dense) {
+        return None;
+    }
     let dense = |slots: &[SlotLayout]| slots.iter().filter(|s| **s == SlotLayout::Dense).count();
     let (before, all) = (dense(slots.get(..expert)?), dense(slots));
     let (&[rows, columns], size) = (shape, shape.iter().product::<usize>()) else {

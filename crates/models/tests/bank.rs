@@ -6,12 +6,13 @@ mod support;
 
 use candle_core::{DType, Device, Tensor};
 use lightmoe_models::{
-    Bank, Checkpoint, Decoder, LanguageModel, LayerLayout, SlotLayout, load_experts, names,
+    Bank, Checkpoint, Decoder, LanguageModel, LayerLayout, SlotLayout, load_experts,
+    multiplied_out, names,
 };
 use serde_json::json;
 use support::{
     DENSE, FORMS, Folder, Form, PROJECTIONS, Random, adapted, annealing, assert_close, bank_of,
-    config, config_with, logits, stacks, values,
+    config, config_with, logits, mixed, mixtures, stacks, values,
 };
 
 const F32: f64 = 1e-5;
@@ -75,6 +76,24 @@ fn slot(
         match compressed.layout().layers[&layer].slots[expert] {
             SlotLayout::Dense => Matrix::read(compressed, &names::expert(layer, expert, p), shape),
             SlotLayout::Constant | SlotLayout::Removed => Matrix::zero(shape[0], shape[1]),
+            SlotLayout::Mixed { .. } if p == "down_proj" => {
+                Matrix::read(compressed, &names::expert(layer, expert, p), shape)
+            }
+            SlotLayout::Mixed { bases, rank } => {
+                let own = |part: &str| names::expert(layer, expert, &format!("{p}.{part}"));
+                let weights = values(&compressed.tensor(&own("mixing"), &[bases]).unwrap());
+                let sum: f64 = weights.iter().map(|w| w.exp()).sum();
+                let mut inner = Matrix::zero(rank, shape[1]);
+                for (b, w) in weights.iter().enumerate() {
+                    let name = names::basis(layer, b, p);
+                    let basis = Matrix::read(compressed, &name, [rank, shape[1]]);
+                    inner.add(w.exp() / sum, &basis);
+                }
+                for v in &mut inner.values {
+                    *v /= 1.0 + (-*v).exp();
+                }
+                Matrix::read(compressed, &own("transform"), [shape[0], rank]).product(&inner)
+            }
             SlotLayout::Adapted { group, rank } => {
                 let mut whole = Matrix::zero(shape[0], shape[1]);
                 if beta > 0.0 {
@@ -145,6 +164,9 @@ fn check(
     for stack in stacks(bank) {
         *stack = stack.map(|t| Ok(t.to_dtype(DType::F64)?)).unwrap();
     }
+    for tensor in mixtures(bank) {
+        *tensor = tensor.to_dtype(DType::F64).unwrap();
+    }
     if let Some(constants) = &mut bank.constants {
         *constants = constants.to_dtype(DType::F64).unwrap();
     }
@@ -157,7 +179,7 @@ fn check(
 fn the_bank_computes_the_formula() {
     let folder = Folder::new();
     let original = folder.original(&config());
-    for form in FORMS.into_iter().chain([Form::Every]) {
+    for form in FORMS.into_iter().chain([Form::Every, Form::Mixture]) {
         let compressed = folder.compressed(&original, form.slots());
         let both = (&compressed, &original);
         for layer in 0..2 {
@@ -394,4 +416,53 @@ fn compressed_experts_scale_what_the_main_ones_are_given() {
         let expected = Tensor::from_vec(expected, (tokens, h), &Device::Cpu).unwrap();
         assert_close(&bank.forward(&x, &gates, &chosen).unwrap(), &expected, F32);
     }
+}
+
+/// Frozen components compute as before, and come back in their place.
+#[test]
+fn mixtures_compute_the_same_while_they_train() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let compressed = folder.compressed(&original, Form::Mixture.slots());
+    let ids = Random::new(2).ids(12);
+    let mut model = Decoder::load(&compressed).unwrap();
+    let (expected, written) = (logits(&model, &ids, 1), model.tensors().unwrap());
+    for trained in [0, 1, 3, 9] {
+        for bank in model.banks_mut() {
+            bank.freeze_components(trained).unwrap();
+            let rank = bank.mixed.as_ref().unwrap().gate.transforms.dim(2).unwrap();
+            assert!(rank <= trained);
+        }
+        assert_close(&logits(&model, &ids, 1), &expected, F32);
+        if trained < 4 {
+            let message = model.tensors().unwrap_err().to_string();
+            assert!(message.contains("finish the recovery"), "{message}");
+        }
+        model
+            .banks_mut()
+            .for_each(|bank| bank.join_components().unwrap());
+        for ((name, ours), (_, before)) in model.tensors().unwrap().iter().zip(&written) {
+            assert_eq!(values(ours), values(before), "{name}");
+        }
+    }
+}
+
+/// A model whose mixed experts hold the matrices multiplied out computes the same.
+#[test]
+fn mixtures_multiply_out() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let slots = vec![mixed(3, 4); 8];
+    let compressed = folder.compressed(&original, [slots.clone(), slots]);
+    let mut expected = Decoder::load(&original).unwrap();
+    for (l, bank) in expected.banks_mut().enumerate() {
+        let dense = bank.dense.as_mut().unwrap();
+        for (p, stack) in dense.named_mut() {
+            let shape = [stack.dims()[1], stack.dims()[2]];
+            let each = (0..8).map(|e| multiplied_out(&compressed, (l, e), p, shape).unwrap());
+            *stack = Tensor::stack(&each.collect::<Vec<_>>(), 0).unwrap();
+        }
+    }
+    let (model, ids) = (Decoder::load(&compressed).unwrap(), Random::new(2).ids(12));
+    assert_close(&logits(&model, &ids, 1), &logits(&expected, &ids, 1), F32);
 }

@@ -9,7 +9,7 @@ use lightmoe_kernels::cross_entropy;
 use lightmoe_models::{Adapters, Decoder, LanguageModel, LayerLayout, ParameterKind, Tokens};
 use rand::Rng;
 use serde_json::json;
-use support::{Folder, Form, Random, annealing, config, config_with, stacks, values};
+use support::{Folder, Form, Random, annealing, config, config_with, mixtures, stacks, values};
 
 const STEP: f64 = 1e-5;
 /// Relative to the largest gradient of the tensor: the truncation error of a central difference.
@@ -192,6 +192,28 @@ fn experts_that_only_scale() {
         let scales = kinds.iter().filter(|k| **k == ParameterKind::Scale);
         assert_eq!(scales.count(), 6);
     }
+}
+
+/// Mixed slots, with adapters on their down matrices and some components frozen.
+#[test]
+fn every_parameter_of_mixed_slots() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let compressed = folder.compressed(&original, Form::Mixture.slots());
+    check(annealing(&compressed, &original, 0.5), 0.5);
+    let mut model = annealing(&compressed, &original, 0.0);
+    let config = model.config().clone();
+    for (l, bank) in model.banks_mut().enumerate() {
+        // Whole here, since what is frozen stays in f32.
+        for tensor in mixtures(bank) {
+            *tensor = tensor.to_dtype(DType::F64).unwrap();
+        }
+        let fresh = Adapters::fresh(&config, l, bank.mixed_experts(), 2, 3).unwrap();
+        bank.freeze_components(2).unwrap();
+        let b = Random::new(6).tensor(fresh.as_ref().unwrap().b.down.dims(), 0.0, 0.5);
+        bank.mixed.as_mut().unwrap().down_adapters = fresh.map(|fresh| (fresh.a.down, b));
+    }
+    check(model, 0.0);
 }
 
 #[test]

@@ -6,11 +6,12 @@ use lightmoe_models::{Adapters, Checkpoint, Decoder, LanguageModel, load_experts
 /// What recovery adds to a built model while it trains.
 #[derive(Debug, Clone, Copy)]
 pub struct Recovery {
-    /// Rank of the adapters on kept experts; zero for none. They are merged at the end.
+    /// Rank of the adapters on kept experts, and on the down matrices of mixed ones; zero for none. They
+    /// are merged at the end.
     pub kept_rank: usize,
     /// Rank of the adapters of shared bases, merged at the end; `None` trains the bases themselves.
     pub base_rank: Option<usize>,
-    /// How many components of each adapted slot train, the last ones; `None` for all.
+    /// How many components of each adapted or mixed slot train, the last ones; `None` for all.
     pub trained_rank: Option<usize>,
     /// Whether β starts above zero, so that the replaced experts are needed.
     pub anneal: bool,
@@ -33,6 +34,11 @@ pub fn prepare_recovery(model: &mut Decoder, original: &Checkpoint, r: &Recovery
             let first = bank.len();
             let bases: Vec<usize> = (first..first + bank.base_count()).collect();
             bank.base_adapters = Adapters::fresh(&config, l, &bases, rank, r.seed)?;
+        }
+        let mixed = bank.mixed_experts().to_vec();
+        if let Some(slots) = &mut bank.mixed {
+            let fresh = Adapters::fresh(&config, l, &mixed, r.kept_rank, r.seed)?;
+            slots.down_adapters = fresh.map(|adapters| (adapters.a.down, adapters.b.down));
         }
         if let Some(rank) = r.trained_rank {
             bank.freeze_components(rank)?;

@@ -8,6 +8,7 @@
 use crate::factor::whitened;
 use crate::merge::merge;
 use crate::methods::{AdapterInit, BaseInit};
+use crate::mixture::fit;
 use crate::moments::{LayerMoments, Moments};
 use crate::observations::LayerObservations;
 use crate::plan::{LayerPlan, PlanSettings, SlotForm};
@@ -30,7 +31,8 @@ pub(super) struct Layer<'a> {
 type Named = Vec<(String, Tensor)>;
 
 impl Layer<'_> {
-    /// Writes all tensors of the layer: those that stay, bases, merged experts, adapters, constants.
+    /// Writes all tensors of the layer: those that stay, bases, merged experts, adapters, mixtures,
+    /// constants.
     pub(super) fn write(
         &self,
         tensors: &[NamedShape],
@@ -42,7 +44,15 @@ impl Layer<'_> {
         let merged: Vec<usize> = (0..plan.slots.len())
             .filter(|&expert| plan.sources(expert).len() > 1)
             .collect();
-        let made = [".mlp.bases.", ".lora_", ".constant.", ".mlp.scales."];
+        let made = [
+            ".mlp.bases.",
+            ".mlp.basis.",
+            ".lora_",
+            ".transform.",
+            ".mixing.",
+            ".constant.",
+            ".mlp.scales.",
+        ];
         let ours = |name: &str| {
             let own = |&e: &usize| {
                 let mut projections = names::PROJECTIONS.iter();
@@ -94,7 +104,12 @@ impl Layer<'_> {
             }
             _ => self.fresh(plan, expert, rank),
         };
-        self.each(&adapted, adapters, writer)
+        self.each(&adapted, adapters, writer)?;
+        let Some(mixture) = plan.mixture() else {
+            return Ok(());
+        };
+        let mixture = |projection: &&str| self.mixture(plan, mixture, projection);
+        self.each(&names::MIXED, mixture, writer)
     }
 
     /// Makes and writes the tensors of `items`, a few at a time.
@@ -198,6 +213,38 @@ impl Layer<'_> {
             for (side, tensor) in [("lora_A", factors.a), ("lora_B", factors.b)] {
                 let name = format!("{}.{side}", names::PROJECTIONS[i]);
                 out.push((names::expert(plan.layer, expert, &name), tensor));
+            }
+        }
+        Ok(out)
+    }
+
+    /// The gate or the up matrices of the mixed slots, over `bases` bases of `rank` rows.
+    fn mixture(
+        &self,
+        plan: &LayerPlan,
+        (bases, rank): (usize, usize),
+        projection: &str,
+    ) -> Result<Named> {
+        let config = self.checkpoint.config();
+        let experts: Vec<usize> = plan.layout().mixed().collect();
+        let of = |part: &str| -> Vec<String> {
+            let name = |&e: &usize| names::expert(plan.layer, e, &format!("{projection}{part}"));
+            experts.iter().map(name).collect()
+        };
+        let shape = [config.moe.intermediate_size, config.hidden_size];
+        let fit = fit(&self.checkpoint.stack(&of(""), &shape)?, bases, rank)?;
+        let (layer, loss) = (plan.layer, fit.loss);
+        tracing::debug!(layer, projection, loss, "fitted by mixed bases");
+        let basis = (0..bases).map(|m| names::basis(plan.layer, m, projection));
+        let stacks = [
+            (basis.collect(), fit.bases),
+            (of(".mixing"), fit.weights),
+            (of(".transform"), fit.transforms),
+        ];
+        let mut out = Vec::new();
+        for (names, stack) in stacks {
+            for (i, name) in names.into_iter().enumerate() {
+                out.push((name, stack.get(i)?));
             }
         }
         Ok(out)

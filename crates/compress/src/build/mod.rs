@@ -31,6 +31,7 @@ impl LayerPlan {
         let form = |form: SlotForm| match form {
             SlotForm::Dense => SlotLayout::Dense,
             SlotForm::Adapted { group, rank, .. } => SlotLayout::Adapted { group, rank },
+            SlotForm::Mixed { bases, rank } => SlotLayout::Mixed { bases, rank },
             SlotForm::Constant => SlotLayout::Constant,
             SlotForm::Removed { .. } => SlotLayout::Removed,
         };

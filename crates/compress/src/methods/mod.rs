@@ -6,6 +6,7 @@ mod d2moe;
 mod drop;
 pub mod hcsmoe;
 mod lightmoe;
+pub(crate) mod mobe;
 mod msmoe;
 pub mod ream;
 mod svd;
@@ -58,6 +59,8 @@ pub enum MethodName {
     D2moe,
     /// Fewer experts run, the others scale their inputs (Compressed Experts, arXiv 2503.00634).
     Compressed,
+    /// Gate and up mixed from the layer's bases (MoBE, arXiv 2508.05257).
+    Mobe,
 }
 
 /// What a method does to experts.
@@ -77,7 +80,7 @@ pub enum Kind {
 
 impl MethodName {
     /// Every method, in the order in which messages list them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Lightmoe,
         Self::Replace,
         Self::Lora,
@@ -93,6 +96,7 @@ impl MethodName {
         Self::Svd,
         Self::D2moe,
         Self::Compressed,
+        Self::Mobe,
     ];
 
     /// The name in recipes, plans and on the command line.
@@ -113,6 +117,7 @@ impl MethodName {
             Self::Svd => "svd",
             Self::D2moe => "d2moe",
             Self::Compressed => "compressed",
+            Self::Mobe => "mobe",
         }
     }
 
@@ -122,7 +127,7 @@ impl MethodName {
             Self::Lora | Self::Compressed => Kind::Keep,
             Self::Lightmoe | Self::Replace => Kind::Replace,
             Self::Msmoe | Self::Hcsmoe | Self::Ream => Kind::Merge,
-            Self::Svd | Self::D2moe => Kind::Factorise,
+            Self::Svd | Self::D2moe | Self::Mobe => Kind::Factorise,
             _ => Kind::Drop,
         }
     }
@@ -136,7 +141,8 @@ impl MethodName {
     /// What it needs to be observed beside routing and outputs.
     pub fn statistics(self) -> Statistics {
         Statistics {
-            moments: self.kind() == Kind::Factorise,
+            // MoBE asks the weights alone.
+            moments: matches!(self, Self::Svd | Self::D2moe),
             all_outputs: self == Self::Hcsmoe,
         }
     }
@@ -408,6 +414,7 @@ pub fn plan(
         MethodName::Ream => ream::plan(config, observations, ratio, options),
         MethodName::Svd => svd::plan(config, observations, ratio, options),
         MethodName::D2moe => d2moe::plan(config, observations, ratio, options),
+        MethodName::Mobe => mobe::plan(config, observations, ratio, options),
         _ => drop::plan(config, observations, ratio, method, options),
     }
 }

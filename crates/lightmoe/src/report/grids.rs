@@ -33,6 +33,7 @@ fn class_of(form: SlotForm) -> String {
     match (form, form.group()) {
         (SlotForm::Dense, _) => "kept".to_owned(),
         (SlotForm::Removed { .. }, _) => "removed".to_owned(),
+        (SlotForm::Mixed { .. }, _) => "mixed".to_owned(),
         (SlotForm::Constant, _) => "constant".to_owned(),
         (_, Some(group)) => format!("g{}", group % COLOURS),
         (_, None) => "alone".to_owned(),
@@ -69,6 +70,9 @@ pub(super) fn experts<'a>(
                 title += &format!(", rank {rank}");
             }
             SlotForm::Dense => title += "kept",
+            SlotForm::Mixed { bases, rank } => {
+                title += &format!("mixed from {bases} bases, rank {rank}");
+            }
             SlotForm::Constant => title += "its mean output",
             SlotForm::Removed { into: None } => title += "removed",
             SlotForm::Removed { into: Some(into) } => {
@@ -120,6 +124,7 @@ pub(super) fn legend(plan: &Plan) -> Vec<Swatch> {
     }
     for (class, label) in [
         ("alone", "replaced, no shared base"),
+        ("mixed", "mixed from the layer's bases"),
         ("constant", "its mean output"),
         ("removed", "removed"),
     ] {

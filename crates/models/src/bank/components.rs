@@ -7,8 +7,11 @@ use candle_core::Tensor;
 use std::ops::Range;
 
 impl Bank {
-    /// Lets the last `trained` components of each adapted slot train, and no others.
+    /// Lets the last `trained` components of each adapted or mixed slot train, and no others.
     pub fn freeze_components(&mut self, trained: usize) -> Result<()> {
+        if let Some(mixed) = &mut self.mixed {
+            mixed.freeze_components(trained)?;
+        }
         let ranks = &self.order.ranks;
         let Some(all) = self.adapters.take() else {
             return Ok(());
@@ -23,6 +26,9 @@ impl Bank {
 
     /// Puts the components together again that [`Bank::freeze_components`] took apart.
     pub fn join_components(&mut self) -> Result<()> {
+        if let Some(mixed) = &mut self.mixed {
+            mixed.join_components()?;
+        }
         let Some(frozen) = self.frozen.take() else {
             return Ok(());
         };

@@ -1,7 +1,7 @@
 //! The one forward pass of the bank.
 
 use super::scales::TokenScales;
-use super::{Adapters, Bank, Projections, missing};
+use super::{Adapters, Bank, Projections, index, missing};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use lightmoe_kernels::{Dispatch, Segment, grouped_linear, linear, swiglu, weighted_scatter};
@@ -103,6 +103,9 @@ impl Bank {
             let own = self.own(&rows, without)?;
             out = add(out, Some(own.output(&rows, tokens)?))?;
         }
+        if let Some(rows) = Rows::select(&dispatch, self.order.mixed(), x, gates)? {
+            out = add(out, Some(self.mixed_output(&rows, tokens)?))?;
+        }
         if let Some(rows) = Rows::select(&dispatch, self.order.constant(), x, gates)? {
             out = add(out, Some(self.constant_output(&rows, tokens)?))?;
         }
@@ -124,6 +127,17 @@ impl Bank {
                 .to_vec1()?)
         };
         (0..self.order.dense).map(of_expert).collect()
+    }
+
+    fn mixed_output(&self, rows: &Rows, tokens: usize) -> Result<Tensor> {
+        let mixed = self.mixed.as_ref().ok_or_else(|| missing("mixtures"))?;
+        let segments = &rows.segments;
+        let (gate, up) = (
+            mixed.gate.apply(&rows.x, segments)?,
+            mixed.up.apply(&rows.x, segments)?,
+        );
+        let y = mixed.down(&swiglu(&gate, &up)?, segments)?;
+        Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)
     }
 
     fn constant_output(&self, rows: &Rows, tokens: usize) -> Result<Tensor> {
@@ -327,8 +341,4 @@ fn add(a: Option<Tensor>, b: Option<Tensor>) -> Result<Option<Tensor>> {
         (Some(a), Some(b)) => Some((a + b)?),
         (a, b) => a.or(b),
     })
-}
-
-fn index(values: &[u32]) -> Result<Tensor> {
-    Ok(Tensor::new(values, &candle_core::Device::Cpu)?)
 }

@@ -1,10 +1,11 @@
 //! The expert bank: one slot per router output, whatever became of the expert behind it.
 //!
 //! Slots stand in *positions*: dense slots first, then adapted slots by group, those without one,
-//! constants, and removed slots last, so that the rows of each form, and of each group, are
+//! mixed ones, constants, and removed slots last, so that the rows of each form, and of each group, are
 //! consecutive after sorting by position. A dense slot computes with its own matrices; an adapted
 //! slot with `β·W + (1−β)·B + U·V`, where `W` is the expert it replaces (only while `β > 0`), `B` the
-//! base its group shares, if it has one, and `U·V` its adapter (LightMoE, eq. 6–7). A constant slot
+//! base its group shares, if it has one, and `U·V` its adapter (LightMoE, eq. 6–7). A mixed slot computes gate and up with a transform of its own
+//! and bases that it shares with all mixed slots ([`Mixture`]). A constant slot
 //! gives its vector whatever the input, and a removed one is never chosen. While training, dense
 //! slots may carry adapters too.
 //!
@@ -18,14 +19,16 @@
 //! slots are the same, and the down projection is linear, so `Σ g·(B·h) = B·(Σ g·h)`.
 
 use crate::{Error, Result};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use std::ops::Range;
 
 mod components;
 mod forward;
+mod mixture;
 mod scales;
 
 pub use forward::ExpertRows;
+pub use mixture::{MixedSlots, Mixture};
 pub use scales::Scales;
 
 /// The three matrices of `n` experts, stacked.
@@ -98,6 +101,8 @@ pub struct Bank {
     pub(crate) trained_components: usize,
     /// Vectors of experts that only scale; `None` where every chosen expert runs.
     pub scales: Option<Scales>,
+    /// Matrices of the mixed positions.
+    pub mixed: Option<MixedSlots>,
     /// Vectors of the constant positions, `[n, H]`.
     pub constants: Option<Tensor>,
     /// The experts that the adapted positions replace, while `beta > 0`.
@@ -117,8 +122,9 @@ pub(crate) struct Order {
     pub(crate) groups: Vec<usize>,
     /// Rank of each adapted position.
     pub(crate) ranks: Vec<usize>,
-    /// How many positions are dense, and constant; what is left is removed.
+    /// How many positions are dense, mixed, and constant; what is left is removed.
     pub(crate) dense: usize,
+    pub(crate) mixed: usize,
     pub(crate) constants: usize,
 }
 
@@ -128,9 +134,15 @@ impl Order {
         self.dense..self.dense + self.ranks.len()
     }
 
+    /// The mixed positions.
+    fn mixed(&self) -> Range<usize> {
+        let start = self.adapted().end;
+        start..start + self.mixed
+    }
+
     /// The constant positions.
     fn constant(&self) -> Range<usize> {
-        let start = self.adapted().end;
+        let start = self.mixed().end;
         start..start + self.constants
     }
 }
@@ -166,6 +178,11 @@ impl Bank {
         self.groups().iter().max().map_or(0, |group| group + 1)
     }
 
+    /// The experts of the mixed positions, in order.
+    pub fn mixed_experts(&self) -> &[usize] {
+        &self.order.experts[self.order.mixed()]
+    }
+
     /// The experts of the constant positions, in order.
     pub fn constant_experts(&self) -> &[usize] {
         &self.order.experts[self.order.constant()]
@@ -185,8 +202,12 @@ impl Bank {
         }
     }
 
-    /// Adds the adapters of dense positions and of bases to their matrices and drops the adapters.
+    /// Adds the adapters of dense positions, of bases and of the down matrices of mixed positions to
+    /// their matrices, and drops the adapters.
     pub fn merge_adapters(&mut self) -> Result<()> {
+        if let Some(mixed) = &mut self.mixed {
+            mixed.merge_adapters()?;
+        }
         self.dense = merged(self.dense.take(), self.dense_adapters.take())?;
         self.bases = merged(self.bases.take(), self.base_adapters.take())?;
         Ok(())
@@ -194,7 +215,10 @@ impl Bank {
 
     /// Whether it computes with what only training has.
     pub(crate) fn trains(&self) -> bool {
-        self.dense_adapters.is_some() || self.base_adapters.is_some() || self.frozen.is_some()
+        self.dense_adapters.is_some()
+            || self.base_adapters.is_some()
+            || self.frozen.is_some()
+            || self.mixed.as_ref().is_some_and(MixedSlots::trains)
     }
 
     /// The originals that take part now.
@@ -239,6 +263,10 @@ fn merged(weights: Option<Projections>, adapters: Option<Adapters>) -> Result<Op
         *w = (&*w + product)?;
     }
     Ok(Some(sum))
+}
+
+fn index(values: &[u32]) -> Result<Tensor> {
+    Ok(Tensor::new(values, &Device::Cpu)?)
 }
 
 fn missing(what: &str) -> Error {

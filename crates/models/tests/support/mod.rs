@@ -23,6 +23,10 @@ pub fn adapted(group: impl Into<Option<usize>>, rank: usize) -> SlotLayout {
     SlotLayout::Adapted { group, rank }
 }
 
+pub fn mixed(bases: usize, rank: usize) -> SlotLayout {
+    SlotLayout::Mixed { bases, rank }
+}
+
 /// Two layers of eight experts (`E = 8`, `K = 2`, `H = 16`, `F = 12`, 24 tokens).
 pub fn config() -> Value {
     json!({
@@ -56,6 +60,8 @@ pub enum Form {
     Extremes,
     /// Every form there is beside every other, with ranks that differ.
     Every,
+    /// Slots mixed from bases, alone and beside most others.
+    Mixture,
 }
 
 /// Those whose slots all compute with matrices.
@@ -99,6 +105,19 @@ impl Form {
                     DENSE,
                     SlotLayout::Removed,
                     adapted(None, 3),
+                ],
+            ],
+            Self::Mixture => [
+                vec![mixed(3, 4); 8],
+                vec![
+                    SlotLayout::Constant,
+                    mixed(2, 5),
+                    DENSE,
+                    SlotLayout::Removed,
+                    adapted(0, 2),
+                    mixed(2, 5),
+                    adapted(None, 1),
+                    mixed(2, 5),
                 ],
             ],
             Self::Extremes => [grouped([2, 1, 0, 0, 1, 2, 1, 0], 3), vec![DENSE; 8]],
@@ -176,6 +195,9 @@ pub fn tensors(config: &ModelConfig, layout: &BankLayout, seed: u64) -> Vec<(Str
             for g in 0..layer.bases() {
                 weight(names::base(l, g, p), &[rows, columns], 0.5);
             }
+            if let Some((bases, rank)) = layer.mixture().filter(|_| p != "down_proj") {
+                (0..bases).for_each(|b| weight(names::basis(l, b, p), &[rank, h], 1.5));
+            }
             for (e, slot) in layer.slots.iter().enumerate() {
                 match *slot {
                     SlotLayout::Dense => weight(names::expert(l, e, p), &[rows, columns], 0.5),
@@ -184,6 +206,14 @@ pub fn tensors(config: &ModelConfig, layout: &BankLayout, seed: u64) -> Vec<(Str
                         weight(names::constant(l, e), &[h], 0.5);
                     }
                     SlotLayout::Constant => {}
+                    SlotLayout::Mixed { bases, rank } if p != "down_proj" => {
+                        let name = |part: &str| names::expert(l, e, &format!("{p}.{part}"));
+                        weight(name("transform"), &[rows, rank], 0.5);
+                        weight(name("mixing"), &[bases], 1.0);
+                    }
+                    SlotLayout::Mixed { .. } => {
+                        weight(names::expert(l, e, p), &[rows, columns], 0.5);
+                    }
                     SlotLayout::Adapted { rank, .. } => {
                         let name = |ab: &str| names::expert(l, e, &format!("{p}.lora_{ab}"));
                         weight(name("A"), &[rank, columns], 0.5);
@@ -287,6 +317,22 @@ pub fn stacks(bank: &mut Bank) -> Vec<&mut Projections> {
     all.extend(&mut bank.originals);
     for adapters in [&mut bank.adapters, &mut bank.dense_adapters] {
         all.extend(adapters.iter_mut().flat_map(|a| [&mut a.a, &mut a.b]));
+    }
+    all
+}
+
+/// Every tensor of a bank's mixtures that `Decoder::visit` shows while they are whole.
+pub fn mixtures(bank: &mut Bank) -> Vec<&mut Tensor> {
+    let mut all = Vec::new();
+    if let Some(mixed) = &mut bank.mixed {
+        for mixture in [&mut mixed.gate, &mut mixed.up] {
+            all.extend([
+                &mut mixture.bases,
+                &mut mixture.weights,
+                &mut mixture.transforms,
+            ]);
+        }
+        all.push(&mut mixed.down);
     }
     all
 }

@@ -1,0 +1,187 @@
+//! Fits the matrices of a layer by transforms of mixed bases (MoBE, arXiv 2508.05257, section 3):
+//! `W_i ≈ A_i · silu(Σ_m softmax(w_i)_m · B_m)`, the least mean of squares over all matrices.
+//!
+//! The weights alone decide; no inputs are needed. The bases start as the leading right singular vectors
+//! of the matrices of a group of experts each, and every expert leans towards its group's. Adam moves
+//! bases, mixing weights and transforms together; at the start and the end the transforms, on which the
+//! error depends quadratically, are solved for. The gradients are written out, as matrix products.
+
+use crate::factor::{Gram, least_squares, whitened};
+use crate::{Error, Result};
+use candle_core::{D, Device, Tensor};
+use lightmoe_kernels::{AdamW, Moments};
+use std::ops::Range;
+
+/// Steps of Adam; the paper takes 10 000 to 30 000.
+const STEPS: usize = 1000;
+/// Adam's rate at the start, the paper's; it falls to zero.
+const RATE: f64 = 0.07;
+/// What the mixing weight of an expert's own group is above the others at the start.
+const LEAN: f32 = 2.0;
+
+/// Matrices as transforms of mixed bases.
+#[derive(Debug, Clone)]
+pub struct Fit {
+    /// `B_m`: `[M, R, H]`
+    pub bases: Tensor,
+    /// `w_i`: `[n, M]`
+    pub weights: Tensor,
+    /// `A_i`: `[n, F, R]`
+    pub transforms: Tensor,
+    /// What is lost of the sum of squares of all matrices, as a share.
+    pub loss: f64,
+}
+
+/// Fits `n` matrices `[n, F, H]` over `bases` bases of `rank` rows, at most `min(F, H)`.
+///
+/// # Errors
+/// If numbers are not finite.
+pub fn fit(matrices: &Tensor, bases: usize, rank: usize) -> Result<Fit> {
+    let scale = f64::from(matrices.sqr()?.mean_all()?.to_scalar::<f32>()?).sqrt();
+    let scale = if scale > 0.0 { scale } else { 1.0 };
+    let target = (matrices / scale)?;
+    let mut state = State::start(&target, bases, rank)?;
+    let mut moments: [Moments; 3] = Default::default();
+    for step in 0..STEPS {
+        let update = AdamW {
+            lr: RATE * (1.0 - step as f64 / STEPS as f64),
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.0,
+            step: step + 1,
+            grad_scale: 1.0,
+        };
+        let gradients = state.gradients(&target)?;
+        let parameters = [&state.bases, &state.weights, &state.transforms];
+        for ((parameter, gradient), moments) in
+            parameters.into_iter().zip(&gradients).zip(&mut moments)
+        {
+            update.update(parameter, gradient, moments)?;
+        }
+    }
+    state.solve(&target)?;
+    let loss = f64::from(
+        state
+            .residuals(&target)?
+            .sqr()?
+            .mean_all()?
+            .to_scalar::<f32>()?,
+    );
+    if !loss.is_finite() {
+        return Err(Error::Invalid(
+            "the fit of a layer's experts by mixed bases diverged; lower the ratio".to_owned(),
+        ));
+    }
+    Ok(Fit {
+        bases: state.bases,
+        weights: state.weights,
+        transforms: (state.transforms * scale)?,
+        loss,
+    })
+}
+
+/// The parameters of a fit of normalised matrices.
+struct State {
+    bases: Tensor,
+    weights: Tensor,
+    transforms: Tensor,
+}
+
+/// The bases of some slots, mixed.
+struct Mixed {
+    /// `[n, M]`
+    shares: Tensor,
+    /// Before and after the nonlinearity, `[n, R, H]`.
+    inner: Tensor,
+    outer: Tensor,
+}
+
+impl State {
+    fn start(target: &Tensor, count: usize, rank: usize) -> Result<Self> {
+        let (n, f, h) = target.dims3()?;
+        let groups: Vec<Range<usize>> = (0..count).map(|m| group(m, count, n)).collect();
+        let basis = |members: &Range<usize>| -> Result<Tensor> {
+            let stacked = target.narrow(0, members.start, members.len())?;
+            let stacked = stacked.reshape((members.len() * f, h))?;
+            let rows = whitened(&stacked, &Gram::zero(h), rank)?.a;
+            // Rows of unit mean square, where the nonlinearity is felt.
+            let norms = rows.sqr()?.mean_keepdim(D::Minus1)?.sqrt()?;
+            Ok(rows.broadcast_div(&(norms + 1e-12)?)?)
+        };
+        let bases: Vec<Tensor> = groups.iter().map(basis).collect::<Result<_>>()?;
+        let lean = |i: usize| groups.iter().map(move |group| group.contains(&i));
+        let weights: Vec<f32> = (0..n)
+            .flat_map(|i| lean(i).map(|own| if own { LEAN } else { 0.0 }))
+            .collect();
+        let mut state = Self {
+            bases: Tensor::stack(&bases, 0)?,
+            weights: Tensor::from_vec(weights, (n, count), &Device::Cpu)?,
+            transforms: Tensor::zeros((n, f, rank), target.dtype(), &Device::Cpu)?,
+        };
+        state.solve(target)?;
+        Ok(state)
+    }
+
+    fn mixed(&self) -> Result<Mixed> {
+        let (count, rank, width) = self.bases.dims3()?;
+        let largest = self.weights.max_keepdim(D::Minus1)?;
+        let powers = self.weights.broadcast_sub(&largest)?.exp()?;
+        let shares = powers.broadcast_div(&powers.sum_keepdim(D::Minus1)?)?;
+        let inner = shares.matmul(&self.bases.reshape((count, rank * width))?)?;
+        let inner = inner.reshape(((), rank, width))?;
+        let outer = inner.silu()?;
+        Ok(Mixed {
+            shares,
+            inner,
+            outer,
+        })
+    }
+
+    /// `A·V − W`.
+    fn residuals(&self, target: &Tensor) -> Result<Tensor> {
+        Ok((self.transforms.matmul(&self.mixed()?.outer)? - target)?)
+    }
+
+    /// The transforms that lose least with these bases and weights.
+    fn solve(&mut self, target: &Tensor) -> Result<()> {
+        let outer = self.mixed()?.outer;
+        let of_slot = |i: usize| least_squares(&target.get(i)?, &outer.get(i)?);
+        let each: Vec<Tensor> = (0..target.dim(0)?).map(of_slot).collect::<Result<_>>()?;
+        self.transforms = Tensor::stack(&each, 0)?;
+        Ok(())
+    }
+
+    /// The gradients of half the sum of squares by bases, weights and transforms.
+    fn gradients(&self, target: &Tensor) -> Result<[Tensor; 3]> {
+        let Mixed {
+            shares,
+            inner,
+            outer,
+        } = self.mixed()?;
+        let (count, rank, width) = self.bases.dims3()?;
+        let residuals = (self.transforms.matmul(&outer)? - target)?;
+        let of_transforms = residuals.matmul(&outer.t()?)?;
+        let of_outer = self.transforms.t()?.matmul(&residuals)?;
+        // silu' = σ + silu · (1 − σ)
+        let sigmoid = ((inner.neg()?.exp()? + 1.0)?).recip()?;
+        let slope = (&sigmoid + (&outer * (1.0 - &sigmoid)?)?)?;
+        let of_inner = (of_outer * slope)?.reshape(((), rank * width))?;
+        let flat = self.bases.reshape((count, rank * width))?;
+        let of_bases = shares.t()?.matmul(&of_inner)?;
+        let of_shares = of_inner.matmul(&flat.t()?)?;
+        let mean = (&of_shares * &shares)?.sum_keepdim(D::Minus1)?;
+        let of_weights = (of_shares.broadcast_sub(&mean)? * &shares)?;
+        Ok([
+            of_bases.reshape((count, rank, width))?,
+            of_weights,
+            of_transforms,
+        ])
+    }
+}
+
+/// The experts of group `m` of `count`, of `n`: consecutive, at least one.
+fn group(m: usize, count: usize, n: usize) -> Range<usize> {
+    let start = m * n / count;
+    start..((m + 1) * n / count).max(start + 1)
+}
