@@ -20,12 +20,13 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tempfile::TempDir;
 
-const RIVALS: [MethodName; 5] = [
+const RIVALS: [MethodName; 6] = [
     MethodName::Msmoe,
     MethodName::Hcsmoe,
     MethodName::Ream,
     MethodName::Svd,
     MethodName::D2moe,
+    MethodName::Moei2,
 ];
 
 fn random(rng: &mut ChaCha8Rng, shape: &[usize]) -> Tensor {
@@ -152,6 +153,7 @@ impl Model {
             statistics: Statistics {
                 moments: true,
                 all_outputs: true,
+                samples: method.statistics().samples,
             },
             successor: successor.as_deref(),
             max_memory: 1 << 32,

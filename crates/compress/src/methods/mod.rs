@@ -1,10 +1,11 @@
-//! The methods, one file each (those that only differ by a score share one): each turns observations into a plan. All share observation, selection, recovery
-//! and evaluation, so that what differs between them is what the comparison is about.
+//! The methods, one file each (those that only differ by a score share one): each turns observations
+//! into a plan. All share observation, selection, recovery and evaluation, so that what differs between them is what the comparison is about.
 
 mod d2moe;
 mod drop;
 pub mod hcsmoe;
 mod lightmoe;
+pub mod moei2;
 mod msmoe;
 pub mod ream;
 mod svd;
@@ -55,6 +56,9 @@ pub enum MethodName {
     /// One base for all experts of a layer, and whitened factors of the differences (D²-MoE,
     /// arXiv 2502.17298).
     D2moe,
+    /// Pruning by a search over sets, then low-rank factors of those that stay (MoE-I²,
+    /// arXiv 2411.01016).
+    Moei2,
 }
 
 /// What a method does to experts.
@@ -68,13 +72,13 @@ pub enum Kind {
     Drop,
     /// Merges some into others, by a ratio.
     Merge,
-    /// Factorises all of them, by a ratio.
+    /// Factorises all of them, or all that it does not drop, by a ratio.
     Factorise,
 }
 
 impl MethodName {
     /// Every method, in the order in which messages list them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Lightmoe,
         Self::Replace,
         Self::Lora,
@@ -89,6 +93,7 @@ impl MethodName {
         Self::Ream,
         Self::Svd,
         Self::D2moe,
+        Self::Moei2,
     ];
 
     /// The name in recipes, plans and on the command line.
@@ -108,6 +113,7 @@ impl MethodName {
             Self::Ream => "ream",
             Self::Svd => "svd",
             Self::D2moe => "d2moe",
+            Self::Moei2 => "moei2",
         }
     }
 
@@ -117,7 +123,7 @@ impl MethodName {
             Self::Lora => Kind::Keep,
             Self::Lightmoe | Self::Replace => Kind::Replace,
             Self::Msmoe | Self::Hcsmoe | Self::Ream => Kind::Merge,
-            Self::Svd | Self::D2moe => Kind::Factorise,
+            Self::Svd | Self::D2moe | Self::Moei2 => Kind::Factorise,
             _ => Kind::Drop,
         }
     }
@@ -131,8 +137,9 @@ impl MethodName {
     /// What it needs to be observed beside routing and outputs.
     pub fn statistics(self) -> Statistics {
         Statistics {
-            moments: self.kind() == Kind::Factorise,
+            moments: matches!(self, Self::Svd | Self::D2moe),
             all_outputs: self == Self::Hcsmoe,
+            samples: self == Self::Moei2,
         }
     }
 }
@@ -192,6 +199,8 @@ pub enum AdapterInit {
     /// Factors of what the expert differs from its base by, those that lose least on the inputs it was
     /// given.
     Whitened,
+    /// The same factors of the weights alone, whatever the inputs: the truncated SVD.
+    Truncated,
 }
 
 /// The settings of [`plan`].
@@ -209,7 +218,7 @@ pub struct PlanOptions {
     pub base: BaseInit,
     /// How `svd` shares its budget.
     pub ranks: RankRule,
-    /// Seed of the method `random`.
+    /// Seed of `random`, and of the search of `moei2`.
     pub seed: u64,
 }
 
@@ -397,6 +406,7 @@ pub fn plan(
         MethodName::Ream => ream::plan(config, observations, ratio, options),
         MethodName::Svd => svd::plan(config, observations, ratio, options),
         MethodName::D2moe => d2moe::plan(config, observations, ratio, options),
+        MethodName::Moei2 => moei2::plan(config, observations, ratio, options),
         _ => drop::plan(config, observations, ratio, method, options),
     }
 }
