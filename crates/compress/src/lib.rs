@@ -9,6 +9,7 @@
 //! `M` shared bases per layer, `N'` experts replaced in a layer, `Gbar` an expert's share of its
 //! layer's gate mass.
 
+mod beside;
 mod build;
 mod error;
 mod estimate;
@@ -18,6 +19,7 @@ mod scores;
 mod states;
 
 pub mod align;
+pub mod evolve;
 pub mod factor;
 pub mod group;
 pub mod merge;
@@ -27,6 +29,7 @@ pub mod moments;
 pub mod observations;
 pub mod plan;
 pub mod ranks;
+pub mod samples;
 pub mod search;
 pub mod select;
 pub mod size;

@@ -58,6 +58,11 @@ pub fn moment_bytes(config: &ModelConfig) -> u64 {
     F32 * (config.moe.num_experts as u64 + 1) * (h * h + f * f)
 }
 
+/// Bytes that sampling the tokens of a layer takes.
+pub fn sample_bytes(config: &ModelConfig) -> u64 {
+    F32 * crate::samples::numbers(config) as u64
+}
+
 fn embedding_bytes(config: &ModelConfig) -> u64 {
     F32 * config.vocab_size as u64 * config.hidden_size as u64
 }

@@ -6,16 +6,12 @@
 //! `input.<expert>` `[H, H]` and `hidden.<expert>` `[F, F]`, f32. The metadata `fingerprint` is that of
 //! the observations. An expert that no token chose has zeros.
 
+use crate::Result;
+use crate::beside::{self, Block};
 use crate::factor::Gram;
-use crate::{Error, Result};
 use candle_core::Tensor;
 use lightmoe_models::{ExpertRows, ModelConfig, TensorFile};
-use safetensors::{Dtype, View};
-use std::borrow::Cow;
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-
-const FINGERPRINT: &str = "fingerprint";
 
 /// The moments of a model.
 #[derive(Debug, Clone)]
@@ -38,14 +34,7 @@ impl Moments {
     /// # Errors
     /// If the file is missing or damaged, or belongs to other observations.
     pub fn layer(&self, layer: usize) -> Result<LayerMoments> {
-        let path = file(&self.folder, layer);
-        let file = TensorFile::open(path.clone())?;
-        if file.entry(FINGERPRINT) != Some(&self.fingerprint) {
-            return Err(Error::Observations {
-                path,
-                message: "belongs to other observations; observe again".to_owned(),
-            });
-        }
+        let file = beside::open(file(&self.folder, layer), &self.fingerprint)?;
         Ok(LayerMoments { file })
     }
 }
@@ -133,50 +122,11 @@ impl MomentSums {
         let mut tensors = Vec::new();
         for (expert, sums) in self.sums.iter().enumerate() {
             for (i, (what, &width)) in ["input", "hidden"].iter().zip(&self.widths).enumerate() {
-                let sum = sums.as_ref().map(|sums| sums[i].clone());
-                let shape = [width, width];
-                tensors.push((format!("{what}.{expert}"), Stack { sum, shape }));
+                let values = sums.as_ref().map(|sums| sums[i].clone());
+                let shape = vec![width, width];
+                tensors.push((format!("{what}.{expert}"), Block { values, shape }));
             }
         }
-        let metadata = HashMap::from([(FINGERPRINT.to_owned(), fingerprint.to_owned())]);
-        let path = file(folder, layer);
-        let io = |source| Error::Io {
-            path: path.clone(),
-            source,
-        };
-        let partial = path.with_extension("partial");
-        std::fs::create_dir_all(folder).map_err(io)?;
-        safetensors::serialize_to_file(tensors, Some(metadata), &partial)
-            .map_err(|e| io(std::io::Error::other(e)))?;
-        std::fs::rename(&partial, &path).map_err(io)
-    }
-}
-
-/// A sum on its way into the file; it becomes bytes when it is written.
-struct Stack {
-    sum: Option<Tensor>,
-    shape: [usize; 2],
-}
-
-impl View for Stack {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let sum = self.sum.as_ref().and_then(|sum| sum.flatten_all().ok());
-        let values = sum.and_then(|sum| sum.to_vec1::<f32>().ok());
-        Cow::Owned(match values {
-            Some(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            None => vec![0; self.data_len()],
-        })
-    }
-
-    fn data_len(&self) -> usize {
-        4 * self.shape[0] * self.shape[1]
+        beside::save(file(folder, layer), tensors, fingerprint)
     }
 }

@@ -1,8 +1,22 @@
 //! How a budget of parameters is spent on ranks: the same for all, by importance, or where it saves
 //! most loss.
 
+use crate::size::adapter_parameters;
 use crate::{Error, Result};
+use lightmoe_models::ModelConfig;
 use serde::{Deserialize, Serialize};
+
+/// What is added to an expert's importance, of which the largest in a layer is 1, so that the least
+/// important keep some rank (MoE-I² smooths alike).
+const SMOOTHING: f64 = 0.15;
+
+/// The weights by which the experts of a layer share a budget, from their `importance`: the most
+/// important of every layer has the same.
+pub fn smoothed(importance: &[f64]) -> Vec<f64> {
+    let largest = importance.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+    let weight = |i: &f64| i / largest + SMOOTHING;
+    importance.iter().map(weight).collect()
+}
 
 /// How factorised experts share a budget.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +43,14 @@ pub struct Costs {
 }
 
 impl Costs {
+    /// Of the routed experts of a model.
+    pub fn of_expert(config: &ModelConfig) -> Self {
+        Self {
+            unit: adapter_parameters(config, 1),
+            dense: config.expert_parameters(),
+        }
+    }
+
     /// The highest rank that is smaller than the expert.
     fn most(self) -> usize {
         (self.dense.saturating_sub(1) / self.unit) as usize

@@ -75,6 +75,7 @@ fn observations_are_those_of_numpy() {
         statistics: Statistics {
             moments: true,
             all_outputs: true,
+            samples: false,
         },
         successor: None,
         max_memory: 1 << 32,

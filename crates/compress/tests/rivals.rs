@@ -21,13 +21,14 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tempfile::TempDir;
 
-const RIVALS: [MethodName; 6] = [
+const RIVALS: [MethodName; 7] = [
     MethodName::Msmoe,
     MethodName::Hcsmoe,
     MethodName::Ream,
     MethodName::Svd,
     MethodName::D2moe,
     MethodName::Mobe,
+    MethodName::Moei2,
 ];
 
 fn random(rng: &mut ChaCha8Rng, shape: &[usize]) -> Tensor {
@@ -154,6 +155,7 @@ impl Model {
             statistics: Statistics {
                 moments: true,
                 all_outputs: true,
+                samples: method.statistics().samples,
             },
             successor: successor.as_deref(),
             max_memory: 1 << 32,

@@ -190,6 +190,9 @@ pub struct ObserveArgs {
     /// Record the mean outputs of every expert for all tokens, as `hcsmoe` needs them
     #[arg(long)]
     pub all_outputs: bool,
+    /// Record a sample of tokens with what every expert gives for them, as `moei2` needs it; in the folder `.moments` beside the observations
+    #[arg(long)]
+    pub samples: bool,
     /// The observations to write
     #[arg(long, value_name = "FILE.safetensors")]
     pub out: PathBuf,

@@ -139,6 +139,14 @@ impl Layer {
         }
     }
 
+    /// What the router adds to the scores by which it chooses, `[E]`, in families that have it.
+    pub fn router_correction(&self) -> Option<&Tensor> {
+        match &self.feed_forward {
+            FeedForward::Dense(_) => None,
+            FeedForward::Experts { router, .. } => router.correction(),
+        }
+    }
+
     /// `x: [B, T, H]` → (`[B, T, H]`, what the router decided, if there is one). With a cache the
     /// tokens continue it.
     pub fn forward(

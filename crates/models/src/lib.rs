@@ -51,7 +51,7 @@ pub use layout::{BankLayout, LayerLayout, SlotLayout};
 pub use manifest::{Manifest, NamedShape};
 pub use names::{ExpertPacking, Scheme};
 pub use rotary::Rotary;
-pub use router::Routing;
+pub use router::{Routing, route_logits};
 pub use synthesize::synthesize;
 pub use tensor_file::{TensorFile, count_numbers, header_length, parse_header};
 pub use tokenizer::{ChatMessage, ModelTokenizer};

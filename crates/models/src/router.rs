@@ -48,54 +48,13 @@ impl Router {
 
     /// `x: [T, H]`; the experts `removed` are not there, as if the router had no rows for them.
     pub(crate) fn route(&self, x: &Tensor, moe: &MoeConfig, removed: &[usize]) -> Result<Routing> {
-        let mut logits = linear(x, &self.weight)?;
-        let mut mask = None;
-        if !removed.is_empty() {
-            let mut out = vec![0f32; moe.num_experts];
-            removed.iter().for_each(|&expert| out[expert] = OUT);
-            let out = Tensor::new(out, logits.device())?.to_dtype(logits.dtype())?;
-            logits = logits.broadcast_add(&out)?;
-            mask = Some(out);
-        }
-        let probabilities = match moe.scoring {
-            Scoring::Sigmoid => sigmoid(&logits)?,
-            _ => candle_nn::ops::softmax(&logits, D::Minus1)?,
-        };
-        if let Scoring::SparseMixer { jitter } = moe.scoring {
-            let (chosen, gates) = sparse_mixer(&logits, jitter)?;
-            return Ok(Routing {
-                logits,
-                probabilities,
-                chosen,
-                gates,
-            });
-        }
-        let mut choice = match &self.correction {
-            Some(correction) => probabilities.broadcast_add(correction)?,
-            // The softmax keeps the order of the logits, and rounds.
-            None => logits.clone(),
-        };
-        if let Some(mask) = mask {
-            choice = choice.broadcast_add(&mask)?;
-        }
-        if let Some(groups) = &moe.groups {
-            choice = within_groups(&choice, groups)?;
-        }
-        let chosen = top_k(&choice, moe.top_k)?;
-        let mut gates = gather(&probabilities, &chosen, moe.top_k)?;
-        if moe.renormalize {
-            // As the published model does, against a division by zero.
-            gates = gates.broadcast_div(&(gates.sum_keepdim(1)? + 1e-20)?)?;
-        }
-        if moe.routed_scaling_factor != 1.0 {
-            gates = (gates * moe.routed_scaling_factor)?;
-        }
-        Ok(Routing {
-            logits,
-            probabilities,
-            chosen,
-            gates: gates.flatten_all()?,
-        })
+        let logits = linear(x, &self.weight)?;
+        route_logits(logits, self.correction.as_ref(), moe, removed)
+    }
+
+    /// What is added to the scores that choose.
+    pub(crate) fn correction(&self) -> Option<&Tensor> {
+        self.correction.as_ref()
     }
 
     /// Every parameter.
@@ -106,6 +65,67 @@ impl Router {
             None => Ok(()),
         }
     }
+}
+
+/// What a router decides that gave these `logits: [T, E]`: which experts, and with which gates.
+/// `correction: [E]` is added to the scores that choose, in families that have one; the experts
+/// `removed` are not there, as if the router had no rows for them.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn route_logits(
+    mut logits: Tensor,
+    correction: Option<&Tensor>,
+    moe: &MoeConfig,
+    removed: &[usize],
+) -> Result<Routing> {
+    let mut mask = None;
+    if !removed.is_empty() {
+        let mut out = vec![0f32; moe.num_experts];
+        removed.iter().for_each(|&expert| out[expert] = OUT);
+        let out = Tensor::new(out, logits.device())?.to_dtype(logits.dtype())?;
+        logits = logits.broadcast_add(&out)?;
+        mask = Some(out);
+    }
+    let probabilities = match moe.scoring {
+        Scoring::Sigmoid => sigmoid(&logits)?,
+        _ => candle_nn::ops::softmax(&logits, D::Minus1)?,
+    };
+    if let Scoring::SparseMixer { jitter } = moe.scoring {
+        let (chosen, gates) = sparse_mixer(&logits, jitter)?;
+        return Ok(Routing {
+            logits,
+            probabilities,
+            chosen,
+            gates,
+        });
+    }
+    let mut choice = match correction {
+        Some(correction) => probabilities.broadcast_add(correction)?,
+        // The softmax keeps the order of the logits, and rounds.
+        None => logits.clone(),
+    };
+    if let Some(mask) = mask {
+        choice = choice.broadcast_add(&mask)?;
+    }
+    if let Some(groups) = &moe.groups {
+        choice = within_groups(&choice, groups)?;
+    }
+    let chosen = top_k(&choice, moe.top_k)?;
+    let mut gates = gather(&probabilities, &chosen, moe.top_k)?;
+    if moe.renormalize {
+        // As the published model does, against a division by zero.
+        gates = gates.broadcast_div(&(gates.sum_keepdim(1)? + 1e-20)?)?;
+    }
+    if moe.routed_scaling_factor != 1.0 {
+        gates = (gates * moe.routed_scaling_factor)?;
+    }
+    Ok(Routing {
+        logits,
+        probabilities,
+        chosen,
+        gates: gates.flatten_all()?,
+    })
 }
 
 /// The entries of `values: [T, E]` at `chosen: [T · k]`: `[T, k]`.

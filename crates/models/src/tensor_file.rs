@@ -124,6 +124,11 @@ impl TensorFile {
         Ok(values)
     }
 
+    /// Whether there is a tensor of this name.
+    pub fn holds(&self, name: &str) -> bool {
+        self.metadata.info(name).is_some()
+    }
+
     /// An entry of the metadata.
     pub fn entry(&self, key: &str) -> Option<&str> {
         let entries = self.metadata.metadata().as_ref()?;

@@ -5,7 +5,7 @@
 //! with the bases alone until it is recovered. Whitened ones start as the factors of what an expert
 //! differs from its base by.
 
-use crate::factor::whitened;
+use crate::factor::{Gram, whitened};
 use crate::merge::merge;
 use crate::methods::{AdapterInit, BaseInit};
 use crate::mixture::fit;
@@ -79,7 +79,7 @@ impl Layer<'_> {
                 let name = |p: &str| names::base(plan.layer, group, p);
                 push(writer, named(name, &base))?;
                 // Only factors of differences need them again.
-                if self.moments.is_some() {
+                if self.settings.adapters != AdapterInit::Fresh {
                     bases.push(base);
                 }
             }
@@ -94,16 +94,14 @@ impl Layer<'_> {
         self.each(&constants, constant, writer)?;
         let moments = self.moments.map(|m| m.layer(plan.layer)).transpose()?;
         let adapted: Vec<(usize, Option<usize>, usize)> = plan.layout().adapted().collect();
-        let adapters = |&(expert, group, rank): &(usize, Option<usize>, usize)| match (
-            &moments,
-            self.settings.adapters,
-        ) {
-            (Some(moments), AdapterInit::Whitened) => {
-                let base = group.map(|group| &bases[group]);
-                self.factors(plan, expert, base, rank, moments)
-            }
-            _ => self.fresh(plan, expert, rank),
-        };
+        let adapters =
+            |&(expert, group, rank): &(usize, Option<usize>, usize)| match self.settings.adapters {
+                AdapterInit::Fresh => self.fresh(plan, expert, rank),
+                AdapterInit::Whitened | AdapterInit::Truncated => {
+                    let base = group.map(|group| &bases[group]);
+                    self.factors(plan, expert, base, rank, moments.as_ref())
+                }
+            };
         self.each(&adapted, adapters, writer)?;
         let Some(mixture) = plan.mixture() else {
             return Ok(());
@@ -191,16 +189,21 @@ impl Layer<'_> {
         Ok(out)
     }
 
-    /// Adapters that are the factors of what an expert differs from its base by.
+    /// Adapters that are the factors of what an expert differs from its base by; without moments those
+    /// of the weights alone.
     fn factors(
         &self,
         plan: &LayerPlan,
         expert: usize,
         base: Option<&[Tensor; 3]>,
         rank: usize,
-        moments: &LayerMoments,
+        moments: Option<&LayerMoments>,
     ) -> Result<Named> {
-        let [input, hidden] = moments.expert(self.checkpoint.config(), expert)?;
+        let config = self.checkpoint.config();
+        let [input, hidden] = match moments {
+            Some(moments) => moments.expert(config, expert)?,
+            None => [config.hidden_size, config.moe.intermediate_size].map(Gram::zero),
+        };
         let grams = [&input, &input, &hidden];
         let own = self.expert(plan.layer, expert)?;
         let mut out = Vec::new();

@@ -74,7 +74,7 @@ pub fn build(
         observations.check(config)?;
     }
     let moments = match (plan.settings.adapters, inputs.observations) {
-        (AdapterInit::Fresh, _) => None,
+        (AdapterInit::Fresh | AdapterInit::Truncated, _) => None,
         (AdapterInit::Whitened, Some(seen)) => Some(seen.moments()?),
         (AdapterInit::Whitened, None) => {
             return Err(Error::Invalid(

@@ -1,5 +1,6 @@
-//! The methods, one file each (those that only differ by a score share one): each turns observations into a plan. All share observation, selection, recovery
-//! and evaluation, so that what differs between them is what the comparison is about.
+//! The methods, one file each (those that only differ by a score share one): each turns observations
+//! into a plan. All share observation, recovery and evaluation, so that what differs between them is
+//! what the comparison is about.
 
 mod compressed;
 mod d2moe;
@@ -7,6 +8,7 @@ mod drop;
 pub mod hcsmoe;
 mod lightmoe;
 pub(crate) mod mobe;
+pub mod moei2;
 mod msmoe;
 pub mod ream;
 mod svd;
@@ -61,6 +63,9 @@ pub enum MethodName {
     Compressed,
     /// Gate and up mixed from the layer's bases (MoBE, arXiv 2508.05257).
     Mobe,
+    /// Pruning by a search over sets, then low-rank factors of those that stay (MoE-I²,
+    /// arXiv 2411.01016).
+    Moei2,
 }
 
 /// What a method does to experts.
@@ -74,13 +79,13 @@ pub enum Kind {
     Drop,
     /// Merges some into others, by a ratio.
     Merge,
-    /// Factorises all of them, by a ratio.
+    /// Factorises all of them, or all that it does not drop, by a ratio.
     Factorise,
 }
 
 impl MethodName {
     /// Every method, in the order in which messages list them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Lightmoe,
         Self::Replace,
         Self::Lora,
@@ -97,6 +102,7 @@ impl MethodName {
         Self::D2moe,
         Self::Compressed,
         Self::Mobe,
+        Self::Moei2,
     ];
 
     /// The name in recipes, plans and on the command line.
@@ -118,6 +124,7 @@ impl MethodName {
             Self::D2moe => "d2moe",
             Self::Compressed => "compressed",
             Self::Mobe => "mobe",
+            Self::Moei2 => "moei2",
         }
     }
 
@@ -127,7 +134,7 @@ impl MethodName {
             Self::Lora | Self::Compressed => Kind::Keep,
             Self::Lightmoe | Self::Replace => Kind::Replace,
             Self::Msmoe | Self::Hcsmoe | Self::Ream => Kind::Merge,
-            Self::Svd | Self::D2moe | Self::Mobe => Kind::Factorise,
+            Self::Svd | Self::D2moe | Self::Mobe | Self::Moei2 => Kind::Factorise,
             _ => Kind::Drop,
         }
     }
@@ -144,6 +151,7 @@ impl MethodName {
             // MoBE asks the weights alone.
             moments: matches!(self, Self::Svd | Self::D2moe),
             all_outputs: self == Self::Hcsmoe,
+            samples: self == Self::Moei2,
         }
     }
 }
@@ -203,6 +211,8 @@ pub enum AdapterInit {
     /// Factors of what the expert differs from its base by, those that lose least on the inputs it was
     /// given.
     Whitened,
+    /// The same factors of the weights alone, whatever the inputs: the truncated SVD.
+    Truncated,
 }
 
 /// The settings of [`plan`].
@@ -222,7 +232,7 @@ pub struct PlanOptions {
     pub ranks: RankRule,
     /// How many of the chosen experts run in `compressed`; `None` for half of them.
     pub main_experts: Option<usize>,
-    /// Seed of the method `random`.
+    /// Seed of `random`, and of the search of `moei2`.
     pub seed: u64,
 }
 
@@ -415,6 +425,7 @@ pub fn plan(
         MethodName::Svd => svd::plan(config, observations, ratio, options),
         MethodName::D2moe => d2moe::plan(config, observations, ratio, options),
         MethodName::Mobe => mobe::plan(config, observations, ratio, options),
+        MethodName::Moei2 => moei2::plan(config, observations, ratio, options),
         _ => drop::plan(config, observations, ratio, method, options),
     }
 }

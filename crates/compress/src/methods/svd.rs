@@ -6,13 +6,8 @@ use lightmoe_models::config::ModelConfig;
 use super::{AdapterInit, MethodName, PlanOptions, finish, order};
 use crate::observations::Observations;
 use crate::plan::{LayerPlan, Plan, PlanSettings, SlotForm};
-use crate::ranks::{Costs, Level, RankRule, least_loss, proportional, uniform};
-use crate::size::adapter_parameters;
+use crate::ranks::{Costs, Level, RankRule, least_loss, proportional, smoothed, uniform};
 use crate::{Error, Result};
-
-/// What is added to an expert's importance, of which the largest in a layer is 1, so that the least
-/// important keep some rank (MoE-I² smooths alike).
-const SMOOTHING: f64 = 0.15;
 
 /// Plans to save the share `ratio` of all parameters.
 pub(super) fn plan(
@@ -24,20 +19,13 @@ pub(super) fn plan(
     let importance: Vec<Vec<f64>> = observations.layers.iter().map(|l| l.importance()).collect();
     let experts = config.moe.num_experts;
     let slots = experts * importance.len();
-    let costs = Costs {
-        unit: adapter_parameters(config, 1),
-        dense: config.expert_parameters(),
-    };
+    let costs = Costs::of_expert(config);
     let saved = (ratio * config.parameters().total() as f64).round() as u64;
     let budget = (slots as u64 * costs.dense).saturating_sub(saved);
     let levels = match options.ranks {
         RankRule::Uniform => uniform(&order(&importance.concat()), costs, budget),
         RankRule::Importance => {
-            let weight = |layer: &Vec<f64>| -> Vec<f64> {
-                let largest = layer.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
-                layer.iter().map(|i| i / largest + SMOOTHING).collect()
-            };
-            let weights: Vec<f64> = importance.iter().flat_map(weight).collect();
+            let weights: Vec<f64> = importance.iter().flat_map(|i| smoothed(i)).collect();
             proportional(&weights, costs, budget)
         }
         RankRule::Budget => least_loss(&losses(observations, experts)?, costs, budget),
@@ -64,7 +52,8 @@ pub(super) fn plan(
     Ok(plan)
 }
 
-fn form(level: Level) -> SlotForm {
+/// What an expert becomes.
+pub(super) fn form(level: Level) -> SlotForm {
     level.map_or(SlotForm::Dense, |rank| SlotForm::Adapted {
         group: None,
         rank,

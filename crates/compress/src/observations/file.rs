@@ -16,7 +16,7 @@ pub const SCHEMA_VERSION: u32 = 2;
 
 const METADATA_KEY: &str = "observations";
 
-/// The folder of the moments that belong to the observations `path`.
+/// The folder of the moments and samples that belong to the observations `path`.
 pub fn moments_folder(path: &Path) -> PathBuf {
     path.with_extension("moments")
 }
@@ -90,8 +90,7 @@ impl Observations {
         let bytes = read(path)?;
         let mut seen = Self::decode(&bytes).map_err(|message| observations_error(path, message))?;
         let folder = moments_folder(path);
-        let whole = seen.layers.iter().all(|layer| layer.spectra.is_some());
-        seen.moments = (whole && folder.is_dir()).then_some(folder);
+        seen.moments = folder.is_dir().then_some(folder);
         Ok(seen)
     }
 

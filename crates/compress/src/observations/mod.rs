@@ -18,8 +18,8 @@
 //! | `layers.{l}.all_outputs` | `[E, H]` f64, optional | mean of an expert's outputs over all tokens, chosen or not |
 //! | `layers.{l}.spectrum_{gate,up,down}` | `[E, min(H, F)]` f64, optional | singular values of the matrix on the inputs it was given, descending |
 //!
-//! `output_*` and `weight_flatness` come together, and so do the spectra, beside which there is a
-//! folder of [`moments`](crate::moments).
+//! `output_*` and `weight_flatness` come together, and so do the spectra, beside which there are
+//! [`moments`](crate::moments). Those and [`samples`](crate::samples) lie in a folder beside the file.
 //!
 //! The metadata has one key, `observations`: a JSON object of `schema_version`, `tokens`,
 //! `samples` and `fingerprint`. One key, because several would be written in a random order, and
@@ -34,6 +34,7 @@ pub use file::{SCHEMA_VERSION, moments_folder};
 use lightmoe_models::config::ModelConfig;
 
 use crate::moments::Moments;
+use crate::samples::{self, Sample};
 use crate::{Error, Result};
 
 /// The observations of one layer of `E` experts.
@@ -272,7 +273,8 @@ pub struct Observations {
     pub samples: u64,
     /// Names the model and the data that were observed.
     pub fingerprint: String,
-    /// The folder of [`moments`](crate::moments) that belongs to them; `None` without.
+    /// The folder of [`moments`](crate::moments) and [`samples`](crate::samples) that belongs to them;
+    /// `None` without.
     pub moments: Option<PathBuf>,
 }
 
@@ -287,7 +289,8 @@ impl Observations {
     /// # Errors
     /// [`Error::Invalid`] if they were not asked for.
     pub fn moments(&self) -> Result<Moments> {
-        let folder = self.moments.as_ref().ok_or_else(|| {
+        let whole = self.layers.iter().all(|layer| layer.spectra.is_some());
+        let folder = self.moments.as_ref().filter(|_| whole).ok_or_else(|| {
             Error::Invalid(
                 "whitened factors need the moments of what experts are given, and these \
                  observations have none; observe with `--moments`"
@@ -295,6 +298,22 @@ impl Observations {
             )
         })?;
         Ok(Moments::of(folder, &self.fingerprint))
+    }
+
+    /// The sampled tokens of layer `layer`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if they were not asked for; if the file is damaged or belongs to other
+    /// observations.
+    pub fn sample(&self, config: &ModelConfig, layer: usize) -> Result<Sample> {
+        let path = self.moments.as_ref().map(|f| samples::file(f, layer));
+        let path = path.filter(|path| path.is_file()).ok_or_else(|| {
+            Error::Invalid(format!(
+                "the method needs a sample of tokens, and layer {layer} was observed without; \
+                 observe with `--samples`"
+            ))
+        })?;
+        Sample::open(path, &self.fingerprint, &config.moe, self.tokens)
     }
 
     /// Checks that these are observations of a model like `config`.

@@ -6,7 +6,7 @@
 
 mod sums;
 
-use crate::memory::{batch_tokens, moment_bytes};
+use crate::memory::{batch_tokens, moment_bytes, sample_bytes};
 use crate::observations::{LayerObservations, Observations, moments_folder};
 use crate::states::{States, StatesWriter, Work};
 use crate::{Error, Result};
@@ -23,6 +23,9 @@ pub struct Statistics {
     pub moments: bool,
     /// Mean outputs over all tokens: every token through every expert.
     pub all_outputs: bool,
+    /// A [sample](crate::samples) of tokens with what every expert gives for them; at most 16 MiB a
+    /// layer.
+    pub samples: bool,
 }
 
 impl Statistics {
@@ -32,6 +35,7 @@ impl Statistics {
         Self {
             moments: self.moments || other.moments,
             all_outputs: self.all_outputs || other.all_outputs,
+            samples: self.samples || other.samples,
         }
     }
 }
@@ -45,7 +49,7 @@ pub type Successor<'a> = dyn Fn(&LayerObservations, &mut Layer) -> Result<()> + 
 pub struct ObserveOptions<'a> {
     /// Names the model and the data.
     pub fingerprint: &'a str,
-    /// Folder for what lies between two layers, and for the moments; what it holds is removed at the
+    /// Folder for what lies between two layers, and for moments and samples; what it holds is removed at the
     /// end.
     pub state: &'a Path,
     /// What to record beside routing and outputs.
@@ -70,7 +74,7 @@ pub struct Observed {
 }
 
 impl Observed {
-    /// Writes the observations to `path`, with their moments in the folder beside it, and removes what
+    /// Writes the observations to `path`, with moments and samples in the folder beside it, and removes what
     /// lay between the layers.
     ///
     /// # Errors
@@ -107,9 +111,15 @@ impl Batch<'_> {
     fn holds(&self, token: usize) -> bool {
         token % self.width < self.samples[token / self.width].len()
     }
+
+    /// The tokens of the padded batch that are of a sample.
+    fn held(&self) -> Vec<u32> {
+        let tokens = 0..(self.samples.len() * self.width) as u32;
+        tokens.filter(|&t| self.holds(t as usize)).collect()
+    }
 }
 
-/// Where the moments of an unfinished run lie.
+/// Where moments and samples of an unfinished run lie.
 fn moments_in(state: &Path) -> PathBuf {
     state.join("moments")
 }
@@ -137,10 +147,12 @@ pub fn observe(
     // Samples of like length together, so that little is padded.
     let mut order: Vec<&Vec<u32>> = samples.iter().collect();
     order.sort_by_key(|s| std::cmp::Reverse(s.len()));
-    let beside = match options.statistics.moments {
-        true => moment_bytes(config),
-        false => 0,
-    };
+    let asked = options.statistics;
+    let beside = [
+        (asked.moments, moment_bytes(config)),
+        (asked.samples, sample_bytes(config)),
+    ];
+    let beside = beside.iter().filter(|what| what.0).map(|what| what.1).sum();
     let most = batch_tokens(config, order[0].len(), options.max_memory, beside)?;
     let work = Work::new(
         samples,
@@ -174,7 +186,7 @@ pub fn observe(
         read += begin.elapsed();
         let begin = Instant::now();
         let mut next = states.writer(l + 1)?;
-        let mut sums = Sums::new(config, options.statistics);
+        let mut sums = Sums::new(config, options.statistics, seen.tokens as usize);
         if let Some(bank) = layer.bank() {
             sums.weights(bank)?;
         }

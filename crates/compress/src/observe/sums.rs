@@ -5,6 +5,7 @@ use crate::Result;
 use crate::factor::singular_values;
 use crate::moments::MomentSums;
 use crate::observations::{LayerObservations, OutputObservations, Spectra};
+use crate::samples::SampleSums;
 use candle_core::{Device, Tensor};
 use lightmoe_models::{Bank, ExpertRows, Layer, LayerObserver, ModelConfig, Projections, Routing};
 use rayon::prelude::*;
@@ -36,6 +37,7 @@ pub(super) struct Sums {
     /// Sums of outputs over all tokens.
     all_outputs: Option<Vec<f64>>,
     moments: Option<MomentSums>,
+    sample: Option<SampleSums>,
 }
 
 /// Sums, and the batch that adds to them.
@@ -49,9 +51,7 @@ impl LayerObserver for BatchSums<'_> {
         let (sums, batch) = (&mut *self.sums, self.batch);
         sums.routing(routing, batch)?;
         if let Some(all) = &mut sums.all_outputs {
-            let tokens = 0..(batch.samples.len() * batch.width) as u32;
-            let seen: Vec<u32> = tokens.filter(|&t| batch.holds(t as usize)).collect();
-            let x = x.index_select(&Tensor::new(seen, &Device::Cpu)?, 0)?;
+            let x = x.index_select(&Tensor::new(batch.held(), &Device::Cpu)?, 0)?;
             let width = x.dim(1)?;
             let found = bank.output_sums(&x)?;
             for (&expert, sum) in bank.dense_experts().iter().zip(found) {
@@ -60,6 +60,9 @@ impl LayerObserver for BatchSums<'_> {
                     .zip(sum)
                     .for_each(|(all, v)| *all += f64::from(v));
             }
+        }
+        if let Some(sample) = &mut sums.sample {
+            sample.add(bank, x, routing, &batch.held())?;
         }
         Ok(())
     }
@@ -81,7 +84,8 @@ impl LayerObserver for BatchSums<'_> {
 }
 
 impl Sums {
-    pub(super) fn new(config: &ModelConfig, statistics: Statistics) -> Self {
+    /// For a layer that `tokens` tokens will pass.
+    pub(super) fn new(config: &ModelConfig, statistics: Statistics, tokens: usize) -> Self {
         let experts = config.moe.num_experts;
         Self {
             experts,
@@ -95,6 +99,7 @@ impl Sums {
                 .all_outputs
                 .then(|| vec![0.0; experts * config.hidden_size]),
             moments: statistics.moments.then(|| MomentSums::new(config)),
+            sample: statistics.samples.then(|| SampleSums::new(config, tokens)),
         }
     }
 
@@ -238,7 +243,7 @@ impl Sums {
         }
     }
 
-    /// Ends the sums of layer `number`; moments go into the folder of the state.
+    /// Ends the sums of layer `number`; moments and sample go into the folder of the state.
     pub(super) fn finish(
         self,
         number: usize,
@@ -249,8 +254,12 @@ impl Sums {
         let tokens: usize = samples.iter().map(Vec::len).sum();
         let samples = samples.len() as f64;
         let mut spectra = None;
+        let folder = super::moments_in(options.state);
+        if let Some(sample) = self.sample {
+            let correction = layer.router_correction();
+            sample.save(&folder, number, options.fingerprint, correction)?;
+        }
         if let Some(moments) = &self.moments {
-            let folder = super::moments_in(options.state);
             moments.save(&folder, number, options.fingerprint)?;
             if let Some(bank) = layer.bank() {
                 spectra = Some(of_weights(bank, moments)?);

@@ -129,6 +129,7 @@ pub fn run_observe(args: ObserveArgs) -> Result<String> {
     let more = Statistics {
         moments: args.moments,
         all_outputs: args.all_outputs,
+        samples: args.samples,
     };
     if let Some(path) = &args.tokens {
         let settings = settings(args.recipe)?;

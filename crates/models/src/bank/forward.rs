@@ -115,16 +115,31 @@ impl Bank {
     /// The sum over all rows of `x: [T, H]` of what each dense expert would give, whether the router
     /// chose it or not: `[dense][H]`.
     pub fn output_sums(&self, x: &Tensor) -> Result<Vec<Vec<f32>>> {
+        // The down projection is linear, so it takes the sum.
+        let sums = self.each_dense(x, |h| Ok(h.sum_keepdim(0)?))?;
+        let row = |sum: Tensor| Ok(sum.flatten_all()?.to_vec1()?);
+        sums.into_iter().map(row).collect()
+    }
+
+    /// What each dense expert would give for every row of `x: [T, H]`, whether the router chose it or
+    /// not: `[T, H]` each.
+    pub fn outputs(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+        self.each_dense(x, Ok)
+    }
+
+    /// Each dense expert on `x: [T, H]`, with `between` on what its down projection is given.
+    fn each_dense(
+        &self,
+        x: &Tensor,
+        between: impl Fn(Tensor) -> Result<Tensor>,
+    ) -> Result<Vec<Tensor>> {
         let w = self
             .dense
             .as_ref()
             .ok_or_else(|| missing("dense weights"))?;
-        let of_expert = |i: usize| -> Result<Vec<f32>> {
+        let of_expert = |i: usize| -> Result<Tensor> {
             let h = swiglu(&linear(x, &w.gate.get(i)?)?, &linear(x, &w.up.get(i)?)?)?;
-            // The down projection is linear, so it takes the sum.
-            Ok(linear(&h.sum_keepdim(0)?, &w.down.get(i)?)?
-                .flatten_all()?
-                .to_vec1()?)
+            Ok(linear(&between(h)?, &w.down.get(i)?)?)
         };
         (0..self.order.dense).map(of_expert).collect()
     }
