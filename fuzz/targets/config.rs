@@ -8,7 +8,7 @@
 use libfuzzer_sys::fuzz_target;
 use lightmoe::inspect::Summary;
 use lightmoe_compress::estimate;
-use lightmoe_compress::methods::PlanOptions;
+use lightmoe_compress::methods::{MethodName, PlanOptions};
 use lightmoe_models::{BankLayout, Manifest, ModelConfig, Rotary};
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -61,7 +61,7 @@ fuzz_target!(|input: &[u8]| {
             groups,
             ..PlanOptions::default()
         };
-        if let Ok(estimate) = estimate(&config, 0.3, &options) {
+        if let Ok(estimate) = estimate(&config, 0.3, MethodName::Lightmoe, &options) {
             assert!(estimate.parameters_after < parameters);
         }
     }
