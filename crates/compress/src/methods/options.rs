@@ -1,0 +1,196 @@
+//! What a plan is asked for.
+
+use lightmoe_models::config::ModelConfig;
+use serde::{Deserialize, Serialize};
+
+use super::MethodName;
+use crate::plan::PlanSettings;
+use crate::ranks::RankRule;
+use crate::size::adapter_parameters;
+use crate::{Error, Result};
+
+/// How a group's base starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BaseInit {
+    /// The mean of the members' weights, weighted by their scores; for LightMoE `Gbar` (eq. 4).
+    GateWeighted,
+    /// Random weights: what the weighted mean is worth.
+    Random,
+    /// The weighted mean after the neurons of all were brought into the order of the dominant's.
+    Aligned,
+}
+
+/// How the adapters of replaced experts start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AdapterInit {
+    /// Gaussian times zero: nothing yet.
+    #[default]
+    Fresh,
+    /// Factors of what the expert differs from its base by, those that lose least on the inputs it was
+    /// given.
+    Whitened,
+    /// The same factors of the weights alone, whatever the inputs: the truncated SVD.
+    Truncated,
+}
+
+/// The settings of [`plan`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PlanOptions {
+    /// Rank of every adapter, on replaced and kept experts alike.
+    pub rank: usize,
+    /// Shared bases per layer; 0 for adapters alone.
+    pub groups: usize,
+    /// `alpha` of eq. 8: how much the router norm moves a layer's threshold.
+    pub alpha: f64,
+    /// Greatest relative distance of a layer's threshold from `p_hat`; 0 for a uniform one.
+    pub max_delta: f64,
+    /// How the bases start.
+    pub base: BaseInit,
+    /// How `svd` shares its budget.
+    pub ranks: RankRule,
+    /// How many of the chosen experts run in `compressed`; `None` for half of them.
+    pub main_experts: Option<usize>,
+    /// Seed of `random`, and of the search of `moei2`.
+    pub seed: u64,
+}
+
+impl Default for PlanOptions {
+    /// The paper's settings: rank 16, 3 bases, alpha 0.3, delta 0.2, gate-weighted bases.
+    fn default() -> Self {
+        Self {
+            rank: 16,
+            groups: 3,
+            alpha: 0.3,
+            max_delta: 0.2,
+            base: BaseInit::GateWeighted,
+            ranks: RankRule::Budget,
+            main_experts: None,
+            seed: 0,
+        }
+    }
+}
+
+/// How much to replace.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Target {
+    /// Save this share of all the model's parameters; 0 leaves the model as it is.
+    Ratio(f64),
+    /// Use this global threshold `p_hat`.
+    Threshold(f64),
+}
+
+impl Target {
+    pub(crate) fn check(self) -> Result<()> {
+        let (name, value) = match self {
+            Self::Ratio(value) => ("ratio", value),
+            Self::Threshold(value) => ("threshold", value),
+        };
+        let none = matches!(self, Self::Ratio(0.0));
+        if none || (value > 0.0 && value < 1.0) {
+            return Ok(());
+        }
+        Err(Error::Invalid(format!(
+            "the {name} is {value}, expected a number between 0 and 1; give one such as 0.3"
+        )))
+    }
+}
+
+impl PlanOptions {
+    /// The settings that a plan with these options states.
+    pub fn settings(&self) -> PlanSettings {
+        PlanSettings {
+            rank: self.rank,
+            kept_rank: self.rank,
+            groups: self.groups,
+            alpha: self.alpha,
+            max_delta: self.max_delta,
+            base: self.base,
+            adapters: AdapterInit::Fresh,
+            base_rank: None,
+            trained_rank: None,
+        }
+    }
+
+    /// The same budget of trained parameters as adapters of `rank` on all experts, on as many as
+    /// `carriers`: of higher rank, without bases.
+    pub(super) fn for_carriers(&self, config: &ModelConfig, carriers: usize) -> Self {
+        let widest = config.hidden_size.min(config.moe.intermediate_size);
+        let all = config.moe.num_experts * config.num_moe_layers();
+        Self {
+            rank: (self.rank * all / carriers.max(1)).min(widest),
+            groups: 0,
+            ..*self
+        }
+    }
+
+    /// What the method has no form for.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], saying what to change.
+    pub fn check_method(&self, method: MethodName) -> Result<()> {
+        match (method, self.groups) {
+            (MethodName::Lightmoe, 0) => Err(Error::Invalid(
+                "`lightmoe` needs at least one group; raise `groups`, or use the method `replace` \
+                 for adapters alone"
+                    .to_owned(),
+            )),
+            (MethodName::Replace, groups @ 2..) => Err(Error::Invalid(format!(
+                "`replace` has no base or one, not {groups}; set `groups` to 0 or 1, or use the \
+                 method `lightmoe`"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// What cannot work for this model, whatever the observations.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], saying what to change.
+    pub fn check(&self, config: &ModelConfig) -> Result<()> {
+        let widest = config.hidden_size.min(config.moe.intermediate_size);
+        if self.rank > widest {
+            return Err(Error::Invalid(format!(
+                "rank {} exceeds the smaller side of an expert's matrices ({widest}); lower it",
+                self.rank
+            )));
+        }
+        if self.groups > config.moe.num_experts {
+            return Err(Error::Invalid(format!(
+                "{} groups for {} experts per layer; lower `groups`",
+                self.groups, config.moe.num_experts
+            )));
+        }
+        for (name, value) in [("alpha", self.alpha), ("max_delta", self.max_delta)] {
+            if !(value.is_finite() && value >= 0.0) {
+                return Err(Error::Invalid(format!(
+                    "`{name}` is {value}, expected a number from 0; correct it"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// What cannot replace anything in this model, whatever the observations.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], saying what to change.
+    pub fn check_replacing(&self, config: &ModelConfig) -> Result<()> {
+        self.check(config)?;
+        if self.rank == 0 && self.groups == 0 {
+            return Err(Error::Invalid(
+                "rank 0 without bases would leave nothing of a replaced expert; raise `rank` or \
+                 `groups`"
+                    .to_owned(),
+            ));
+        }
+        if adapter_parameters(config, self.rank) >= config.expert_parameters() {
+            return Err(Error::Invalid(format!(
+                "adapters of rank {} are as large as the experts they replace; lower `rank`",
+                self.rank
+            )));
+        }
+        Ok(())
+    }
+}
