@@ -160,6 +160,7 @@ pub fn run(args: ScaleArgs) -> Result<String> {
         },
         config,
     };
+    fs::remove_dir_all(&state)?;
     let page = page::render(&measured)?;
     folder::write_file(&args.table, page.as_bytes())?;
     Ok(page)
