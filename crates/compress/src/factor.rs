@@ -80,18 +80,14 @@ fn failed(what: &str) -> Error {
     ))
 }
 
-/// The eigenvectors of a symmetric matrix, those of the largest eigenvalues first, and the roots of
-/// those.
-fn eigen(m: &Mat<f64>) -> Result<(Mat<f64>, Vec<f64>)> {
+/// The eigenvectors of a symmetric matrix, those of the largest eigenvalues first.
+fn eigenvectors(m: &Mat<f64>) -> Result<Mat<f64>> {
     let decomposed = m
         .self_adjoint_eigen(Side::Lower)
         .map_err(|_| failed("eigenvalues"))?;
     let n = m.nrows();
     let vectors = decomposed.U();
-    let values = decomposed.S().column_vector();
-    let descending = Mat::from_fn(n, n, |i, j| vectors[(i, n - 1 - j)]);
-    let roots = (0..n).map(|j| values[n - 1 - j].max(0.0).sqrt());
-    Ok((descending, roots.collect()))
+    Ok(Mat::from_fn(n, n, |i, j| vectors[(i, n - 1 - j)]))
 }
 
 fn cholesky(gram: &Gram) -> Result<Mat<f64>> {
@@ -133,14 +129,14 @@ pub fn whitened(w: &Tensor, gram: &Gram, rank: usize) -> Result<Factors> {
     let rank = rank.min(w.nrows()).min(w.ncols());
     let (mut a, mut b) = match w.nrows() <= w.ncols() {
         true => {
-            let (vectors, _) = eigen(&(&w * &gram.0 * w.transpose()))?;
+            let vectors = eigenvectors(&(&w * &gram.0 * w.transpose()))?;
             let b = vectors.subcols(0, rank).to_owned();
             (b.transpose() * &w, b)
         }
         false => {
             let s = cholesky(gram)?;
             let ws = &w * &s;
-            let (vectors, _) = eigen(&(ws.transpose() * &ws))?;
+            let vectors = eigenvectors(&(ws.transpose() * &ws))?;
             let v = vectors.subcols(0, rank);
             let b = &ws * v;
             // A·S = Vᵀ, so Sᵀ·Aᵀ = V.

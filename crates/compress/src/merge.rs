@@ -12,8 +12,7 @@ pub type Weights<'a> = dyn Fn(usize) -> Result<[Tensor; 3]> + Sync + 'a;
 /// expert is in memory beside the sum.
 ///
 /// # Errors
-/// What reading the weights brings.
-///
+/// What reading the weights brings, and the alignment; [`crate::Error::Invalid`] without members.
 pub fn merge(
     weights: &Weights<'_>,
     members: &[usize],

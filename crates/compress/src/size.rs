@@ -16,7 +16,7 @@ pub fn adapter_parameters(config: &ModelConfig, rank: usize) -> u64 {
 }
 
 /// Parameters of the vectors of an expert that scale the inputs of three projections.
-fn scales(config: &ModelConfig) -> u64 {
+pub fn scale_parameters(config: &ModelConfig) -> u64 {
     2 * config.hidden_size as u64 + config.moe.intermediate_size as u64
 }
 
@@ -59,7 +59,7 @@ impl LayerSize {
             ..Self::default()
         };
         if layer.main.is_some() {
-            size.vectors = layer.slots.len() as u64 * scales(config);
+            size.vectors = layer.slots.len() as u64 * scale_parameters(config);
             size.trained += size.vectors;
         }
         for slot in &layer.slots {
@@ -149,7 +149,7 @@ pub fn active_parameters(
             basis_parameters(config, bases, rank) as f64
         });
         active += run as f64 * mean_slot(config, layer, seen) - config.moe.top_k as f64 * expert;
-        active += (choices - run) as f64 * scales(config) as f64;
+        active += (choices - run) as f64 * scale_parameters(config) as f64;
     }
     active.round() as u64
 }

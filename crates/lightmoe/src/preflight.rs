@@ -3,7 +3,7 @@
 use crate::recipe::Recipe;
 use crate::source::calibration;
 use lightmoe_compress::methods::{Kind, MethodName, Target};
-use lightmoe_compress::size::adapter_parameters;
+use lightmoe_compress::size::{adapter_parameters, scale_parameters};
 use lightmoe_compress::{Estimate, estimate};
 use lightmoe_data::Encoded;
 use lightmoe_models::{BankLayout, Checkpoint, ModelConfig};
@@ -79,10 +79,14 @@ pub fn forecast(
     let estimate = estimate_of(recipe, config).map_err(Refused::of)?;
     let (replaced, parameters_after, trained) = match recipe.method.kind() {
         Kind::Keep => {
-            let adapters = (config.moe.num_experts * config.num_moe_layers()) as u64
-                * adapter_parameters(config, recipe.rank);
-            let total = config.parameters().total();
-            (Some(0.0), Some(total), Some(adapters))
+            let experts = (config.moe.num_experts * config.num_moe_layers()) as u64;
+            let adapters = experts * adapter_parameters(config, recipe.rank);
+            let scales = match recipe.method {
+                MethodName::Compressed => experts * scale_parameters(config),
+                _ => 0,
+            };
+            let total = config.parameters().total() + scales;
+            (Some(0.0), Some(total), Some(adapters + scales))
         }
         _ => (
             estimate.map(|e| e.experts_replaced_per_layer),
@@ -125,7 +129,7 @@ fn estimate_of(
     config: &ModelConfig,
 ) -> lightmoe_compress::Result<Option<Estimate>> {
     let options = recipe.plan_options();
-    options.check_method(recipe.method)?;
+    options.check_method(recipe.method, config)?;
     options.check(config)?;
     match (recipe.method, recipe.target()) {
         (method, _) if method.kind() == Kind::Keep => Ok(None),

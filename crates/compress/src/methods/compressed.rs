@@ -13,20 +13,30 @@ use crate::observations::Observations;
 use crate::plan::{LayerPlan, Plan};
 use crate::{Error, Result};
 
+/// How many of the chosen experts run.
+///
+/// # Errors
+/// [`Error::Invalid`] if that is none, or all.
+pub(super) fn main_experts(config: &ModelConfig, options: &PlanOptions) -> Result<usize> {
+    let top_k = config.moe.top_k;
+    let main = options.main_experts.unwrap_or(top_k / 2);
+    match (1..top_k).contains(&main) {
+        true => Ok(main),
+        false => Err(Error::Invalid(format!(
+            "{main} main experts of the {top_k} that a token chooses; give `main_experts` from 1 to \
+             {}, or use another method where a token chooses one",
+            top_k.saturating_sub(1)
+        ))),
+    }
+}
+
 /// Plans that `options.main_experts` of the chosen experts run, half of them by default.
 pub(super) fn plan(
     config: &ModelConfig,
     observations: &Observations,
     options: &PlanOptions,
 ) -> Result<Plan> {
-    let top_k = config.moe.top_k;
-    let main = options.main_experts.unwrap_or(top_k / 2);
-    if main == 0 || main >= top_k {
-        return Err(Error::Invalid(format!(
-            "{main} main experts of the {top_k} that a token chooses; give `main_experts` from 1 to {}",
-            top_k - 1
-        )));
-    }
+    let main = main_experts(config, options)?;
     let layers = observations.layers.iter();
     let layers = layers.map(|observed| LayerPlan {
         main: Some(main),

@@ -6,7 +6,7 @@
 
 use lightmoe_models::config::ModelConfig;
 
-use super::{AdapterInit, MethodName, PlanOptions, finish, order, usage};
+use super::{AdapterInit, MethodName, PlanOptions, finish, order, to_save, usage};
 use crate::observations::Observations;
 use crate::plan::{LayerPlan, Plan, PlanSettings, SlotForm};
 use crate::ranks::{Costs, uniform};
@@ -28,7 +28,7 @@ pub(super) fn plan(
         dense: u64::MAX,
     };
     let expert = config.expert_parameters();
-    let saved = (ratio * config.parameters().total() as f64).round() as u64;
+    let saved = to_save(config, ratio).round() as u64;
     let budget = ((experts - 1) * layers) as u64 * expert;
     let budget = budget.checked_sub(saved).ok_or_else(|| {
         Error::Invalid(format!(

@@ -8,7 +8,7 @@ use lightmoe_models::config::ModelConfig;
 use lightmoe_models::random::stream;
 use rand::Rng;
 
-use super::{MethodName, PlanOptions, finish};
+use super::{MethodName, PlanOptions, finish, to_save};
 use crate::observations::{LayerObservations, Observations};
 use crate::plan::{LayerPlan, Plan, SlotForm};
 use crate::select::ascending;
@@ -27,7 +27,7 @@ pub(super) fn plan(
         .map(|observed| scores(method, observed, options.seed))
         .collect::<Result<_>>()?;
     let gain = config.expert_parameters() - constant(config, method);
-    let wanted = ratio * config.parameters().total() as f64 / gain as f64;
+    let wanted = to_save(config, ratio) / gain as f64;
     let counts = counts(&scores, wanted.round() as usize);
     let (experts, top_k) = (config.moe.num_experts, config.moe.top_k);
     let most = counts.iter().copied().max().unwrap_or(0);

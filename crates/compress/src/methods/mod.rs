@@ -53,7 +53,7 @@ pub fn plan(
     method: MethodName,
     options: &PlanOptions,
 ) -> Result<Plan> {
-    options.check_method(method)?;
+    options.check_method(method, config)?;
     options.check(config)?;
     observations.check(config)?;
     if method == MethodName::Lora {
@@ -108,10 +108,14 @@ fn warn_of_silent(observations: &Observations) {
     }
 }
 
+/// How many parameters are the share `ratio` of all.
+fn to_save(config: &ModelConfig, ratio: f64) -> f64 {
+    ratio * config.parameters().total() as f64
+}
+
 /// How many whole experts are worth the share `ratio` of all parameters.
 fn experts_to_save(config: &ModelConfig, ratio: f64) -> usize {
-    let wanted = ratio * config.parameters().total() as f64;
-    (wanted / config.expert_parameters() as f64).round() as usize
+    (to_save(config, ratio) / config.expert_parameters() as f64).round() as usize
 }
 
 /// How often each expert was chosen, as a share of its layer; the gate mass where that is not known.

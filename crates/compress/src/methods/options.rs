@@ -4,6 +4,7 @@ use lightmoe_models::config::ModelConfig;
 use serde::{Deserialize, Serialize};
 
 use super::MethodName;
+use super::compressed::main_experts;
 use crate::plan::PlanSettings;
 use crate::ranks::RankRule;
 use crate::size::adapter_parameters;
@@ -129,7 +130,7 @@ impl PlanOptions {
     ///
     /// # Errors
     /// [`Error::Invalid`], saying what to change.
-    pub fn check_method(&self, method: MethodName) -> Result<()> {
+    pub fn check_method(&self, method: MethodName, config: &ModelConfig) -> Result<()> {
         match (method, self.groups) {
             (MethodName::Lightmoe, 0) => Err(Error::Invalid(
                 "`lightmoe` needs at least one group; raise `groups`, or use the method `replace` \
@@ -140,6 +141,7 @@ impl PlanOptions {
                 "`replace` has no base or one, not {groups}; set `groups` to 0 or 1, or use the \
                  method `lightmoe`"
             ))),
+            (MethodName::Compressed, _) => main_experts(config, self).map(|_| ()),
             _ => Ok(()),
         }
     }

@@ -3,7 +3,7 @@
 
 use lightmoe_models::config::ModelConfig;
 
-use super::{AdapterInit, MethodName, PlanOptions, finish, order};
+use super::{AdapterInit, MethodName, PlanOptions, finish, order, to_save};
 use crate::observations::Observations;
 use crate::plan::{LayerPlan, Plan, PlanSettings, SlotForm};
 use crate::ranks::{Costs, Level, RankRule, least_loss, proportional, smoothed, uniform};
@@ -20,7 +20,7 @@ pub(super) fn plan(
     let experts = config.moe.num_experts;
     let slots = experts * importance.len();
     let costs = Costs::of_expert(config);
-    let saved = (ratio * config.parameters().total() as f64).round() as u64;
+    let saved = to_save(config, ratio).round() as u64;
     let budget = (slots as u64 * costs.dense).saturating_sub(saved);
     let levels = match options.ranks {
         RankRule::Uniform => uniform(&order(&importance.concat()), costs, budget),

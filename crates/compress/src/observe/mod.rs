@@ -49,8 +49,8 @@ pub type Successor<'a> = dyn Fn(&LayerObservations, &mut Layer) -> Result<()> + 
 pub struct ObserveOptions<'a> {
     /// Names the model and the data.
     pub fingerprint: &'a str,
-    /// Folder for what lies between two layers, and for moments and samples; what it holds is removed at the
-    /// end.
+    /// Folder for what lies between two layers, and for moments and samples; what it holds is removed
+    /// at the end.
     pub state: &'a Path,
     /// What to record beside routing and outputs.
     pub statistics: Statistics,
@@ -74,8 +74,8 @@ pub struct Observed {
 }
 
 impl Observed {
-    /// Writes the observations to `path`, with moments and samples in the folder beside it, and removes what
-    /// lay between the layers.
+    /// Writes the observations to `path`, with moments and samples in the folder beside it, and removes
+    /// what lay between the layers.
     ///
     /// # Errors
     /// If they cannot be written.
@@ -85,10 +85,11 @@ impl Observed {
             path: target.clone(),
             source,
         };
+        // Those of earlier observations at this path.
+        if target.is_dir() {
+            std::fs::remove_dir_all(&target).map_err(io)?;
+        }
         if found.is_dir() {
-            if target.is_dir() {
-                std::fs::remove_dir_all(&target).map_err(io)?;
-            }
             std::fs::rename(&found, &target).map_err(io)?;
         }
         self.observations.save(path)?;

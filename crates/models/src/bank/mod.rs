@@ -4,10 +4,10 @@
 //! mixed ones, constants, and removed slots last, so that the rows of each form, and of each group, are
 //! consecutive after sorting by position. A dense slot computes with its own matrices; an adapted
 //! slot with `β·W + (1−β)·B + U·V`, where `W` is the expert it replaces (only while `β > 0`), `B` the
-//! base its group shares, if it has one, and `U·V` its adapter (LightMoE, eq. 6–7). A mixed slot computes gate and up with a transform of its own
-//! and bases that it shares with all mixed slots ([`Mixture`]). A constant slot
-//! gives its vector whatever the input, and a removed one is never chosen. While training, dense
-//! slots may carry adapters too.
+//! base its group shares, if it has one, and `U·V` its adapter (LightMoE, eq. 6–7). A mixed slot
+//! computes gate and up with a transform of its own and bases that it shares with all mixed slots
+//! ([`Mixture`]). A constant slot gives its vector whatever the input, and a removed one is never
+//! chosen. While training, dense slots may carry adapters too.
 //!
 //! A shared base may train through an adapter of its own, and a factorised slot by a few of its
 //! components; both end with the training.
