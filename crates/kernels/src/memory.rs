@@ -23,9 +23,15 @@ pub fn keep_freed_memory() {
 ///
 /// Besides [`keep_freed_memory`], it keeps candle's own element-wise operations on one thread, unless
 /// `CANDLE_NUM_THREADS` says otherwise: their thread pool waits by spinning, which costs more than it
-/// brings beside our operations, and slows everything down where cores are shared.
+/// brings beside our operations, and slows everything down where cores are shared. And it makes the
+/// calling thread one of rayon's, which hands no work over on one core and one part less on several;
+/// other threads may use rayon only while this one waits for none of them.
 pub fn tune_process() {
     keep_freed_memory();
+    // An error says that there is a pool already, which works too.
+    let _ = rayon::ThreadPoolBuilder::new()
+        .use_current_thread()
+        .build_global();
     if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
         // SAFETY: called before the program starts a thread, as the contract of this function says.
         unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
