@@ -3,8 +3,7 @@
 use lightmoe_models::config::ModelConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::methods::mobe::Shape;
-use crate::methods::{Kind, MethodName, PlanOptions, check_ratio};
+use crate::methods::{Kind, MethodName, PlanOptions, check_ratio, mcsmoe, mobe};
 use crate::size::adapter_parameters;
 use crate::{Error, Result};
 
@@ -33,7 +32,7 @@ pub struct Estimate {
 
 /// Forecasts the outcome of saving the share `ratio` of all parameters by `method` with `options`; 0
 /// groups means adapters without bases. What trains is, for methods that neither replace nor keep, as
-/// much as adapters of the rank on all experts, but for rounding.
+/// much as adapters of the rank on all experts, but for rounding; `mcsmoe` trains all that is left.
 ///
 /// # Errors
 /// [`Error::Invalid`] if the options cannot work for the model, or saying what can be reached if the
@@ -50,7 +49,7 @@ pub fn estimate(
         return forecast(config, ratio, options);
     }
     if method == MethodName::Mobe {
-        Shape::of(config, ratio)?;
+        mobe::Shape::of(config, ratio)?;
     }
     let whole = PlanOptions {
         rank: 0,
@@ -70,12 +69,16 @@ pub fn estimate(
         )));
     }
     let adapters = (experts * config.num_moe_layers()) as u64;
+    let trained = match method {
+        MethodName::Mcsmoe => mcsmoe::Shape::of(config, ratio)?.trained(config),
+        _ => adapters * adapter_parameters(config, options.rank),
+    };
     Ok(Estimate {
         experts_replaced_per_layer: match method.kind() {
             Kind::Factorise => experts as f64,
             _ => dropped.experts_replaced_per_layer,
         },
-        parameters_trained: adapters * adapter_parameters(config, options.rank),
+        parameters_trained: trained,
         ..dropped
     })
 }

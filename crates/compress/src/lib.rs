@@ -34,7 +34,7 @@ pub mod search;
 pub mod select;
 pub mod size;
 
-pub use build::{BuildInputs, build};
+pub use build::{BuildInputs, build, whole_bases};
 pub use error::{Error, Result};
 pub use estimate::{Estimate, estimate};
 pub use memory::{batch_tokens, layer_bytes};

@@ -10,7 +10,7 @@
 use std::path::Path;
 
 use lightmoe_models::config::ModelConfig;
-use lightmoe_models::folder;
+use lightmoe_models::{FactoredBases, folder};
 use serde::{Deserialize, Serialize};
 
 use crate::methods::{AdapterInit, BaseInit, MethodName};
@@ -142,6 +142,9 @@ pub struct LayerPlan {
     /// run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub main: Option<usize>,
+    /// How the shared bases are stored, all alike; `None` where they are whole matrices.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub factored: Option<FactoredBases>,
     /// One slot per expert, ascending.
     pub slots: Vec<SlotPlan>,
 }
@@ -160,6 +163,7 @@ impl LayerPlan {
             router_norm: observed.router_norm,
             groups: 0,
             main: None,
+            factored: None,
             slots: scores.iter().enumerate().map(slot).collect(),
         }
     }
@@ -167,7 +171,12 @@ impl LayerPlan {
     /// Lets the experts of each of `clusters`, its dominant first, share a base; one alone stays as it
     /// is.
     pub(crate) fn merge(&mut self, clusters: &[Vec<usize>]) {
-        for members in clusters.iter().filter(|members| members.len() > 1) {
+        self.share(clusters.iter().filter(|members| members.len() > 1));
+    }
+
+    /// Lets the experts of each of `clusters`, its dominant first, share a base, one alone too.
+    pub(crate) fn share<'a>(&mut self, clusters: impl IntoIterator<Item = &'a Vec<usize>>) {
+        for members in clusters {
             for (i, &expert) in members.iter().enumerate() {
                 self.slots[expert].form = SlotForm::Adapted {
                     group: Some(self.groups),
@@ -371,6 +380,12 @@ impl Plan {
                 ": {} groups of {experts} experts; correct `groups`",
                 layer.groups
             ));
+        }
+        if let Some(factored) = &layer.factored {
+            let (h, f) = (self.model.hidden_size, self.model.intermediate_size);
+            factored
+                .check(h, f)
+                .map_err(|message| format!(": {message}; correct them"))?;
         }
         let mut dominants = vec![0usize; layer.groups];
         for (position, slot) in layer.slots.iter().enumerate() {

@@ -5,6 +5,7 @@
 //! nothing. Trained is an adapter on *every* expert, kept or replaced, and the bases or an adapter of
 //! each.
 
+use lightmoe_models::FactoredBases;
 use lightmoe_models::config::ModelConfig;
 
 use crate::observations::{LayerObservations, Observations};
@@ -13,6 +14,16 @@ use crate::plan::{LayerPlan, Parameters, Plan, PlanSettings, SlotForm};
 /// Parameters of the adapters of one expert: rank `R` on gate, up and down, `3 R (H + F)`.
 pub fn adapter_parameters(config: &ModelConfig, rank: usize) -> u64 {
     3 * rank as u64 * (config.hidden_size as u64 + config.moe.intermediate_size as u64)
+}
+
+/// Parameters of one shared base: a whole expert, or its factors, its rows and the place of each row.
+pub fn base_parameters(config: &ModelConfig, factored: Option<&FactoredBases>) -> u64 {
+    let Some(shape) = factored else {
+        return config.expert_parameters();
+    };
+    let (h, f) = (config.hidden_size, config.moe.intermediate_size);
+    let rows = 2 * shape.gate_up_rows * (h + 1) + shape.down_rows * (f + 1);
+    adapter_parameters(config, shape.rank) + rows as u64
 }
 
 /// Parameters of the vectors of an expert that scale the inputs of three projections.
@@ -53,9 +64,11 @@ impl LayerSize {
         let expert = config.expert_parameters();
         let adapter = |rank| adapter_parameters(config, rank);
         let groups = layer.groups as u64;
+        // All rows of a factored base train before they are pruned.
+        let factors = layer.factored.map_or(0, |shape| adapter(shape.rank));
         let mut size = Self {
-            bases: groups * expert,
-            trained: groups * settings.base_rank.map_or(expert, adapter),
+            bases: groups * base_parameters(config, layer.factored.as_ref()),
+            trained: groups * settings.base_rank.map_or(expert + factors, adapter),
             ..Self::default()
         };
         if layer.main.is_some() {
@@ -157,10 +170,11 @@ pub fn active_parameters(
 /// Parameters of the slot that a choice of the router falls on, on average.
 fn mean_slot(config: &ModelConfig, layer: &LayerPlan, seen: &LayerObservations) -> f64 {
     let expert = config.expert_parameters();
+    let base = base_parameters(config, layer.factored.as_ref());
     let held = |form| match form {
         SlotForm::Dense => Some(expert),
         SlotForm::Adapted { group, rank, .. } => {
-            Some(group.map_or(0, |_| expert) + adapter_parameters(config, rank))
+            Some(group.map_or(0, |_| base) + adapter_parameters(config, rank))
         }
         SlotForm::Mixed { bases, rank } => Some(mixed_parameters(config, bases, rank)),
         SlotForm::Constant => Some(config.hidden_size as u64),

@@ -31,6 +31,7 @@ fn layer(number: usize, experts: usize, replaced: usize, groups: usize) -> Layer
         router_norm: None,
         groups,
         main: None,
+        factored: None,
         slots: slots.collect(),
     }
 }

@@ -23,6 +23,7 @@ mod real;
 mod rope;
 mod route;
 mod scatter;
+mod spread;
 mod swiglu;
 
 pub use adamw::{AdamW, Moments};
@@ -34,4 +35,5 @@ pub use norm::rms_norm;
 pub use rope::{Rope, RopePairs, apply_rope};
 pub use route::{Dispatch, TokenGroups, top_k};
 pub use scatter::weighted_scatter;
+pub use spread::spread_columns;
 pub use swiglu::swiglu;

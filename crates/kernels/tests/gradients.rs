@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor, Var};
 use common::{random, segments, values};
 use lightmoe_kernels::{
     Rope, apply_rope, causal_attention, cross_entropy, grouped_linear, linear, rms_norm,
-    sliding_window_attention, swiglu, weighted_scatter,
+    sliding_window_attention, spread_columns, swiglu, weighted_scatter,
 };
 use std::sync::Arc;
 
@@ -210,6 +210,22 @@ fn weighted_scatter_plain_and_strided() {
     });
     check(&[random(1, &[0, 3]), random(2, &[0])], |v| {
         weighted_scatter(&v[0], &v[1], &[].into(), 2)
+    });
+}
+
+#[test]
+fn spread_columns_plain_and_strided() {
+    // Rows of group 1 between those of group 0; column 2 of five gets nothing from group 0.
+    let s = segments(&[(0, 2), (1, 1), (0, 1)]);
+    let places: Arc<[u32]> = [4, 0, 1, 3, 2, 0].into();
+    check(&[random(1, &[4, 3])], |v| {
+        spread_columns(&v[0], &places, &s, 5)
+    });
+    check(&[random(1, &[3, 4])], |v| {
+        spread_columns(&v[0].t()?, &places, &s, 5)
+    });
+    check(&[random(1, &[0, 3])], |v| {
+        spread_columns(&v[0], &places, &segments(&[]), 5)
     });
 }
 

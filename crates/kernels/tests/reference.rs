@@ -9,7 +9,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 use common::{close, random, segments, values};
 use lightmoe_kernels::{
     AdamW, Moments, Rope, Segment, apply_rope, causal_attention, cross_entropy, grouped_linear,
-    linear, rms_norm, sliding_window_attention, swiglu, top_k, weighted_scatter,
+    linear, rms_norm, sliding_window_attention, spread_columns, swiglu, top_k, weighted_scatter,
 };
 use std::sync::Arc;
 
@@ -302,6 +302,30 @@ fn adamw_follows_the_scalar_update() {
     );
 }
 
+/// Spread columns are a product with ones at their places.
+#[test]
+fn spread_columns_are_a_product_with_ones() {
+    let (runs, width) = ([(1, 3), (0, 40), (1, 1)], 6);
+    let places: Arc<[u32]> = [5, 2, 0, 3].into();
+    let ones = |group: usize| {
+        let mut ones = vec![0f64; 2 * width];
+        for i in 0..2 {
+            ones[i * width + places[2 * group + i] as usize] = 1.0;
+        }
+        Tensor::from_vec(ones, (width, 2), &Device::Cpu).unwrap()
+    };
+    // `grouped_reference` wants `[G, N, K]`.
+    let w = |columns: [Tensor; 2]| {
+        let turned = columns.map(|t| t.reshape((2, width)).unwrap().t().unwrap());
+        Tensor::stack(&turned, 0)
+    };
+    compare(
+        &[random(1, &[44, 2])],
+        |v| spread_columns(&v[0], &places, &segments(&runs), width),
+        |v| grouped_reference(&v[0], &w([ones(0), ones(1)])?, &runs),
+    );
+}
+
 #[test]
 fn shapes_that_do_not_fit_are_errors() {
     let r = |shape: &[usize]| random(1, shape);
@@ -350,6 +374,13 @@ fn shapes_that_do_not_fit_are_errors() {
     scatter(&[2, 3], &[3], &[0, 1]);
     scatter(&[2, 3], &[2], &[0]);
     scatter(&[2], &[2], &[0, 1]);
+    let spread = |x: &[usize], places: &[u32], runs: &[(usize, usize)]| {
+        fails(spread_columns(&r(x), &places.into(), &segments(runs), 3));
+    };
+    spread(&[2, 2], &[0, 3], &[(0, 2)]);
+    spread(&[2, 2], &[0, 1], &[(0, 3)]);
+    spread(&[2, 2], &[0, 1], &[(1, 2)]);
+    spread(&[2], &[0, 1], &[(0, 2)]);
     assert!(top_k(&r(&[2, 3]), 0).is_err());
     assert!(top_k(&r(&[2, 3]), 4).is_err());
     assert!(top_k(&r(&[3]), 1).is_err());

@@ -7,7 +7,8 @@ mod common;
 use candle_core::{DType, Tensor, Var};
 use common::{random, segments};
 use lightmoe_kernels::{
-    causal_attention, cross_entropy, grouped_linear, linear, rms_norm, swiglu, weighted_scatter,
+    causal_attention, cross_entropy, grouped_linear, linear, rms_norm, spread_columns, swiglu,
+    weighted_scatter,
 };
 use std::sync::Arc;
 
@@ -73,6 +74,15 @@ fn scatter() {
     let targets: Arc<[u32]> = (0..2000u32).map(|i| i * i % 97).collect();
     check(&[&[2000, 40], &[2000]], |v| {
         weighted_scatter(&v[0], &v[1], &targets, 100).unwrap()
+    });
+}
+
+#[test]
+fn spread() {
+    let s = segments(&[(0, 300), (1, 401)]);
+    let places: Arc<[u32]> = [9, 3, 0, 1, 2, 8].into();
+    check(&[&[701, 3]], |v| {
+        spread_columns(&v[0], &places, &s, 10).unwrap()
     });
 }
 

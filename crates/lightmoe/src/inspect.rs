@@ -6,7 +6,7 @@ use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
 use lightmoe_compress::methods::MethodName;
 use lightmoe_compress::{Estimate, estimate};
-use lightmoe_models::{BankLayout, Checkpoint, Manifest, ModelConfig, SlotLayout};
+use lightmoe_models::{BankLayout, Checkpoint, FactoredBases, Manifest, ModelConfig, SlotLayout};
 use serde::Serialize;
 use std::fmt;
 use std::path::Path;
@@ -86,6 +86,9 @@ pub struct LayerSummary {
     pub adapted: usize,
     /// Shared bases.
     pub bases: usize,
+    /// How the bases are stored, if as factors and rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub factored: Option<FactoredBases>,
     /// Rank of the adapters.
     pub rank: usize,
     /// One character a slot: `#` dense, `0`–`9` the base of an adapted slot, `+` ten or more,
@@ -136,7 +139,7 @@ impl Summary {
             parameters,
             parameters_original: config.parameters().total(),
             parameters_original_active: config.active_parameters(),
-            bytes: parameters * size,
+            bytes: tensors.iter().map(|t| t.bytes).sum(),
             dtype: String::new(),
             shape: Shape {
                 hidden_size: config.hidden_size,
@@ -156,13 +159,18 @@ impl Summary {
 /// The tensors of a model in order of their first appearance.
 fn tensors(manifest: &Manifest, size: u64) -> Vec<TensorSummary> {
     let mut all: Vec<TensorSummary> = Vec::new();
-    for (name, shape) in &manifest.tensors {
-        let parts = name.split('.').map(|part| match part.parse::<usize>() {
+    for (full, shape) in &manifest.tensors {
+        let parts = full.split('.').map(|part| match part.parse::<usize>() {
             Ok(_) => "*",
             Err(_) => part,
         });
         let name = parts.collect::<Vec<_>>().join(".");
         let parameters = shape.iter().product::<usize>() as u64;
+        let own = manifest
+            .types
+            .get(full)
+            .map(|dtype| dtype.size_in_bytes() as u64);
+        let size = own.unwrap_or(size);
         let same = |t: &&mut TensorSummary| t.name == name && t.shape == *shape;
         match all.iter_mut().find(same) {
             Some(found) => {
@@ -192,6 +200,7 @@ fn layers(layout: &BankLayout) -> Vec<LayerSummary> {
             .count(),
         adapted: layout.adapted().count(),
         bases: layout.bases(),
+        factored: layout.factored,
         rank: layout.rank(),
         slots: layout
             .slots
@@ -250,6 +259,10 @@ impl fmt::Display for Summary {
                     ", {} adapted (rank {}, {} bases)",
                     l.adapted, l.rank, l.bases
                 )?;
+            }
+            if let Some(shape) = &l.factored {
+                let (rank, gate_up, down) = (shape.rank, shape.gate_up_rows, shape.down_rows);
+                write!(f, ", of rank {rank} with {gate_up} and {down} rows")?;
             }
         }
         Ok(())

@@ -12,7 +12,7 @@ use lightmoe_compress::methods::Kind;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{
-    BuildInputs, ObserveOptions, Statistics, Successor, build, methods, observe,
+    BuildInputs, ObserveOptions, Statistics, Successor, build, methods, observe, whole_bases,
 };
 use lightmoe_data::{Encoded, Sampler};
 use lightmoe_eval::{EvalOptions, evaluate, write_samples};
@@ -21,8 +21,8 @@ use lightmoe_models::{
     ParameterKind, StreamedDecoder,
 };
 use lightmoe_train::{
-    AnnealingShape, Folders, Group, Outcome, Recovery, Teacher, TrainBatch, TrainOptions,
-    finish_recovery, prepare_recovery, train,
+    AnnealingShape, Folders, Group, Outcome, Recovery, RowPruning, Teacher, TrainBatch,
+    TrainOptions, finish_recovery, prepare_recovery, train, unfold_bases,
 };
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -157,6 +157,16 @@ pub fn recover_stage(
         seed: recipe.seed,
     };
     prepare_recovery(&mut model, inputs.original, &recovery)?;
+    let merged = BuildInputs {
+        checkpoint: inputs.original,
+        plan,
+        observations: None,
+        seed: recipe.seed,
+    };
+    unfold_bases(&mut model, &mut |layer| {
+        whole_bases(&merged, layer)
+            .map_err(|e| lightmoe_train::Error::Invalid(format!("{:#}", anyhow::Error::from(e))))
+    })?;
     let pad = built.config().pad_token_id.unwrap_or(0);
     let sampler = Sampler::new(inputs.encoded, recipe.batch_size, recipe.seed)?.with_pad(pad);
     let options = TrainOptions {
@@ -224,6 +234,7 @@ fn train_options(recipe: &Recipe, fingerprint: &str, checkpoint_every: usize) ->
         clip_norm: recipe.clip_norm,
         balance: 0.0,
         annealing: recipe.annealing(),
+        pruning: RowPruning::default(),
         groups: vec![Group {
             kinds,
             weight_decay: recipe.weight_decay,

@@ -8,8 +8,8 @@ use lightmoe_models::{
     BankLayout, CheckpointWriter, DType, Decoder, Format, ModelConfig, ParameterKind, Scheme,
 };
 use lightmoe_train::{
-    Annealing, AnnealingShape, Folders, Group, LearningRate, Outcome, TrainBatch, TrainOptions,
-    train,
+    Annealing, AnnealingShape, Folders, Group, LearningRate, Outcome, RowPruning, TrainBatch,
+    TrainOptions, train,
 };
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -145,6 +145,7 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
             shape: AnnealingShape::None,
             ..Annealing::default()
         },
+        pruning: RowPruning::default(),
         groups: vec![
             Group {
                 kinds: vec![ParameterKind::Norm],

@@ -157,7 +157,11 @@ impl Recipe {
             )?,
             end_ratio: s.end_ratio.unwrap_or(0.2),
             gamma: s.gamma.unwrap_or(3.0),
-            distill: s.distill.unwrap_or(0.0),
+            distill: s.distill.unwrap_or(match method {
+                // Its paper's own recipe.
+                MethodName::Mcsmoe => 0.2,
+                _ => 0.0,
+            }),
             distill_temperature: s.distill_temperature.unwrap_or(2.0),
             train_router: s.train_router.unwrap_or(false),
             train_examples: s.train_examples.unwrap_or(8000),

@@ -17,7 +17,7 @@ pub struct Settings {
     /// Records to train on, JSON lines of prompt/completion or messages; a tenth is held out
     #[arg(long, value_name = "FILE.jsonl")]
     pub train: Option<PathBuf>,
-    /// lightmoe, replace (adapters alone, or with one base), lora (nothing is replaced); reap, frequency, ean, aimer or random (pruned); mone (mean outputs); msmoe, hcsmoe or ream (merged); svd, d2moe or mobe (factorised); moei2 (pruned, the rest factorised); compressed (fewer experts run, none is removed) [default: lightmoe]
+    /// lightmoe, replace (adapters alone, or with one base), lora (nothing is replaced); reap, frequency, ean, aimer or random (pruned); mone (mean outputs); msmoe, hcsmoe or ream (merged); mcsmoe (merged, the rest factorised); svd, d2moe or mobe (factorised); moei2 (pruned, the rest factorised); compressed (fewer experts run, none is removed) [default: lightmoe]
     #[arg(long)]
     pub method: Option<String>,
     /// Share of all parameters to save, between 0 and 1 [default: 0.5]
@@ -80,7 +80,7 @@ pub struct Settings {
     /// γ of the exponential annealing [default: 3]
     #[arg(long)]
     pub gamma: Option<f64>,
-    /// Weight of the distance to the uncompressed model's predictions beside the loss; that model is then in memory too [default: 0]
+    /// Weight of the distance to the uncompressed model's predictions beside the loss; that model is then in memory too [default: 0, for mcsmoe 0.2]
     #[arg(long)]
     pub distill: Option<f64>,
     /// Temperature of that distance [default: 2]

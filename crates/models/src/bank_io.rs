@@ -1,6 +1,6 @@
 //! The bank from and to the tensors of a checkpoint.
 
-use crate::bank::{Adapters, Bank, MixedSlots, Mixture, Order, Projections, Scales};
+use crate::bank::{Adapters, Bank, Factored, MixedSlots, Mixture, Order, Projections, Scales};
 use crate::checkpoint::Checkpoint;
 use crate::layout::{LayerLayout, SlotLayout};
 use crate::{Error, Result, names};
@@ -23,6 +23,8 @@ impl Bank {
             dense_adapters: None,
             bases: None,
             base_adapters: None,
+            factored: None,
+            factored_bases: layout.factored,
             adapters: None,
             frozen: None,
             trained_components: 0,
@@ -40,7 +42,14 @@ impl Bank {
         let bases: Vec<usize> = (0..layout.bases()).collect();
         if !bases.is_empty() {
             let name = |g, p: &str| names::base(layer, g, p);
-            bank.bases = Some(load_stack(checkpoint, &bases, whole(checkpoint), name)?);
+            match &layout.factored {
+                None => {
+                    bank.bases = Some(load_stack(checkpoint, &bases, whole(checkpoint), name)?);
+                }
+                Some(shape) => {
+                    bank.factored = Some(Factored::load(checkpoint, layer, bases.len(), shape)?);
+                }
+            }
         }
         if layout.rank() > 0 {
             let (experts, ranks) = (bank.adapted_experts(), &bank.order.ranks);
@@ -99,6 +108,9 @@ impl Bank {
         if let Some(bases) = &self.bases {
             let ids: Vec<usize> = (0..bases.gate.dim(0)?).collect();
             unstack(bases, &ids, names::base)?;
+        }
+        if let Some(factored) = &self.factored {
+            out.extend(factored.tensors(layer)?);
         }
         if let Some(adapters) = &self.adapters {
             let slots = self
@@ -196,8 +208,11 @@ pub fn multiplied_out(
             )));
         }
     };
-    let base =
-        group.map(|g| checkpoint.tensor(&names::base(layer, g, projection), &[rows, columns]));
+    let factored = slots.and_then(|layout| layout.factored);
+    let base = group.map(|g| match &factored {
+        None => checkpoint.tensor(&names::base(layer, g, projection), &[rows, columns]),
+        Some(shape) => Factored::base(checkpoint, (layer, g), projection, (shape, [rows, columns])),
+    });
     let product = (rank > 0).then(|| {
         let (a, b) = (
             own(".lora_A", &[rank, columns])?,

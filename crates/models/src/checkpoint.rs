@@ -303,6 +303,24 @@ impl Checkpoint {
         Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
+    /// Reads the places of rows `name`, each below `rows` and ascending: `[count]`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if it is missing or damaged, or a place is none.
+    pub fn index(&self, name: &str, count: usize, rows: usize) -> Result<Vec<u32>> {
+        let places = self.tensor(name, &[count])?.to_vec1::<f32>()?;
+        let places: Vec<u32> = places.into_iter().map(|place| place as u32).collect();
+        let ascend = places.windows(2).all(|pair| pair[0] < pair[1]);
+        match ascend && places.last().is_none_or(|&last| (last as usize) < rows) {
+            true => Ok(places),
+            false => Err(Error::tensor(
+                &self.dir,
+                name,
+                format!("{places:?} are no ascending places of {rows} rows; build it again"),
+            )),
+        }
+    }
+
     /// Shows `f` the numbers of a tensor, as [`Checkpoint::tensor`] reads them, a piece at a time.
     pub fn pieces(
         &self,
@@ -358,6 +376,12 @@ impl Checkpoint {
             )));
         }
         let scales = match info.dtype {
+            Dtype::U32 if names::is_index(ours) => None,
+            other if names::is_index(ours) => {
+                return Err(fail(format!(
+                    "element type {other:?}, expected U32; build the checkpoint again"
+                )));
+            }
             Dtype::F32 | Dtype::BF16 | Dtype::F16 => None,
             Dtype::F8_E4M3 => Some(self.scales(name, shape).map_err(fail)?),
             other => {

@@ -244,10 +244,10 @@ impl Layer {
             Ok::<_, Error>(())
         };
         stack("experts", Expert, bank.dense.as_mut())?;
-        // A base that trains through an adapter stays as it is.
-        let base = match bank.base_adapters {
-            Some(_) => Expert,
-            None => Base,
+        // A base that trains through an adapter stays as it is; of a factored one all trains.
+        let base = match (&bank.base_adapters, bank.factored_bases()) {
+            (Some(_), None) => Expert,
+            _ => Base,
         };
         stack("bases", base, bank.bases.as_mut())?;
         for (what, adapters) in [
@@ -259,6 +259,12 @@ impl Layer {
                 stack(&format!("{what}.lora_A"), Adapter, Some(&mut adapters.a))?;
                 stack(&format!("{what}.lora_B"), Adapter, Some(&mut adapters.b))?;
             }
+        }
+        if let Some(factored) = &mut bank.factored {
+            let (a, b) = (&mut factored.factors.a, &mut factored.factors.b);
+            stack("shared.lora_A", Adapter, Some(a))?;
+            stack("shared.lora_B", Adapter, Some(b))?;
+            stack("bases.rows", Base, Some(&mut factored.rows))?;
         }
         Ok(())
     }

@@ -39,6 +39,48 @@ pub enum SlotLayout {
     Removed,
 }
 
+/// How the shared bases of a layer are stored instead of as whole matrices: each of the three is a
+/// product of rank `rank`, plus a few rows of a matrix that is zero elsewhere (MC-SMoE, arXiv 2310.01334,
+/// section 3.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FactoredBases {
+    /// Rank of the product.
+    pub rank: usize,
+    /// Rows kept of gate and of up, each of `F`.
+    pub gate_up_rows: usize,
+    /// Rows kept of down, of `H`.
+    pub down_rows: usize,
+}
+
+impl FactoredBases {
+    /// Rows kept of a projection.
+    pub fn rows(&self, projection: &str) -> usize {
+        match projection {
+            "down_proj" => self.down_rows,
+            _ => self.gate_up_rows,
+        }
+    }
+
+    /// Whether it fits matrices of hidden size `h` and intermediate size `f`.
+    ///
+    /// # Errors
+    /// What does not, as part of a sentence.
+    pub fn check(&self, h: usize, f: usize) -> std::result::Result<(), String> {
+        let widest = h.min(f);
+        let fits = (1..=widest).contains(&self.rank)
+            && (1..=f).contains(&self.gate_up_rows)
+            && (1..=h).contains(&self.down_rows);
+        match fits {
+            true => Ok(()),
+            false => Err(format!(
+                "factored bases of rank {} with {} and {} rows, expected a rank from 1 to {widest}, 1 to \
+                 {f} rows of gate and up, and 1 to {h} of down",
+                self.rank, self.gate_up_rows, self.down_rows
+            )),
+        }
+    }
+}
+
 /// The slots of one MoE layer, in the order of the router's outputs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerLayout {
@@ -48,12 +90,19 @@ pub struct LayerLayout {
     /// arXiv 2503.00634); `None` where all run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub main: Option<usize>,
+    /// How its shared bases are stored, all alike; `None` where they are whole matrices.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub factored: Option<FactoredBases>,
 }
 
 impl From<Vec<SlotLayout>> for LayerLayout {
-    /// Slots of which every chosen one runs.
+    /// Slots of which every chosen one runs, and whose bases are whole.
     fn from(slots: Vec<SlotLayout>) -> Self {
-        Self { slots, main: None }
+        Self {
+            slots,
+            main: None,
+            factored: None,
+        }
     }
 }
 
@@ -129,9 +178,11 @@ impl LayerLayout {
         }
     }
 
-    /// `widest`: the smaller side of an expert's matrices, which no rank exceeds.
-    fn check(&self, moe: &MoeConfig, widest: usize) -> std::result::Result<(), String> {
+    /// Whether it fits experts of hidden size `h`.
+    fn check(&self, moe: &MoeConfig, h: usize) -> std::result::Result<(), String> {
         let experts = moe.num_experts;
+        // The smaller side of an expert's matrices, which no rank exceeds.
+        let widest = h.min(moe.intermediate_size);
         if self.slots.len() != experts {
             return Err(format!("{} slots for {experts} experts", self.slots.len()));
         }
@@ -147,6 +198,12 @@ impl LayerLayout {
             ));
         }
         self.check_mixture(experts, widest)?;
+        if let Some(factored) = &self.factored {
+            factored.check(h, moe.intermediate_size)?;
+            if bases == 0 {
+                return Err("factored bases without a slot that uses one".to_owned());
+            }
+        }
         let mut used = vec![false; bases];
         for (expert, group, r) in self.adapted() {
             match group {
@@ -230,14 +287,13 @@ impl BankLayout {
     /// # Errors
     /// What does not, as part of a sentence.
     pub fn check(&self, config: &ModelConfig) -> std::result::Result<(), String> {
-        let widest = config.hidden_size.min(config.moe.intermediate_size);
         for layer in config.moe_layers() {
             let found = self
                 .layers
                 .get(&layer)
                 .ok_or_else(|| format!("no layer {layer}"))?;
             found
-                .check(&config.moe, widest)
+                .check(&config.moe, config.hidden_size)
                 .map_err(|message| format!("layer {layer}: {message}"))?;
         }
         match self.layers.keys().find(|&&l| !config.is_moe_layer(l)) {
@@ -302,17 +358,31 @@ mod tests {
 
     /// A layout with this first layer; the second is dense.
     fn layout(slots: &[SlotLayout]) -> BankLayout {
+        layout_of(LayerLayout::from(slots.to_vec()))
+    }
+
+    fn layout_of(layer: LayerLayout) -> BankLayout {
         let mut layout = BankLayout::dense(&config(None));
-        let slots = slots.to_vec();
-        layout.layers.insert(0, LayerLayout::from(slots));
+        layout.layers.insert(0, layer);
         layout
+    }
+
+    fn factored(slots: [SlotLayout; 4], [rank, gate_up_rows, down_rows]: [usize; 3]) -> BankLayout {
+        layout_of(LayerLayout {
+            factored: Some(FactoredBases {
+                rank,
+                gate_up_rows,
+                down_rows,
+            }),
+            ..LayerLayout::from(slots.to_vec())
+        })
     }
 
     const DENSE: SlotLayout = SlotLayout::Dense;
 
     #[test]
     fn a_written_layout_is_read_back() {
-        for slots in [
+        let slots = [
             [DENSE, adapted(Some(1), 2), DENSE, adapted(Some(0), 2)],
             [adapted(Some(0), 0); 4],
             [adapted(None, 3); 4],
@@ -324,8 +394,10 @@ mod tests {
                 SlotLayout::Removed,
             ],
             [mixed(2, 3), adapted(Some(0), 2), mixed(2, 3), DENSE],
-        ] {
-            let (original, layout) = (config(None), layout(&slots));
+        ];
+        let whole = slots.iter().map(|slots| layout(slots));
+        for layout in whole.chain([factored([adapted(Some(0), 0); 4], [8, 1, 3])]) {
+            let original = config(None);
             let raw = layout.annotate(&original).unwrap();
             // Through text, as on disk: the layer numbers become strings.
             let raw: Value = serde_json::from_str(&raw.to_string()).unwrap();
@@ -403,6 +475,25 @@ mod tests {
         ] {
             assert_refused(&one(mixed(bases, rank)), &["layer 0", "bases of rank"]);
         }
+        let alone = [adapted(Some(0), 0); 4];
+        for shape in [
+            [0, 1, 1],
+            [9, 1, 1],
+            [2, 0, 1],
+            [2, 9, 1],
+            [2, 1, 0],
+            [2, 1, 9],
+            [usize::MAX; 3],
+        ] {
+            assert_refused(
+                &factored(alone, shape),
+                &["layer 0", "factored bases of rank"],
+            );
+        }
+        assert_refused(
+            &factored([adapted(None, 2); 4], [2, 1, 1]),
+            &["layer 0", "without a slot"],
+        );
         let unlike = layout(&[mixed(2, 3), DENSE, mixed(2, 4), DENSE]);
         assert_refused(&unlike, &["slot 2", "other bases"]);
         let mut missing = layout(&[DENSE, DENSE, DENSE, adapted(Some(0), 1)]);

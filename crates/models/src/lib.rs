@@ -35,7 +35,9 @@ pub mod parameters;
 pub mod random;
 
 pub use attention::LayerCache;
-pub use bank::{Adapters, Bank, ExpertRows, MixedSlots, Mixture, Projections, Scales};
+pub use bank::{
+    Adapters, Bank, ExpertRows, Factored, MixedSlots, Mixture, Projections, Scales, largest_rows,
+};
 pub use bank_io::{load_experts, multiplied_out};
 pub use candle_core::DType;
 pub use checkpoint::{Checkpoint, Extra};
@@ -47,7 +49,7 @@ pub use error::{Error, Result};
 pub use generate::{GenerateOptions, generate};
 pub use index::parse_index;
 pub use layer::{Layer, LayerObserver, ParameterKind, Visitor};
-pub use layout::{BankLayout, LayerLayout, SlotLayout};
+pub use layout::{BankLayout, FactoredBases, LayerLayout, SlotLayout};
 pub use manifest::{Manifest, NamedShape};
 pub use names::{ExpertPacking, Scheme};
 pub use rotary::Rotary;

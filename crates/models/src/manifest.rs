@@ -48,10 +48,14 @@ impl Manifest {
                 tensors.borrow_mut().extend(experts(config, number, slots));
             }
         }
+        let tensors = tensors.into_inner();
+        let indices = tensors.iter().filter(|(name, _)| names::is_index(name));
         Ok(Self {
             layout: layout.clone(),
-            tensors: tensors.into_inner(),
-            types: BTreeMap::new(),
+            types: indices
+                .map(|(name, _)| (name.clone(), DType::U32))
+                .collect(),
+            tensors,
         })
     }
 
@@ -78,8 +82,20 @@ fn experts(config: &ModelConfig, number: usize, layout: &LayerLayout) -> Vec<Nam
     let mut all = Vec::new();
     let shapes = [[f, h], [f, h], [h, f]];
     for group in 0..layout.bases() {
-        for (projection, shape) in names::PROJECTIONS.iter().zip(shapes) {
-            all.push((names::base(number, group, projection), shape.to_vec()));
+        for (projection, [out, width]) in names::PROJECTIONS.iter().zip(shapes) {
+            let mut push = |suffix: &str, shape: &[usize]| {
+                let name = names::base(number, group, &format!("{projection}{suffix}"));
+                all.push((name, shape.to_vec()));
+            };
+            let Some(factored) = &layout.factored else {
+                push("", &[out, width]);
+                continue;
+            };
+            let rows = factored.rows(projection);
+            push(".lora_A", &[factored.rank, width]);
+            push(".lora_B", &[out, factored.rank]);
+            push(".rows", &[rows, width]);
+            push(".index", &[rows]);
         }
     }
     if layout.main.is_some() {

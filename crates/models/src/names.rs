@@ -5,7 +5,8 @@
 //! the experts of a layer stacked in one tensor as transformers 5 holds them. What replaces an
 //! expert has names of our own: a compressed slot keeps its expert's name with PEFT's
 //! `lora_A`/`lora_B`, or has `transform` and `mixing` where it is mixed from the layer's
-//! `mlp.basis.<number>`; bases stand beside the experts as `mlp.bases.<group>`.
+//! `mlp.basis.<number>`; bases stand beside the experts as `mlp.bases.<group>`, factored ones with
+//! `lora_A`/`lora_B`, and `rows` of a sparse matrix at the places `index`.
 
 use crate::families::Family;
 use crate::layout::{BankLayout, SlotLayout};
@@ -50,9 +51,15 @@ pub fn expert(layer_number: usize, expert: usize, projection: &str) -> String {
     layer(layer_number, &format!("mlp.experts.{expert}.{projection}"))
 }
 
-/// One matrix of a shared base.
+/// One matrix of a shared base; `projection` is one of [`PROJECTIONS`], for a factored one with
+/// `.lora_A`, `.lora_B`, `.rows` or `.index`.
 pub fn base(layer_number: usize, group: usize, projection: &str) -> String {
     layer(layer_number, &format!("mlp.bases.{group}.{projection}"))
+}
+
+/// Whether a tensor holds places of rows, and so whole numbers, and not weights.
+pub fn is_index(name: &str) -> bool {
+    name.ends_with(".index.weight") && name.contains(".mlp.bases.")
 }
 
 /// The vectors of all experts that scale the input of a projection.

@@ -45,6 +45,8 @@ fn element(dtype: DType) -> Result<Dtype> {
         DType::F32 => Ok(Dtype::F32),
         DType::BF16 => Ok(Dtype::BF16),
         DType::F16 => Ok(Dtype::F16),
+        // Places of rows.
+        DType::U32 => Ok(Dtype::U32),
         other => Err(Error::Invalid(format!(
             "weights are not stored as {other:?}; choose f32, bf16 or f16"
         ))),
@@ -121,6 +123,11 @@ impl Shards {
         manifest: &Manifest,
         extras: &[Extra],
     ) -> Result<Self> {
+        if format.dtype == DType::U32 {
+            return Err(Error::Invalid(
+                "weights are not stored as U32; choose f32, bf16 or f16".to_owned(),
+            ));
+        }
         element(format.dtype)?;
         let own = manifest.tensors.iter().map(|(name, shape)| {
             let place = format.scheme.place(name, shape, &manifest.layout);

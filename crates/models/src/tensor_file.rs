@@ -182,6 +182,7 @@ impl Stored<'_> {
             Dtype::F32 => Some(DType::F32),
             Dtype::BF16 => Some(DType::BF16),
             Dtype::F16 => Some(DType::F16),
+            Dtype::U32 => Some(DType::U32),
             _ => None,
         }
     }
@@ -204,6 +205,8 @@ impl Stored<'_> {
             match self.dtype {
                 Dtype::BF16 => decode(bytes, values, |b| half::bf16::from_le_bytes(b).to_f32()),
                 Dtype::F16 => decode(bytes, values, |b| half::f16::from_le_bytes(b).to_f32()),
+                // Exact for the places of rows; a damaged one beyond is rounded, and too large.
+                Dtype::U32 => decode(bytes, values, |b| u32::from_le_bytes(b) as f32),
                 Dtype::F8_E4M3 => {
                     decode(bytes, values, |[b]: [u8; 1]| F8E4M3::from_bits(b).to_f32());
                 }

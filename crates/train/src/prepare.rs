@@ -1,7 +1,7 @@
 //! From a built checkpoint to a model in recovery, and from there to the recovered one.
 
 use crate::Result;
-use lightmoe_models::{Adapters, Checkpoint, Decoder, LanguageModel, load_experts};
+use lightmoe_models::{Adapters, Checkpoint, Decoder, LanguageModel, Projections, load_experts};
 
 /// What recovery adds to a built model while it trains.
 #[derive(Debug, Clone, Copy)]
@@ -20,7 +20,8 @@ pub struct Recovery {
 }
 
 /// Adds fresh adapters to the kept experts of `model`, and to its bases if they do not train
-/// themselves (they change nothing yet), and the replaced experts of the `original` checkpoint, with full weight, where annealing wants them.
+/// themselves (they change nothing yet), and the replaced experts of the `original` checkpoint, with full
+/// weight, where annealing wants them.
 pub fn prepare_recovery(model: &mut Decoder, original: &Checkpoint, r: &Recovery) -> Result<()> {
     let config = model.config().clone();
     for l in config.moe_layers() {
@@ -51,11 +52,35 @@ pub fn prepare_recovery(model: &mut Decoder, original: &Checkpoint, r: &Recovery
     Ok(())
 }
 
-/// Drops the replaced experts, merges the adapters of kept ones and of bases, and puts factors
-/// together again.
+/// Lets factored bases begin as what they stand for: `bases` gives those of a layer as whole matrices, gate
+/// and up `[M, F, H]`, down `[M, H, F]`, and is asked for layers with factored bases alone.
+///
+/// # Errors
+/// What `bases` brings.
+pub fn unfold_bases(
+    model: &mut Decoder,
+    bases: &mut dyn FnMut(usize) -> Result<Projections>,
+) -> Result<()> {
+    for (l, layer) in model.layers.iter_mut().enumerate() {
+        if let Some(bank) = layer
+            .bank_mut()
+            .filter(|bank| bank.factored_bases().is_some())
+        {
+            bank.unfold_bases(&bases(l)?)?;
+        }
+    }
+    Ok(())
+}
+
+/// Drops the replaced experts, merges the adapters of kept ones and of bases, puts factors together
+/// again, and takes the rows of factored bases out that are left.
+///
+/// # Errors
+/// If factored bases have more rows than they keep, because the training did not come to its end.
 pub fn finish_recovery(model: &mut Decoder) -> Result<()> {
     for bank in model.banks_mut() {
         bank.anneal(0.0);
+        bank.fold_bases()?;
         bank.merge_adapters()?;
         bank.join_components()?;
     }

@@ -1,4 +1,5 @@
-//! A training checkpoint: parameters, moments and the step, in one safetensors file.
+//! A training checkpoint: parameters, moments, the importance of rows that may go, and the step, in one
+//! safetensors file.
 
 use crate::trainer::Parameter;
 use crate::{Error, Result};
@@ -34,6 +35,11 @@ pub(crate) fn save(
             let mut moment = moment.clone();
             moment.resize(count, 0.0);
             data.push((format!("{}.{suffix}", p.name), count, bytes(&moment)));
+        }
+        if let Some(rows) = &p.rows {
+            let importance = &rows.importance;
+            let name = format!("{}.importance", p.name);
+            data.push((name, importance.len(), bytes(importance)));
         }
     }
     let fail = |e: safetensors::SafeTensorError| Error::state(path, e.to_string());
@@ -77,7 +83,7 @@ pub(crate) fn load(
     let tensors = SafeTensors::deserialize(&file).map_err(|e| fail(e.to_string()))?;
     for p in parameters {
         let shape = p.var.as_tensor().shape().clone();
-        let read = |name: &str| -> Result<Vec<f32>> {
+        let read = |name: &str, count: usize| -> Result<Vec<f32>> {
             let view = tensors
                 .tensor(name)
                 .map_err(|e| fail(format!("`{name}`: {e}")))?;
@@ -86,18 +92,23 @@ pub(crate) fn load(
                 .chunks_exact(4)
                 .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
                 .collect();
-            if values.len() != shape.elem_count() {
+            if values.len() != count {
                 return Err(fail(format!(
-                    "`{name}` has {} values for {shape:?}",
+                    "`{name}` has {} values, expected {count}",
                     values.len()
                 )));
             }
             Ok(values)
         };
-        p.moments.first = read(&format!("{}.first", p.name))?;
-        p.moments.second = read(&format!("{}.second", p.name))?;
+        let count = shape.elem_count();
+        p.moments.first = read(&format!("{}.first", p.name), count)?;
+        p.moments.second = read(&format!("{}.second", p.name), count)?;
+        if let Some(rows) = &mut p.rows {
+            let count = rows.importance.len();
+            rows.importance = read(&format!("{}.importance", p.name), count)?;
+        }
         p.var.set(&Tensor::from_vec(
-            read(&p.name)?,
+            read(&p.name, count)?,
             shape.clone(),
             &Device::Cpu,
         )?)?;

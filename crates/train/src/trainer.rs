@@ -2,6 +2,7 @@
 
 use crate::curve::{Curve, Point};
 use crate::objective::{Teacher, TrainBatch, objective};
+use crate::pruning::{PrunedRows, RowPruning};
 use crate::schedule::{Annealing, LearningRate};
 use crate::{Error, Result, state};
 use candle_core::{Tensor, Var};
@@ -35,6 +36,8 @@ pub struct TrainOptions {
     pub balance: f64,
     /// β by step.
     pub annealing: Annealing,
+    /// How the sparse parts of factored bases lose their rows.
+    pub pruning: RowPruning,
     /// What is trained; the rest is frozen.
     pub groups: Vec<Group>,
     /// Steps between checkpoints.
@@ -66,6 +69,8 @@ pub(crate) struct Parameter {
     pub(crate) name: String,
     pub(crate) var: Var,
     pub(crate) moments: Moments,
+    /// The rows of the sparse part of factored bases.
+    pub(crate) rows: Option<PrunedRows>,
     weight_decay: f64,
 }
 
@@ -119,6 +124,7 @@ fn select(model: &mut Decoder, groups: &[Group]) -> Result<Vec<Parameter>> {
                 name: name.to_owned(),
                 var,
                 moments: Moments::default(),
+                rows: None,
                 weight_decay: group.weight_decay,
             });
         }
@@ -130,6 +136,17 @@ fn select(model: &mut Decoder, groups: &[Group]) -> Result<Vec<Parameter>> {
              above zero or train the router"
                 .into(),
         ));
+    }
+    for bank in model.banks() {
+        let (Some(shape), Some(sparse)) = (bank.factored_bases(), &bank.bases) else {
+            continue;
+        };
+        for (projection, stack) in sparse.named() {
+            let found = parameters.iter_mut().find(|p| p.var.id() == stack.id());
+            if let Some(parameter) = found {
+                parameter.rows = Some(PrunedRows::new(stack, shape.rows(projection))?);
+            }
+        }
     }
     Ok(parameters)
 }
@@ -176,8 +193,20 @@ fn advance(
         };
         // Without a gradient (the bases while β = 1) a parameter stays as it is. Experts and bases are
         // stacked, so one that no token reached has a gradient of zeros and moves by its moments.
-        if let Some(grad) = grads.get(&p.var) {
+        let grad = grads.get(&p.var);
+        if let Some(grad) = grad {
             update.update(p.var.as_tensor(), grad, &mut p.moments)?;
+        }
+        if let Some(rows) = &mut p.rows {
+            if let Some(grad) = grad {
+                let decay = options.pruning.decay;
+                rows.observe(p.var.as_tensor(), grad, update.grad_scale, decay)?;
+            }
+            let all = p.var.dim(1)?;
+            let kept = options
+                .pruning
+                .kept(step + 1, options.steps, all, rows.kept);
+            rows.prune(&p.var, kept)?;
         }
     }
     let scalar = |part: Option<Tensor>| -> Result<Option<f64>> {

@@ -9,7 +9,8 @@ use lightmoe_models::{
 };
 use lightmoe_train::{
     Annealing, AnnealingShape, Curve, Decay, Folders, Group, LearningRate, Outcome, Point,
-    Recovery, Result, TrainBatch, TrainOptions, finish_recovery, prepare_recovery, train,
+    Recovery, Result, RowPruning, TrainBatch, TrainOptions, finish_recovery, prepare_recovery,
+    train,
 };
 use std::collections::BTreeMap;
 use std::fs;
@@ -136,6 +137,7 @@ fn options() -> TrainOptions {
             end_ratio: 0.5,
             gamma: 3.0,
         },
+        pruning: RowPruning::default(),
         groups: vec![Group {
             kinds: vec![ParameterKind::Base, ParameterKind::Adapter],
             weight_decay: 0.0,

@@ -15,7 +15,10 @@ use crate::plan::{LayerPlan, PlanSettings, SlotForm};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use lightmoe_models::random::{gaussian, stream};
-use lightmoe_models::{Adapters, Checkpoint, CheckpointWriter, NamedShape, SlotLayout, names};
+use lightmoe_models::{
+    Adapters, Checkpoint, CheckpointWriter, NamedShape, Projections, SlotLayout, largest_rows,
+    names,
+};
 use rayon::prelude::*;
 
 pub(super) struct Layer<'a> {
@@ -76,8 +79,7 @@ impl Layer<'_> {
         for some in groups.chunks(rayon::current_num_threads()) {
             let made: Vec<[Tensor; 3]> = some.par_iter().map(base).collect::<Result<_>>()?;
             for (&group, base) in some.iter().zip(made) {
-                let name = |p: &str| names::base(plan.layer, group, p);
-                push(writer, named(name, &base))?;
+                push(writer, self.stored(plan, group, &base)?)?;
                 // Only factors of differences need them again.
                 if self.settings.adapters != AdapterInit::Fresh {
                     bases.push(base);
@@ -142,6 +144,45 @@ impl Layer<'_> {
         let align = self.settings.base == BaseInit::Aligned;
         let weights = |expert: usize| self.expert(plan.layer, expert);
         merge(&weights, members, &scores, align)
+    }
+
+    /// The tensors that hold a base. A factored one has the truncated SVD, and of what that leaves the
+    /// rows of largest norm: no gradient says yet which matter.
+    fn stored(&self, plan: &LayerPlan, group: usize, base: &[Tensor; 3]) -> Result<Named> {
+        let name = |part: &str| names::base(plan.layer, group, part);
+        let Some(shape) = &plan.factored else {
+            return Ok(named(name, base));
+        };
+        let mut out = Vec::new();
+        for (projection, w) in names::PROJECTIONS.iter().zip(base) {
+            let factors = whitened(w, &Gram::zero(w.dim(1)?), shape.rank)?;
+            let rest = (w - factors.b.matmul(&factors.a)?)?;
+            let (places, rows) = largest_rows(&rest, shape.rows(projection))?;
+            let places = Tensor::new(places, &Device::Cpu)?;
+            for (part, tensor) in [
+                ("lora_A", factors.a),
+                ("lora_B", factors.b),
+                ("rows", rows),
+                ("index", places),
+            ] {
+                out.push((name(&format!("{projection}.{part}")), tensor));
+            }
+        }
+        Ok(out)
+    }
+
+    /// All bases of the layer, whole.
+    pub(super) fn bases(&self, plan: &LayerPlan) -> Result<Projections> {
+        let groups: Vec<usize> = (0..plan.groups).collect();
+        let made = groups.par_iter().map(|&group| self.base(plan, group));
+        let made = made.collect::<Result<Vec<_>>>()?;
+        let stack =
+            |i: usize| Tensor::stack(&made.iter().map(|base| &base[i]).collect::<Vec<_>>(), 0);
+        Ok(Projections {
+            gate: stack(0)?,
+            up: stack(1)?,
+            down: stack(2)?,
+        })
     }
 
     /// The three matrices of the base of a group.

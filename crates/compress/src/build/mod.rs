@@ -10,7 +10,7 @@ use crate::{Error, Result};
 use layer::Layer;
 use lightmoe_models::{
     BankLayout, Checkpoint, CheckpointWriter, Format, LayerLayout, Manifest, ModelConfig,
-    SlotLayout,
+    Projections, SlotLayout,
 };
 use sha2::{Digest, Sha256};
 use std::path::Path;
@@ -38,6 +38,7 @@ impl LayerPlan {
         LayerLayout {
             slots: self.slots.iter().map(|s| form(s.form)).collect(),
             main: self.main,
+            factored: self.factored,
         }
     }
 }
@@ -114,6 +115,29 @@ pub fn build(
     }
     writer.copy_side_files(checkpoint.dir())?;
     Ok(writer.finish(&plan.layout(config).annotate(config)?)?)
+}
+
+/// The bases of the layer `layer` of a plan as whole matrices, whatever form `build` stores them in:
+/// gate and up `[M, F, H]`, down `[M, H, F]`. Recovery of factored bases begins with them.
+///
+/// # Errors
+/// If the plan has no bases there, or the model cannot be read.
+pub fn whole_bases(inputs: &BuildInputs<'_>, layer: usize) -> Result<Projections> {
+    let plan = inputs.plan.layers.iter().find(|p| p.layer == layer);
+    let plan = plan.filter(|plan| plan.groups > 0).ok_or_else(|| {
+        Error::Invalid(format!(
+            "the plan has no bases in layer {layer}; plan again"
+        ))
+    })?;
+    let of = Layer {
+        checkpoint: inputs.checkpoint,
+        seed: inputs.seed,
+        settings: &inputs.plan.settings,
+        plan: Some(plan),
+        moments: None,
+        observed: None,
+    };
+    of.bases(plan)
 }
 
 /// Names all that decides the content of the result.

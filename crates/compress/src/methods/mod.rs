@@ -7,6 +7,7 @@ mod d2moe;
 mod drop;
 pub mod hcsmoe;
 mod lightmoe;
+pub(crate) mod mcsmoe;
 pub(crate) mod mobe;
 pub mod moei2;
 mod msmoe;
@@ -82,6 +83,7 @@ pub fn plan(
     };
     match method {
         MethodName::Msmoe => msmoe::plan(config, observations, ratio, options),
+        MethodName::Mcsmoe => mcsmoe::plan(config, observations, ratio, options),
         MethodName::Hcsmoe => hcsmoe::plan(config, observations, ratio, options),
         MethodName::Ream => ream::plan(config, observations, ratio, options),
         MethodName::Svd => svd::plan(config, observations, ratio, options),

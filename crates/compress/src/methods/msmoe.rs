@@ -21,12 +21,29 @@ pub(super) fn plan(
     ratio: f64,
     options: &PlanOptions,
 ) -> Result<Plan> {
+    let drop = super::experts_to_save(config, ratio);
+    let layers = clustered(config, observations, drop, ratio)?.into_iter();
+    let layers = layers.map(|(mut layer, clusters)| {
+        layer.merge(&clusters);
+        layer
+    });
+    let layers = layers.collect();
+    Ok(merged(config, MethodName::Msmoe, options, layers, ratio))
+}
+
+/// Each layer as it is, and its experts by the dominant that they are merged into, which comes first;
+/// `drop` experts of the model are none. `ratio` is what errors name.
+pub(super) fn clustered(
+    config: &ModelConfig,
+    observations: &Observations,
+    drop: usize,
+    ratio: f64,
+) -> Result<Vec<(LayerPlan, Vec<Vec<usize>>)>> {
     let scores: Vec<Vec<f64>> = observations.layers.iter().map(usage).collect();
     let (experts, slots) = (
         config.moe.num_experts,
         scores.len() * config.moe.num_experts,
     );
-    let drop = super::experts_to_save(config, ratio);
     if slots - drop.min(slots) < scores.len() {
         return Err(Error::Invalid(format!(
             "a ratio of {ratio} leaves {} experts for {} layers, and each needs one; choose a lower \
@@ -48,12 +65,10 @@ pub(super) fn plan(
     let layers = planned
         .zip(dominant.chunks(experts))
         .map(|((observed, scores), dominant)| {
-            let mut layer = LayerPlan::dense(observed, scores);
-            layer.merge(&clusters(observed, scores, dominant)?);
-            Ok(layer)
+            let clusters = clusters(observed, scores, dominant)?;
+            Ok((LayerPlan::dense(observed, scores), clusters))
         });
-    let layers = layers.collect::<Result<_>>()?;
-    Ok(merged(config, MethodName::Msmoe, options, layers, ratio))
+    layers.collect()
 }
 
 /// The experts of each dominant, which comes first.

@@ -32,6 +32,8 @@ pub enum MethodName {
     Mone,
     /// Merging by router logits, neurons aligned (M-SMoE, arXiv 2310.01334).
     Msmoe,
+    /// The same, then low rank plus a few rows of what is left (MC-SMoE, arXiv 2310.01334).
+    Mcsmoe,
     /// Merging by clusters of mean outputs (HC-SMoE, arXiv 2410.08589).
     Hcsmoe,
     /// Merging by REAP scores and gated similarity (REAM, arXiv 2604.04356).
@@ -61,13 +63,13 @@ pub enum Kind {
     Drop,
     /// Merges some into others, by a ratio.
     Merge,
-    /// Factorises all of them, or all that it does not drop, by a ratio.
+    /// Factorises all of them, or all that it does not drop or merge, by a ratio.
     Factorise,
 }
 
 impl MethodName {
     /// Every method, in the order in which messages list them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Lightmoe,
         Self::Replace,
         Self::Lora,
@@ -78,6 +80,7 @@ impl MethodName {
         Self::Aimer,
         Self::Mone,
         Self::Msmoe,
+        Self::Mcsmoe,
         Self::Hcsmoe,
         Self::Ream,
         Self::Svd,
@@ -100,6 +103,7 @@ impl MethodName {
             Self::Aimer => "aimer",
             Self::Mone => "mone",
             Self::Msmoe => "msmoe",
+            Self::Mcsmoe => "mcsmoe",
             Self::Hcsmoe => "hcsmoe",
             Self::Ream => "ream",
             Self::Svd => "svd",
@@ -116,7 +120,7 @@ impl MethodName {
             Self::Lora | Self::Compressed => Kind::Keep,
             Self::Lightmoe | Self::Replace => Kind::Replace,
             Self::Msmoe | Self::Hcsmoe | Self::Ream => Kind::Merge,
-            Self::Svd | Self::D2moe | Self::Mobe | Self::Moei2 => Kind::Factorise,
+            Self::Svd | Self::D2moe | Self::Mobe | Self::Moei2 | Self::Mcsmoe => Kind::Factorise,
             _ => Kind::Drop,
         }
     }

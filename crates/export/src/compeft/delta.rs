@@ -21,7 +21,7 @@ impl<'a> Delta<'a> {
     /// of the passes; its `false` stops the work.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the checkpoints are not of one layout or nothing differs;
+    /// [`Error::Invalid`] if the checkpoints are not of one layout, have factored bases, or nothing differs;
     /// [`Error::Interrupted`]; [`Error::Model`] if one cannot be read.
     pub fn between(
         start: &'a Checkpoint,
@@ -36,6 +36,18 @@ impl<'a> Delta<'a> {
                 start.dir().display(),
                 recovered.dir().display()
             )));
+        }
+        if start
+            .layout()
+            .layers
+            .values()
+            .any(|layer| layer.factored.is_some())
+        {
+            return Err(Error::Invalid(
+                "recovery decides which rows the factored bases of this model keep, which is no \
+                 difference of numbers; export it as `compact`"
+                    .to_owned(),
+            ));
         }
         let mut changed = Vec::new();
         for (done, tensor) in tensors.iter().enumerate() {

@@ -47,7 +47,8 @@ pub(super) fn experts<'a>(
     experts: usize,
     replaced: usize,
 ) -> String {
-    let cell = |layer: usize, slot: &SlotPlan| {
+    let cell = |plan: &LayerPlan, slot: &SlotPlan| {
+        let layer = plan.layer;
         let (mut class, mut text) = (class_of(slot.form), String::new());
         let mut title = format!("Layer {layer}, expert {}: ", slot.expert);
         match slot.form {
@@ -68,6 +69,9 @@ pub(super) fn experts<'a>(
                     class += " dominant";
                 }
                 title += &format!(", rank {rank}");
+                if let Some(shape) = &plan.factored {
+                    title += &format!(", its base of rank {} and a few rows", shape.rank);
+                }
             }
             SlotForm::Dense => title += "kept",
             SlotForm::Mixed { bases, rank } => {
@@ -97,7 +101,7 @@ pub(super) fn experts<'a>(
         .iter()
         .map(|layer| Row {
             label: layer.layer.to_string(),
-            cells: layer.slots.iter().map(|s| cell(layer.layer, s)).collect(),
+            cells: layer.slots.iter().map(|s| cell(layer, s)).collect(),
         })
         .collect();
     let describe = format!(

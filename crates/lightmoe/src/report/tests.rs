@@ -23,6 +23,7 @@ fn plan() -> Plan {
         threshold: Some(0.3 + 0.02 * layer as f64),
         router_norm: Some(1.5 - 0.1 * layer as f64),
         main: None,
+        factored: None,
         groups: 3,
         slots: (0..32).map(|expert| slot(layer, expert)).collect(),
     };

@@ -1,7 +1,7 @@
 //! The one forward pass of the bank.
 
 use super::scales::TokenScales;
-use super::{Adapters, Bank, Projections, index, missing};
+use super::{Adapters, Bank, Pick, Projections, index, missing};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use lightmoe_kernels::{Dispatch, Segment, grouped_linear, linear, swiglu, weighted_scatter};
@@ -25,9 +25,6 @@ pub struct ExpertRows<'a> {
 
 /// What sees the chosen dense experts.
 pub(crate) type BankObserver<'a> = dyn FnMut(&ExpertRows<'_>) -> Result<()> + 'a;
-
-/// Takes one of the three matrices.
-type Pick = fn(&Projections) -> &Tensor;
 
 /// Rows of one form: their inputs, gates and tokens.
 struct Rows {
@@ -236,7 +233,6 @@ impl Bank {
         if share <= 0.0 {
             return own.output(rows, tokens);
         }
-        let bases = self.bases.as_ref().ok_or_else(|| missing("bases"))?;
         let (gate, up) = (
             own.apply(&rows.x, |p| &p.gate)?,
             own.apply(&rows.x, |p| &p.up)?,
@@ -246,8 +242,7 @@ impl Bank {
         let pairs = dispatch.token_groups(first, first + groups.len(), groups);
         let pair_of_row = index(&pairs.pair_of_row)?;
         let pair_x = x.index_select(&index(&pairs.tokens)?, 0)?;
-        let adapters = self.base_adapters.as_ref();
-        let base = |x: &Tensor, pick: Pick| product(bases, adapters, x, pick, &pairs.segments);
+        let base = |x: &Tensor, pick: Pick| self.base_product(x, pick, &pairs.segments);
         let with_base = |own: Option<Tensor>, pick: Pick| -> Result<Tensor> {
             let y = (base(&pair_x, pick)? * share)?;
             let y = y.index_select(&pair_of_row, 0)?;
@@ -265,6 +260,15 @@ impl Bank {
             Some(y) => (base_sum + weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)?,
             None => base_sum,
         })
+    }
+
+    /// What the bases make of sorted rows, in whichever form they are.
+    fn base_product(&self, x: &Tensor, pick: Pick, segments: &Arc<[Segment]>) -> Result<Tensor> {
+        if let Some(factored) = &self.factored {
+            return factored.apply(x, pick, segments);
+        }
+        let bases = self.bases.as_ref().ok_or_else(|| missing("bases"))?;
+        product(bases, self.base_adapters.as_ref(), x, pick, segments)
     }
 }
 
@@ -330,7 +334,12 @@ impl Rows {
 
 impl Adapters {
     /// `U·(V·x)` of sorted rows.
-    fn apply(&self, x: &Tensor, pick: Pick, segments: &Arc<[Segment]>) -> Result<Tensor> {
+    pub(super) fn apply(
+        &self,
+        x: &Tensor,
+        pick: Pick,
+        segments: &Arc<[Segment]>,
+    ) -> Result<Tensor> {
         let low = grouped_linear(x, pick(&self.a), segments)?;
         Ok(grouped_linear(&low, pick(&self.b), segments)?)
     }

@@ -9,6 +9,8 @@
 //! ([`Mixture`]). A constant slot gives its vector whatever the input, and a removed one is never
 //! chosen. While training, dense slots may carry adapters too.
 //!
+//! Bases may be stored as factors and a few rows ([`Factored`]).
+//!
 //! A shared base may train through an adapter of its own, and a factorised slot by a few of its
 //! components; both end with the training.
 //!
@@ -18,15 +20,18 @@
 //! The products with a base run once per token and group: the gate and up inputs of a token's
 //! slots are the same, and the down projection is linear, so `Σ g·(B·h) = B·(Σ g·h)`.
 
+use crate::layout::FactoredBases;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use std::ops::Range;
 
 mod components;
+mod factored;
 mod forward;
 mod mixture;
 mod scales;
 
+pub use factored::{Factored, largest_rows};
 pub use forward::ExpertRows;
 pub use mixture::{MixedSlots, Mixture};
 pub use scales::Scales;
@@ -71,6 +76,9 @@ impl Projections {
     }
 }
 
+/// Takes one of the three matrices.
+type Pick = fn(&Projections) -> &Tensor;
+
 /// Low-rank adapters of `n` experts: `lora_A` `[n, R, in]`, `lora_B` `[n, out, R]` (scale 1).
 #[derive(Debug, Clone)]
 pub struct Adapters {
@@ -89,10 +97,14 @@ pub struct Bank {
     pub dense: Option<Projections>,
     /// Adapters of the dense positions, while training.
     pub dense_adapters: Option<Adapters>,
-    /// Shared bases.
+    /// Shared bases; of factored ones the sparse part, while training.
     pub bases: Option<Projections>,
-    /// Adapters of the bases, while training.
+    /// Adapters of the bases, while training; of factored ones their factors.
     pub base_adapters: Option<Adapters>,
+    /// Shared bases that are stored as factors and rows.
+    pub factored: Option<Factored>,
+    /// The shape of factored bases.
+    pub(crate) factored_bases: Option<FactoredBases>,
     /// Adapters of the adapted positions; while training, the components that train.
     pub adapters: Option<Adapters>,
     /// The components that do not train, while training.
