@@ -51,6 +51,11 @@ pub fn estimate(
     if method == MethodName::Mobe {
         mobe::Shape::of(config, ratio)?;
     }
+    let adapters = (config.moe.num_experts * config.num_moe_layers()) as u64;
+    let trained = match method {
+        MethodName::Mcsmoe => mcsmoe::Shape::of(config, ratio)?.trained(config),
+        _ => adapters * adapter_parameters(config, options.rank),
+    };
     let whole = PlanOptions {
         rank: 0,
         groups: 0,
@@ -68,11 +73,6 @@ pub fn estimate(
             config.moe.top_k
         )));
     }
-    let adapters = (experts * config.num_moe_layers()) as u64;
-    let trained = match method {
-        MethodName::Mcsmoe => mcsmoe::Shape::of(config, ratio)?.trained(config),
-        _ => adapters * adapter_parameters(config, options.rank),
-    };
     Ok(Estimate {
         experts_replaced_per_layer: match method.kind() {
             Kind::Factorise => experts as f64,

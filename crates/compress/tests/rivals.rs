@@ -21,8 +21,9 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tempfile::TempDir;
 
-const RIVALS: [MethodName; 7] = [
+const RIVALS: [MethodName; 8] = [
     MethodName::Msmoe,
+    MethodName::Mcsmoe,
     MethodName::Hcsmoe,
     MethodName::Ream,
     MethodName::Svd,

@@ -6,13 +6,13 @@ mod support;
 
 use candle_core::{DType, Device, Tensor};
 use lightmoe_models::{
-    Bank, Checkpoint, Decoder, LanguageModel, LayerLayout, SlotLayout, load_experts,
-    multiplied_out, names,
+    Bank, Checkpoint, Decoder, LanguageModel, LayerLayout, Projections, SlotLayout, largest_rows,
+    load_experts, multiplied_out, names,
 };
 use serde_json::json;
 use support::{
     DENSE, FORMS, Folder, Form, PROJECTIONS, Random, adapted, annealing, assert_close, bank_of,
-    config, config_with, logits, mixed, mixtures, stacks, values,
+    config, config_with, factored_layers, logits, mixed, mixtures, stacks, values,
 };
 
 const F32: f64 = 1e-5;
@@ -63,6 +63,33 @@ impl Matrix {
     }
 }
 
+/// A matrix of a base: as it is, or `L·R` and the rows that are kept.
+fn base(
+    compressed: &Checkpoint,
+    (layer, group): (usize, usize),
+    p: &str,
+    shape: [usize; 2],
+) -> Matrix {
+    let Some(factored) = compressed.layout().layers[&layer].factored else {
+        return Matrix::read(compressed, &names::base(layer, group, p), shape);
+    };
+    let [out, width] = shape;
+    let name = |part: &str| names::base(layer, group, &format!("{p}.{part}"));
+    let r = Matrix::read(compressed, &name("lora_A"), [factored.rank, width]);
+    let l = Matrix::read(compressed, &name("lora_B"), [out, factored.rank]);
+    let kept = factored.rows(p);
+    let rows = Matrix::read(compressed, &name("rows"), [kept, width]);
+    let places = values(&compressed.tensor(&name("index"), &[kept]).unwrap());
+    let mut whole = l.product(&r);
+    for (place, row) in places.iter().zip(rows.values.chunks(width)) {
+        let at = *place as usize * width;
+        for (w, s) in whole.values[at..at + width].iter_mut().zip(row) {
+            *w += s;
+        }
+    }
+    whole
+}
+
 /// Gate, up and down of one slot: `W` if dense, `β·W + (1−β)·B + U·V` if adapted, otherwise zero.
 fn slot(
     compressed: &Checkpoint,
@@ -101,8 +128,7 @@ fn slot(
                     whole.add(beta, &Matrix::read(original, &name, shape));
                 }
                 if let Some(g) = group {
-                    let base = Matrix::read(compressed, &names::base(layer, g, p), shape);
-                    whole.add(1.0 - beta, &base);
+                    whole.add(1.0 - beta, &base(compressed, (layer, g), p, shape));
                 }
                 if rank > 0 {
                     let name = |ab| names::expert(layer, expert, &format!("{p}.lora_{ab}"));
@@ -179,8 +205,10 @@ fn check(
 fn the_bank_computes_the_formula() {
     let folder = Folder::new();
     let original = folder.original(&config());
-    for form in FORMS.into_iter().chain([Form::Every, Form::Mixture]) {
-        let compressed = folder.compressed(&original, form.slots());
+    let forms = FORMS.into_iter().chain([Form::Every, Form::Mixture]);
+    let layers = forms.map(|form| form.slots().map(LayerLayout::from));
+    for layers in layers.chain([factored_layers()]) {
+        let compressed = folder.of_layers(&original, layers);
         let both = (&compressed, &original);
         for layer in 0..2 {
             for beta in [1.0, 0.7, 0.0] {
@@ -447,13 +475,12 @@ fn mixtures_compute_the_same_while_they_train() {
     }
 }
 
-/// A model whose mixed experts hold the matrices multiplied out computes the same.
-#[test]
-fn mixtures_multiply_out() {
+/// A model whose experts hold the matrices multiplied out computes the same.
+#[track_caller]
+fn check_multiplied_out(layer: LayerLayout) {
     let folder = Folder::new();
     let original = folder.original(&config());
-    let slots = vec![mixed(3, 4); 8];
-    let compressed = folder.compressed(&original, [slots.clone(), slots]);
+    let compressed = folder.of_layers(&original, [layer.clone(), layer]);
     let mut expected = Decoder::load(&original).unwrap();
     for (l, bank) in expected.banks_mut().enumerate() {
         let dense = bank.dense.as_mut().unwrap();
@@ -465,4 +492,83 @@ fn mixtures_multiply_out() {
     }
     let (model, ids) = (Decoder::load(&compressed).unwrap(), Random::new(2).ids(12));
     assert_close(&logits(&model, &ids, 1), &logits(&expected, &ids, 1), F32);
+}
+
+#[test]
+fn mixtures_and_factored_bases_multiply_out() {
+    check_multiplied_out(LayerLayout::from(vec![mixed(3, 4); 8]));
+    let [factored, _] = factored_layers();
+    check_multiplied_out(factored);
+}
+
+/// Random whole bases for a bank.
+fn whole_bases(bank: &Bank, random: &mut Random) -> Projections {
+    let n = bank.base_count();
+    Projections {
+        gate: random.tensor(&[n, 12, 16], 0.0, 0.5),
+        up: random.tensor(&[n, 12, 16], 0.0, 0.5),
+        down: random.tensor(&[n, 16, 12], 0.0, 0.5),
+    }
+}
+
+/// A factored bank begins its training as the bank of the whole bases, and ends it as the bank of what
+/// is left of them.
+#[test]
+fn factored_bases_are_whole_while_they_train() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let compressed = folder.of_layers(&original, factored_layers());
+    let (ids, mut random) = (Random::new(2).ids(12), Random::new(7));
+    let mut model = Decoder::load(&compressed).unwrap();
+    let mut expected = model.clone();
+    for (bank, whole) in model.banks_mut().zip(expected.banks_mut()) {
+        let bases = whole_bases(bank, &mut random);
+        bank.unfold_bases(&bases).unwrap();
+        (whole.factored, whole.bases) = (None, Some(bases));
+    }
+    assert_close(&logits(&model, &ids, 1), &logits(&expected, &ids, 1), F32);
+    let message = model.tensors().unwrap_err().to_string();
+    assert!(message.contains("finish the recovery"), "{message}");
+    let mut early = model.clone();
+    let message = bank_of(&mut early, 0).fold_bases().unwrap_err().to_string();
+    assert!(message.contains("than the 2 that stay"), "{message}");
+    let layers = factored_layers();
+    for (bank, layer) in model.banks_mut().zip(&layers) {
+        let shape = layer.factored.unwrap();
+        for (p, stack) in bank.bases.as_mut().unwrap().named_mut() {
+            let each = (0..stack.dim(0).unwrap()).map(|base| {
+                let s = stack.get(base).unwrap();
+                let (places, rows) = largest_rows(&s, shape.rows(p)).unwrap();
+                let places = Tensor::new(places, &Device::Cpu).unwrap();
+                let zeros = s.zeros_like().unwrap();
+                zeros.index_add(&places, &rows, 0).unwrap()
+            });
+            *stack = Tensor::stack(&each.collect::<Vec<_>>(), 0).unwrap();
+        }
+    }
+    let trained = logits(&model, &ids, 1);
+    model
+        .banks_mut()
+        .for_each(|bank| bank.fold_bases().unwrap());
+    let folded = logits(&model, &ids, 1);
+    assert_close(&folded, &trained, F32);
+    let path = folder.write(
+        "folded",
+        &model.tensors().unwrap(),
+        &compressed.config().raw,
+    );
+    let written = Decoder::load(&Checkpoint::open(&path).unwrap()).unwrap();
+    assert_eq!(values(&logits(&written, &ids, 1)), values(&folded));
+}
+
+#[test]
+fn the_largest_rows_stay_in_their_order() {
+    let s = [[1f32, 0.0], [0.0, -3.0], [2.0, 2.0], [0.0, 3.0], [0.0, 0.0]];
+    let s = Tensor::new(&s, &Device::Cpu).unwrap();
+    let rows = |count| largest_rows(&s, count).unwrap();
+    assert_eq!(rows(1).0, [1]);
+    assert_eq!(rows(2).0, [1, 3]);
+    assert_eq!(rows(4).0, [0, 1, 2, 3]);
+    assert_eq!(values(&rows(2).1), [0.0, -3.0, 0.0, 3.0]);
+    assert!(largest_rows(&s, 6).is_err());
 }

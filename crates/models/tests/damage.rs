@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 use support::{
-    Folder, Form, begin, config, config_with, element, index_json, open, original_tensors,
-    write_sharded,
+    Folder, Form, begin, config, config_with, element, factored_layers, index_json, open,
+    original_tensors, write_sharded,
 };
 
 const GATE: &str = "model.layers.1.mlp.experts.3.gate_proj.weight";
@@ -233,6 +233,56 @@ fn a_layout_that_the_weights_do_not_have_is_named() {
         message.contains("lora_A") && message.contains("[3, 16]"),
         "{message}"
     );
+}
+
+/// Places of rows that are none, or stored as anything but whole numbers.
+#[test]
+fn damaged_places_of_rows_are_named() {
+    const INDEX: &str = "model.layers.0.mlp.bases.1.up_proj.index.weight";
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let path = folder
+        .of_layers(&original, factored_layers())
+        .dir()
+        .to_owned();
+    let refused = |words: &[&str]| {
+        let message = Decoder::load(&open(&path)).expect_err("nothing was noticed");
+        let message = message.to_string();
+        for word in words.iter().chain(&[INDEX, ";", "again"]) {
+            assert!(message.contains(word), "`{message}` lacks `{word}`");
+        }
+    };
+    let kept = fs::read(single(&path)).unwrap();
+    let at = element(&single(&path), INDEX, DType::U32, 0);
+    for places in [[0u32, 12], [5, 5], [7, 2], [0, u32::MAX]] {
+        let bytes = places.map(u32::to_le_bytes).concat();
+        edit(&single(&path), |file| {
+            file[at..at + 8].copy_from_slice(&bytes)
+        });
+        refused(&["12 rows"]);
+    }
+    fs::write(single(&path), &kept).unwrap();
+    Decoder::load(&open(&path)).unwrap();
+    // Of the same size, so only the header differs.
+    let text = |from: &str, to: &str| {
+        edit(&single(&path), |file| {
+            let at = file.windows(from.len()).position(|w| w == from.as_bytes());
+            let at = at.unwrap();
+            file[at..at + to.len()].copy_from_slice(to.as_bytes());
+        });
+    };
+    let entry = |dtype: &str| format!("\"{INDEX}\":{{\"dtype\":\"{dtype}\"");
+    text(&entry("U32"), &entry("F32"));
+    refused(&["F32", "expected U32"]);
+    fs::write(single(&path), &kept).unwrap();
+    // And a weight is no whole number.
+    let weight = INDEX.replace(".index.", ".rows.");
+    text(
+        &entry("F32").replace(INDEX, &weight),
+        &entry("U32").replace(INDEX, &weight),
+    );
+    let message = Decoder::load(&open(&path)).unwrap_err().to_string();
+    assert!(message.contains("U32 is not supported"), "{message}");
 }
 
 #[test]

@@ -6,10 +6,14 @@ mod support;
 
 use candle_core::{DType, Tensor, Var};
 use lightmoe_kernels::cross_entropy;
-use lightmoe_models::{Adapters, Decoder, LanguageModel, LayerLayout, ParameterKind, Tokens};
+use lightmoe_models::{
+    Adapters, Decoder, LanguageModel, LayerLayout, ParameterKind, Projections, Tokens,
+};
 use rand::Rng;
 use serde_json::json;
-use support::{Folder, Form, Random, annealing, config, config_with, mixtures, stacks, values};
+use support::{
+    Folder, Form, Random, annealing, config, config_with, factored_layers, mixtures, stacks, values,
+};
 
 const STEP: f64 = 1e-5;
 /// Relative to the largest gradient of the tensor: the truncation error of a central difference.
@@ -214,6 +218,35 @@ fn every_parameter_of_mixed_slots() {
         bank.mixed.as_mut().unwrap().down_adapters = fresh.map(|fresh| (fresh.a.down, b));
     }
     check(model, 0.0);
+}
+
+/// Factored bases as they are stored, and as they train.
+#[test]
+fn every_parameter_of_factored_bases() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let compressed = folder.of_layers(&original, factored_layers());
+    for beta in [0.5, 0.0] {
+        let mut model = annealing(&compressed, &original, beta);
+        let stored = check(model.clone(), beta);
+        let mut random = Random::new(6);
+        for bank in model.banks_mut() {
+            let n = bank.base_count();
+            let mut whole = |out, width| random.tensor(&[n, out, width], 0.0, 0.5);
+            let bases = Projections {
+                gate: whole(12, 16),
+                up: whole(12, 16),
+                down: whole(16, 12),
+            };
+            bank.unfold_bases(&bases).unwrap();
+        }
+        let training = check(model, beta);
+        for kinds in [stored, training] {
+            // Rows, or all of S, of three projections in two layers.
+            let bases = kinds.iter().filter(|kind| **kind == ParameterKind::Base);
+            assert_eq!(bases.count(), 6);
+        }
+    }
 }
 
 #[test]

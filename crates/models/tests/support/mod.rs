@@ -3,9 +3,9 @@
 
 use candle_core::{DType, Device, Tensor};
 use lightmoe_models::{
-    Bank, BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, Format, LanguageModel,
-    LayerLayout, Manifest, ModelConfig, Projections, Scheme, SlotLayout, Tokens, load_experts,
-    names,
+    Bank, BankLayout, Checkpoint, CheckpointWriter, Decoder, FactoredBases, Family, Format,
+    LanguageModel, LayerLayout, Manifest, ModelConfig, Projections, Scheme, SlotLayout, Tokens,
+    load_experts, names,
 };
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
@@ -129,6 +129,37 @@ impl Form {
     }
 }
 
+/// Layers whose bases are factored: under every slot of the first, beside other forms in the second.
+pub fn factored_layers() -> [LayerLayout; 2] {
+    let layer = |slots: Vec<SlotLayout>, rank, gate_up_rows, down_rows| LayerLayout {
+        factored: Some(FactoredBases {
+            rank,
+            gate_up_rows,
+            down_rows,
+        }),
+        ..LayerLayout::from(slots)
+    };
+    let second = vec![
+        adapted(0, 0),
+        DENSE,
+        adapted(1, 3),
+        SlotLayout::Constant,
+        adapted(0, 2),
+        adapted(None, 4),
+        DENSE,
+        adapted(1, 0),
+    ];
+    [
+        layer(
+            [1, 0, 0, 2, 1, 0, 2, 1].map(|g| adapted(g, 0)).to_vec(),
+            4,
+            2,
+            3,
+        ),
+        layer(second, 3, 1, 16),
+    ]
+}
+
 /// Random numbers: normal weights near zero, norms near one.
 pub struct Random(pub ChaCha8Rng);
 
@@ -142,6 +173,15 @@ impl Random {
             .map(|_| center + self.0.random_range(-spread..spread))
             .collect();
         Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    /// `count` places of `rows`, ascending.
+    pub fn places(&mut self, count: usize, rows: usize) -> Tensor {
+        let mut all: Vec<u32> = (0..rows as u32).collect();
+        all.shuffle(&mut self.0);
+        all.truncate(count);
+        all.sort_unstable();
+        Tensor::new(all, &Device::Cpu).unwrap()
     }
 
     pub fn ids(&mut self, count: usize) -> Vec<u32> {
@@ -172,7 +212,7 @@ pub fn tensors(config: &ModelConfig, layout: &BankLayout, seed: u64) -> Vec<(Str
         config.num_heads * config.head_dim,
         config.num_kv_heads * config.head_dim,
     );
-    let mut out = Vec::new();
+    let (mut out, mut indices) = (Vec::new(), Vec::new());
     let mut weight = |name: String, shape: &[usize], spread: f32| {
         out.push((name, random.tensor(shape, 0.0, spread)));
     };
@@ -193,7 +233,15 @@ pub fn tensors(config: &ModelConfig, layout: &BankLayout, seed: u64) -> Vec<(Str
                 weight(names::scales(l, p), &[layer.slots.len(), columns], 1.0);
             }
             for g in 0..layer.bases() {
-                weight(names::base(l, g, p), &[rows, columns], 0.5);
+                let Some(factored) = &layer.factored else {
+                    weight(names::base(l, g, p), &[rows, columns], 0.5);
+                    continue;
+                };
+                let name = |part: &str| names::base(l, g, &format!("{p}.{part}"));
+                weight(name("lora_A"), &[factored.rank, columns], 0.5);
+                weight(name("lora_B"), &[rows, factored.rank], 0.5);
+                weight(name("rows"), &[factored.rows(p), columns], 0.5);
+                indices.push((name("index"), factored.rows(p), rows));
             }
             if let Some((bases, rank)) = layer.mixture().filter(|_| p != "down_proj") {
                 (0..bases).for_each(|b| weight(names::basis(l, b, p), &[rank, h], 1.5));
@@ -222,6 +270,9 @@ pub fn tensors(config: &ModelConfig, layout: &BankLayout, seed: u64) -> Vec<(Str
                 }
             }
         }
+    }
+    for (name, count, rows) in indices {
+        out.push((name, random.places(count, rows)));
     }
     let mut norm = |name: String, width: usize| {
         out.push((name, random.tensor(&[width], 1.0, 0.3)));
@@ -315,6 +366,13 @@ pub fn stacks(bank: &mut Bank) -> Vec<&mut Projections> {
     all.extend(&mut bank.dense);
     all.extend(&mut bank.bases);
     all.extend(&mut bank.originals);
+    if let Some(factored) = &mut bank.factored {
+        all.extend([
+            &mut factored.factors.a,
+            &mut factored.factors.b,
+            &mut factored.rows,
+        ]);
+    }
     for adapters in [&mut bank.adapters, &mut bank.dense_adapters] {
         all.extend(adapters.iter_mut().flat_map(|a| [&mut a.a, &mut a.b]));
     }
@@ -377,6 +435,7 @@ pub fn original_tensors(folder: &Folder) -> Vec<(String, Tensor)> {
 /// The tensors of a model, whatever they are.
 pub fn manifest(tensors: &[(String, Tensor)]) -> Manifest {
     let all = tensors.iter();
+    let indices = tensors.iter().filter(|(name, _)| names::is_index(name));
     Manifest {
         layout: BankLayout {
             schema_version: 1,
@@ -385,7 +444,9 @@ pub fn manifest(tensors: &[(String, Tensor)]) -> Manifest {
         tensors: all
             .map(|(name, t)| (name.clone(), t.dims().to_vec()))
             .collect(),
-        types: Default::default(),
+        types: indices
+            .map(|(name, _)| (name.clone(), DType::U32))
+            .collect(),
     }
 }
 
