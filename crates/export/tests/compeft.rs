@@ -11,7 +11,7 @@ use lightmoe_models::random::{gaussian, stream};
 use lightmoe_models::{BankLayout, Checkpoint, ExpertPacking, Family, Format, Manifest, Scheme};
 use std::fs;
 use std::path::{Path, PathBuf};
-use support::{config, largest, layout, logits, random, written};
+use support::{config, factored, largest, layout, logits, of_layout, random, written};
 
 /// A router that is f32 whatever the rest.
 const ROUTER: &str = "model.layers.1.mlp.gate.weight";
@@ -228,4 +228,13 @@ fn a_damaged_file_is_named() {
     }
     let message = Update::load(&setup.at("missing")).unwrap_err().to_string();
     assert!(message.contains("missing"), "{message}");
+}
+
+/// Which rows are kept is no difference of numbers.
+#[test]
+fn factored_bases_are_not_packed() {
+    let root = tempfile::tempdir().unwrap();
+    let model = of_layout(&root.path().join("model"), DType::F32, &factored());
+    let message = Delta::between(&model, &model, &mut go_on).err().unwrap();
+    assert!(message.to_string().contains("compact"), "{message}");
 }

@@ -10,7 +10,7 @@ use lightmoe_models::{BankLayout, Checkpoint, CheckpointWriter, Decoder, Family,
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
-use support::{compressed, config, largest, logits};
+use support::{compressed, config, factored, largest, logits, of_layout};
 
 struct Setup {
     root: tempfile::TempDir,
@@ -85,6 +85,28 @@ fn dense_gives_the_logits_of_the_compressed_model() {
         (report.bytes, dense.bytes()),
         (4 * report.parameters, report.bytes)
     );
+}
+
+/// Factors and rows multiply out; as they are, places of rows stay whole numbers in any element type.
+#[test]
+fn factored_bases_are_exported_either_way() {
+    for dtype in [DType::F32, DType::BF16] {
+        let root = tempfile::tempdir().unwrap();
+        let source = of_layout(&root.path().join("compressed"), dtype, &factored());
+        let setup = Setup { root, source };
+        for (kind, to) in [
+            (ExportKind::Dense, Some(DType::F32)),
+            (ExportKind::Compact, None),
+            (ExportKind::Compact, Some(DType::F32)),
+        ] {
+            setup.export(kind, to).unwrap();
+            let made = Checkpoint::open(&setup.target()).unwrap();
+            made.check().unwrap();
+            let (ours, theirs) = (logits(&setup.source), logits(&made));
+            let error = largest(&(&ours - &theirs).unwrap()) / largest(&ours);
+            assert!(error < 1e-5, "{kind:?} to {to:?}: {error}");
+        }
+    }
 }
 
 #[test]

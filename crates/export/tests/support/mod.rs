@@ -1,11 +1,11 @@
 //! A small compressed model with random weights.
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use lightmoe_models::random::{gaussian, stream};
 use lightmoe_models::{
-    BankLayout, Checkpoint, CheckpointWriter, Decoder, Family, Format, LanguageModel, LayerLayout,
-    Manifest, ModelConfig, Scheme, SlotLayout, Tokens,
+    BankLayout, Checkpoint, CheckpointWriter, Decoder, FactoredBases, Family, Format,
+    LanguageModel, LayerLayout, Manifest, ModelConfig, Scheme, SlotLayout, Tokens, names,
 };
 use std::path::Path;
 
@@ -45,15 +45,44 @@ pub fn layout() -> BankLayout {
     layout
 }
 
-/// A random tensor that depends on its name.
+/// A layer with factored bases, beside dense slots, and two as they were.
+pub fn factored() -> BankLayout {
+    let mut layout = BankLayout::dense(&config());
+    let on = |group| SlotLayout::Adapted {
+        group: Some(group),
+        rank: 0,
+    };
+    let slots = [on(0), on(1), SlotLayout::Dense, on(1), on(1), on(0)];
+    let shape = FactoredBases {
+        rank: RANK,
+        gate_up_rows: 2,
+        down_rows: 4,
+    };
+    let layer = LayerLayout {
+        factored: Some(shape),
+        ..LayerLayout::from(slots.to_vec())
+    };
+    layout.layers.insert(1, layer);
+    layout
+}
+
+/// A random tensor that depends on its name; places of rows are the first ones.
 pub fn random(name: &str, shape: &[usize]) -> Tensor {
+    if names::is_index(name) {
+        return Tensor::arange(0, shape[0] as u32, &Device::Cpu).unwrap();
+    }
     gaussian(&mut stream(2, name), 0.3, shape).unwrap()
 }
 
 /// The compressed model as a checkpoint of `dtype` with side files.
 pub fn compressed(dir: &Path, dtype: DType) -> Checkpoint {
+    of_layout(dir, dtype, &layout())
+}
+
+/// The same of any layout.
+pub fn of_layout(dir: &Path, dtype: DType, layout: &BankLayout) -> Checkpoint {
     let format = Format::new(dtype, Scheme::published(Family::Olmoe));
-    let manifest = Manifest::of(&config(), &layout()).unwrap();
+    let manifest = Manifest::of(&config(), layout).unwrap();
     written(dir, &format, &manifest, random)
 }
 

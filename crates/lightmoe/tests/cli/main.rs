@@ -4,6 +4,7 @@
 mod artefacts;
 mod compare;
 mod damage;
+mod factored;
 mod hub;
 mod models;
 mod pretrain;
