@@ -57,7 +57,10 @@ fn a_killed_pruning_goes_on_to_the_same_bytes_and_the_result_serves() {
     };
     assert_eq!(says(&at("dense")), says(&model));
     let mut pack = command("export");
-    pack.args(["--pack", "compeft", "--model"]).arg(&model);
+    pack.args(["--pack", "compeft", "--base"])
+        .arg(whole.join("built"));
+    pack.args(["--density", "0.1", "--alpha", "1", "--model"]);
+    pack.arg(&model);
     let message = pack.arg("--out").arg(at("packed")).fails(1);
     assert!(message.contains("compact"), "{message}");
 }
