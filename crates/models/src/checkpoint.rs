@@ -310,15 +310,18 @@ impl Checkpoint {
     pub fn index(&self, name: &str, count: usize, rows: usize) -> Result<Vec<u32>> {
         let places = self.tensor(name, &[count])?.to_vec1::<f32>()?;
         let places: Vec<u32> = places.into_iter().map(|place| place as u32).collect();
-        let ascend = places.windows(2).all(|pair| pair[0] < pair[1]);
-        match ascend && places.last().is_none_or(|&last| (last as usize) < rows) {
-            true => Ok(places),
-            false => Err(Error::tensor(
-                &self.dir,
-                name,
-                format!("{places:?} are no ascending places of {rows} rows; build it again"),
-            )),
+        let mut next = 0;
+        for (i, &place) in places.iter().enumerate() {
+            if place < next || place as usize >= rows {
+                let message = format!(
+                    "element {i} is {place}, expected ascending places of {rows} rows; the checkpoint \
+                     is damaged, download or build it again"
+                );
+                return Err(Error::tensor(&self.dir, name, message));
+            }
+            next = place.saturating_add(1);
         }
+        Ok(places)
     }
 
     /// Shows `f` the numbers of a tensor, as [`Checkpoint::tensor`] reads them, a piece at a time.

@@ -6,13 +6,12 @@ mod support;
 
 use candle_core::{DType, Device, Tensor};
 use lightmoe_models::{
-    Bank, Checkpoint, Decoder, LanguageModel, LayerLayout, SlotLayout, load_experts,
-    multiplied_out, names,
+    Bank, Checkpoint, Decoder, LanguageModel, LayerLayout, SlotLayout, load_experts, names,
 };
 use serde_json::json;
 use support::{
     DENSE, FORMS, Folder, Form, PROJECTIONS, Random, adapted, annealing, assert_close, bank_of,
-    config, config_with, factored_layers, logits, mixed, mixtures, stacks, values,
+    config, config_with, factored_layers, logits, mixtures, stacks, values,
 };
 
 const F32: f64 = 1e-5;
@@ -473,30 +472,4 @@ fn mixtures_compute_the_same_while_they_train() {
             assert_eq!(values(ours), values(before), "{name}");
         }
     }
-}
-
-/// A model whose experts hold the matrices multiplied out computes the same.
-#[track_caller]
-fn check_multiplied_out(layer: LayerLayout) {
-    let folder = Folder::new();
-    let original = folder.original(&config());
-    let compressed = folder.of_layers(&original, [layer.clone(), layer]);
-    let mut expected = Decoder::load(&original).unwrap();
-    for (l, bank) in expected.banks_mut().enumerate() {
-        let dense = bank.dense.as_mut().unwrap();
-        for (p, stack) in dense.named_mut() {
-            let shape = [stack.dims()[1], stack.dims()[2]];
-            let each = (0..8).map(|e| multiplied_out(&compressed, (l, e), p, shape).unwrap());
-            *stack = Tensor::stack(&each.collect::<Vec<_>>(), 0).unwrap();
-        }
-    }
-    let (model, ids) = (Decoder::load(&compressed).unwrap(), Random::new(2).ids(12));
-    assert_close(&logits(&model, &ids, 1), &logits(&expected, &ids, 1), F32);
-}
-
-#[test]
-fn mixtures_and_factored_bases_multiply_out() {
-    check_multiplied_out(LayerLayout::from(vec![mixed(3, 4); 8]));
-    let [factored, _] = factored_layers();
-    check_multiplied_out(factored);
 }

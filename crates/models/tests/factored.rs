@@ -1,11 +1,15 @@
-//! Factored bases from their whole matrices, through training, and back.
+//! Factored bases from their whole matrices, through training, and back; and what is multiplied out.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;
 
 use candle_core::{Device, Tensor};
-use lightmoe_models::{Bank, Checkpoint, Decoder, Projections, largest_rows};
-use support::{Folder, Random, assert_close, bank_of, config, factored_layers, logits, values};
+use lightmoe_models::{
+    Bank, Checkpoint, Decoder, LayerLayout, Projections, largest_rows, multiplied_out,
+};
+use support::{
+    Folder, Random, assert_close, bank_of, config, factored_layers, logits, mixed, values,
+};
 
 const F32: f64 = 1e-5;
 
@@ -79,4 +83,30 @@ fn the_largest_rows_stay_in_their_order() {
     assert_eq!(rows(4).0, [0, 1, 2, 3]);
     assert_eq!(values(&rows(2).1), [0.0, -3.0, 0.0, 3.0]);
     assert!(largest_rows(&s, 6).is_err());
+}
+
+/// A model whose experts hold the matrices multiplied out computes the same.
+#[track_caller]
+fn check_multiplied_out(layer: LayerLayout) {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let compressed = folder.of_layers(&original, [layer.clone(), layer]);
+    let mut expected = Decoder::load(&original).unwrap();
+    for (l, bank) in expected.banks_mut().enumerate() {
+        let dense = bank.dense.as_mut().unwrap();
+        for (p, stack) in dense.named_mut() {
+            let shape = [stack.dims()[1], stack.dims()[2]];
+            let each = (0..8).map(|e| multiplied_out(&compressed, (l, e), p, shape).unwrap());
+            *stack = Tensor::stack(&each.collect::<Vec<_>>(), 0).unwrap();
+        }
+    }
+    let (model, ids) = (Decoder::load(&compressed).unwrap(), Random::new(2).ids(12));
+    assert_close(&logits(&model, &ids, 1), &logits(&expected, &ids, 1), F32);
+}
+
+#[test]
+fn mixtures_and_factored_bases_multiply_out() {
+    check_multiplied_out(LayerLayout::from(vec![mixed(3, 4); 8]));
+    let [factored, _] = factored_layers();
+    check_multiplied_out(factored);
 }
