@@ -16,9 +16,9 @@ use lightmoe_models::{Checkpoint, Layer, ModelConfig, Rotary};
 use std::path::{Path, PathBuf};
 
 /// Layers with experts in a block: `T` of the paper.
-const BLOCK: usize = 3;
+pub const BLOCK: usize = 3;
 /// Tokens that run through a block.
-const MOST_TOKENS: usize = 1024;
+pub const MOST_TOKENS: usize = 1024;
 /// Sequences of a batch.
 const BATCH: usize = 16;
 

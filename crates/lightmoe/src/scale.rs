@@ -2,6 +2,7 @@
 //! costs in seconds and memory, beside what the same machine can do: one large dense product of
 //! candle, and a plain copy.
 
+pub mod methods;
 mod page;
 
 use crate::cli::ScaleArgs;

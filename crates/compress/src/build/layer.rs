@@ -202,7 +202,7 @@ impl Layer<'_> {
         let config = self.checkpoint.config();
         let [input, hidden] = match moments {
             Some(moments) => moments.expert(config, expert)?,
-            None => [config.hidden_size, config.moe.intermediate_size].map(Gram::zero),
+            None => [Gram::identity(), Gram::identity()],
         };
         let grams = [&input, &input, &hidden];
         let own = self.expert(plan.layer, expert)?;

@@ -25,7 +25,7 @@ const PRUNED_SHARE: f64 = 0.5;
 /// One of so many experts is pruned at most.
 const PRUNED_MOST: usize = 4;
 /// Sets of a layer between which its block decides: `K` of the paper.
-const CANDIDATES: usize = 3;
+pub const CANDIDATES: usize = 3;
 /// The smallest importance of a layer, as a share of the largest, so that the inverse is finite.
 const LEAST_IMPORTANCE: f64 = 1e-9;
 
