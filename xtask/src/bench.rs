@@ -23,9 +23,9 @@ pub fn run(arguments: &[String]) -> Outcome {
             bench.args(rest);
             shell::replace(bench)
         }
-        "quality" | "usage" | "scale" => binary::run(&["bench", which], rest),
+        "quality" | "usage" | "scale" | "methods" => binary::run(&["bench", which], rest),
         _ => Err(format!(
-            "no bench `{which}`; use `kernels`, `quality`, `usage` or `scale`"
+            "no bench `{which}`; use `kernels`, `quality`, `usage`, `scale` or `methods`"
         )),
     }
 }

@@ -1,4 +1,4 @@
-//! The set of experts whose loss hurts least, by a genetic search (MoE-I², arXiv 2411.01016, section
+//! The sets of experts whose loss hurts least, by a genetic search (MoE-I², arXiv 2411.01016, section
 //! 3.1): where experts stand in for each other, the best set is not that of the least important ones.
 
 use crate::Result;
@@ -19,7 +19,8 @@ const MUTATION: f64 = 0.3;
 /// A set of experts, ascending.
 type Set = Vec<usize>;
 
-/// The set of `count` of the numbers below `experts` with the smallest `loss` that was found, ascending.
+/// The sets of `count` of the numbers below `experts` with the smallest `loss` that were found, the best
+/// first, `sets` of them or as many as there are; each ascending.
 ///
 /// The first generation is drawn at random. The best fifth of each lives on, and fills the next one up
 /// with children: each a random part of the union of two parents, in which with probability
@@ -29,14 +30,15 @@ type Set = Vec<usize>;
 ///
 /// # Errors
 /// Those of `loss`.
-pub fn least_lossy_set(
+pub fn least_lossy_sets(
     experts: usize,
     count: usize,
+    sets: usize,
     rng: &mut impl Rng,
     loss: impl Fn(&[usize]) -> Result<f64> + Sync,
-) -> Result<Set> {
+) -> Result<Vec<Set>> {
     if count == 0 || count >= experts {
-        return Ok((0..count.min(experts)).collect());
+        return Ok(vec![(0..count.min(experts)).collect()]);
     }
     let mut losses: BTreeMap<Set, f64> = BTreeMap::new();
     let mut population: Vec<Set> = (0..POPULATION)
@@ -61,8 +63,9 @@ pub fn least_lossy_set(
             .collect();
         population.extend(children);
     }
-    let best = losses.into_iter().min_by(|a, b| a.1.total_cmp(&b.1));
-    Ok(best.map_or_else(Vec::new, |(set, _)| set))
+    let mut found: Vec<(Set, f64)> = losses.into_iter().collect();
+    found.sort_by(|a, b| a.1.total_cmp(&b.1));
+    Ok(found.into_iter().take(sets).map(|(set, _)| set).collect())
 }
 
 /// `count` of `from`, ascending.
@@ -126,13 +129,17 @@ mod tests {
             let count = count.min(vectors.len());
             let search = || {
                 let mut rng = ChaCha8Rng::seed_from_u64(seed);
-                least_lossy_set(vectors.len(), count, &mut rng, loss(&vectors)).unwrap()
+                least_lossy_sets(vectors.len(), count, 3, &mut rng, loss(&vectors)).unwrap()
             };
-            let set = search();
-            prop_assert_eq!(set.len(), count);
-            prop_assert!(set.is_sorted_by(|a, b| a < b));
-            prop_assert_eq!(loss(&vectors)(&set).unwrap(), least(&vectors, count));
-            prop_assert_eq!(set, search());
+            let sets = search();
+            let of = |set: &Set| loss(&vectors)(set).unwrap();
+            prop_assert_eq!(of(&sets[0]), least(&vectors, count));
+            prop_assert!(sets.len() <= 3 && sets.is_sorted_by(|a, b| a != b && of(a) <= of(b)));
+            for set in &sets {
+                prop_assert_eq!(set.len(), count);
+                prop_assert!(set.is_sorted_by(|a, b| a < b));
+            }
+            prop_assert_eq!(sets, search());
         }
     }
 }

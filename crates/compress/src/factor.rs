@@ -19,27 +19,45 @@ use faer::{Mat, MatRef, Par, Side};
 /// What is added to the diagonal of a second moment, as a share of its mean.
 pub const DAMPING: f64 = 0.01;
 
-/// A second moment `[n, n]`, damped, and positive definite.
+/// A second moment `[n, n]`, damped, and positive definite; `None` for the identity.
 #[derive(Debug, Clone)]
-pub struct Gram(Mat<f64>);
+pub struct Gram(Option<Mat<f64>>);
 
 impl Gram {
     /// Of the sums `values`, row-major; all zeros count as the identity: every direction alike.
     pub fn new(n: usize, values: &[f32]) -> Self {
         let mean = (0..n).map(|i| f64::from(values[i * n + i])).sum::<f64>() / n as f64;
         if mean <= 0.0 {
-            return Self::zero(n);
+            return Self::identity();
         }
-        Self(Mat::from_fn(n, n, |i, j| {
+        Self(Some(Mat::from_fn(n, n, |i, j| {
             // Sums in f32 are not quite symmetric.
             let value = 0.5 * (f64::from(values[i * n + j]) + f64::from(values[j * n + i]));
             value + if i == j { DAMPING * mean } else { 0.0 }
-        }))
+        })))
     }
 
-    /// Of no inputs.
-    pub fn zero(n: usize) -> Self {
-        Self(Mat::identity(n, n))
+    /// Of no inputs: every direction alike.
+    pub fn identity() -> Self {
+        Self(None)
+    }
+
+    /// `W·G·Wᵀ` `[out, out]` of `w: [out, in]`.
+    fn between(&self, w: &Mat<f64>) -> Mat<f64> {
+        match &self.0 {
+            Some(gram) => w * gram * w.transpose(),
+            None => w * w.transpose(),
+        }
+    }
+
+    /// The lower factor `S`; `None` for the identity.
+    fn cholesky(&self) -> Result<Option<Mat<f64>>> {
+        let Some(gram) = &self.0 else {
+            return Ok(None);
+        };
+        let factor = gram.llt(Side::Lower);
+        let factor = factor.map_err(|_| failed("Cholesky factor"))?;
+        Ok(Some(factor.L().to_owned()))
     }
 }
 
@@ -90,14 +108,6 @@ fn eigenvectors(m: &Mat<f64>) -> Result<Mat<f64>> {
     Ok(Mat::from_fn(n, n, |i, j| vectors[(i, n - 1 - j)]))
 }
 
-fn cholesky(gram: &Gram) -> Result<Mat<f64>> {
-    let factor = gram
-        .0
-        .llt(Side::Lower)
-        .map_err(|_| failed("Cholesky factor"))?;
-    Ok(factor.L().to_owned())
-}
-
 /// The singular values of `W·S`, descending, as many as the smaller side of `w: [out, in]` has.
 ///
 /// # Errors
@@ -105,9 +115,9 @@ fn cholesky(gram: &Gram) -> Result<Mat<f64>> {
 pub fn singular_values(w: &Tensor, gram: &Gram) -> Result<Vec<f64>> {
     let w = matrix(w)?;
     let small = match w.nrows() <= w.ncols() {
-        true => &w * &gram.0 * w.transpose(),
+        true => gram.between(&w),
         false => {
-            let ws = &w * cholesky(gram)?;
+            let ws = gram.cholesky()?.map_or(w.clone(), |s| &w * s);
             ws.transpose() * &ws
         }
     };
@@ -129,19 +139,21 @@ pub fn whitened(w: &Tensor, gram: &Gram, rank: usize) -> Result<Factors> {
     let rank = rank.min(w.nrows()).min(w.ncols());
     let (mut a, mut b) = match w.nrows() <= w.ncols() {
         true => {
-            let vectors = eigenvectors(&(&w * &gram.0 * w.transpose()))?;
+            let vectors = eigenvectors(&gram.between(&w))?;
             let b = vectors.subcols(0, rank).to_owned();
             (b.transpose() * &w, b)
         }
         false => {
-            let s = cholesky(gram)?;
-            let ws = &w * &s;
+            let s = gram.cholesky()?;
+            let ws = s.as_ref().map_or(w.clone(), |s| &w * s);
             let vectors = eigenvectors(&(ws.transpose() * &ws))?;
             let v = vectors.subcols(0, rank);
             let b = &ws * v;
             // A·S = Vᵀ, so Sᵀ·Aᵀ = V.
             let mut at = v.to_owned();
-            solve_upper_triangular_in_place(s.transpose(), at.as_mut(), Par::Seq);
+            if let Some(s) = s {
+                solve_upper_triangular_in_place(s.transpose(), at.as_mut(), Par::Seq);
+            }
             (at.transpose().to_owned(), b)
         }
     };

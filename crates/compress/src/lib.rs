@@ -29,6 +29,7 @@ pub mod moments;
 pub mod observations;
 pub mod plan;
 pub mod ranks;
+pub mod reception;
 pub mod samples;
 pub mod search;
 pub mod select;

@@ -60,7 +60,7 @@ pub fn moment_bytes(config: &ModelConfig) -> u64 {
 
 /// Bytes that sampling the tokens of a layer takes.
 pub fn sample_bytes(config: &ModelConfig) -> u64 {
-    F32 * crate::samples::numbers(config) as u64
+    F32 * (crate::samples::numbers(config) + crate::reception::numbers(config)) as u64
 }
 
 fn embedding_bytes(config: &ModelConfig) -> u64 {

@@ -13,7 +13,7 @@ use lightmoe_kernels::{AdamW, Moments};
 use std::ops::Range;
 
 /// Steps of Adam; the paper takes 10 000 to 30 000.
-const STEPS: usize = 1000;
+pub const STEPS: usize = 1000;
 /// Adam's rate at the start, the paper's; it falls to zero.
 const RATE: f64 = 0.07;
 /// What the mixing weight of an expert's own group is above the others at the start.
@@ -104,7 +104,7 @@ impl State {
         let basis = |members: &Range<usize>| -> Result<Tensor> {
             let stacked = target.narrow(0, members.start, members.len())?;
             let stacked = stacked.reshape((members.len() * f, h))?;
-            let rows = whitened(&stacked, &Gram::zero(h), rank)?.a;
+            let rows = whitened(&stacked, &Gram::identity(), rank)?.a;
             // Rows of unit mean square, where the nonlinearity is felt.
             let norms = rows.sqr()?.mean_keepdim(D::Minus1)?.sqrt()?;
             Ok(rows.broadcast_div(&(norms + 1e-12)?)?)

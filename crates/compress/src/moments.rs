@@ -113,7 +113,7 @@ impl MomentSums {
                 Gram::new(h, &input.flatten_all()?.to_vec1()?),
                 Gram::new(f, &hidden.flatten_all()?.to_vec1()?),
             ],
-            None => [Gram::zero(h), Gram::zero(f)],
+            None => [Gram::identity(), Gram::identity()],
         })
     }
 

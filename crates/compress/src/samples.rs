@@ -79,8 +79,8 @@ impl Sample {
         };
         let logits = tensor("logits", &[size, experts])?;
         let correction = file
-            .holds("correction")
-            .then(|| tensor("correction", &[experts]))
+            .shape("correction")
+            .map(|_| tensor("correction", &[experts]))
             .transpose()?;
         let gates = gates(
             &route_logits(logits.clone(), correction.as_ref(), moe, &[])?,

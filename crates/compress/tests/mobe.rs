@@ -176,7 +176,7 @@ fn equal_experts_share_one_basis() {
     let own = random(&mut rng, &[12, 20]);
     let copies = Tensor::stack(&[&own; 6], 0).unwrap();
     assert!(fit(&copies, 1, 12).unwrap().loss < 1e-3);
-    let singular = singular_values(&own, &Gram::zero(20)).unwrap();
+    let singular = singular_values(&own, &Gram::identity()).unwrap();
     let energy = |s: &[f64]| s.iter().map(|s| s * s).sum::<f64>();
     let best = energy(&singular[5..]) / energy(&singular);
     let loss = fit(&copies, 3, 5).unwrap().loss;

@@ -4,34 +4,11 @@
 use candle_core::Tensor;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::{ObserveOptions, Statistics, observe};
-use lightmoe_models::{
-    Bank, Checkpoint, Embedding, Layer, LayerLayout, Projections, Rotary, SlotLayout, Tokens,
-};
+use lightmoe_models::{Checkpoint, Embedding, Layer, Rotary, Tokens};
 use std::path::Path;
 
-/// The layer with these experts removed.
-fn without(layer: &Layer, removed: &[usize]) -> Layer {
-    let mut layer = layer.clone();
-    let bank = layer.bank_mut().unwrap();
-    let mut layout = LayerLayout::dense(bank.len());
-    for &expert in removed {
-        layout.slots[expert] = SlotLayout::Removed;
-    }
-    let kept: Vec<u32> = layout
-        .of_form(SlotLayout::Dense)
-        .map(|e| e as u32)
-        .collect();
-    let kept = Tensor::new(kept, &candle_core::Device::Cpu).unwrap();
-    let dense = bank.dense.as_ref().unwrap();
-    let of = |w: &Tensor| w.index_select(&kept, 0).unwrap();
-    let dense = Projections {
-        gate: of(&dense.gate),
-        up: of(&dense.up),
-        down: of(&dense.down),
-    };
-    *bank = Bank::of_dense(&layout, dense);
-    layer
-}
+mod common;
+use common::without;
 
 fn square(difference: &Tensor) -> f64 {
     let values: Vec<f32> = difference.flatten_all().unwrap().to_vec1().unwrap();

@@ -446,6 +446,8 @@ pub enum BenchCommand {
     Usage(UsageArgs),
     /// A model of full size: memory and speed of observe, plan and build
     Scale(ScaleArgs),
+    /// Plan and build by every method at a model's true shape, a few of its layers, and write what each takes
+    Methods(MethodsArgs),
 }
 
 /// `bench scale`
@@ -462,6 +464,32 @@ pub struct ScaleArgs {
     pub tokens: usize,
     /// The page to write
     #[arg(long, default_value = "docs/benchmarks/scale.md")]
+    pub table: PathBuf,
+}
+
+/// `bench methods`
+#[derive(Debug, Args)]
+pub struct MethodsArgs {
+    /// The config.json of the model, of which some layers are synthesized
+    #[arg(long, default_value = "fixtures/configs/olmoe-1b-7b-0924.json")]
+    pub config: PathBuf,
+    /// How many layers
+    #[arg(long, default_value_t = 2)]
+    pub layers: usize,
+    /// Methods, with commas between them [default: all; of mobe, the plan]
+    #[arg(long)]
+    pub methods: Option<String>,
+    /// Share of the parameters to save
+    #[arg(long, default_value_t = 0.5)]
+    pub ratio: f64,
+    /// Token ids to observe
+    #[arg(long, default_value_t = 8192)]
+    pub tokens: usize,
+    /// Folder for the models and what is observed of them
+    #[arg(long, default_value = "runs/methods")]
+    pub out: PathBuf,
+    /// The page to write
+    #[arg(long, default_value = "docs/benchmarks/methods-scale.md")]
     pub table: PathBuf,
 }
 

@@ -62,6 +62,7 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
     run.stage("plan", |run| {
         plan_stage(
             original.config(),
+            Some(&original),
             &observations,
             recipe,
             &run.path("plan.json"),

@@ -8,7 +8,7 @@ use crate::recipe::Recipe;
 use crate::results::{Score, TaskScores};
 use crate::source::{TaskData, calibration};
 use anyhow::{Context, Result, bail};
-use lightmoe_compress::methods::Kind;
+use lightmoe_compress::methods::{Kind, PlanModel, Weights};
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{
@@ -17,8 +17,8 @@ use lightmoe_compress::{
 use lightmoe_data::{Encoded, Sampler};
 use lightmoe_eval::{EvalOptions, evaluate, write_samples};
 use lightmoe_models::{
-    Checkpoint, CheckpointWriter, Decoder, Format, LanguageModel, Manifest, ModelTokenizer,
-    ParameterKind, StreamedDecoder,
+    Checkpoint, CheckpointWriter, Decoder, Format, LanguageModel, Manifest, ModelConfig,
+    ModelTokenizer, ParameterKind, StreamedDecoder,
 };
 use lightmoe_train::{
     AnnealingShape, Folders, Group, Outcome, Recovery, RowPruning, Teacher, TrainBatch,
@@ -82,18 +82,30 @@ pub fn observe_samples(
     Ok(())
 }
 
-/// Stage plan: observations and recipe → `target`.
+/// Stage plan: observations and recipe → `target`. A method that would look at the `weights` does
+/// without where only the `config` is at hand.
 ///
 /// # Errors
-/// If the recipe cannot work for these observations.
+/// If the recipe cannot work for these observations, or the work was stopped.
 pub fn plan_stage(
-    config: &lightmoe_models::ModelConfig,
+    config: &ModelConfig,
+    weights: Option<&Checkpoint>,
     observations: &Observations,
     recipe: &Recipe,
     target: &Path,
 ) -> Result<Plan> {
+    let bar = Progress::new("plan", config.num_moe_layers());
+    let progress = &|done, all| bar.of(done, all);
+    let model: PlanModel<'_> = match weights {
+        Some(checkpoint) => Weights {
+            checkpoint,
+            progress,
+        }
+        .into(),
+        None => config.into(),
+    };
     let plan = methods::plan(
-        config,
+        model,
         observations,
         recipe.target(),
         recipe.method,

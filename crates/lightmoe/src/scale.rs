@@ -2,6 +2,7 @@
 //! costs in seconds and memory, beside what the same machine can do: one large dense product of
 //! candle, and a plain copy.
 
+pub mod methods;
 mod page;
 
 use crate::cli::ScaleArgs;
@@ -118,8 +119,15 @@ pub fn run(args: ScaleArgs) -> Result<String> {
     let dense_flops = products * 2.0 * (SIDE as f64).powi(3) / (before.1 + after.1);
     let recipe = Recipe::resolve(Settings::default(), &config)?;
     let path = folder.join("plan.json");
-    let (plan_cost, plan): (Cost, Plan) =
-        timed(|| plan_stage(&config, &observed.observations, &recipe, &path))?;
+    let (plan_cost, plan): (Cost, Plan) = timed(|| {
+        plan_stage(
+            &config,
+            Some(&original),
+            &observed.observations,
+            &recipe,
+            &path,
+        )
+    })?;
 
     let copy = folder.join("copy");
     forget(&model)?;

@@ -168,6 +168,30 @@ impl Layer {
         cache: Option<&mut LayerCache>,
         observer: &mut dyn LayerObserver,
     ) -> Result<(Tensor, Option<Routing>)> {
+        self.run(x, config, rotary, cache, observer, None)
+    }
+
+    /// `x: [B, T, H]` → `[B, T, H]` as if the experts `removed` were gone, and no others.
+    pub fn forward_without(
+        &self,
+        x: &Tensor,
+        config: &ModelConfig,
+        rotary: &Rotary,
+        removed: &[usize],
+    ) -> Result<Tensor> {
+        let (out, _) = self.run(x, config, rotary, None, &mut (), Some(removed))?;
+        Ok(out)
+    }
+
+    fn run(
+        &self,
+        x: &Tensor,
+        config: &ModelConfig,
+        rotary: &Rotary,
+        cache: Option<&mut LayerCache>,
+        observer: &mut dyn LayerObserver,
+        removed: Option<&[usize]>,
+    ) -> Result<(Tensor, Option<Routing>)> {
         let normed = self.input_norm.forward(x)?;
         let x = (x + self.attention.forward(&normed, config, rotary, cache)?)?;
         let (b, t, h) = x.dims3()?;
@@ -179,7 +203,8 @@ impl Layer {
                 shared,
                 bank,
             } => {
-                let routing = router.route(&flat, &config.moe, bank.removed_experts())?;
+                let removed = removed.unwrap_or(bank.removed_experts());
+                let routing = router.route(&flat, &config.moe, removed)?;
                 let (gates, chosen) = (&routing.gates, &routing.chosen);
                 observer.block(bank, &flat, &routing)?;
                 let each = &mut |rows: &ExpertRows<'_>| observer.expert(&routing, rows);

@@ -124,9 +124,9 @@ impl TensorFile {
         Ok(values)
     }
 
-    /// Whether there is a tensor of this name.
-    pub fn holds(&self, name: &str) -> bool {
-        self.metadata.info(name).is_some()
+    /// The shape of a tensor, if there is one of this name.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.metadata.info(name).map(|info| &info.shape[..])
     }
 
     /// An entry of the metadata.

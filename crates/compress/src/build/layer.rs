@@ -155,7 +155,7 @@ impl Layer<'_> {
         };
         let mut out = Vec::new();
         for (projection, w) in names::PROJECTIONS.iter().zip(base) {
-            let factors = whitened(w, &Gram::zero(w.dim(1)?), shape.rank)?;
+            let factors = whitened(w, &Gram::identity(), shape.rank)?;
             let rest = (w - factors.b.matmul(&factors.a)?)?;
             let (places, rows) = largest_rows(&rest, shape.rows(projection))?;
             let places = Tensor::new(places, &Device::Cpu)?;
@@ -243,7 +243,7 @@ impl Layer<'_> {
         let config = self.checkpoint.config();
         let [input, hidden] = match moments {
             Some(moments) => moments.expert(config, expert)?,
-            None => [config.hidden_size, config.moe.intermediate_size].map(Gram::zero),
+            None => [Gram::identity(), Gram::identity()],
         };
         let grams = [&input, &input, &hidden];
         let own = self.expert(plan.layer, expert)?;

@@ -16,6 +16,7 @@ mod options;
 pub mod ream;
 mod svd;
 
+use lightmoe_models::Checkpoint;
 use lightmoe_models::config::ModelConfig;
 pub use name::{Kind, MethodName};
 pub use options::{AdapterInit, BaseInit, PlanOptions, Target};
@@ -38,7 +39,43 @@ pub fn successor(
     }
 }
 
-/// Plans the compression of the model `config` by `method`.
+/// What a plan is for: a model's configuration, and its weights where they are at hand. Only `moei2`
+/// looks at them.
+#[derive(Clone, Copy)]
+pub struct PlanModel<'a> {
+    config: &'a ModelConfig,
+    weights: Option<Weights<'a>>,
+}
+
+/// A model that plans may run, and what is told of that: `progress(done, total)` counts layers, and may
+/// stop the work by `false`.
+#[derive(Clone, Copy)]
+pub struct Weights<'a> {
+    /// The original.
+    pub checkpoint: &'a Checkpoint,
+    /// Sees every layer that ran.
+    pub progress: &'a dyn Fn(usize, usize) -> bool,
+}
+
+impl<'a> From<&'a ModelConfig> for PlanModel<'a> {
+    fn from(config: &'a ModelConfig) -> Self {
+        Self {
+            config,
+            weights: None,
+        }
+    }
+}
+
+impl<'a> From<Weights<'a>> for PlanModel<'a> {
+    fn from(weights: Weights<'a>) -> Self {
+        Self {
+            config: weights.checkpoint.config(),
+            weights: Some(weights),
+        }
+    }
+}
+
+/// Plans the compression of `model` by `method`.
 ///
 /// `Lora` replaces nothing, so `target` does not concern it, and its ratio is 0. `Replace` takes
 /// 0 or 1 groups.
@@ -47,13 +84,14 @@ pub fn successor(
 /// [`Error::Invalid`] at once, saying what to change: observations of another model, a rank above
 /// `min(H, F)`, more groups than experts, a ratio that cannot be reached, a threshold that
 /// replaces no expert.
-pub fn plan(
-    config: &ModelConfig,
+pub fn plan<'a>(
+    model: impl Into<PlanModel<'a>>,
     observations: &Observations,
     target: Target,
     method: MethodName,
     options: &PlanOptions,
 ) -> Result<Plan> {
+    let PlanModel { config, weights } = model.into();
     options.check_method(method, config)?;
     options.check(config)?;
     observations.check(config)?;
@@ -89,7 +127,7 @@ pub fn plan(
         MethodName::Svd => svd::plan(config, observations, ratio, options),
         MethodName::D2moe => d2moe::plan(config, observations, ratio, options),
         MethodName::Mobe => mobe::plan(config, observations, ratio, options),
-        MethodName::Moei2 => moei2::plan(config, observations, ratio, options),
+        MethodName::Moei2 => moei2::plan(config, weights, observations, ratio, options),
         _ => drop::plan(config, observations, ratio, method, options),
     }
 }

@@ -3,31 +3,37 @@
 //! weights, of higher rank where they matter more.
 //!
 //! How much a set of experts is missed is the distance that the output of its layer moves without it,
-//! over a [sample](crate::samples) of tokens.
+//! over a [sample](crate::samples) of tokens; between the best few sets of each layer,
+//! [whole blocks of layers](crate::reception) decide.
 
 use lightmoe_models::config::ModelConfig;
 use lightmoe_models::random::stream;
 use rayon::prelude::*;
 
 use super::svd::form;
-use super::{AdapterInit, MethodName, PlanOptions, experts_to_save, finish};
+use super::{AdapterInit, MethodName, PlanOptions, Weights, experts_to_save, finish};
 use crate::Result;
-use crate::evolve::least_lossy_set;
+use crate::evolve::least_lossy_sets;
 use crate::observations::Observations;
 use crate::plan::{LayerPlan, Plan, PlanSettings, SlotForm};
 use crate::ranks::{Costs, proportional, smoothed};
+use crate::reception::choose;
 use crate::samples::Sample;
 
 /// What the pruning saves of the whole.
 const PRUNED_SHARE: f64 = 0.5;
 /// One of so many experts is pruned at most.
 const PRUNED_MOST: usize = 4;
+/// Sets of a layer between which its block decides: `K` of the paper.
+pub const CANDIDATES: usize = 3;
 /// The smallest importance of a layer, as a share of the largest, so that the inverse is finite.
 const LEAST_IMPORTANCE: f64 = 1e-9;
 
-/// Plans to save the share `ratio` of all parameters.
+/// Plans to save the share `ratio` of all parameters. Without weights no block can decide, and each
+/// layer loses the set that is best for itself.
 pub(super) fn plan(
     config: &ModelConfig,
+    weights: Option<Weights<'_>>,
     observations: &Observations,
     ratio: f64,
     options: &PlanOptions,
@@ -41,18 +47,34 @@ pub(super) fn plan(
     let most = experts.saturating_sub(config.moe.top_k);
     let sums: Vec<f64> = importance.iter().map(|layer| layer.iter().sum()).collect();
     let total = pruned(config, ratio).min(most * sums.len());
-    let mut layers = Vec::new();
-    for ((seen, importance), count) in observations
-        .layers
-        .iter()
-        .zip(&importance)
-        .zip(counts(&sums, total, most))
-    {
+    let removed = counts(&sums, total, most);
+    let seen = observations.layers.iter();
+    let candidates = seen.zip(removed).map(|(seen, count)| {
         let sample = observations.sample(config, seen.layer)?;
         let mut rng = stream(options.seed, &format!("moei2/{}", seen.layer));
-        let set = least_lossy_set(experts, count, &mut rng, |set| sample.loss(set))?;
+        let loss = |set: &[usize]| sample.loss(set);
+        least_lossy_sets(experts, count, CANDIDATES, &mut rng, loss)
+    });
+    let candidates: Vec<Vec<Vec<usize>>> = candidates.collect::<Result<_>>()?;
+    let picks = match weights {
+        Some(weights) => choose(
+            weights.checkpoint,
+            observations,
+            &candidates,
+            weights.progress,
+        )?,
+        None => {
+            tracing::warn!(
+                "without the model's weights, `moei2` takes the best set of each layer for itself"
+            );
+            vec![0; candidates.len()]
+        }
+    };
+    let mut layers = Vec::new();
+    let observed = observations.layers.iter().zip(&importance);
+    for ((seen, importance), (sets, pick)) in observed.zip(candidates.iter().zip(picks)) {
         let mut layer = LayerPlan::dense(seen, importance);
-        for expert in set {
+        for &expert in &sets[pick] {
             layer.slots[expert].form = SlotForm::Removed { into: None };
         }
         layers.push(layer);

@@ -23,8 +23,8 @@ pub struct Statistics {
     pub moments: bool,
     /// Mean outputs over all tokens: every token through every expert.
     pub all_outputs: bool,
-    /// A [sample](crate::samples) of tokens with what every expert gives for them; at most 16 MiB a
-    /// layer.
+    /// A [sample](crate::samples) of tokens with what every expert gives for them, at most 16 MiB a
+    /// layer, and some whole [sequences](crate::reception) for every third layer.
     pub samples: bool,
 }
 
@@ -187,7 +187,7 @@ pub fn observe(
         read += begin.elapsed();
         let begin = Instant::now();
         let mut next = states.writer(l + 1)?;
-        let mut sums = Sums::new(config, options.statistics, seen.tokens as usize);
+        let mut sums = Sums::new(config, options.statistics, l, seen.tokens as usize);
         if let Some(bank) = layer.bank() {
             sums.weights(bank)?;
         }
@@ -246,6 +246,9 @@ impl Pass<'_> {
     ) -> Result<()> {
         for (i, batch) in self.batches.iter().enumerate() {
             let hidden = self.states.read(self.number, i, batch)?;
+            if let Some(sums) = sums.as_deref_mut() {
+                sums.input(&hidden, batch)?;
+            }
             let mut looking = sums.as_deref_mut().map(|sums| BatchSums { sums, batch });
             let observer: &mut dyn LayerObserver = match &mut looking {
                 Some(looking) => looking,

@@ -5,6 +5,7 @@ use crate::Result;
 use crate::factor::singular_values;
 use crate::moments::MomentSums;
 use crate::observations::{LayerObservations, OutputObservations, Spectra};
+use crate::reception::SequenceSums;
 use crate::samples::SampleSums;
 use candle_core::{Device, Tensor};
 use lightmoe_models::{Bank, ExpertRows, Layer, LayerObserver, ModelConfig, Projections, Routing};
@@ -38,6 +39,7 @@ pub(super) struct Sums {
     all_outputs: Option<Vec<f64>>,
     moments: Option<MomentSums>,
     sample: Option<SampleSums>,
+    sequences: Option<SequenceSums>,
 }
 
 /// Sums, and the batch that adds to them.
@@ -84,8 +86,13 @@ impl LayerObserver for BatchSums<'_> {
 }
 
 impl Sums {
-    /// For a layer that `tokens` tokens will pass.
-    pub(super) fn new(config: &ModelConfig, statistics: Statistics, tokens: usize) -> Self {
+    /// For layer `number`, which `tokens` tokens will pass.
+    pub(super) fn new(
+        config: &ModelConfig,
+        statistics: Statistics,
+        number: usize,
+        tokens: usize,
+    ) -> Self {
         let experts = config.moe.num_experts;
         Self {
             experts,
@@ -100,6 +107,18 @@ impl Sums {
                 .then(|| vec![0.0; experts * config.hidden_size]),
             moments: statistics.moments.then(|| MomentSums::new(config)),
             sample: statistics.samples.then(|| SampleSums::new(config, tokens)),
+            sequences: statistics
+                .samples
+                .then(|| SequenceSums::new(config, number, tokens))
+                .flatten(),
+        }
+    }
+
+    /// Looks at what goes into the layer, `[B, T, H]`.
+    pub(super) fn input(&mut self, hidden: &Tensor, batch: &Batch<'_>) -> Result<()> {
+        match &mut self.sequences {
+            Some(sequences) => sequences.add(hidden, batch),
+            None => Ok(()),
         }
     }
 
@@ -258,6 +277,9 @@ impl Sums {
         if let Some(sample) = self.sample {
             let correction = layer.router_correction();
             sample.save(&folder, number, options.fingerprint, correction)?;
+        }
+        if let Some(sequences) = self.sequences {
+            sequences.save(&folder, number, options.fingerprint)?;
         }
         if let Some(moments) = &self.moments {
             moments.save(&folder, number, options.fingerprint)?;

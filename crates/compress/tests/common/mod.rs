@@ -3,12 +3,16 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::Tensor;
 use lightmoe_compress::BuildInputs;
 use lightmoe_compress::methods::PlanOptions;
 use lightmoe_compress::observations::{LayerObservations, Observations, OutputObservations};
 use lightmoe_compress::plan::Plan;
 use lightmoe_models::config::ModelConfig;
-use lightmoe_models::{BankLayout, Checkpoint, CheckpointWriter, DType, Decoder, Format, Scheme};
+use lightmoe_models::{
+    Bank, BankLayout, Checkpoint, CheckpointWriter, DType, Decoder, Format, Layer, LayerLayout,
+    Projections, Scheme, SlotLayout,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tempfile::TempDir;
@@ -56,6 +60,30 @@ pub fn random_checkpoint(
     model.write(&mut writer).unwrap();
     writer.finish(&config.raw).unwrap();
     Checkpoint::open(&path).unwrap()
+}
+
+/// The layer with these experts removed.
+pub fn without(layer: &Layer, removed: &[usize]) -> Layer {
+    let mut layer = layer.clone();
+    let bank = layer.bank_mut().unwrap();
+    let mut layout = LayerLayout::dense(bank.len());
+    for &expert in removed {
+        layout.slots[expert] = SlotLayout::Removed;
+    }
+    let kept: Vec<u32> = layout
+        .of_form(SlotLayout::Dense)
+        .map(|e| e as u32)
+        .collect();
+    let kept = Tensor::new(kept, &candle_core::Device::Cpu).unwrap();
+    let dense = bank.dense.as_ref().unwrap();
+    let of = |w: &Tensor| w.index_select(&kept, 0).unwrap();
+    let dense = Projections {
+        gate: of(&dense.gate),
+        up: of(&dense.up),
+        down: of(&dense.down),
+    };
+    *bank = Bank::of_dense(&layout, dense);
+    layer
 }
 
 pub fn options(rank: usize, groups: usize) -> PlanOptions {

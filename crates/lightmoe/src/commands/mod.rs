@@ -171,7 +171,13 @@ pub fn run_plan(args: PlanArgs) -> Result<String> {
         (None, Some(path)) => Observations::from_scores(path, &config)?,
         (None, None) => return Err(anyhow!("give `--observations` or `--scores`")),
     };
-    let plan = plan_stage(&config, &observations, &recipe, &args.out).map_err(Refused::of)?;
+    // The only method that looks at weights; where the model is at hand.
+    let weights = match (recipe.method, &args.config) {
+        (MethodName::Moei2, None) => Some(open_model(&recipe.model)?),
+        _ => None,
+    };
+    let plan = plan_stage(&config, weights.as_ref(), &observations, &recipe, &args.out)
+        .map_err(Refused::of)?;
     let totals = serde_json::json!({
         "method": plan.method,
         "p_hat": plan.p_hat,

@@ -2,8 +2,9 @@
 //! tables and the page that come of them.
 //!
 //! A finished cell is a file in `cells/`, which a later call with the same settings finds again, and
-//! `compare.json` holds all of them; the tables and the page are made from it alone. What is compared
-//! may grow from call to call; the settings and the model may not change.
+//! `compare.json` holds all of them; the tables and the page are made from it alone, and the cells too
+//! where they are missing. What is compared may grow from call to call; the settings and the model may
+//! not change.
 
 mod grid;
 mod page;
@@ -39,7 +40,6 @@ const SCHEMA_VERSION: u32 = 1;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Record {
     cell: Cell,
-    recipe: Recipe,
     /// Parameters that work on one token, on average.
     active_parameters: Active,
     /// On the validation split after recovery.
@@ -80,6 +80,19 @@ impl Record {
 }
 
 impl Comparison {
+    /// The file, a record a line.
+    fn to_json(&self) -> Result<String> {
+        let records = self.records.iter().map(serde_json::to_string);
+        let records = records.collect::<serde_json::Result<Vec<_>>>()?.join(",\n");
+        let none = Self {
+            records: Vec::new(),
+            ..self.clone()
+        };
+        let head = serde_json::to_string_pretty(&none)?;
+        let head = head.trim_end_matches(['[', ']', '}', '\n']);
+        Ok(format!("{head}[\n{records}\n]}}\n"))
+    }
+
     /// The learning rate of a method on a task: the best of those to choose from, once all are tried.
     fn rate(&self, method: &Variant, task: Option<Task>) -> Rate {
         if !self.grid.is_searched(method) {
@@ -142,7 +155,7 @@ pub fn run(args: CompareArgs) -> Result<String> {
         threads: (cores / jobs).max(1),
         minutes: args.minutes,
     };
-    same_settings(&args.out, &comparison)?;
+    let earlier = earlier(&args.out, &comparison)?;
     let work = args.out.join("work");
     let comparing = Comparing {
         runner: Runner::open(&original, comparison.inputs.clone(), &work, pace)?,
@@ -152,6 +165,7 @@ pub fn run(args: CompareArgs) -> Result<String> {
         common,
         config,
     };
+    comparing.restore(earlier)?;
     comparing.go_on()
 }
 
@@ -183,8 +197,9 @@ fn check(grid: &Grid, common: &Settings, config: &ModelConfig) -> Result<(), Ref
     Ok(())
 }
 
-/// Refuses a folder that holds something else, or a comparison with other settings.
-fn same_settings(out: &Path, now: &Comparison) -> Result<()> {
+/// The cells of an earlier call; refuses a folder that holds something else, or a comparison with other
+/// settings.
+fn earlier(out: &Path, now: &Comparison) -> Result<Vec<Record>> {
     let path = out.join("compare.json");
     if !path.exists() {
         let strange = occupied(out)? && !out.join("work").exists();
@@ -193,7 +208,7 @@ fn same_settings(out: &Path, now: &Comparison) -> Result<()> {
             "`{}` is not empty and holds no comparison; give another `--out`",
             out.display()
         );
-        return Ok(());
+        return Ok(Vec::new());
     }
     let strange = || {
         format!(
@@ -212,7 +227,7 @@ fn same_settings(out: &Path, now: &Comparison) -> Result<()> {
          another `--out`",
         out.display()
     );
-    Ok(())
+    Ok(then.records)
 }
 
 /// A comparison at work.
@@ -255,6 +270,17 @@ impl Comparing {
 
     fn cell_path(&self, id: &str) -> PathBuf {
         self.out.join("cells").join(format!("{id}.json"))
+    }
+
+    /// Writes the cells of an earlier call whose files are missing.
+    fn restore(&self, earlier: Vec<Record>) -> Result<()> {
+        for record in earlier {
+            let path = self.cell_path(&record.cell.id());
+            if !path.exists() {
+                write_json(&path, &record)?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes up the finished cells of this grid.
@@ -310,7 +336,6 @@ impl Comparing {
     fn keep(&self, job: &Job<Cell>, finished: Finished) -> Result<()> {
         let record = Record {
             cell: job.cell.clone(),
-            recipe: job.recipe.clone(),
             active_parameters: Active {
                 before: self.config.active_parameters(),
                 after: finished.active,
@@ -330,8 +355,8 @@ impl Comparing {
     fn write(&self) -> Result<()> {
         let mut comparison = self.lock()?;
         comparison.records.sort_by_key(|r| r.cell.id());
-        write_json(&self.out.join("compare.json"), &*comparison)?;
         for (name, text) in [
+            ("compare.json", comparison.to_json()?),
             ("compare.md", table::markdown(&comparison)),
             ("compare.csv", table::csv(&comparison)),
             ("index.html", page::html(&comparison)?),

@@ -95,7 +95,7 @@ fn colour(method: usize) -> String {
     format!("g{}", method % COLOURS)
 }
 
-/// Exact match against parameters and against bytes, where there is any.
+/// Score against parameters and against bytes, where there is any.
 fn pictures(block: &Block, labels: &[&str]) -> Vec<Picture> {
     let sizes = [("parameters", PARAMETERS), ("bytes of the weights", BYTES)];
     let picture = |(name, column): (&'static str, usize)| {
@@ -108,10 +108,10 @@ fn pictures(block: &Block, labels: &[&str]) -> Vec<Picture> {
             .collect();
         let untuned = original.entries[BEFORE].map(|e| (e.spread.mean, "original, untuned"));
         let describe = format!(
-            "Exact match on {} against {name} left; the table below holds the numbers",
+            "Score on {} against {name} left; the table below holds the numbers",
             block.task
         );
-        let axes = (format!("{name} left, %"), "exact match");
+        let axes = (format!("{name} left, %"), "score");
         let svg = scatter(&describe, (&axes.0, axes.1), &dots, untuned)?;
         Some(Picture { name, svg })
     };

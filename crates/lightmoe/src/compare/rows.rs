@@ -59,29 +59,23 @@ pub(super) const BYTES: usize = 7;
 
 /// Every column, in the order of the tables.
 pub(super) const COLUMNS: [Column; 10] = [
-    column(
-        "exact_match_before",
-        "exact match, before",
-        Kind::Score,
-        |r, of| score(r, before(of), "exact_match"),
-    ),
-    column(
-        "exact_match_after",
-        "exact match, after",
-        Kind::Score,
-        |r, of| score(r, after(of)?, "exact_match"),
-    ),
+    column("score_before", "score, before", Kind::Score, |r, of| {
+        score(r, before(of))
+    }),
+    column("score_after", "score, after", Kind::Score, |r, of| {
+        score(r, after(of)?)
+    }),
     column(
         "perplexity_before",
         "perplexity, before",
         Kind::Perplexity,
-        |r, of| score(r, before(of), "answer_nll"),
+        |r, of| metric(r, before(of), "answer_nll"),
     ),
     column(
         "perplexity_after",
         "perplexity, after",
         Kind::Perplexity,
-        |r, of| score(r, after(of)?, "answer_nll"),
+        |r, of| metric(r, after(of)?, "answer_nll"),
     ),
     column("parameters", "parameters", Kind::Count, |r, of| {
         let counts = r.results.parameters;
@@ -160,7 +154,16 @@ fn after(of: Of) -> Option<Stage> {
     (of == Of::Method).then_some(Stage::Recovered)
 }
 
-fn score(record: &Record, stage: Stage, metric: &str) -> Option<Value> {
+/// The share of answers that are right; of texts that may be right in part, chrF from 0 to 1.
+fn score(record: &Record, stage: Stage) -> Option<Value> {
+    let graded = metric(record, stage, "chrf").map(|chrf| Value {
+        value: chrf.value / 100.0,
+        stderr: chrf.stderr / 100.0,
+    });
+    graded.or_else(|| metric(record, stage, "exact_match"))
+}
+
+fn metric(record: &Record, stage: Stage, metric: &str) -> Option<Value> {
     let scores = record.results.stages.get(&stage)?.values().next()?;
     scores.get(metric).map(|s| Value {
         value: s.value,

@@ -27,7 +27,7 @@ pub(super) fn section(block: &Block, comparison: &Comparison) -> Section {
     section
 }
 
-/// Every row with its exact match after recovery on each task; the original's, untuned.
+/// Every row with its score after recovery on each task; the original's, untuned.
 pub(super) fn overview(blocks: &[Block], comparison: &Comparison) -> Section {
     let mut section = Section::new(["method", "ratio"]);
     let names = blocks.iter().map(|b| b.task.clone());
@@ -91,7 +91,7 @@ pub(super) fn notes(comparison: &Comparison) -> Vec<String> {
             machines.join("; ")
         ),
         format!(
-            "A number of scores is the mean over seeds. Behind ± stands the standard error of the score \
+            "The score is exact match, of translation chrF / 100. It is the mean over seeds. Behind ± stands the standard error of the score \
              of one seed over its test items, in brackets the lowest and the highest of the {} seeds. A \
              seed changes the training examples, their order and what is drawn at random, not the \
              model or the test items.",
@@ -119,7 +119,7 @@ pub(super) fn markdown(comparison: &Comparison) -> String {
     }
     if blocks.len() > 1 {
         let table = markdown_table(&overview(&blocks, comparison));
-        let _ = write!(out, "\n## Exact match after recovery\n\n{table}");
+        let _ = write!(out, "\n## Score after recovery\n\n{table}");
     }
     for block in &blocks {
         let table = markdown_table(&section(block, comparison));

@@ -72,6 +72,15 @@ fn a_comparison_goes_on_and_refuses_what_changed() {
         .map(|name| fs::read(out.join(name)).unwrap())
         .collect();
     assert!(before == after, "a second call changed something");
+    // `compare.json` is enough to go on.
+    fs::remove_dir_all(out.join("cells")).unwrap();
+    fs::remove_dir_all(out.join("work")).unwrap();
+    compare(folder.path(), "3").ok();
+    let restored: Vec<_> = cells
+        .iter()
+        .map(|name| json(&out.join("cells").join(name)))
+        .collect();
+    assert_eq!(restored, records);
 
     let other = compare(folder.path(), "4").fails(1);
     assert!(other.contains("`steps` was 3 and is now 4"), "{other}");

@@ -1,0 +1,327 @@
+//! `lightmoe bench methods`: what each method takes to plan and build at a model's true shape, beside
+//! one pass over its weights.
+//!
+//! Layers have the same shape, and methods work layer by layer, so a few layers tell of all.
+
+use super::{Cost, SIDE, copy_model, dense_products, forget, timed};
+use crate::cli::MethodsArgs;
+use crate::machine::{max_memory, processor, today};
+use crate::pipeline::{build_stage, plan_stage};
+use crate::progress::Progress;
+use crate::recipe::Recipe;
+use crate::report::table::{Section, markdown_table};
+use crate::settings::Settings;
+use crate::tokens::TokenBatch;
+use anyhow::{Context, Result, ensure};
+use lightmoe_compress::methods::{AdapterInit, BaseInit, MethodName, moei2, successor};
+use lightmoe_compress::observations::Observations;
+use lightmoe_compress::plan::{Plan, SlotForm};
+use lightmoe_compress::{BuildInputs, ObserveOptions, Statistics, observe};
+use lightmoe_compress::{mixture, reception};
+use lightmoe_models::{Checkpoint, DType, ModelConfig, folder, synthesize};
+use rustix::time::{ClockId, clock_gettime};
+use std::fs;
+
+/// Tokens of a sample.
+const LENGTH: usize = 512;
+
+/// What a method took.
+struct Row {
+    method: MethodName,
+    /// To observe what it wants to know.
+    observe: Cost,
+    plan: Cost,
+    /// `None` where it was left out.
+    build: Option<Cost>,
+    /// Seconds of processors for each second of plan and build.
+    busy: f64,
+    /// Floating-point operations of its own in plan and build.
+    flops: f64,
+}
+
+/// All that was measured.
+struct Methods {
+    config: ModelConfig,
+    /// Layers of the model that the configuration describes.
+    layers: usize,
+    args: MethodsArgs,
+    bytes: u64,
+    /// Of a dense product, a second.
+    rate: f64,
+    copy: Cost,
+    rows: Vec<Row>,
+}
+
+impl Methods {
+    fn page(&self) -> String {
+        let (whole, layers) = (self.layers, self.config.num_layers);
+        let args = &self.args;
+        let lead = format!(
+            "# The methods at full size\n\nWritten by `cargo xtask bench methods` on {}, {}. {layers} of \
+             the {whole} layers of `{}` at their true shape with random bf16 weights ({:.2} GiB), {} \
+             tokens observed, as many parameters of experts saved as make {}% of the whole model. Before \
+             each step the model leaves the page cache. Methods work layer by layer, so the whole model \
+             takes {:.0} times as long, the embeddings aside.\n\nA pass is a copy of the model, {:.1} s; a \
+             dense product of {SIDE} x {SIDE} x {SIDE} in f32 runs at {:.0} GFLOP/s. Own arithmetic counts \
+             the products, eigendecompositions (9·n³), triangular solutions and fits of plan and build, \
+             most of them in f64, where the machine can do half as much; assignments and searches are not \
+             counted. *Bound* is a pass and the own arithmetic at the dense rate, *ratio* is plan and \
+             build over it. Observing is done once for all methods that want the same statistics. Methods \
+             without a build were left out because of what they would take.\n\n",
+            today(),
+            processor(),
+            self.config.family,
+            self.bytes as f64 / f64::from(1 << 30),
+            args.tokens,
+            100.0 * args.ratio,
+            whole as f64 / layers as f64,
+            self.copy.seconds,
+            self.rate / 1e9,
+        );
+        let head = [
+            "method",
+            "observe, s",
+            "plan, s",
+            "build, s",
+            "own TFLOP",
+            "bound, s",
+            "ratio",
+            "cores busy",
+            "peak, GiB",
+        ];
+        let mut section = Section::new(head);
+        for row in &self.rows {
+            let bound = self.copy.seconds + row.flops / self.rate;
+            let made = row.build.map(|build| row.plan.seconds + build.seconds);
+            let or_none = |text: Option<String>| text.unwrap_or_else(|| "–".to_owned());
+            let peak = row
+                .build
+                .map_or(row.plan.peak, |b| b.peak.max(row.plan.peak));
+            section.rows.push(vec![
+                row.method.to_string(),
+                format!("{:.1}", row.observe.seconds),
+                format!("{:.1}", row.plan.seconds),
+                or_none(row.build.map(|build| format!("{:.1}", build.seconds))),
+                format!("{:.2}", row.flops / 1e12),
+                format!("{bound:.1}"),
+                or_none(made.map(|made| format!("{:.2}", made / bound))),
+                or_none(made.map(|_| format!("{:.1}", row.busy))),
+                format!("{:.2}", peak as f64 / f64::from(1 << 30)),
+            ]);
+        }
+        lead + &markdown_table(&section)
+    }
+}
+
+/// Runs the bench and writes the page.
+///
+/// # Errors
+/// What any step brings.
+pub fn run(args: MethodsArgs) -> Result<String> {
+    let full = ModelConfig::from_file(&args.config)?;
+    let mut raw = full.raw.clone();
+    raw["num_hidden_layers"] = args.layers.into();
+    let config = ModelConfig::from_json(&raw, &args.config)?;
+    fs::create_dir_all(&args.out)
+        .with_context(|| format!("cannot make `{}`", args.out.display()))?;
+    let model = args.out.join("model");
+    let bar = Progress::new("synthesize", config.num_layers);
+    let each = &mut |done, all| bar.of(done, all);
+    ensure!(
+        synthesize(&config, DType::BF16, 0, &model, each)?,
+        "interrupted"
+    );
+    drop(bar);
+    let original = Checkpoint::open(&model)?;
+    let (count, seconds) = dense_products()?;
+    let copy = args.out.join("copy");
+    forget(&model)?;
+    let (copy_cost, ()) = timed(|| copy_model(&model, &copy))?;
+    fs::remove_dir_all(&copy)?;
+    let methods: Result<Vec<MethodName>> = match &args.methods {
+        Some(names) => {
+            let names = names.split(',');
+            names.map(|name| Ok(name.trim().parse()?)).collect()
+        }
+        None => Ok(MethodName::ALL.to_vec()),
+    };
+    // As large a share of the experts as saves the ratio of the whole model.
+    let share = |c: &ModelConfig| {
+        let counts = c.parameters();
+        counts.routed_experts as f64 / counts.total() as f64
+    };
+    let ratio = args.ratio * share(&config) / share(&full);
+    let mut seen: Vec<(Statistics, Cost, Observations)> = Vec::new();
+    let mut rows = Vec::new();
+    for method in methods.context("in `--methods`")? {
+        rows.push(row(method, ratio, &original, &args, &mut seen)?);
+    }
+    let table = args.table.clone();
+    let measured = Methods {
+        layers: full.num_layers,
+        bytes: original.bytes(),
+        rate: count as f64 * 2.0 * (SIDE as f64).powi(3) / seconds,
+        copy: copy_cost,
+        args,
+        rows,
+        config,
+    };
+    let text = measured.page();
+    folder::write_file(&table, text.as_bytes())?;
+    Ok(text)
+}
+
+/// One method, on observations that an earlier one may have made.
+fn row(
+    method: MethodName,
+    ratio: f64,
+    original: &Checkpoint,
+    args: &MethodsArgs,
+    seen: &mut Vec<(Statistics, Cost, Observations)>,
+) -> Result<Row> {
+    let config = original.config();
+    let settings = Settings {
+        method: Some(method.to_string()),
+        ratio: Some(ratio),
+        ..Settings::default()
+    };
+    let recipe = Recipe::resolve(settings, config)?;
+    let statistics = method.statistics();
+    let found = seen.iter().position(|(of, ..)| *of == statistics);
+    let (observe, observations) = match found.filter(|_| !method.is_sequential()) {
+        Some(place) => (seen[place].1, seen[place].2.clone()),
+        None => {
+            let made = observed(method, original, args, &recipe)?;
+            if !method.is_sequential() {
+                seen.push((statistics, made.0, made.1.clone()));
+            }
+            made
+        }
+    };
+    let built = args.out.join("built");
+    if built.exists() {
+        fs::remove_dir_all(&built)?;
+    }
+    let path = args.out.join("plan.json");
+    let processors = processor_seconds();
+    forget(original.dir())?;
+    let (plan, planned): (Cost, Plan) =
+        timed(|| plan_stage(config, Some(original), &observations, &recipe, &path))?;
+    forget(original.dir())?;
+    let inputs = BuildInputs {
+        checkpoint: original,
+        plan: &planned,
+        observations: Some(&observations),
+        seed: 0,
+    };
+    let build = (method != MethodName::Mobe || args.methods.is_some())
+        .then(|| {
+            let (cost, ()) = timed(|| build_stage(&inputs, &built))?;
+            fs::remove_dir_all(&built)?;
+            Ok::<_, anyhow::Error>(cost)
+        })
+        .transpose()?;
+    let seconds = plan.seconds + build.map_or(0.0, |build| build.seconds);
+    Ok(Row {
+        method,
+        observe,
+        plan,
+        build,
+        busy: (processor_seconds() - processors) / seconds,
+        flops: flops(config, &planned),
+    })
+}
+
+/// Observes what `method` wants to know.
+fn observed(
+    method: MethodName,
+    original: &Checkpoint,
+    args: &MethodsArgs,
+    recipe: &Recipe,
+) -> Result<(Cost, Observations)> {
+    let config = original.config();
+    let batch = TokenBatch::spread(args.tokens.div_ceil(LENGTH), LENGTH, config.vocab_size);
+    let (state, target) = (
+        args.out.join("observe"),
+        args.out.join(format!("{method}.safetensors")),
+    );
+    let successor = successor(method, config, recipe.target());
+    let options = ObserveOptions {
+        fingerprint: method.name(),
+        state: &state,
+        statistics: method.statistics(),
+        successor: successor.as_deref(),
+        max_memory: max_memory(),
+    };
+    forget(original.dir())?;
+    timed(|| {
+        let bar = Progress::new("observe", config.num_layers);
+        let samples = batch.samples();
+        let seen = observe(original, &samples, &options, &mut |d, all| bar.of(d, all))?;
+        Ok(seen.save(&target)?)
+    })
+}
+
+/// Seconds that all threads of this process worked.
+fn processor_seconds() -> f64 {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+/// Floating-point operations of a plan's making and building beyond what grows with the weights alone:
+/// the products, decompositions and solutions of factors, the comparison of neurons, the fit of mixed
+/// bases, the blocks of MoE-I². An eigendecomposition of `n x n` counts `9·n³` (reduction, vectors and
+/// the way back).
+fn flops(config: &ModelConfig, plan: &Plan) -> f64 {
+    let (h, f) = (
+        config.hidden_size as f64,
+        config.moe.intermediate_size as f64,
+    );
+    let whitened = plan.settings.adapters == AdapterInit::Whitened;
+    let factor = |out: f64, width: f64, rank: f64| {
+        let small = out.min(width);
+        let decomposed = 2.0 * out * width * small + 9.0 * small.powi(3) + 2.0 * rank * out * width;
+        // Wide: `W·G`. Tall: Cholesky, `W·S`, and the solution.
+        let moments = match (whitened, out <= width) {
+            (false, _) => 0.0,
+            (true, true) => 2.0 * out * width * width,
+            (true, false) => width.powi(3) / 3.0 + 2.0 * out * width * width + rank * width * width,
+        };
+        decomposed + moments
+    };
+    let mut sum = 0.0;
+    for layer in &plan.layers {
+        for slot in &layer.slots {
+            sum += match slot.form {
+                SlotForm::Adapted { rank, .. } if plan.settings.adapters != AdapterInit::Fresh => {
+                    2.0 * factor(f, h, rank as f64) + factor(h, f, rank as f64)
+                }
+                // Three products of neurons with the dominant's.
+                SlotForm::Adapted {
+                    dominant: false, ..
+                }
+                | SlotForm::Removed { into: Some(_) }
+                    if plan.settings.base == BaseInit::Aligned =>
+                {
+                    6.0 * f * f * h
+                }
+                // Gate and up: the mixes, the products, and the gradients of both sides of each.
+                SlotForm::Mixed { bases, rank } => {
+                    let step = 6.0 * rank as f64 * h * (f + bases as f64);
+                    2.0 * mixture::STEPS as f64 * step
+                }
+                _ => 0.0,
+            };
+        }
+    }
+    if plan.method == MethodName::Moei2 {
+        // All choices up to each layer of a block, and the original.
+        let layers = 1..=reception::BLOCK as i32;
+        let choices = layers.map(|layer| (moei2::CANDIDATES as f64).powi(layer) + 1.0);
+        let times = choices.sum::<f64>() / reception::BLOCK as f64;
+        let head = config.vocab_size as u64 * config.hidden_size as u64;
+        let working = config.active_parameters().saturating_sub(head) as f64;
+        sum += times * 2.0 * working * reception::MOST_TOKENS as f64;
+    }
+    sum
+}
