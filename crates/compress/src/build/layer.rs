@@ -73,13 +73,17 @@ impl Layer<'_> {
             push(writer, vec![(name.clone(), ones)])?;
         }
         let groups: Vec<usize> = (0..plan.groups).collect();
-        let base = |&group: &usize| self.base(plan, group);
+        let base = |&group: &usize| {
+            let whole = self.base(plan, group)?;
+            Ok((self.stored(plan, group, &whole)?, whole))
+        };
         let mut bases = Vec::new();
         // As many at a time as there are threads: each holds the sums of one group.
         for some in groups.chunks(rayon::current_num_threads()) {
-            let made: Vec<[Tensor; 3]> = some.par_iter().map(base).collect::<Result<_>>()?;
-            for (&group, base) in some.iter().zip(made) {
-                push(writer, self.stored(plan, group, &base)?)?;
+            let made: Vec<(Named, [Tensor; 3])> =
+                some.par_iter().map(base).collect::<Result<_>>()?;
+            for (stored, base) in made {
+                push(writer, stored)?;
                 // Only factors of differences need them again.
                 if self.settings.adapters != AdapterInit::Fresh {
                     bases.push(base);

@@ -9,9 +9,7 @@ use crate::results::tests::sample;
 use crate::results::{Score, Stage};
 use crate::run::Inputs;
 use crate::settings::Settings;
-use crate::source::{BUILT_IN, open_model};
 use lightmoe_data::Task;
-use lightmoe_models::ModelConfig;
 use std::collections::{BTreeMap, HashSet};
 
 fn grid(methods: &str, rates: &[f64]) -> Grid {

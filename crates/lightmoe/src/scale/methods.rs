@@ -35,8 +35,8 @@ struct Row {
     build: Option<Cost>,
     /// Seconds of processors for each second of plan and build.
     busy: f64,
-    /// Floating-point operations of its own in plan and build.
-    flops: f64,
+    /// Floating-point operations of its own in plan and build, in f32 and in f64.
+    flops: [f64; 2],
 }
 
 /// All that was measured.
@@ -46,8 +46,8 @@ struct Methods {
     layers: usize,
     args: MethodsArgs,
     bytes: u64,
-    /// Of a dense product, a second.
-    rate: f64,
+    /// Floating-point operations of a dense product, a second, in f32 and in f64.
+    rates: [f64; 2],
     copy: Cost,
     rows: Vec<Row>,
 }
@@ -62,11 +62,10 @@ impl Methods {
              tokens observed, as many parameters of experts saved as make {}% of the whole model. Before \
              each step the model leaves the page cache. Methods work layer by layer, so the whole model \
              takes {:.0} times as long, the embeddings aside.\n\nA pass is a copy of the model, {:.1} s; a \
-             dense product of {SIDE} x {SIDE} x {SIDE} in f32 runs at {:.0} GFLOP/s. Own arithmetic counts \
-             the products, eigendecompositions (9·n³), triangular solutions and fits of plan and build, \
-             most of them in f64, where the machine can do half as much; assignments and searches are not \
-             counted. *Bound* is a pass and the own arithmetic at the dense rate, *ratio* is plan and \
-             build over it. Observing is done once for all methods that want the same statistics. Methods \
+             dense product of {SIDE} x {SIDE} x {SIDE} runs at {:.0} GFLOP/s in f32 and at {:.0} in f64. \
+             Own arithmetic counts the products, eigendecompositions (9·n³, in f64), triangular \
+             solutions and fits of plan and build; assignments and searches are not counted. *Bound* is a \
+             pass and the own arithmetic at the dense rate, *ratio* is plan and build over it. Observing is done once for all methods that want the same statistics. Methods \
              without a build were left out because of what they would take.\n\n",
             today(),
             processor(),
@@ -76,7 +75,8 @@ impl Methods {
             100.0 * args.ratio,
             whole as f64 / layers as f64,
             self.copy.seconds,
-            self.rate / 1e9,
+            self.rates[0] / 1e9,
+            self.rates[1] / 1e9,
         );
         let head = [
             "method",
@@ -87,26 +87,26 @@ impl Methods {
             "bound, s",
             "ratio",
             "cores busy",
-            "peak, GiB",
         ];
         let mut section = Section::new(head);
         for row in &self.rows {
-            let bound = self.copy.seconds + row.flops / self.rate;
+            let own = row
+                .flops
+                .iter()
+                .zip(self.rates)
+                .map(|(flops, rate)| flops / rate);
+            let bound = self.copy.seconds + own.sum::<f64>();
             let made = row.build.map(|build| row.plan.seconds + build.seconds);
             let or_none = |text: Option<String>| text.unwrap_or_else(|| "–".to_owned());
-            let peak = row
-                .build
-                .map_or(row.plan.peak, |b| b.peak.max(row.plan.peak));
             section.rows.push(vec![
                 row.method.to_string(),
                 format!("{:.1}", row.observe.seconds),
                 format!("{:.1}", row.plan.seconds),
                 or_none(row.build.map(|build| format!("{:.1}", build.seconds))),
-                format!("{:.2}", row.flops / 1e12),
+                format!("{:.2}", row.flops.iter().sum::<f64>() / 1e12),
                 format!("{bound:.1}"),
                 or_none(made.map(|made| format!("{:.2}", made / bound))),
                 or_none(made.map(|_| format!("{:.1}", row.busy))),
-                format!("{:.2}", peak as f64 / f64::from(1 << 30)),
             ]);
         }
         lead + &markdown_table(&section)
@@ -133,7 +133,11 @@ pub fn run(args: MethodsArgs) -> Result<String> {
     );
     drop(bar);
     let original = Checkpoint::open(&model)?;
-    let (count, seconds) = dense_products()?;
+    let rate = |dtype| {
+        let (count, seconds) = dense_products(dtype)?;
+        Ok::<_, anyhow::Error>(count as f64 * 2.0 * (SIDE as f64).powi(3) / seconds)
+    };
+    let rates = [rate(DType::F32)?, rate(DType::F64)?];
     let copy = args.out.join("copy");
     forget(&model)?;
     let (copy_cost, ()) = timed(|| copy_model(&model, &copy))?;
@@ -160,7 +164,7 @@ pub fn run(args: MethodsArgs) -> Result<String> {
     let measured = Methods {
         layers: full.num_layers,
         bytes: original.bytes(),
-        rate: count as f64 * 2.0 * (SIDE as f64).powi(3) / seconds,
+        rates,
         copy: copy_cost,
         args,
         rows,
@@ -271,8 +275,8 @@ fn processor_seconds() -> f64 {
 /// Floating-point operations of a plan's making and building beyond what grows with the weights alone:
 /// the products, decompositions and solutions of factors, the comparison of neurons, the fit of mixed
 /// bases, the blocks of MoE-I². An eigendecomposition of `n x n` counts `9·n³` (reduction, vectors and
-/// the way back).
-fn flops(config: &ModelConfig, plan: &Plan) -> f64 {
+/// the way back). In f32 and in f64.
+fn flops(config: &ModelConfig, plan: &Plan) -> [f64; 2] {
     let (h, f) = (
         config.hidden_size as f64,
         config.moe.intermediate_size as f64,
@@ -289,12 +293,16 @@ fn flops(config: &ModelConfig, plan: &Plan) -> f64 {
         };
         decomposed + moments
     };
-    let mut sum = 0.0;
+    let [mut single, mut double] = [0.0; 2];
     for layer in &plan.layers {
+        if let Some(shape) = layer.factored {
+            let rank = shape.rank as f64;
+            double += layer.groups as f64 * (2.0 * factor(f, h, rank) + factor(h, f, rank));
+        }
         for slot in &layer.slots {
-            sum += match slot.form {
+            match slot.form {
                 SlotForm::Adapted { rank, .. } if plan.settings.adapters != AdapterInit::Fresh => {
-                    2.0 * factor(f, h, rank as f64) + factor(h, f, rank as f64)
+                    double += 2.0 * factor(f, h, rank as f64) + factor(h, f, rank as f64);
                 }
                 // Three products of neurons with the dominant's.
                 SlotForm::Adapted {
@@ -303,15 +311,15 @@ fn flops(config: &ModelConfig, plan: &Plan) -> f64 {
                 | SlotForm::Removed { into: Some(_) }
                     if plan.settings.base == BaseInit::Aligned =>
                 {
-                    6.0 * f * f * h
+                    single += 6.0 * f * f * h;
                 }
                 // Gate and up: the mixes, the products, and the gradients of both sides of each.
                 SlotForm::Mixed { bases, rank } => {
                     let step = 6.0 * rank as f64 * h * (f + bases as f64);
-                    2.0 * mixture::STEPS as f64 * step
+                    single += 2.0 * mixture::STEPS as f64 * step;
                 }
-                _ => 0.0,
-            };
+                _ => {}
+            }
         }
     }
     if plan.method == MethodName::Moei2 {
@@ -321,7 +329,7 @@ fn flops(config: &ModelConfig, plan: &Plan) -> f64 {
         let times = choices.sum::<f64>() / reception::BLOCK as f64;
         let head = config.vocab_size as u64 * config.hidden_size as u64;
         let working = config.active_parameters().saturating_sub(head) as f64;
-        sum += times * 2.0 * working * reception::MOST_TOKENS as f64;
+        single += times * 2.0 * working * reception::MOST_TOKENS as f64;
     }
-    sum
+    [single, double]
 }

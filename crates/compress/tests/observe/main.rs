@@ -1,7 +1,9 @@
 //! Observe, against the whole model run on each sample alone: no layer at a time, no padding.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod resume;
 
 use candle_core::{DType, Tensor};
 use common::{random_checkpoint, small};
@@ -203,91 +205,6 @@ fn samples_without_tokens_are_refused() {
         let message = refused.unwrap_err().to_string();
         assert!(message.contains("sample"), "{message}");
     }
-}
-
-#[test]
-fn the_work_can_be_stopped_after_any_layer() {
-    let folder = tempfile::tempdir().unwrap();
-    let checkpoint = checkpoint(&folder);
-    let samples = samples(&[4, 2]);
-    for last in 1..=LAYERS {
-        let mut calls = Vec::new();
-        let state = tempfile::tempdir().unwrap();
-        let stopped = observe(
-            &checkpoint,
-            &samples,
-            &options(&state),
-            &mut |done, total| {
-                calls.push((done, total));
-                done < last
-            },
-        );
-        assert!(matches!(stopped, Err(Error::Interrupted)));
-        let expected: Vec<_> = (1..=last).map(|done| (done, LAYERS)).collect();
-        assert_eq!(calls, expected);
-        // The next run does the layers that are left, and sees the same.
-        let mut calls = Vec::new();
-        let whole = observe(&checkpoint, &samples, &options(&state), &mut |done, _| {
-            calls.push(done);
-            true
-        });
-        assert_eq!(calls, (last + 1..=LAYERS).collect::<Vec<_>>());
-        let path = folder.path().join("seen.safetensors");
-        let whole = whole.unwrap().save(&path).unwrap();
-        assert_eq!(whole, observed(&checkpoint, &samples));
-        assert_eq!(whole, Observations::load(&path).unwrap());
-        assert!(!state.path().exists());
-    }
-}
-
-/// What another run left is not continued, and damage is not trusted.
-#[test]
-fn only_the_same_work_is_continued() {
-    let folder = tempfile::tempdir().unwrap();
-    let checkpoint = checkpoint(&folder);
-    let (ours, others) = (samples(&[4, 2]), samples(&[4, 3]));
-    let first = |options: &ObserveOptions<'_>, samples: &[Vec<u32>], last: usize| {
-        let mut calls = Vec::new();
-        let _ = observe(&checkpoint, samples, options, &mut |done, _| {
-            calls.push(done);
-            done < last
-        });
-        calls[0]
-    };
-    let state = tempfile::tempdir().unwrap();
-    let same = options(&state);
-    assert_eq!(first(&same, &ours, 2), 1);
-    assert_eq!(first(&same, &others, 2), 1);
-    let renamed = ObserveOptions {
-        fingerprint: "those",
-        ..same
-    };
-    // Nothing of the first is left to be taken for a pair of the second.
-    assert_eq!(first(&renamed, &others, 1), 1);
-    assert_eq!(first(&renamed, &others, 2), 2);
-    assert_eq!(first(&renamed, &others, 2), 3);
-    // With more memory the batches stay, with too little the work begins anew.
-    let state = tempfile::tempdir().unwrap();
-    let mut least = 0;
-    for bit in (0..40).rev() {
-        let more = batch_tokens(checkpoint.config(), 4, least | 1 << bit, 0).is_err();
-        least |= u64::from(more) << bit;
-    }
-    let limited = |max_memory: u64| ObserveOptions {
-        max_memory,
-        ..options(&state)
-    };
-    assert_eq!(first(&limited(least + 1), &ours, 1), 1);
-    assert_eq!(first(&limited(1 << 32), &ours, 2), 2);
-    assert_eq!(first(&limited(1 << 32), &others, 1), 1);
-    assert_eq!(first(&limited(least + 1), &others, 1), 1);
-    let state = tempfile::tempdir().unwrap();
-    let same = options(&state);
-    assert_eq!(first(&same, &ours, 2), 1);
-    let hidden = state.path().join("hidden-2");
-    let bytes = std::fs::read(&hidden).unwrap();
-    std::fs::write(&hidden, &bytes[1..]).unwrap();
-    assert_eq!(first(&same, &ours, 9), 1);
 }
 
 #[test]
