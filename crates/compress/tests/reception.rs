@@ -2,30 +2,19 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use candle_core::Tensor;
-use lightmoe_compress::observations::Observations;
 use lightmoe_compress::reception::choose;
-use lightmoe_compress::{Error, ObserveOptions, Statistics, observe};
+use lightmoe_compress::{Error, Statistics};
 use lightmoe_models::{Checkpoint, DType, Embedding, Layer, Rotary, Tokens};
 use tempfile::TempDir;
 
 mod common;
-use common::{random_checkpoint, small, without};
+use common::{observed, random_checkpoint, small, without};
 
-/// Observations of `samples`, with samples and sequences.
-fn observed(checkpoint: &Checkpoint, samples: &[Vec<u32>], folder: &TempDir) -> Observations {
-    let options = ObserveOptions {
-        fingerprint: "reception",
-        state: &folder.path().join("state"),
-        statistics: Statistics {
-            samples: true,
-            ..Statistics::default()
-        },
-        successor: None,
-        max_memory: 1 << 32,
-    };
-    let seen = observe(checkpoint, samples, &options, &mut |_, _| true).unwrap();
-    seen.save(&folder.path().join("seen.safetensors")).unwrap()
-}
+const SAMPLES: Statistics = Statistics {
+    moments: false,
+    all_outputs: false,
+    samples: true,
+};
 
 /// The square of the distance between two lists of tensors.
 fn distance(a: &[Tensor], b: &[Tensor]) -> f64 {
@@ -112,7 +101,7 @@ fn each_block_takes_the_combination_that_moves_its_output_least() {
     for seed in 0..3 {
         let folder = TempDir::new().unwrap();
         let checkpoint = random_checkpoint(&config, DType::F32, seed, &folder);
-        let seen = observed(&checkpoint, &samples, &folder);
+        let seen = observed(&checkpoint, &samples, SAMPLES, &folder);
         let candidates = candidates(5);
         let chosen = choose(&checkpoint, &seen, &candidates, &|_, _| true).unwrap();
         assert_eq!(chosen, best(&checkpoint, &samples_of, &candidates, 3));
@@ -130,7 +119,7 @@ fn long_sequences_are_cut() {
     let folder = TempDir::new().unwrap();
     let checkpoint = random_checkpoint(&config, DType::F32, 5, &folder);
     let long: Vec<u32> = (0..1500).map(|t| t * t % 60).collect();
-    let seen = observed(&checkpoint, std::slice::from_ref(&long), &folder);
+    let seen = observed(&checkpoint, std::slice::from_ref(&long), SAMPLES, &folder);
     let candidates = candidates(2);
     let chosen = choose(&checkpoint, &seen, &candidates, &|_, _| true).unwrap();
     assert_eq!(chosen, best(&checkpoint, &[&long[..1024]], &candidates, 3));
@@ -141,7 +130,7 @@ fn it_stops_when_told_and_needs_what_observe_left() {
     let config = small(2, 8);
     let folder = TempDir::new().unwrap();
     let checkpoint = random_checkpoint(&config, DType::F32, 5, &folder);
-    let mut seen = observed(&checkpoint, &[vec![1, 2, 3]], &folder);
+    let mut seen = observed(&checkpoint, &[vec![1, 2, 3]], SAMPLES, &folder);
     let stopped = choose(&checkpoint, &seen, &candidates(2), &|_, _| false);
     assert!(matches!(stopped, Err(Error::Interrupted)));
     let file = seen

@@ -2,13 +2,13 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use candle_core::Tensor;
+use lightmoe_compress::Statistics;
 use lightmoe_compress::observations::Observations;
-use lightmoe_compress::{ObserveOptions, Statistics, observe};
 use lightmoe_models::{Checkpoint, Embedding, Layer, Rotary, Tokens};
 use std::path::Path;
 
 mod common;
-use common::without;
+use common::{observed, without};
 
 fn square(difference: &Tensor) -> f64 {
     let values: Vec<f32> = difference.flatten_all().unwrap().to_vec1().unwrap();
@@ -32,20 +32,12 @@ fn the_loss_of_a_set_is_the_distance_that_the_output_moves() {
         let checkpoint = Checkpoint::open(&family).unwrap();
         let config = checkpoint.config();
         let folder = tempfile::tempdir().unwrap();
-        let options = ObserveOptions {
-            fingerprint: "sample",
-            state: &folder.path().join("state"),
-            statistics: Statistics {
-                samples: true,
-                ..Statistics::default()
-            },
-            successor: None,
-            max_memory: 1 << 32,
+        let statistics = Statistics {
+            samples: true,
+            ..Statistics::default()
         };
-        let seen = observe(&checkpoint, &samples, &options, &mut |_, _| true).unwrap();
-        let path = folder.path().join("seen.safetensors");
-        seen.save(&path).unwrap();
-        let seen = Observations::load(&path).unwrap();
+        observed(&checkpoint, &samples, statistics, &folder);
+        let seen = Observations::load(&folder.path().join("seen.safetensors")).unwrap();
         assert!(seen.moments().is_err());
 
         let rotary = Rotary::new(config);

@@ -4,10 +4,10 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
-use lightmoe_compress::BuildInputs;
 use lightmoe_compress::methods::PlanOptions;
 use lightmoe_compress::observations::{LayerObservations, Observations, OutputObservations};
 use lightmoe_compress::plan::Plan;
+use lightmoe_compress::{BuildInputs, ObserveOptions, Statistics, observe};
 use lightmoe_models::config::ModelConfig;
 use lightmoe_models::{
     Bank, BankLayout, Checkpoint, CheckpointWriter, DType, Decoder, Format, Layer, LayerLayout,
@@ -60,6 +60,24 @@ pub fn random_checkpoint(
     model.write(&mut writer).unwrap();
     writer.finish(&config.raw).unwrap();
     Checkpoint::open(&path).unwrap()
+}
+
+/// Observations of `samples`, saved in `folder`.
+pub fn observed(
+    checkpoint: &Checkpoint,
+    samples: &[Vec<u32>],
+    statistics: Statistics,
+    folder: &TempDir,
+) -> Observations {
+    let options = ObserveOptions {
+        fingerprint: "observed",
+        state: &folder.path().join("state"),
+        statistics,
+        successor: None,
+        max_memory: 1 << 32,
+    };
+    let seen = observe(checkpoint, samples, &options, &mut |_, _| true).unwrap();
+    seen.save(&folder.path().join("seen.safetensors")).unwrap()
 }
 
 /// The layer with these experts removed.
