@@ -123,8 +123,11 @@ impl Sequences {
         };
         let lengths = file.values("lengths", &[count])?;
         let lengths: Vec<usize> = lengths.into_iter().map(|n| n as usize).collect();
-        let rows: usize = lengths.iter().sum();
-        if lengths.contains(&0) || !(1..=MOST_TOKENS).contains(&rows) {
+        let possible = |length: &usize| (1..=MOST_TOKENS).contains(length);
+        let rows = lengths
+            .iter()
+            .fold(0, |sum: usize, &n| sum.saturating_add(n));
+        if !lengths.iter().all(possible) || !possible(&rows) {
             return Err(damaged(format!(
                 "{rows} tokens in {count} sequences, expected up to {MOST_TOKENS} and none empty"
             )));

@@ -1,8 +1,8 @@
 //! Training: from random weights ("pretrain") or of a built checkpoint ("recover").
 //!
 //! One loop serves both: AdamW with parameter groups, warm-up and decay, gradient clipping, the loss
-//! on target tokens only, the annealing factor β of LightMoE (arXiv 2603.12645, §3.3), the pruning of rows of factored bases, a loss curve
-//! as JSON lines and TensorBoard events, and checkpoints from which a killed run goes on to the same
+//! on target tokens only, the annealing factor β of LightMoE (arXiv 2603.12645, §3.3), the pruning of
+//! rows of factored bases, a loss curve as JSON lines and TensorBoard events, and checkpoints from which a killed run goes on to the same
 //! bytes. Batches are a pure function of the step, so there is no other state.
 
 mod curve;

@@ -91,8 +91,8 @@ pub(super) fn notes(comparison: &Comparison) -> Vec<String> {
             machines.join("; ")
         ),
         format!(
-            "The score is exact match, of translation chrF / 100. It is the mean over seeds. Behind ± stands the standard error of the score \
-             of one seed over its test items, in brackets the lowest and the highest of the {} seeds. A \
+            "The score is exact match, of translation chrF / 100. It is the mean over seeds. Behind ± \
+             stands the standard error of the score of one seed over its test items, in brackets the lowest and the highest of the {} seeds. A \
              seed changes the training examples, their order and what is drawn at random, not the \
              model or the test items.",
             grid.seeds
