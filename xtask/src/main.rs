@@ -6,6 +6,8 @@ mod binary;
 mod docs;
 mod fixtures;
 mod fuzz;
+mod gpu;
+mod nvrtc;
 mod shell;
 mod test;
 
@@ -52,6 +54,12 @@ const COMMANDS: &[Command] = &[
         arguments: "kernels|quality|usage|scale [ARGUMENTS]",
         about: "Time the kernels, compare the methods, show the built-in model, or run a full-size one",
         run: bench::run,
+    },
+    Command {
+        name: "gpu",
+        arguments: "",
+        about: "Build the folder that checks and times the CUDA kernels on a machine with a GPU",
+        run: gpu::run,
     },
     Command {
         name: "fixtures",

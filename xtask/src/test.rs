@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use crate::{Outcome, no_arguments, shell};
+use crate::{Outcome, no_arguments, nvrtc, shell};
 
 /// The steps: a name, and the arguments of cargo.
 const STEPS: &[(&str, &[&str])] = &[
@@ -16,13 +16,21 @@ const STEPS: &[(&str, &[&str])] = &[
             "--workspace",
             "--all-targets",
             "--release",
+            "--features",
+            CUDA,
             "--",
             "-D",
             "warnings",
         ],
     ),
-    ("tests", &["test", "--workspace", "--release"]),
+    (
+        "tests",
+        &["test", "--workspace", "--release", "--features", CUDA],
+    ),
 ];
+
+/// The CUDA kernels build everywhere.
+const CUDA: &str = "lightmoe-kernels/cuda";
 
 /// What is not run here, and the command that runs it.
 const SKIPPED: &[(&str, &str)] = &[
@@ -32,6 +40,7 @@ const SKIPPED: &[(&str, &str)] = &[
     ),
     ("the comparison of methods", "cargo xtask bench quality"),
     ("the timing of kernels", "cargo xtask bench kernels"),
+    ("the CUDA kernels on a GPU", "cargo xtask gpu"),
     ("fuzzing", "cargo xtask fuzz"),
 ];
 
@@ -40,14 +49,22 @@ pub fn run(arguments: &[String]) -> Outcome {
     no_arguments(arguments)?;
     let mut summary = String::new();
     let mut failed = 0;
+    let nvrtc = nvrtc::folder();
     for (name, arguments) in STEPS {
         eprintln!("\n== {name}: cargo {}", arguments.join(" "));
         let start = Instant::now();
-        let passed = shell::succeeds(&mut shell::cargo(arguments))?;
+        let mut command = shell::cargo(arguments);
+        if let Ok(library) = &nvrtc {
+            nvrtc::bring(&mut command, library.clone());
+        }
+        let passed = shell::succeeds(&mut command)?;
         failed += usize::from(!passed);
         let result = if passed { "ok" } else { "FAILED" };
         let seconds = start.elapsed().as_secs_f64();
         summary += &format!("  {result:<8} {name:<8} {seconds:>7.1} s\n");
+    }
+    if let Err(reason) = nvrtc {
+        summary += &format!("  SKIPPED  compiling the CUDA kernels: {reason}\n");
     }
     for (what, command) in SKIPPED {
         summary += &format!("  SKIPPED  {what}: run `{command}`\n");

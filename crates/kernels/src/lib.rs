@@ -13,6 +13,8 @@
 
 mod adamw;
 mod attention;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod gemm;
 mod grouped;
 mod lanes;

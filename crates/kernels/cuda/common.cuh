@@ -1,0 +1,180 @@
+// What all kernels share. NVRTC compiles this text in front of each of them, so nothing here
+// includes a header, and all inline PTX that is not particular to Hopper stands here.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+// A 16-bit float as it lies in memory: bf16, or f16 where ELEMENT_F16 is defined.
+typedef unsigned short elem;
+
+constexpr u32 NONE = 0xffffffffu;
+constexpr u32 WARP = 32;
+
+// What routing writes and every later kernel reads. `S = tokens * top_k` rows, sorted by the position
+// of their expert, in token order within a position. Dense positions come first, then those with a
+// base by ascending group, then those without.
+struct Routing {
+    u32* chosen;       // [tokens * top_k] position of each choice, best first
+    float* gates;      // [tokens * top_k] gate of each choice
+    u32* starts;       // [positions + 1] first row of each position, and the end
+    u32* row_tokens;   // [S] token of each row
+    float* row_gates;  // [S] gate of each row
+    u32* row_of;       // [tokens * top_k] row of each choice
+    u32* pair_starts;  // [groups + 1] first (token, group) pair of each group, and the end
+    u32* pair_tokens;  // [tokens * min(top_k, groups)] token of each pair
+    u32* pair_of_row;  // [S] pair of each row; NONE where its position has no group
+    u32* pair_of;      // [tokens * top_k] the pair that this choice is the first of; NONE elsewhere
+};
+
+__device__ __forceinline__ float to_float(elem v) {
+#ifdef ELEMENT_F16
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+    return f;
+#else
+    return __uint_as_float(u32(v) << 16);
+#endif
+}
+
+__device__ __forceinline__ elem to_elem(float v) {
+    elem e;
+#ifdef ELEMENT_F16
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(e) : "f"(v));
+#else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(e) : "f"(v));
+#endif
+    return e;
+}
+
+// Two neighbours in memory, `lo` first.
+__device__ __forceinline__ u32 pack(float lo, float hi) {
+    u32 v;
+#ifdef ELEMENT_F16
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(hi), "f"(lo));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(hi), "f"(lo));
+#endif
+    return v;
+}
+
+__device__ __forceinline__ float low(u32 v) { return to_float(elem(v & 0xffffu)); }
+__device__ __forceinline__ float high(u32 v) { return to_float(elem(v >> 16)); }
+
+__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
+
+// d += a * b, one warp: a [16, 16] by rows, b [16, 8] by columns, d [16, 8].
+// Thread t holds, with g = t / 4 and c = t % 4 * 2:
+//   a[0] = (g, c..c+1), a[1] = (g + 8, c..), a[2] = (g, c + 8..), a[3] = (g + 8, c + 8..)
+//   b[0] = (k = c..c+1, n = g), b[1] = (k = c + 8.., n = g)
+//   d[0..1] = (g, c..c+1), d[2..3] = (g + 8, c..c+1)
+__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#ifdef ELEMENT_F16
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)));
+}
+
+// The same, each matrix transposed.
+__device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)));
+}
+
+// Copies 16 bytes from global to shared memory in the background; zeros where not `there`.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most N committed groups are under way.
+template <int N>
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// 16 bytes that are read once: they need no place in the first cache.
+__device__ __forceinline__ uint4 stream(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+    for (int i = 16; i > 0; i /= 2) v += __shfl_xor_sync(0xffffffffu, v, i);
+    return v;
+}
+
+// Transposes 4x4 values in each quad of lanes: value j of lane c goes to value c of lane j. It turns
+// the pairs of four accumulators of `mma` (one row, 32 columns) into 8 neighbouring columns of each
+// lane, that is, one store of 16 bytes, and back. The whole warp calls it.
+__device__ __forceinline__ void transpose_quad(u32 (&v)[4]) {
+#pragma unroll
+    for (u32 step = 1; step < 4; step *= 2) {
+        bool upper = threadIdx.x & step;
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) {
+            if (j & step) continue;
+            u32 got = __shfl_xor_sync(0xffffffffu, upper ? v[j] : v[j | step], step);
+            if (upper) v[j] = got;
+            else v[j | step] = got;
+        }
+    }
+}
+
+// The tiles of groups of rows whose sizes only the device knows: every block takes the tiles
+// blockIdx.x, + gridDim.x, .. Tiles of the same weights (rows inner) are neighbours, so that blocks
+// running together read them once from memory. The whole warp calls `advance`.
+template <u32 ROWS, u32 COLUMNS>
+struct Tiles {
+    const u32* starts;       // [groups + 1]
+    u32 groups, columns;     // `columns`: all columns of the result
+    u32 next = blockIdx.x;   // the tile that `advance` goes to
+    u32 first = 0;           // first group of the 32 that the lanes look at
+    u32 before = 0;          // tiles of the groups before it
+    u32 group = 0, row = 0, end = 0, column = 0;  // this tile: its rows are row .. min(row + ROWS, end)
+
+    __device__ __forceinline__ Tiles(const u32* starts, u32 groups, u32 columns) : starts(starts), groups(groups), columns(columns) {}
+
+    // False where no tile is left.
+    __device__ __forceinline__ bool advance() {
+        u32 lane = threadIdx.x % WARP;
+        for (; first < groups; first += WARP) {
+            u32 mine = first + lane;
+            u32 start = mine < groups ? starts[mine] : 0;
+            u32 stop = mine < groups ? starts[mine + 1] : 0;
+            u32 deep = (stop - start + ROWS - 1) / ROWS;
+            u32 tiles = deep * ((columns + COLUMNS - 1) / COLUMNS);
+            u32 sum = tiles;
+#pragma unroll
+            for (u32 i = 1; i < WARP; i *= 2) {
+                u32 other = __shfl_up_sync(0xffffffffu, sum, i);
+                if (lane >= i) sum += other;
+            }
+            u32 holders = __ballot_sync(0xffffffffu, before + sum > next);
+            if (holders) {
+                u32 holder = __ffs(holders) - 1;
+                u32 tile = next - before - __shfl_sync(0xffffffffu, sum - tiles, holder);
+                deep = __shfl_sync(0xffffffffu, deep, holder);
+                group = first + holder;
+                row = __shfl_sync(0xffffffffu, start, holder) + tile % deep * ROWS;
+                end = __shfl_sync(0xffffffffu, stop, holder);
+                column = tile / deep * COLUMNS;
+                next += gridDim.x;
+                return true;
+            }
+            before += __shfl_sync(0xffffffffu, sum, WARP - 1);
+        }
+        return false;
+    }
+};

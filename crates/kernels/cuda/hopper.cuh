@@ -1,0 +1,325 @@
+// What the grouped products of Hopper (sm_90a) share: its instructions, the ring of stages through which
+// loading threads feed multiplying ones, the list of tiles, and the ways in and out of a tile.
+//
+// A block is specialised by warp. In the first warpgroup some warps gather rows (cp.async, swizzled by
+// hand) and one thread may bring boxes of weights (TMA), into a ring of stages of 64 places of the summed
+// index; the two other warpgroups multiply (wgmma) and write. `full` counts who has filled a stage,
+// `empty` the warps that have read it. The loading threads run ahead into the next tile while the others
+// write; all roles walk the same list of tiles.
+
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+constexpr u32 MAX_GROUPS = 512;
+constexpr u32 THREADS = 384;
+constexpr u32 STEP = 64;        // places of the summed index in a stage: 128 bytes, the swizzle's width
+constexpr u32 LINE = STEP * 2;  // bytes of a line of a stage
+constexpr u32 GATHERERS = 2;    // warps that gather rows beside a thread that brings weights
+constexpr u32 MULTIPLIERS = 8;  // warps that multiply
+constexpr u32 BAND = 16;        // row tiles that are worked on side by side
+constexpr u32 PADDED = 72;      // elements of a row of results on their way out, free of bank conflicts
+
+// A tile has TILE_ROWS rows. Each multiplying warpgroup computes 64 of them times TILE_WIDTH rows of weights.
+// With 128 rows the warpgroups share the weights; with 64 they share the rows, and each has its own slice
+// of weights. A slice holds as many rows of each of MATRICES matrices.
+template <u32 MATRICES, u32 TILE_ROWS, u32 TILE_WIDTH>
+struct Shape {
+    static constexpr u32 ROWS = TILE_ROWS, WIDTH = TILE_WIDTH;
+    static constexpr u32 SLICES = 128 / ROWS;
+    static constexpr u32 BOX = WIDTH / MATRICES;
+    static constexpr u32 COLUMNS = BOX * SLICES;
+    static constexpr u32 A_BYTES = ROWS * LINE;
+    static constexpr u32 B_BYTES = SLICES * WIDTH * LINE;
+    static constexpr u32 STAGE = A_BYTES + B_BYTES;
+    static constexpr u32 STAGES = 200 * 1024 / STAGE;
+    static constexpr u32 LAG = STAGES / 2;  // stages whose rows are on their way
+    static constexpr u32 SHARED = 1024 + STAGES * STAGE + MULTIPLIERS * 16 * PADDED * 2;
+};
+
+// --- Hopper's instructions
+
+__device__ __forceinline__ void barrier_init(u64* barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// Makes new barriers known to the copy engine.
+__device__ __forceinline__ void barriers_ready() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_expecting(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+// Waits for the end of the barrier's phase of this parity. The phase before the first one has parity 1.
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(shared_address(barrier)), "r"(parity)
+                     : "memory");
+    } while (!done);
+}
+
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
+__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, u32 x, u32 y, u64* barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
+                 "l"(&map), "r"(x), "r"(y), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, u32 x, u32 y, u32 z, u64* barrier) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(to)),
+                 "l"(&map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// Shows this thread's writes of shared memory to wgmma.
+__device__ __forceinline__ void show_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+template <u32 REGISTERS>
+__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
+template <u32 REGISTERS>
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
+
+// Operand of wgmma: lines of 128 bytes, swizzled, in blocks of 8 lines that follow one another. The low
+// bits are the address in units of 16 bytes, so that adding to the operand moves it. The lines of an
+// upright operand are its rows, and hold 64 columns of the summed index. The lines of a turned operand
+// are places of the summed index, and hold 64 of its rows; `next` bytes further lie the next 64 rows.
+__device__ __forceinline__ u64 operand(const void* p, u32 next = 16) {
+    return u64((shared_address(p) & 0x3ffff) >> 4) | u64(next >> 4) << 16 | u64(8 * LINE >> 4) << 32 | 1ull << 62;
+}
+
+__device__ __forceinline__ void multiply_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void multiply_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void multiply_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+
+// Keeps the compiler from moving accumulators across this point.
+template <u32 N>
+__device__ __forceinline__ void hold(float (&d)[N]) {
+#pragma unroll
+    for (u32 i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#ifdef ELEMENT_F16
+#define TYPES "f32.f16.f16"
+#else
+#define TYPES "f32.bf16.bf16"
+#endif
+#define LIST64 \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define LIST128 \
+    LIST64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define LIST256 \
+    LIST128 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95" \
+            ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define D32(i) D8(i), D8(i + 8), D8(i + 16), D8(i + 24)
+#define MULTIPLY(N, A, B, KEEP, TURN_A, TURN_B, ...)                                                       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " KEEP ", 0;\n"                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16." TYPES " {" LIST##N "}, " A ", " B ", p, 1, 1, " TURN_A ", " TURN_B ";\n}" \
+                 : __VA_ARGS__                                                                             \
+                 : "l"(a), "l"(b), "r"(keep), "n"(u32(A_TURNED)), "n"(u32(B_TURNED)))
+
+// d = a * b^T, plus d where `keep` is not zero; a [64, 16], b [WIDTH, 16]. With g = lane / 4 + 16 * (warp % 4)
+// and c = lane % 4 * 2, a thread's d[4 * i ..] are (g, 8 * i + c), (g, 8 * i + c + 1), and the same of row g + 8.
+template <u32 WIDTH, bool A_TURNED, bool B_TURNED>
+__device__ __forceinline__ void multiply(float (&d)[WIDTH / 2], u64 a, u64 b, u32 keep) {
+    if constexpr (WIDTH == 256) MULTIPLY(256, "%128", "%129", "%130", "%131", "%132", D32(0), D32(32), D32(64), D32(96));
+    if constexpr (WIDTH == 128) MULTIPLY(128, "%64", "%65", "%66", "%67", "%68", D32(0), D32(32));
+    if constexpr (WIDTH == 64) MULTIPLY(64, "%32", "%33", "%34", "%35", "%36", D32(0));
+}
+
+// --- The parts of a block
+
+// A place in the ring, and the parity of the present round.
+struct Place {
+    u32 stage = 0, parity = 0;
+    template <u32 STAGES>
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// The tiles of a launch: by group, by band of row tiles, by column, by row, so that blocks which work at
+// the same time share the rows of a band and a few columns of weights in the second cache.
+template <u32 ROWS, u32 COLUMNS>
+struct TileList {
+    struct Tile {
+        u32 group, row, end, column;  // first row, end of the group's rows, first column
+    };
+    const u32 *starts, *before;  // first row of each group, row tiles before each group
+    u32 groups, across;          // column tiles
+
+    __device__ __forceinline__ u32 count() const { return before[groups] * across; }
+
+    __device__ __forceinline__ Tile at(u32 index) const {
+        u32 lowest = index / across, group = 0;
+        for (u32 end = groups; end - group > 1;) {
+            u32 middle = (group + end) / 2;
+            if (before[middle] <= lowest) group = middle;
+            else end = middle;
+        }
+        index -= before[group] * across;
+        u32 band = index / (BAND * across) * BAND;
+        u32 height = min(BAND, before[group + 1] - before[group] - band);
+        index -= band * across;
+        return {group, starts[group] + (band + index % height) * ROWS, starts[group + 1], index / height * COLUMNS};
+    }
+};
+
+// Fills `starts` and `before`; every thread of the block takes part.
+template <u32 ROWS>
+__device__ __forceinline__ void list_tiles(const u32* from, u32 groups, u32* starts, u32* before) {
+    for (u32 i = threadIdx.x; i <= groups; i += THREADS) starts[i] = from[i];
+    __syncthreads();
+    if (threadIdx.x < WARP) {
+        auto tiles = [&](u32 i) { return (starts[i + 1] - starts[i] + ROWS - 1) / ROWS; };
+        u32 share = (groups + WARP - 1) / WARP;
+        u32 first = min(threadIdx.x * share, groups), end = min(first + share, groups);
+        u32 own = 0;
+        for (u32 i = first; i < end; i++) own += tiles(i);
+        u32 sum = own;
+        for (u32 i = 1; i < WARP; i *= 2) {
+            u32 lower = __shfl_up_sync(0xffffffffu, sum, i);
+            if (threadIdx.x >= i) sum += lower;
+        }
+        if (threadIdx.x == WARP - 1) before[groups] = sum;
+        sum -= own;
+        for (u32 i = first; i < end; i++) {
+            before[i] = sum;
+            sum += tiles(i);
+        }
+    }
+    __syncthreads();
+}
+
+// Where the ring starts: 8 lines of the swizzle begin at a multiple of 1024.
+__device__ __forceinline__ unsigned char* ring_in(unsigned char* memory) { return memory + (-shared_address(memory) & 1023); }
+
+// Readies the barriers of a ring, each stage of which is filled by `fillers`. The block synchronises before
+// it uses them.
+template <typename S>
+__device__ __forceinline__ void ready_barriers(u64* full, u64* empty, u32 fillers) {
+    if (threadIdx.x == 0) {
+        for (u32 i = 0; i < S::STAGES; i++) {
+            barrier_init(&full[i], fillers);
+            barrier_init(&empty[i], MULTIPLIERS);
+        }
+        barriers_ready();
+    }
+}
+
+// The part of a gathering warp in GATHERERS: the rows of each tile, of `a0` [*, k] and then, with two
+// PAIRS of operands, of `a1`. The first of these warps is the block's second.
+template <typename S, u32 PAIRS, typename List>
+__device__ __forceinline__ void gather(const List& tiles, const elem* a0, const elem* a1, const u32* rows, u32 k, u32 lda, unsigned char* ring, u64* full, u64* empty) {
+    // Eight neighbouring threads copy the 128 bytes of a row; a thread's rows are 8 apart, so that
+    // they all have the same swizzle.
+    u32 lane = threadIdx.x % WARP, thread = threadIdx.x - WARP, line = thread / 8, piece = thread % 8;
+    u32 offset = line * LINE + (piece ^ line) * 16;
+    u32 count = tiles.count(), steps = (k + STEP - 1) / STEP;
+    Place place, arrived;  // `arrived`: the oldest stage whose rows were not yet reported
+    u32 pending = 0;
+    auto report = [&] {
+        barrier_arrive(&full[arrived.stage]);
+        arrived.advance<S::STAGES>();
+    };
+    for (u32 index = blockIdx.x; index < count; index += gridDim.x) {
+        auto tile = tiles.at(index);
+        u32 first = tile.row + line;
+        u32 from[S::ROWS / 8];  // in units of 16 bytes, which reach 64 GiB
+#pragma unroll
+        for (u32 i = 0; i < S::ROWS / 8; i++) {
+            u32 row = first + 8 * i;
+            from[i] = row >= tile.end ? 0 : (rows ? rows[row] : row) * (lda / 8);
+        }
+        for (u32 step = 0; step < PAIRS * steps; step++) {
+            // Reported before the wait for a free stage, which may depend on it.
+            if (pending == S::LAG) {
+                copy_wait<S::LAG - 1>();
+                show_writes();
+                __syncwarp();
+                if (lane == 0) report();
+                else arrived.advance<S::STAGES>();
+            } else {
+                pending++;
+            }
+            barrier_wait(&empty[place.stage], place.parity ^ 1);
+            unsigned char* to = ring + place.stage * S::STAGE + offset;
+            bool second = PAIRS == 2 && step >= steps;
+            u32 column = (second ? step - steps : step) * STEP + piece * 8;
+            bool inside = column < k;
+            const elem* a = (second ? a1 : a0) + (inside ? column : 0);
+#pragma unroll
+            for (u32 i = 0; i < S::ROWS / 8; i++) copy_async(to + i * 8 * LINE, a + u64(from[i]) * 8, inside && first + 8 * i < tile.end);
+            copy_commit();
+            place.advance<S::STAGES>();
+        }
+    }
+    copy_wait<0>();
+    show_writes();
+    __syncwarp();
+    if (lane == 0)
+        for (; pending > 0; pending--) report();
+}
+
+// Sums the products of `steps` stages, at least one, from `place` on; a and b are operands in the first stage.
+template <typename S, bool A_TURNED, bool B_TURNED>
+__device__ __forceinline__ void accumulate(float (&d)[S::WIDTH / 2], u32 steps, u64 a_ring, u64 b_ring, Place& place, u64* full, u64* empty) {
+    // 16 places of the summed index are 32 bytes along a line, or 16 lines.
+    constexpr u32 A_MOVE = A_TURNED ? LINE : 2, B_MOVE = B_TURNED ? LINE : 2;
+    u32 lane = threadIdx.x % WARP, last = 0;
+    for (u32 step = 0; step < steps; step++) {
+        barrier_wait(&full[place.stage], place.parity);
+        u64 a = a_ring + place.stage * (S::STAGE >> 4), b = b_ring + place.stage * (S::STAGE >> 4);
+        hold(d);
+        multiply_begin();
+#pragma unroll
+        for (u32 i = 0; i < STEP / 16; i++) multiply<S::WIDTH, A_TURNED, B_TURNED>(d, a + A_MOVE * i, b + B_MOVE * i, step | i);
+        multiply_commit();
+        // The stage of the step before has been read once only the newest group is under way.
+        multiply_wait<1>();
+        hold(d);
+        if (step > 0 && lane == 0) barrier_arrive(&empty[last]);
+        last = place.stage;
+        place.advance<S::STAGES>();
+    }
+    multiply_wait<0>();
+    hold(d);
+    if (lane == 0) barrier_arrive(&empty[last]);
+}
+
+// Writes 16 rows of COLUMNS results of one warp, of which `rows` and `columns` exist, through `staging`.
+// value(i) is this thread's accumulator i.
+template <u32 COLUMNS, typename Value>
+__device__ __forceinline__ void write(elem* staging, elem* y, u32 ldy, int rows, int columns, Value value) {
+    constexpr u32 PIECES = COLUMNS / 8;  // of 16 bytes, in a row
+    u32 lane = threadIdx.x % WARP;
+    elem* to = staging + lane / 4 * PADDED + lane % 4 * 2;
+#pragma unroll
+    for (u32 i = 0; i < PIECES; i++) {
+        *(u32*)(to + 8 * i) = pack(value(4 * i), value(4 * i + 1));
+        *(u32*)(to + 8 * i + 8 * PADDED) = pack(value(4 * i + 2), value(4 * i + 3));
+    }
+    __syncwarp();
+    u32 column = lane % PIECES * 8;
+#pragma unroll
+    for (u32 i = 0; i < 16; i += WARP / PIECES) {
+        u32 row = i + lane / PIECES;
+        if (int(row) < rows && int(column) < columns) *(uint4*)(y + u64(row) * ldy + column) = *(const uint4*)(staging + row * PADDED + column);
+    }
+    __syncwarp();
+}

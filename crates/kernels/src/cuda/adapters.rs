@@ -1,0 +1,159 @@
+//! What lies between the grouped products of adapted slots, and the sum that ends a layer.
+
+use super::Result;
+use super::block::{Block, Workspace};
+use super::compile::ADAPTERS;
+use super::device::{Address, Element, Gpu, Launch};
+use cudarc::driver::{CudaSlice, DeviceRepr};
+
+/// Arguments of `adapters_expand`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Expand {
+    low: Address,
+    gate: Address,
+    up: Address,
+    base_gate: Address,
+    base_up: Address,
+    h: Address,
+    pair_of_row: Address,
+    starts: Address,
+    slots: u32,
+    inner: u32,
+    rank: u32,
+}
+
+/// Arguments of `adapters_sum_pairs`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct SumPairs {
+    h: Address,
+    sum: Address,
+    row_of: Address,
+    pair_of: Address,
+    pair_of_row: Address,
+    gates: Address,
+    tokens: u32,
+    top_k: u32,
+    inner: u32,
+}
+
+/// Arguments of `combine`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Combine {
+    y: Address,
+    pair_y: Address,
+    out: Address,
+    row_of: Address,
+    pair_of: Address,
+    tokens: u32,
+    top_k: u32,
+    hidden: u32,
+}
+
+// SAFETY: plain numbers, laid out as the kernels' structs.
+unsafe impl DeviceRepr for Expand {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for SumPairs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for Combine {}
+
+/// `h` of adapted rows, from `low` and what the bases made of their pairs.
+pub(super) fn expand<T: Element>(
+    gpu: &Gpu,
+    block: &Block<T>,
+    work: &mut Workspace<T>,
+) -> Result<()> {
+    let shape = &block.shape;
+    let weights = &block.weights.adapters.b;
+    let based = shape.groups > 0;
+    let of_pairs = |t: &CudaSlice<T>| if based { gpu.address(t) } else { Address::NULL };
+    let arguments = Expand {
+        low: gpu.address(&work.low),
+        gate: gpu.address(&weights.gate),
+        up: gpu.address(&weights.up),
+        base_gate: of_pairs(&work.pre_gate),
+        base_up: of_pairs(&work.pre_up),
+        h: gpu.address_mut(&mut work.h),
+        pair_of_row: gpu.address(&work.tables.pair_of_row),
+        starts: gpu.address(&work.tables.starts).skip::<u32>(shape.dense),
+        slots: shape.adapted as u32,
+        inner: shape.inner as u32,
+        rank: shape.rank as u32,
+    };
+    // U of a tile, its lines an odd number of 64-byte parts long against bank conflicts.
+    let shared = 8192 * (shape.rank.div_ceil(32) | 1);
+    // SAFETY: the block and the workspace have these sizes; rows stay below the workspace's.
+    unsafe { queue::<T, _>(gpu, "adapters_expand", [4, 128, shared], &arguments) }
+}
+
+/// `Σ g·h` of every pair.
+pub(super) fn sum_pairs<T: Element>(
+    gpu: &Gpu,
+    block: &Block<T>,
+    tokens: usize,
+    work: &mut Workspace<T>,
+) -> Result<()> {
+    let arguments = SumPairs {
+        h: gpu.address(&work.h),
+        sum: gpu.address_mut(&mut work.pair_h),
+        row_of: gpu.address(&work.tables.row_of),
+        pair_of: gpu.address(&work.tables.pair_of),
+        pair_of_row: gpu.address(&work.tables.pair_of_row),
+        gates: gpu.address(&work.tables.gates),
+        tokens: tokens as u32,
+        top_k: block.shape.top_k as u32,
+        inner: block.shape.inner as u32,
+    };
+    // SAFETY: as in `expand`.
+    unsafe { queue::<T, _>(gpu, "adapters_sum_pairs", [8, 256, 0], &arguments) }
+}
+
+/// `out[t]`, the sum of its rows and pairs.
+pub(super) fn combine<T: Element>(
+    gpu: &Gpu,
+    block: &Block<T>,
+    tokens: usize,
+    work: &Workspace<T>,
+    out: &mut CudaSlice<T>,
+) -> Result<()> {
+    let based = block.shape.groups > 0;
+    let arguments = Combine {
+        y: gpu.address(&work.y),
+        pair_y: if based {
+            gpu.address(&work.pair_y)
+        } else {
+            Address::NULL
+        },
+        out: gpu.address_mut(out),
+        row_of: gpu.address(&work.tables.row_of),
+        pair_of: gpu.address(&work.tables.pair_of),
+        tokens: tokens as u32,
+        top_k: block.shape.top_k as u32,
+        hidden: block.shape.hidden as u32,
+    };
+    // SAFETY: as in `expand`; the block checked the size of `out`.
+    unsafe { queue::<T, _>(gpu, "combine", [4, 256, 0], &arguments) }
+}
+
+/// `blocks` for each multiprocessor.
+///
+/// # Safety
+/// As [`Gpu::launch`].
+unsafe fn queue<T: Element, A: DeviceRepr>(
+    gpu: &Gpu,
+    name: &'static str,
+    [blocks, block, shared]: [usize; 3],
+    arguments: &A,
+) -> Result<()> {
+    let kernel = gpu.kernel(&ADAPTERS, T::KIND, name, shared)?;
+    let grid = blocks * gpu.multiprocessors();
+    let launch = Launch {
+        grid,
+        block,
+        shared,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { gpu.launch(&kernel, launch, arguments, &[]) }
+}

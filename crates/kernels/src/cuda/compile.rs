@@ -1,0 +1,216 @@
+//! The kernels' sources, and their compilation by NVRTC with a cache on the disk.
+
+use super::{CudaError, Result};
+use cudarc::nvrtc::{result as nvrtc, sys};
+use sha2::{Digest, Sha256};
+use std::ffi::{CStr, CString};
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Where compiled kernels are kept, if not in the user's cache folder.
+const CACHE_VARIABLE: &str = "LIGHTMOE_KERNEL_CACHE";
+
+/// One source file with what is compiled in front of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Source {
+    /// The name of its file, without the ending.
+    pub name: &'static str,
+    parts: &'static [&'static str],
+    /// Whether it uses instructions that only Hopper has.
+    pub hopper: bool,
+}
+
+const COMMON: &str = include_str!("../../cuda/common.cuh");
+const CHOOSE: &str = include_str!("../../cuda/choose.cuh");
+
+pub(super) const ROUTER: Source = Source {
+    name: "router",
+    parts: &[COMMON, include_str!("../../cuda/router.cu")],
+    hopper: false,
+};
+pub(super) const ROUTE: Source = Source {
+    name: "route",
+    parts: &[COMMON, CHOOSE, include_str!("../../cuda/route.cu")],
+    hopper: false,
+};
+pub(super) const GROUPED: Source = Source {
+    name: "grouped",
+    parts: &[COMMON, include_str!("../../cuda/grouped.cu")],
+    hopper: true,
+};
+pub(super) const GROUPED_MMA: Source = Source {
+    name: "grouped_mma",
+    parts: &[COMMON, include_str!("../../cuda/grouped_mma.cu")],
+    hopper: false,
+};
+pub(super) const ADAPTERS: Source = Source {
+    name: "adapters",
+    parts: &[COMMON, include_str!("../../cuda/adapters.cu")],
+    hopper: false,
+};
+pub(super) const DECODE: Source = Source {
+    name: "decode",
+    parts: &[COMMON, CHOOSE, include_str!("../../cuda/decode.cu")],
+    hopper: false,
+};
+
+/// All sources.
+pub const SOURCES: [Source; 6] = [ROUTER, ROUTE, GROUPED, GROUPED_MMA, ADAPTERS, DECODE];
+
+/// A 16-bit float that kernels compute with; sums are in `f32`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ElementKind {
+    /// `bfloat16`
+    Bf16,
+    /// IEEE half precision
+    F16,
+}
+
+/// What became of one source.
+#[derive(Debug, Clone)]
+pub struct Binary {
+    /// Machine code: an ELF file for the driver.
+    pub image: Vec<u8>,
+    /// The same in NVIDIA's portable assembly.
+    pub ptx: String,
+    /// What the compiler said, the resources of every kernel among it.
+    pub log: String,
+}
+
+/// Whether NVRTC can be loaded.
+pub fn compiler_present() -> bool {
+    // SAFETY: only looks for the library.
+    unsafe { sys::is_culib_present() }
+}
+
+/// Compiles `source` for `architecture`, `sm_80` or `sm_90a` for example.
+///
+/// # Errors
+/// If NVRTC is missing, or does not accept the source; the message has its log.
+pub fn compile(source: &Source, element: ElementKind, architecture: &str) -> Result<Binary> {
+    if !compiler_present() {
+        return Err(CudaError::NoCompiler);
+    }
+    let failed = |log: String| CudaError::Compile {
+        kernel: source.name,
+        architecture: architecture.to_owned(),
+        log,
+    };
+    let text = CString::new(source.parts.concat()).map_err(|e| failed(e.to_string()))?;
+    let name = CString::new(format!("{}.cu", source.name)).map_err(|e| failed(e.to_string()))?;
+    let program = nvrtc::create_program(&text, Some(&name)).map_err(|e| failed(e.to_string()))?;
+    // SAFETY: the program lives until it is destroyed below, and its text as long; the buffers have the
+    // sizes that NVRTC asks for.
+    unsafe {
+        let compiled = nvrtc::compile_program(program, &options(element, architecture));
+        let log =
+            nvrtc::get_program_log(program).map_or_else(|e| e.to_string(), |log| text_of(&log));
+        let result = compiled.and_then(|()| {
+            Ok(Binary {
+                image: read(
+                    |size| sys::nvrtcGetCUBINSize(program, size),
+                    |to| sys::nvrtcGetCUBIN(program, to),
+                )?,
+                ptx: text_of(&nvrtc::get_ptx(program)?),
+                log: log.clone(),
+            })
+        });
+        // Nothing can be done about a program that does not go.
+        let _ = nvrtc::destroy_program(program);
+        result.map_err(|e| failed(format!("{e}\n{log}")))
+    }
+}
+
+/// # Safety
+/// `size` must give the number of bytes that `get` writes.
+unsafe fn read(
+    size: impl Fn(*mut usize) -> sys::nvrtcResult,
+    get: impl Fn(*mut std::ffi::c_char) -> sys::nvrtcResult,
+) -> std::result::Result<Vec<u8>, nvrtc::NvrtcError> {
+    let mut length = 0;
+    size(&mut length).result()?;
+    let mut bytes = vec![0u8; length];
+    get(bytes.as_mut_ptr().cast()).result()?;
+    Ok(bytes)
+}
+
+fn options(element: ElementKind, architecture: &str) -> Vec<String> {
+    let mut options = vec![
+        format!("--gpu-architecture={architecture}"),
+        "--std=c++17".into(),
+        "--ptxas-options=-v".into(),
+    ];
+    if element == ElementKind::F16 {
+        options.push("--define-macro=ELEMENT_F16".into());
+    }
+    options
+}
+
+fn text_of(bytes: &[std::ffi::c_char]) -> String {
+    let bytes: Vec<u8> = bytes.iter().map(|&b| b as u8).collect();
+    CStr::from_bytes_until_nul(&bytes)
+        .map(|text| text.to_string_lossy().trim().to_owned())
+        .unwrap_or_default()
+}
+
+/// As [`compile`], or from the cache: files are named by a hash of the source, the options, the compiler
+/// and the driver. A cache that cannot be written is done without.
+pub(super) fn cached(
+    source: &Source,
+    element: ElementKind,
+    architecture: &str,
+    driver: i32,
+) -> Result<Vec<u8>> {
+    let Some(folder) = cache_folder() else {
+        return Ok(compile(source, element, architecture)?.image);
+    };
+    let path = folder.join(file_name(source, element, architecture, driver));
+    if let Ok(image) = fs::read(&path) {
+        return Ok(image);
+    }
+    let image = compile(source, element, architecture)?.image;
+    let _ = store(&folder, &path, &image);
+    Ok(image)
+}
+
+fn file_name(source: &Source, element: ElementKind, architecture: &str, driver: i32) -> String {
+    let mut hash = Sha256::new();
+    let (mut major, mut minor) = (0, 0);
+    if compiler_present() {
+        // SAFETY: writes two numbers.
+        let _ = unsafe { sys::nvrtcVersion(&mut major, &mut minor) }.result();
+    }
+    let options = options(element, architecture).join("\0");
+    for part in source.parts.iter().chain([&options.as_str()]) {
+        hash.update(part.len().to_le_bytes());
+        hash.update(part);
+    }
+    hash.update(format!("{major}.{minor} {driver}"));
+    let digest: String = hash.finalize()[..16]
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    format!("{}-{architecture}-{digest}.cubin", source.name)
+}
+
+fn cache_folder() -> Option<PathBuf> {
+    let given = std::env::var_os(CACHE_VARIABLE).map(PathBuf::from);
+    let of_user = || {
+        let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
+        let cache = std::env::var_os("XDG_CACHE_HOME")
+            .map(PathBuf::from)
+            .or_else(home)?;
+        Some(cache.join("lightmoe").join("kernels"))
+    };
+    given.or_else(of_user)
+}
+
+/// Written beside its place and moved there, so that no one reads half a file.
+fn store(folder: &Path, path: &Path, image: &[u8]) -> std::io::Result<()> {
+    fs::create_dir_all(folder)?;
+    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    file.write_all(image)?;
+    file.persist(path)?;
+    Ok(())
+}

@@ -1,0 +1,242 @@
+//! Grouped products on the GPU: sorted rows times the matrix of their group, in one launch.
+
+use super::Result;
+use super::compile::{GROUPED, GROUPED_MMA, Source};
+use super::device::{Address, Element, Gpu, Launch, TensorMap};
+use cudarc::driver::{CudaSlice, DeviceRepr};
+
+/// Rows a group up to which the weights' bytes are the bound, and tiles of few rows serve best.
+const FEW_ROWS: usize = 96;
+/// Shared memory of the kernels of grouped_mma.cu.
+const MMA_SHARED: usize = 3 * (128 + 256) * 128;
+
+/// Which kernels compute grouped products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// Hopper's warpgroup products and copy engine (grouped.cu).
+    Hopper,
+    /// The products of Ampere and later (grouped_mma.cu).
+    Mma,
+}
+
+impl Path {
+    /// The faster one that this GPU has.
+    pub fn best(gpu: &Gpu) -> Self {
+        if gpu.is_hopper() {
+            Self::Hopper
+        } else {
+            Self::Mma
+        }
+    }
+}
+
+/// Where sorted rows lie, known on the GPU.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Segments {
+    /// First row of each group, and the end.
+    pub(super) starts: Address,
+    /// Token of each row.
+    pub(super) tokens: Address,
+    /// Gate of each row.
+    pub(super) gates: Address,
+    /// The most rows that there can be.
+    pub(super) rows: usize,
+    /// Whether inputs are those of the rows' tokens, or lie in the order of rows.
+    pub(super) gather: bool,
+    /// Whether results are multiplied by the rows' gates.
+    pub(super) scale: bool,
+}
+
+impl Segments {
+    pub(super) fn gathered(self) -> Self {
+        Self {
+            gather: true,
+            ..self
+        }
+    }
+
+    pub(super) fn scaled(self) -> Self {
+        Self {
+            scale: true,
+            ..self
+        }
+    }
+}
+
+/// What is computed, with its matrices `[groups, n, k]` and results.
+pub(super) enum Kind<'a, T> {
+    /// `W·x`, `[rows, n]`
+    Plain(&'a CudaSlice<T>, &'a mut CudaSlice<T>),
+    /// `W·x` and `V·x`, `[rows, n]` each.
+    Dual(
+        &'a CudaSlice<T>,
+        &'a CudaSlice<T>,
+        &'a mut CudaSlice<T>,
+        &'a mut CudaSlice<T>,
+    ),
+    /// The same in one result, `[rows, 2n]`.
+    SideBySide(&'a CudaSlice<T>, &'a CudaSlice<T>, &'a mut CudaSlice<T>),
+    /// `silu(W·x) · (V·x)`, `[rows, n]`
+    Swiglu(&'a CudaSlice<T>, &'a CudaSlice<T>, &'a mut CudaSlice<T>),
+}
+
+/// `Grouped` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Argument {
+    a: Address,
+    rows: Address,
+    b0: Address,
+    b1: Address,
+    y0: Address,
+    y1: Address,
+    scale: Address,
+    starts: Address,
+    groups: u32,
+    n: u32,
+    k: u32,
+    lda: u32,
+    ldy: u32,
+    max_rows: u32,
+}
+
+// SAFETY: plain numbers, laid out as the kernels' struct.
+unsafe impl DeviceRepr for Argument {}
+
+/// A kernel of grouped.cu: its name, shared memory, and the weight rows of one box.
+type Variant = (&'static str, usize, usize);
+
+const PLAIN: [Variant; 4] = [
+    ("grouped_plain_narrow", 216_064, 64),
+    ("grouped_plain_half", 216_064, 128),
+    ("grouped_plain_few", 224_256, 128),
+    ("grouped_plain", 216_064, 256),
+];
+const DUAL: [Variant; 4] = [
+    ("grouped_dual_narrow", 216_064, 32),
+    ("grouped_dual_half", 216_064, 64),
+    ("grouped_dual_few", 224_256, 64),
+    ("grouped_dual", 216_064, 128),
+];
+const SWIGLU: [Variant; 2] = [
+    ("grouped_swiglu_few", 224_256, 64),
+    ("grouped_swiglu", 216_064, 128),
+];
+
+/// The sizes of a grouped product.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Grouped {
+    pub(super) path: Path,
+    pub(super) groups: usize,
+    /// Outputs of a matrix.
+    pub(super) n: usize,
+    /// Inputs of a matrix.
+    pub(super) k: usize,
+    /// Rows that a group has on average, as far as the host can know.
+    pub(super) depth: usize,
+}
+
+impl Grouped {
+    /// Queues the product of `a`, rows of `k`.
+    pub(super) fn run<T: Element>(
+        &self,
+        gpu: &Gpu,
+        kind: Kind<'_, T>,
+        a: &CudaSlice<T>,
+        segments: &Segments,
+    ) -> Result<()> {
+        let n = self.n;
+        let mut argument = Argument {
+            a: gpu.address(a),
+            rows: if segments.gather {
+                segments.tokens
+            } else {
+                Address::NULL
+            },
+            b0: Address::NULL,
+            b1: Address::NULL,
+            y0: Address::NULL,
+            y1: Address::NULL,
+            scale: if segments.scale {
+                segments.gates
+            } else {
+                Address::NULL
+            },
+            starts: segments.starts,
+            groups: self.groups as u32,
+            n: n as u32,
+            k: self.k as u32,
+            lda: self.k as u32,
+            ldy: n as u32,
+            max_rows: segments.rows as u32,
+        };
+        let (mma, variants, two) = match kind {
+            Kind::Plain(w, y) => {
+                (argument.b0, argument.y0) = (gpu.address(w), gpu.address_mut(y));
+                ("grouped_mma_plain", &PLAIN[..], false)
+            }
+            Kind::Dual(w, v, y0, y1) => {
+                (argument.b0, argument.b1) = (gpu.address(w), gpu.address(v));
+                (argument.y0, argument.y1) = (gpu.address_mut(y0), gpu.address_mut(y1));
+                ("grouped_mma_dual", &DUAL[..], true)
+            }
+            Kind::SideBySide(w, v, y) => {
+                (argument.b0, argument.b1) = (gpu.address(w), gpu.address(v));
+                argument.y0 = gpu.address_mut(y);
+                argument.y1 = argument.y0.skip::<T>(n);
+                argument.ldy = 2 * n as u32;
+                ("grouped_mma_dual", &DUAL[..], true)
+            }
+            Kind::Swiglu(w, v, y) => {
+                (argument.b0, argument.b1) = (gpu.address(w), gpu.address(v));
+                argument.y0 = gpu.address_mut(y);
+                ("grouped_mma_swiglu", &SWIGLU[..], true)
+            }
+        };
+        match self.path {
+            Path::Mma => {
+                self.launch::<T>(gpu, &GROUPED_MMA, (mma, MMA_SHARED, 256), &argument, &[])
+            }
+            Path::Hopper => {
+                let (name, shared, rows) = self.variant(variants);
+                let map =
+                    |address| TensorMap::new(address, T::KIND, (self.groups * n, self.k), rows);
+                let maps = if two {
+                    vec![map(argument.b0)?, map(argument.b1)?]
+                } else {
+                    vec![map(argument.b0)?]
+                };
+                self.launch::<T>(gpu, &GROUPED, (name, shared, 384), &argument, &maps)
+            }
+        }
+    }
+
+    /// The narrowest tiles that hold all columns, else by the depth of groups.
+    fn variant(&self, variants: &[Variant]) -> Variant {
+        let (narrow, wide) = variants.split_at(variants.len() - 2);
+        let holds = narrow.iter().find(|(_, _, rows)| self.n <= *rows);
+        *holds.unwrap_or(if self.depth <= FEW_ROWS {
+            &wide[0]
+        } else {
+            &wide[1]
+        })
+    }
+
+    fn launch<T: Element>(
+        &self,
+        gpu: &Gpu,
+        source: &Source,
+        (name, shared, block): (&'static str, usize, usize),
+        argument: &Argument,
+        maps: &[TensorMap],
+    ) -> Result<()> {
+        let kernel = gpu.kernel(source, T::KIND, name, shared)?;
+        let launch = Launch {
+            grid: gpu.multiprocessors(),
+            block,
+            shared,
+        };
+        // SAFETY: the caller's matrices have these sizes, its rows and results those of the segments.
+        unsafe { gpu.launch(&kernel, launch, argument, maps) }
+    }
+}
