@@ -52,13 +52,13 @@ pub fn run(arguments: &[String]) -> Outcome {
 
 /// The binaries, in the order of [`BINARIES`].
 fn build() -> Result<Vec<PathBuf>, String> {
-    // The whole workspace, so that dependencies keep the features they are built with.
     let mut build = shell::cargo(&[
         "test",
-        "--workspace",
+        "--package",
+        "lightmoe-kernels",
         "--release",
         "--features",
-        "lightmoe-kernels/cuda",
+        "cuda",
         "--no-run",
         "--lib",
         "--bench",

@@ -1,6 +1,7 @@
 // What lies between the grouped products where positions are a base with an adapter.
 //   adapters_expand   :  h[s, :] = silu(U_gate[slot] . low_gate[s] + base_gate[pair of s, :])
 //                                   * (U_up[slot]  . low_up[s]   + base_up[pair of s, :])
+//   adapters_expand_pre: what stands in parentheses, two results, for the backward pass
 //   adapters_sum_pairs:  sum[pair, :] = sum over the pair's choices j, in order, of gate_j * h[row_j, :]
 //   combine           :  out[t, :] = sum over j, in order, of y[row_j, :] + ypair[pair that j is the first of, :]
 //
@@ -9,7 +10,7 @@
 // Block: expand 128 threads, the others 256.
 // Shared memory: expand 8192 * (ceil(rank / 32) | 1) bytes, dynamic, at most 40960; the others none.
 // Registers (sm_80, sm_90a): expand 122, 126; sum_pairs 30, 28; combine 51, 58.
-// Bound: bytes. expand moves 6 inner bytes for each row (the base's two rows, and h), sum_pairs
+// Bound: bytes. expand moves 6 inner bytes for each row (the base's two rows, and h; expand_pre 8), sum_pairs
 // 2 inner for each row and each pair, combine 2 hidden for each row, each pair and each token.
 // last measured: not yet
 
@@ -38,7 +39,9 @@ __device__ __forceinline__ void mma_32(float (&d)[4], const uint4& top, const ui
     mma(d, {top.z, bottom.z, top.w, bottom.w}, {b.z, b.w});
 }
 
-extern "C" __global__ void __launch_bounds__(EXPAND_THREADS, 4) adapters_expand(Expand p) {
+// Where PRE, `h` takes the pre-activations of the gate, and `pre_up` those of up.
+template <bool PRE>
+__device__ __forceinline__ void expand(const Expand& p, elem* pre_up) {
     extern __shared__ uint4 weights[];  // a line for each row of the gate's U, then of the up's
     // An odd number of 64-byte parts to a line keeps the lanes of a load in different banks.
     u32 parts = (p.rank + 31) / 32;
@@ -98,34 +101,34 @@ extern "C" __global__ void __launch_bounds__(EXPAND_THREADS, 4) adapters_expand(
                 u32 u[4] = {base[i][1].x, base[i][1].y, base[i][1].z, base[i][1].w};
                 transpose_quad(g);
                 transpose_quad(u);
-                u32 h[4];
+                u32 first[4], second[4];
 #pragma unroll
                 for (u32 j = 0; j < 4; j++) {
-                    float left = silu(gate[j][i * 2] + low(g[j])) * (up[j][i * 2] + low(u[j]));
-                    float right = silu(gate[j][i * 2 + 1] + high(g[j])) * (up[j][i * 2 + 1] + high(u[j]));
-                    h[j] = pack(left, right);
+                    float gate_left = gate[j][i * 2] + low(g[j]), gate_right = gate[j][i * 2 + 1] + high(g[j]);
+                    float up_left = up[j][i * 2] + low(u[j]), up_right = up[j][i * 2 + 1] + high(u[j]);
+                    first[j] = PRE ? pack(gate_left, gate_right) : pack(silu(gate_left) * up_left, silu(gate_right) * up_right);
+                    second[j] = pack(up_left, up_right);
                 }
-                transpose_quad(h);
+                transpose_quad(first);
+                if (PRE) transpose_quad(second);
                 u32 at = row + i * 8 + group;
-                if (at < end && column < p.inner) *reinterpret_cast<uint4*>(p.h + u64(at) * p.inner + column) = make_uint4(h[0], h[1], h[2], h[3]);
+                u64 to = u64(at) * p.inner + column;
+                if (at < end && column < p.inner) {
+                    *reinterpret_cast<uint4*>(p.h + to) = make_uint4(first[0], first[1], first[2], first[3]);
+                    if (PRE) *reinterpret_cast<uint4*>(pre_up + to) = make_uint4(second[0], second[1], second[2], second[3]);
+                }
             }
         }
     }
 }
 
-// sum += factor * 8 elements
-__device__ __forceinline__ void add(float (&sum)[8], float factor, const uint4& v) {
-    u32 of[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-        sum[i * 2] += factor * low(of[i]);
-        sum[i * 2 + 1] += factor * high(of[i]);
-    }
-}
+struct ExpandPre {
+    Expand expand;  // its `h` takes the pre-activations of the gate
+    elem* pre_up;   // [S, inner]
+};
 
-__device__ __forceinline__ uint4 pack_8(const float (&v)[8]) {
-    return make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
-}
+extern "C" __global__ void __launch_bounds__(EXPAND_THREADS, 4) adapters_expand(Expand p) { expand<false>(p, nullptr); }
+extern "C" __global__ void __launch_bounds__(EXPAND_THREADS, 4) adapters_expand_pre(ExpandPre p) { expand<true>(p.expand, p.pre_up); }
 
 constexpr u32 SLAB = WARP * 8;  // columns of a warp: 16 bytes for each lane
 

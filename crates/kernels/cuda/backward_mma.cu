@@ -1,21 +1,23 @@
 // The two grouped products of the backward pass, for sm_80 and later.
 //   backward_mma_transposed     :  y[s, :] = scale[s] * (a0[row(s), :] . b0[g])
 //   backward_mma_transposed_two :  y[s, :] = scale[s] * (a0[row(s), :] . b0[g] + a1[row(s), :] . b1[g])
-//   backward_mma_outer          :  dw[g] = sum over the group's rows s of scale[s] * a[row_a(s), :] (x) b[row_b(s), :]
-// and for small n of the first, small n or k of the last (one tile to a rank, say up to 128):
+//   backward_mma_outer          :  dw[g][i, j] = sum over the group's rows s of scale[s] * a[row_a(s), i] * b[row_b(s), j]
+// and the same in narrow tiles, for adapters, where the first has n <= 128 and the last n or k <= 128:
 //   backward_mma_transposed_narrow, backward_mma_outer_narrow
 //
 // Grid: any number of blocks, best as many as the device holds at once: one for each multiprocessor, two
 // of the narrow ones. Every block takes tiles in turn. Block: 256 threads.
 // Shared memory, dynamic: transposed, transposed_two 147456 bytes, outer 148224; transposed_narrow
 // 73728, outer_narrow 74496.
-// Registers (sm_80, sm_90a): REGISTERS
+// Registers (sm_80, sm_90a): transposed 219, 222; transposed_two 220, 223; outer 251, 209;
+// transposed_narrow 100, 100; outer_narrow 109, 101.
 // Bound: the tensor cores for bases and dense weights; bytes for adapters: the rows, and what is written.
 // last measured: not yet
 //
 // Here the summed index is the row of an operand as it lies in memory, not the column: `ldmatrix`
 // transposes such operands on their way from shared memory to registers. Copies run two steps of 64 of
-// the summed index ahead, over the borders of tiles, as in grouped_mma.cu.
+// the summed index ahead, over the borders of tiles, as in grouped_mma.cu. The scale of `outer` goes to
+// the rows of `a`, which are rounded to elements once more.
 
 struct Transposed {
     const elem* a0;      // [*, k] inputs, row stride lda
@@ -183,8 +185,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) backward_mma_transposed
 // A tile of dw, and the rows that it sums over.
 struct Part { u32 group, n, k, row, end; };
 
-// A tile is N by K, a warp's part of it SIDE by SIDE. Unlike above, every group has all its tiles, so
-// that each number of a tile says where it lies. The sum over the rows is not divided: its order is theirs.
+// A tile is N by K, a warp's part of it SIDE by SIDE. Every group has all its tiles, with or without
+// rows. No two blocks share a sum, so that its order is that of the rows.
 template <u32 N, u32 K, u32 SIDE>
 __device__ __forceinline__ void outer(const Outer& p) {
     extern __shared__ __align__(128) unsigned char shared[];
@@ -205,7 +207,8 @@ __device__ __forceinline__ void outer(const Outer& p) {
     u32 from_a[DEPTH / COPIED], from_b[DEPTH / COPIED];  // NONE: beyond the group
     float factor[DEPTH / COPIED];
 
-    // Goes on to a tile with rows, or to one beyond all tiles, unless the present one has rows left.
+    // The rows of the next step, in the next tile that has any where this one is done. No tile left:
+    // `ahead` stays without rows.
     auto look_up = [&] {
         while (ahead.row >= ahead.end && next < tiles) {
             ahead = part(next);

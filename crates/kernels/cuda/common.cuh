@@ -132,6 +132,20 @@ __device__ __forceinline__ void transpose_quad(u32 (&v)[4]) {
     }
 }
 
+// sum += factor * 8 elements
+__device__ __forceinline__ void add(float (&sum)[8], float factor, const uint4& v) {
+    u32 of[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        sum[i * 2] += factor * low(of[i]);
+        sum[i * 2 + 1] += factor * high(of[i]);
+    }
+}
+
+__device__ __forceinline__ uint4 pack_8(const float (&v)[8]) {
+    return make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+}
+
 // The tiles of groups of rows whose sizes only the device knows: every block takes the tiles
 // blockIdx.x, + gridDim.x, .. Tiles of the same weights (rows inner) are neighbours, so that blocks
 // running together read them once from memory. The whole warp calls `advance`.

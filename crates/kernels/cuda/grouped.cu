@@ -12,11 +12,9 @@
 // {k, groups * n}, stride {k * 2 bytes}, box {64, BOX}, element strides {1, 1}, no interleave,
 // SWIZZLE_128B, L2_PROMOTION_256B, out-of-bounds fill NONE (zeros).
 //
-// Persistent and specialised by warp. In the first warpgroup one thread brings weights (TMA) and two
-// warps gather the rows (cp.async, swizzled by hand) into a ring of stages of 64 columns of k; the two
-// other warpgroups multiply (wgmma) and write. The loading threads run ahead into the next tile while the
-// others write. The number of rows of each group is known on the device only, so that every
-// role walks the same list of tiles, which follows from `starts`.
+// Persistent and specialised by warp, as hopper.cuh says: one thread brings weights, two warps gather rows. The
+// number of rows of each group is known on the device only, so that every role walks the same list of
+// tiles, which follows from `starts`.
 //
 // Bound: FLOPs for some 300 rows per group and more, the weights' bytes below.
 // Registers: 256 wide: 168, of which 72 stay to load and 216 are taken to multiply; 128 wide: up to 128; 64 wide: 84.
@@ -43,7 +41,8 @@ __device__ __forceinline__ void grouped(const Grouped& args, const TensorMap& ma
     __shared__ u64 full[S::STAGES], empty[S::STAGES];
     __shared__ u32 starts[MAX_GROUPS + 1], before[MAX_GROUPS + 1];
 
-    unsigned char* ring = ring_in(memory);
+    // The swizzle's pattern begins at multiples of 1024.
+    unsigned char* ring = memory + (-shared_address(memory) & 1023);
     // Taken from lane 0, so that the compiler knows it for the same in the whole warp.
     u32 warp = __shfl_sync(0xffffffffu, threadIdx.x / WARP, 0), lane = threadIdx.x % WARP;
     ready_barriers<S>(full, empty, 1 + GATHERERS);
@@ -75,7 +74,7 @@ __device__ __forceinline__ void grouped(const Grouped& args, const TensorMap& ma
                 }
             }
         } else if (warp > 0 && warp <= GATHERERS) {
-            gather<S, 1>(tiles, args.a, nullptr, args.rows, args.k, args.lda, ring, full, empty);
+            gather<S, 1>(args, tiles, count, steps, lane, place, ring, full, empty);
         }
     } else {
         if constexpr (WIDTH == 256) take_registers<216>();

@@ -206,9 +206,6 @@ __device__ __forceinline__ void list_tiles(const u32* from, u32 groups, u32* sta
     __syncthreads();
 }
 
-// Where the ring starts: 8 lines of the swizzle begin at a multiple of 1024.
-__device__ __forceinline__ unsigned char* ring_in(unsigned char* memory) { return memory + (-shared_address(memory) & 1023); }
-
 // Readies the barriers of a ring, each stage of which is filled by `fillers`. The block synchronises before
 // it uses them.
 template <typename S>
@@ -222,16 +219,15 @@ __device__ __forceinline__ void ready_barriers(u64* full, u64* empty, u32 filler
     }
 }
 
-// The part of a gathering warp in GATHERERS: the rows of each tile, of `a0` [*, k] and then, with two
-// PAIRS of operands, of `a1`. The first of these warps is the block's second.
-template <typename S, u32 PAIRS, typename List>
-__device__ __forceinline__ void gather(const List& tiles, const elem* a0, const elem* a1, const u32* rows, u32 k, u32 lda, unsigned char* ring, u64* full, u64* empty) {
+// The part of a gathering warp, the block's second and so on: rows of args.a [*, k] for each tile and then,
+// with two PAIRS of operands, the same rows of args.a1. `steps` are those of one operand.
+template <typename S, u32 PAIRS, typename Arguments, typename List>
+__device__ __forceinline__ void gather(const Arguments& args, const List& tiles, u32 count, u32 steps, u32 lane, Place& place, unsigned char* ring, u64* full, u64* empty) {
     // Eight neighbouring threads copy the 128 bytes of a row; a thread's rows are 8 apart, so that
     // they all have the same swizzle.
-    u32 lane = threadIdx.x % WARP, thread = threadIdx.x - WARP, line = thread / 8, piece = thread % 8;
+    u32 thread = threadIdx.x - WARP, line = thread / 8, piece = thread % 8;
     u32 offset = line * LINE + (piece ^ line) * 16;
-    u32 count = tiles.count(), steps = (k + STEP - 1) / STEP;
-    Place place, arrived;  // `arrived`: the oldest stage whose rows were not yet reported
+    Place arrived;  // the oldest stage whose rows were not yet reported
     u32 pending = 0;
     auto report = [&] {
         barrier_arrive(&full[arrived.stage]);
@@ -244,7 +240,7 @@ __device__ __forceinline__ void gather(const List& tiles, const elem* a0, const 
 #pragma unroll
         for (u32 i = 0; i < S::ROWS / 8; i++) {
             u32 row = first + 8 * i;
-            from[i] = row >= tile.end ? 0 : (rows ? rows[row] : row) * (lda / 8);
+            from[i] = row >= tile.end ? 0 : (args.rows ? args.rows[row] : row) * (args.lda / 8);
         }
         for (u32 step = 0; step < PAIRS * steps; step++) {
             // Reported before the wait for a free stage, which may depend on it.
@@ -259,10 +255,16 @@ __device__ __forceinline__ void gather(const List& tiles, const elem* a0, const 
             }
             barrier_wait(&empty[place.stage], place.parity ^ 1);
             unsigned char* to = ring + place.stage * S::STAGE + offset;
-            bool second = PAIRS == 2 && step >= steps;
-            u32 column = (second ? step - steps : step) * STEP + piece * 8;
-            bool inside = column < k;
-            const elem* a = (second ? a1 : a0) + (inside ? column : 0);
+            u32 column = step * STEP + piece * 8;
+            const elem* source = args.a;
+            if constexpr (PAIRS == 2) {
+                if (step >= steps) {
+                    column -= steps * STEP;
+                    source = args.a1;
+                }
+            }
+            bool inside = column < args.k;
+            const elem* a = source + (inside ? column : 0);
 #pragma unroll
             for (u32 i = 0; i < S::ROWS / 8; i++) copy_async(to + i * 8 * LINE, a + u64(from[i]) * 8, inside && first + 8 * i < tile.end);
             copy_commit();

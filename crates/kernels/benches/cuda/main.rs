@@ -1,5 +1,6 @@
 //! Whole layers of experts on a GPU, original and compressed: `--out FOLDER` measures, `--table FOLDER`
-//! writes what was measured, others' times beside it, as Markdown.
+//! writes what was measured, others' times beside it, as Markdown; `--once MODEL TOKENS REPLACED ...` runs
+//! layers once, for a profiler.
 //!
 //! A layer's time is that of one CUDA graph that runs it on several batches, divided by their number, so
 //! that no batch finds its weights in the cache. Shares are of the copy rate and of the rate of a large
@@ -18,6 +19,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let done = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["--out", folder] => measure::run(Path::new(folder)),
+        ["--once", ref cases @ ..] => cases.chunks(3).try_for_each(measure::once),
         ["--table", folder] => table::print(Path::new(folder)),
         // `cargo bench` and `cargo test` run it with arguments of their own.
         _ => {

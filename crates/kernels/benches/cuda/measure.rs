@@ -83,6 +83,24 @@ pub fn run(folder: &Path) -> Outcome<()> {
     Ok(())
 }
 
+pub fn once(case: &[&str]) -> Outcome<()> {
+    let [model, tokens, replaced] = case else {
+        return Err("a model, a number of tokens, and a percentage".into());
+    };
+    let model = MODELS
+        .iter()
+        .find(|m| m.name == *model)
+        .ok_or("no such model")?;
+    let tokens: usize = tokens.parse()?;
+    let gpu = Gpu::new(0)?;
+    let block = Bench::new(&gpu)?.block(model.shape(replaced.parse()?))?;
+    let x = gpu.upload(&Batch::new(model, tokens, Skew::Uniform, 0).x)?;
+    let mut work = Workspace::new(&gpu, *block.shape(), tokens)?;
+    let mut out = gpu.alloc(tokens * model.hidden)?;
+    block.forward(&gpu, &x, tokens, &mut work, &mut out)?;
+    Ok(gpu.synchronize()?)
+}
+
 /// So many that their experts do not stay in the cache from one to the next.
 fn batches(model: &Model, tokens: usize, skew: Skew) -> Vec<Batch> {
     let count = match tokens {

@@ -23,6 +23,14 @@ struct Expand {
     rank: u32,
 }
 
+/// Arguments of `adapters_expand_pre`: the `h` of `expand` takes the pre-activations of the gate.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct ExpandPre {
+    expand: Expand,
+    pre_up: Address,
+}
+
 /// Arguments of `adapters_sum_pairs`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -55,6 +63,8 @@ struct Combine {
 // SAFETY: plain numbers, laid out as the kernels' structs.
 unsafe impl DeviceRepr for Expand {}
 // SAFETY: as above.
+unsafe impl DeviceRepr for ExpandPre {}
+// SAFETY: as above.
 unsafe impl DeviceRepr for SumPairs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for Combine {}
@@ -65,27 +75,57 @@ pub(super) fn expand<T: Element>(
     block: &Block<T>,
     work: &mut Workspace<T>,
 ) -> Result<()> {
+    let h = gpu.address_mut(&mut work.h);
+    let arguments = expand_arguments(gpu, block, work, h);
+    // SAFETY: the block and the workspace have these sizes; rows stay below the workspace's.
+    unsafe { queue::<T, _>(gpu, "adapters_expand", expand_size(block), &arguments) }
+}
+
+/// The pre-activations of adapted rows instead, `[S, F]` each.
+pub(super) fn expand_pre<T: Element>(
+    gpu: &Gpu,
+    block: &Block<T>,
+    work: &Workspace<T>,
+    gate: &mut CudaSlice<T>,
+    up: &mut CudaSlice<T>,
+) -> Result<()> {
+    let arguments = ExpandPre {
+        expand: expand_arguments(gpu, block, work, gpu.address_mut(gate)),
+        pre_up: gpu.address_mut(up),
+    };
+    // SAFETY: as in `expand`; the gradients have the size of `h`.
+    unsafe { queue::<T, _>(gpu, "adapters_expand_pre", expand_size(block), &arguments) }
+}
+
+/// Blocks for each multiprocessor, threads, and shared memory.
+fn expand_size<T>(block: &Block<T>) -> [usize; 3] {
+    // U of a tile, its lines an odd number of 64-byte parts long against bank conflicts.
+    [4, 128, 8192 * (block.shape.rank.div_ceil(32) | 1)]
+}
+
+fn expand_arguments<T: Element>(
+    gpu: &Gpu,
+    block: &Block<T>,
+    work: &Workspace<T>,
+    h: Address,
+) -> Expand {
     let shape = &block.shape;
     let weights = &block.weights.adapters.b;
     let based = shape.groups > 0;
     let of_pairs = |t: &CudaSlice<T>| if based { gpu.address(t) } else { Address::NULL };
-    let arguments = Expand {
+    Expand {
         low: gpu.address(&work.low),
         gate: gpu.address(&weights.gate),
         up: gpu.address(&weights.up),
         base_gate: of_pairs(&work.pre_gate),
         base_up: of_pairs(&work.pre_up),
-        h: gpu.address_mut(&mut work.h),
+        h,
         pair_of_row: gpu.address(&work.tables.pair_of_row),
         starts: gpu.address(&work.tables.starts).skip::<u32>(shape.dense),
         slots: shape.adapted as u32,
         inner: shape.inner as u32,
         rank: shape.rank as u32,
-    };
-    // U of a tile, its lines an odd number of 64-byte parts long against bank conflicts.
-    let shared = 8192 * (shape.rank.div_ceil(32) | 1);
-    // SAFETY: the block and the workspace have these sizes; rows stay below the workspace's.
-    unsafe { queue::<T, _>(gpu, "adapters_expand", [4, 128, shared], &arguments) }
+    }
 }
 
 /// `Σ g·h` of every pair.

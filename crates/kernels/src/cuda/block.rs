@@ -289,7 +289,7 @@ impl<T: Element> Block<T> {
         queued(Stage::Combine)
     }
 
-    fn check(
+    pub(super) fn check(
         &self,
         x: &CudaSlice<T>,
         tokens: usize,

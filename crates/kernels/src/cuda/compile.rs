@@ -22,6 +22,7 @@ pub struct Source {
 }
 
 const COMMON: &str = include_str!("../../cuda/common.cuh");
+const HOPPER: &str = include_str!("../../cuda/hopper.cuh");
 const CHOOSE: &str = include_str!("../../cuda/choose.cuh");
 
 pub(super) const ROUTER: Source = Source {
@@ -36,7 +37,7 @@ pub(super) const ROUTE: Source = Source {
 };
 pub(super) const GROUPED: Source = Source {
     name: "grouped",
-    parts: &[COMMON, include_str!("../../cuda/grouped.cu")],
+    parts: &[COMMON, HOPPER, include_str!("../../cuda/grouped.cu")],
     hopper: true,
 };
 pub(super) const GROUPED_MMA: Source = Source {
@@ -55,8 +56,34 @@ pub(super) const DECODE: Source = Source {
     hopper: false,
 };
 
+pub(super) const BACKWARD: Source = Source {
+    name: "backward",
+    parts: &[COMMON, HOPPER, include_str!("../../cuda/backward.cu")],
+    hopper: true,
+};
+pub(super) const BACKWARD_MMA: Source = Source {
+    name: "backward_mma",
+    parts: &[COMMON, include_str!("../../cuda/backward_mma.cu")],
+    hopper: false,
+};
+pub(super) const ROWS: Source = Source {
+    name: "rows",
+    parts: &[COMMON, include_str!("../../cuda/rows.cu")],
+    hopper: false,
+};
+
 /// All sources.
-pub const SOURCES: [Source; 6] = [ROUTER, ROUTE, GROUPED, GROUPED_MMA, ADAPTERS, DECODE];
+pub const SOURCES: [Source; 9] = [
+    ROUTER,
+    ROUTE,
+    GROUPED,
+    GROUPED_MMA,
+    ADAPTERS,
+    DECODE,
+    BACKWARD,
+    BACKWARD_MMA,
+    ROWS,
+];
 
 /// A 16-bit float that kernels compute with; sums are in `f32`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

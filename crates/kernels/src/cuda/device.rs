@@ -331,23 +331,29 @@ pub(super) struct TensorMap(sys::CUtensorMap);
 unsafe impl DeviceRepr for TensorMap {}
 
 impl TensorMap {
-    /// `[rows, columns]` 16-bit numbers at `address`, read in boxes of `[box_rows, 64]` with a swizzle of
-    /// 128 bytes; zeros outside.
+    /// 16-bit numbers at `address`, read in boxes with a swizzle of 128 bytes, zeros outside. Sizes are
+    /// those of the tensor from its last dimension to its first.
     pub(super) fn new(
         address: Address,
         element: ElementKind,
-        (rows, columns): (usize, usize),
-        box_rows: usize,
+        sizes: &[usize],
+        boxes: &[u32],
     ) -> Result<Self> {
         use sys::CUtensorMapDataType::{
             CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 as BF16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16 as F16,
         };
         let mut map = std::mem::MaybeUninit::<sys::CUtensorMap>::uninit();
-        let sizes = [columns as u64, rows as u64];
-        let strides = [columns as u64 * 2];
-        let boxes = [64u32, box_rows as u32];
-        let steps = [1u32, 1];
-        // SAFETY: all arrays have as many entries as the map has dimensions; it is written on success.
+        let strides: Vec<u64> = sizes[..sizes.len() - 1]
+            .iter()
+            .scan(2, |bytes, &size| {
+                *bytes *= size as u64;
+                Some(*bytes)
+            })
+            .collect();
+        let steps = vec![1u32; sizes.len()];
+        let counts: Vec<u64> = sizes.iter().map(|&size| size as u64).collect();
+        // SAFETY: all arrays have as many entries as the map has dimensions, the strides one less; it is
+        // written on success.
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 map.as_mut_ptr(),
@@ -356,9 +362,9 @@ impl TensorMap {
                 } else {
                     BF16
                 },
-                2,
+                sizes.len() as u32,
                 address.0 as *mut _,
-                sizes.as_ptr(),
+                counts.as_ptr(),
                 strides.as_ptr(),
                 boxes.as_ptr(),
                 steps.as_ptr(),
@@ -369,7 +375,7 @@ impl TensorMap {
             )
             .result()
             .trying(format!(
-                "describing a matrix [{rows}, {columns}] to the copy engine"
+                "describing a tensor of {sizes:?} to the copy engine"
             ))?;
             Ok(Self(map.assume_init()))
         }

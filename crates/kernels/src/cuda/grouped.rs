@@ -199,8 +199,14 @@ impl Grouped {
             }
             Path::Hopper => {
                 let (name, shared, rows) = self.variant(variants);
-                let map =
-                    |address| TensorMap::new(address, T::KIND, (self.groups * n, self.k), rows);
+                let map = |address| {
+                    TensorMap::new(
+                        address,
+                        T::KIND,
+                        &[self.k, self.groups * n],
+                        &[64, rows as u32],
+                    )
+                };
                 let maps = if two {
                     vec![map(argument.b0)?, map(argument.b1)?]
                 } else {

@@ -5,15 +5,19 @@
 //! sums; no sum depends on the order in which blocks run, so the same inputs give the same bits.
 
 mod adapters;
+mod backward;
 mod block;
 mod compile;
 mod decode;
 mod device;
 mod grouped;
+mod products;
 mod route;
+mod rows;
 #[cfg(test)]
 mod tests;
 
+pub use backward::{Gradients, Trained};
 pub use block::{Adapted, Block, Projections, Shape, Stage, Weights, Workspace};
 pub use compile::{Binary, ElementKind, SOURCES, Source, compile, compiler_present};
 pub use device::{Element, Gpu};

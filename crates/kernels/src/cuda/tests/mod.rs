@@ -4,6 +4,7 @@
 //! LIGHTMOE_GPU makes a missing one a failure. What has `small` in its name is quick enough for a memory
 //! checker.
 
+mod gradients;
 mod reference;
 
 use super::block::{Block, Shape, Workspace};
@@ -14,7 +15,7 @@ use crate::Dispatch;
 use half::{bf16, f16};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use reference::{Layer, Number, random};
+use reference::{Layer, Number, random, values};
 
 /// Set where a missing GPU must not go unseen.
 const REQUIRED: &str = "LIGHTMOE_GPU";
@@ -31,8 +32,8 @@ fn gpu() -> Option<Gpu> {
 }
 
 /// A layer and how many of its adapted slots have no base.
-fn layer<T: Number>(seed: u64, shape: Shape, without: usize, choice: Choice) -> Layer<T> {
-    Layer::random(seed, shape, without, choice, choice.sigmoid)
+fn layer<T: Number>(seed: u64, shape: Shape, without: usize, choice: Choice) -> Layer {
+    Layer::random::<T>(seed, shape, without, choice, choice.sigmoid)
 }
 
 const SOFTMAX: Choice = Choice {
@@ -89,7 +90,7 @@ fn distance(a: &[f64], b: &[f64]) -> f64 {
 /// The choices in the tables, after the tables were held against a sort on the host.
 fn choices<T: Number>(
     gpu: &Gpu,
-    layer: &Layer<T>,
+    layer: &Layer,
     work: &Workspace<T>,
     tokens: usize,
 ) -> Vec<Vec<(usize, f64)>> {
@@ -200,7 +201,7 @@ enum Way {
 
 fn run<T: Number>(
     gpu: &Gpu,
-    layer: &Layer<T>,
+    layer: &Layer,
     block: &Block<T>,
     tokens: usize,
     way: Way,
@@ -221,9 +222,9 @@ fn run<T: Number>(
     done.unwrap();
     let given = gpu.download(&out).unwrap();
     let choices = choices(gpu, layer, &work, tokens);
+    let x = values(&x);
     for (t, (x, choice)) in x.chunks(layer.shape.hidden).zip(&choices).enumerate() {
-        let x: Vec<f64> = x.iter().map(|v| v.value()).collect();
-        let expected = layer.choose(&layer.logits(&x));
+        let expected = layer.choose(&layer.logits(x));
         for ((position, gate), (p, g)) in choice.iter().zip(&expected) {
             assert!(
                 position == p && (gate - g).abs() < 2e-3 * g,
@@ -231,9 +232,8 @@ fn run<T: Number>(
             );
         }
     }
-    let values: Vec<f64> = given.iter().map(|v| v.value()).collect();
     let expected = layer.forward(&x, &choices);
-    for (t, (given, expected)) in values
+    for (t, (given, expected)) in values(&given)
         .chunks(layer.shape.hidden)
         .zip(expected.chunks(layer.shape.hidden))
         .enumerate()
@@ -252,8 +252,8 @@ fn run<T: Number>(
 fn all_shapes<T: Number>(tokens: &[usize], way: Way) {
     let Some(gpu) = gpu() else { return };
     for (i, &(shape, without)) in SHAPES.iter().enumerate() {
-        let layer: Layer<T> = layer(i as u64, shape, without, SOFTMAX);
-        let block = layer.upload(&gpu);
+        let layer = layer::<T>(i as u64, shape, without, SOFTMAX);
+        let block = layer.upload::<T>(&gpu);
         for &tokens in tokens {
             let seed = (100 * i + tokens) as u64;
             let first = run(&gpu, &layer, &block, tokens, way, seed);
@@ -321,8 +321,8 @@ fn small_choices_are_limited_to_groups() {
         scaling: 2.5,
     };
     let shape = shape(64, 32, 32, 6, [20, 9], 2, 8);
-    let layer: Layer<bf16> = layer(7, shape, 1, choice);
-    let block = layer.upload(&gpu);
+    let layer = layer::<bf16>(7, shape, 1, choice);
+    let block = layer.upload::<bf16>(&gpu);
     for (tokens, way) in [(4, Way::Decode), (100, Way::Grouped(Path::Mma))] {
         run(&gpu, &layer, &block, tokens, way, tokens as u64);
     }
@@ -333,8 +333,8 @@ fn small_choices_are_limited_to_groups() {
 fn wide_layers_agree_with_the_reference() {
     let Some(gpu) = gpu() else { return };
     let shape = shape(2048, 1024, 16, 4, [8, 8], 2, 32);
-    let layer: Layer<bf16> = layer(11, shape, 0, SOFTMAX);
-    let block = layer.upload(&gpu);
+    let layer = layer::<bf16>(11, shape, 0, SOFTMAX);
+    let block = layer.upload::<bf16>(&gpu);
     let mut ways = vec![(32, Way::Decode), (600, Way::Grouped(Path::Mma))];
     if gpu.is_hopper() {
         ways.push((600, Way::Grouped(Path::Hopper)));
@@ -347,8 +347,8 @@ fn wide_layers_agree_with_the_reference() {
 #[test]
 fn a_captured_graph_gives_the_same() {
     let Some(gpu) = gpu() else { return };
-    let layer: Layer<bf16> = layer(3, SHAPES[1].0, SHAPES[1].1, SOFTMAX);
-    let block = layer.upload(&gpu);
+    let layer = layer::<bf16>(3, SHAPES[1].0, SHAPES[1].1, SOFTMAX);
+    let block = layer.upload::<bf16>(&gpu);
     for tokens in [4, 64] {
         let direct = run(&gpu, &layer, &block, tokens, Way::Decode, 5);
         let mut rng = ChaCha8Rng::seed_from_u64(5);
@@ -377,8 +377,8 @@ fn a_captured_graph_gives_the_same() {
 #[test]
 fn sizes_that_do_not_fit_are_refused() {
     let Some(gpu) = gpu() else { return };
-    let layer: Layer<bf16> = layer(3, SHAPES[0].0, 0, SOFTMAX);
-    let block = layer.upload(&gpu);
+    let layer = layer::<bf16>(3, SHAPES[0].0, 0, SOFTMAX);
+    let block = layer.upload::<bf16>(&gpu);
     let mut work = Workspace::new(&gpu, layer.shape, 2).unwrap();
     let x = gpu.alloc(3 * layer.shape.hidden).unwrap();
     let mut out = gpu.alloc(3 * layer.shape.hidden).unwrap();

@@ -41,49 +41,124 @@ pub(super) fn random<T: Number>(rng: &mut ChaCha8Rng, n: usize, inputs: usize) -
         .collect()
 }
 
-struct Matrices<T> {
-    gate: Vec<T>,
-    up: Vec<T>,
-    down: Vec<T>,
+/// The three matrices of some experts, or their gradients.
+#[derive(Debug, Clone)]
+pub(super) struct Matrices {
+    pub(super) gate: Vec<f64>,
+    pub(super) up: Vec<f64>,
+    pub(super) down: Vec<f64>,
 }
 
-impl<T: Number> Matrices<T> {
-    /// `n` of each: gate and up `[rows, columns]`, down `[down_rows, down_columns]`.
-    fn random(rng: &mut ChaCha8Rng, n: usize, gate: [usize; 2], down: [usize; 2]) -> Self {
+impl Matrices {
+    /// `n` of each: gate and up `[rows, columns]`, down `[down_rows, down_columns]`; rounded to `T`.
+    fn random<T: Number>(
+        rng: &mut ChaCha8Rng,
+        n: usize,
+        gate: [usize; 2],
+        down: [usize; 2],
+    ) -> Self {
+        let mut draw =
+            |[rows, columns]: [usize; 2]| values(&random::<T>(rng, n * rows * columns, columns));
         Self {
-            gate: random(rng, n * gate[0] * gate[1], gate[1]),
-            up: random(rng, n * gate[0] * gate[1], gate[1]),
-            down: random(rng, n * down[0] * down[1], down[1]),
+            gate: draw(gate),
+            up: draw(gate),
+            down: draw(down),
         }
     }
 
-    fn upload(&self, gpu: &Gpu) -> Projections<T> {
-        Projections {
-            gate: gpu.upload(&self.gate).unwrap(),
-            up: gpu.upload(&self.up).unwrap(),
-            down: gpu.upload(&self.down).unwrap(),
+    fn zeros(like: &Self) -> Self {
+        let zeros = |of: &Vec<f64>| vec![0.0; of.len()];
+        Self {
+            gate: zeros(&like.gate),
+            up: zeros(&like.up),
+            down: zeros(&like.down),
         }
     }
+
+    pub(super) fn each(&self) -> [&Vec<f64>; 3] {
+        [&self.gate, &self.up, &self.down]
+    }
+
+    pub(super) fn each_mut(&mut self) -> [&mut Vec<f64>; 3] {
+        [&mut self.gate, &mut self.up, &mut self.down]
+    }
+
+    fn upload<T: Number>(&self, gpu: &Gpu) -> Projections<T> {
+        let [gate, up, down] = self.each().map(|matrix| {
+            let numbers: Vec<T> = matrix.iter().map(|&v| T::of(v as f32)).collect();
+            gpu.upload(&numbers).unwrap()
+        });
+        Projections { gate, up, down }
+    }
+}
+
+pub(super) fn values<T: Number>(numbers: &[T]) -> Vec<f64> {
+    numbers.iter().map(|v| v.value()).collect()
 }
 
 /// Matrix `n` of a stack of `[rows, columns]`, times `x`.
-fn product<T: Number>(stack: &[T], n: usize, rows: usize, x: &[f64]) -> Vec<f64> {
+fn product(stack: &[f64], n: usize, rows: usize, x: &[f64]) -> Vec<f64> {
     let matrix = &stack[n * rows * x.len()..][..rows * x.len()];
-    let dot = |row: &[T]| row.iter().zip(x).map(|(w, x)| w.value() * x).sum();
+    let dot = |row: &[f64]| row.iter().zip(x).map(|(w, x)| w * x).sum();
     matrix.chunks(x.len()).map(dot).collect()
 }
 
-fn add(a: Vec<f64>, b: Vec<f64>) -> Vec<f64> {
+/// Its transpose, `[columns]`, times `y`.
+fn transposed(stack: &[f64], n: usize, columns: usize, y: &[f64]) -> Vec<f64> {
+    let matrix = &stack[n * y.len() * columns..][..y.len() * columns];
+    let mut x = vec![0.0; columns];
+    for (row, y) in matrix.chunks(columns).zip(y) {
+        x.iter_mut().zip(row).for_each(|(x, w)| *x += w * y);
+    }
+    x
+}
+
+/// Adds `y ⊗ x` to matrix `n` of a stack.
+fn add_outer(stack: &mut [f64], n: usize, y: &[f64], x: &[f64]) {
+    let matrix = &mut stack[n * y.len() * x.len()..][..y.len() * x.len()];
+    for (row, y) in matrix.chunks_mut(x.len()).zip(y) {
+        row.iter_mut().zip(x).for_each(|(w, x)| *w += y * x);
+    }
+}
+
+fn add(a: Vec<f64>, b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a + b).collect()
 }
 
+fn times(a: f64, b: &[f64]) -> Vec<f64> {
+    b.iter().map(|b| a * b).collect()
+}
+
+fn logistic(v: f64) -> f64 {
+    1.0 / (1.0 + EULER.powf(-v))
+}
+
 fn swiglu(gate: &[f64], up: &[f64]) -> Vec<f64> {
-    let h = |(g, u): (&f64, &f64)| g / (1.0 + EULER.powf(-g)) * u;
+    let h = |(g, u): (&f64, &f64)| g * logistic(*g) * u;
     gate.iter().zip(up).map(h).collect()
 }
 
+/// What a token's expert does, step by step.
+struct Steps {
+    gate: Vec<f64>,
+    up: Vec<f64>,
+    h: Vec<f64>,
+    y: Vec<f64>,
+}
+
+/// The gradients of a layer.
+pub(super) struct HostGradients {
+    pub(super) x: Vec<f64>,
+    pub(super) gates: Vec<f64>,
+    pub(super) dense: Matrices,
+    pub(super) bases: Matrices,
+    pub(super) a: Matrices,
+    pub(super) b: Matrices,
+}
+
 /// A layer on the host.
-pub(super) struct Layer<T> {
+#[derive(Debug, Clone)]
+pub(super) struct Layer {
     pub(super) shape: Shape,
     pub(super) choice: Choice,
     /// Group of each adapted position.
@@ -91,17 +166,17 @@ pub(super) struct Layer<T> {
     /// Position of each expert, `None` for removed ones.
     pub(super) position: Vec<Option<usize>>,
     bias: Option<Vec<f32>>,
-    router: Vec<T>,
-    dense: Matrices<T>,
-    bases: Matrices<T>,
-    a: Matrices<T>,
-    b: Matrices<T>,
+    router: Vec<f64>,
+    pub(super) dense: Matrices,
+    pub(super) bases: Matrices,
+    pub(super) a: Matrices,
+    pub(super) b: Matrices,
 }
 
-impl<T: Number> Layer<T> {
+impl Layer {
     /// Slots are dealt to the groups in turn, the last `without` of them to none; experts stand in a
     /// random order, those that have no position are removed.
-    pub(super) fn random(
+    pub(super) fn random<T: Number>(
         seed: u64,
         shape: Shape,
         without: usize,
@@ -135,17 +210,25 @@ impl<T: Number> Layer<T> {
                     .map(|_| rng.random_range(-0.1..0.1))
                     .collect()
             }),
-            router: random(&mut rng, shape.experts * h, h),
-            dense: Matrices::random(&mut rng, shape.dense, [f, h], [h, f]),
-            bases: Matrices::random(&mut rng, shape.groups, [f, h], [h, f]),
-            a: Matrices::random(&mut rng, shape.adapted, [r, h], [r, f]),
-            b: Matrices::random(&mut rng, shape.adapted, [f, r], [h, r]),
+            router: values(&random::<T>(&mut rng, shape.experts * h, h)),
+            dense: Matrices::random::<T>(&mut rng, shape.dense, [f, h], [h, f]),
+            bases: Matrices::random::<T>(&mut rng, shape.groups, [f, h], [h, f]),
+            a: Matrices::random::<T>(&mut rng, shape.adapted, [r, h], [r, f]),
+            b: Matrices::random::<T>(&mut rng, shape.adapted, [f, r], [h, r]),
         }
     }
 
-    pub(super) fn upload(&self, gpu: &Gpu) -> Block<T> {
+    pub(super) fn upload<T: Number>(&self, gpu: &Gpu) -> Block<T> {
         let weights = Weights {
-            router: gpu.upload(&self.router).unwrap(),
+            router: gpu
+                .upload(
+                    &self
+                        .router
+                        .iter()
+                        .map(|&v| T::of(v as f32))
+                        .collect::<Vec<_>>(),
+                )
+                .unwrap(),
             dense: self.dense.upload(gpu),
             bases: self.bases.upload(gpu),
             adapters: Adapted {
@@ -215,8 +298,8 @@ impl<T: Number> Layer<T> {
         move |e| groups.contains(&(e / size))
     }
 
-    /// What the expert at `position` gives for `x`.
-    fn expert(&self, position: usize, x: &[f64]) -> Vec<f64> {
+    /// What the expert at `position` does with `x`.
+    fn expert(&self, position: usize, x: &[f64]) -> Steps {
         let Shape {
             hidden,
             inner,
@@ -224,35 +307,33 @@ impl<T: Number> Layer<T> {
             dense,
             ..
         } = self.shape;
+        let steps = |apply: &dyn Fn(usize, usize, &[f64]) -> Vec<f64>| {
+            let (gate, up) = (apply(0, inner, x), apply(1, inner, x));
+            let h = swiglu(&gate, &up);
+            let y = apply(2, hidden, &h);
+            Steps { gate, up, h, y }
+        };
         if position < dense {
-            let gate = product(&self.dense.gate, position, inner, x);
-            let up = product(&self.dense.up, position, inner, x);
-            return product(&self.dense.down, position, hidden, &swiglu(&gate, &up));
+            let w = self.dense.each();
+            return steps(&|i, rows, x| product(w[i], position, rows, x));
         }
         let slot = position - dense;
-        let part = |a: &[T], b: &[T], base: &[T], rows: usize, x: &[f64]| {
-            let own = product(b, slot, rows, &product(a, slot, rank, x));
+        let (a, b, base) = (self.a.each(), self.b.each(), self.bases.each());
+        steps(&|i, rows, x| {
+            let own = product(b[i], slot, rows, &product(a[i], slot, rank, x));
             match self.group_of[slot] {
-                Some(group) => add(own, product(base, group, rows, x)),
+                Some(group) => add(own, &product(base[i], group, rows, x)),
                 None => own,
             }
-        };
-        let (a, b, base) = (&self.a, &self.b, &self.bases);
-        let gate = part(&a.gate, &b.gate, &base.gate, inner, x);
-        let up = part(&a.up, &b.up, &base.up, inner, x);
-        part(&a.down, &b.down, &base.down, hidden, &swiglu(&gate, &up))
+        })
     }
 
     /// The outputs for `x: [T, H]`, of the given choices.
-    pub(super) fn forward(&self, x: &[T], choices: &[Vec<(usize, f64)>]) -> Vec<f64> {
-        let of_token = |(x, choice): (&[T], &Vec<(usize, f64)>)| {
-            let x: Vec<f64> = x.iter().map(|v| v.value()).collect();
+    pub(super) fn forward(&self, x: &[f64], choices: &[Vec<(usize, f64)>]) -> Vec<f64> {
+        let of_token = |(x, choice): (&[f64], &Vec<(usize, f64)>)| {
             let mut out = vec![0.0; x.len()];
             for &(position, gate) in choice {
-                out = add(
-                    out,
-                    self.expert(position, &x).iter().map(|y| gate * y).collect(),
-                );
+                out = add(out, &times(gate, &self.expert(position, x).y));
             }
             out
         };
@@ -260,5 +341,71 @@ impl<T: Number> Layer<T> {
             .zip(choices)
             .flat_map_iter(of_token)
             .collect()
+    }
+
+    /// The gradients for `dout`, that of the outputs.
+    pub(super) fn backward(
+        &self,
+        x: &[f64],
+        choices: &[Vec<(usize, f64)>],
+        dout: &[f64],
+    ) -> HostGradients {
+        let mut to = HostGradients {
+            x: Vec::new(),
+            gates: Vec::new(),
+            dense: Matrices::zeros(&self.dense),
+            bases: Matrices::zeros(&self.bases),
+            a: Matrices::zeros(&self.a),
+            b: Matrices::zeros(&self.b),
+        };
+        let hidden = self.shape.hidden;
+        for ((x, choice), dout) in x.chunks(hidden).zip(choices).zip(dout.chunks(hidden)) {
+            let mut dx = vec![0.0; hidden];
+            for &(position, gate) in choice {
+                let steps = self.expert(position, x);
+                to.gates
+                    .push(steps.y.iter().zip(dout).map(|(y, d)| y * d).sum());
+                let dh = self.back(&mut to, 2, position, &steps.h, &times(gate, dout));
+                let (mut da, mut db) = (Vec::new(), Vec::new());
+                for ((a, b), dh) in steps.gate.iter().zip(&steps.up).zip(&dh) {
+                    let s = logistic(*a);
+                    da.push(dh * b * (s + a * s * (1.0 - s)));
+                    db.push(dh * a * s);
+                }
+                dx = add(dx, &self.back(&mut to, 0, position, x, &da));
+                dx = add(dx, &self.back(&mut to, 1, position, x, &db));
+            }
+            to.x.extend(dx);
+        }
+        to
+    }
+
+    /// Through projection `i` of the expert at `position`, which was given `x`: adds to the gradients of its
+    /// parameters, gives that of `x`.
+    fn back(
+        &self,
+        to: &mut HostGradients,
+        i: usize,
+        position: usize,
+        x: &[f64],
+        dy: &[f64],
+    ) -> Vec<f64> {
+        let Shape { rank, dense, .. } = self.shape;
+        if position < dense {
+            add_outer(to.dense.each_mut()[i], position, dy, x);
+            return transposed(self.dense.each()[i], position, x.len(), dy);
+        }
+        let slot = position - dense;
+        let (a, b) = (self.a.each()[i], self.b.each()[i]);
+        let low = product(a, slot, rank, x);
+        let dlow = transposed(b, slot, rank, dy);
+        add_outer(to.b.each_mut()[i], slot, dy, &low);
+        add_outer(to.a.each_mut()[i], slot, &dlow, x);
+        let dx = transposed(a, slot, x.len(), &dlow);
+        let Some(group) = self.group_of[slot] else {
+            return dx;
+        };
+        add_outer(to.bases.each_mut()[i], group, dy, x);
+        add(dx, &transposed(self.bases.each()[i], group, x.len(), dy))
     }
 }

@@ -1,0 +1,473 @@
+//! The gradients of a layer of experts: of its inputs, its gates, and the parameters that train.
+
+use super::adapters::{combine, expand_pre, sum_pairs};
+use super::block::{Adapted, Block, Projections, Shape, Workspace};
+use super::device::{Element, Gpu};
+use super::grouped::{Grouped, Kind, Segments};
+use super::products::{Out, Rows, Transposed, outer};
+use super::rows::{sum_pairs_two, swiglu_backward};
+use super::{Result, ensure};
+use cudarc::driver::CudaSlice;
+
+/// Which parameters train.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Trained {
+    /// The matrices of dense experts.
+    pub dense: bool,
+    /// Shared bases.
+    pub bases: bool,
+    /// Adapters.
+    pub adapters: bool,
+}
+
+/// The gradients of a layer, and what is in between. Gradients of parameters that do not train are not
+/// written.
+#[derive(Debug)]
+pub struct Gradients<T> {
+    shape: Shape,
+    tokens: usize,
+    /// Of the inputs, by way of the experts, `[T, H]`.
+    pub x: CudaSlice<T>,
+    /// Of the gate of each choice, `[T · K]`.
+    pub gates: CudaSlice<f32>,
+    /// Of the dense experts, as their matrices lie.
+    pub dense: Projections<f32>,
+    /// Of the bases.
+    pub bases: Projections<f32>,
+    /// Of the adapters.
+    pub adapters: Adapted<f32>,
+    /// Pre-activations of rows, then their gradients, `[S, F]`.
+    gate: CudaSlice<T>,
+    up: CudaSlice<T>,
+    /// The same summed over the rows of each pair, `[pairs, F]`.
+    pair_gate: CudaSlice<T>,
+    pair_up: CudaSlice<T>,
+    /// Gradient of what the bases gave back, `[pairs, F]`.
+    pair_dh: CudaSlice<T>,
+    /// `dout·U` of the down adapters, `[S, R]`.
+    low_down: CudaSlice<T>,
+    /// Gradients of `V·x`, side by side, `[S, 2R]`.
+    low: CudaSlice<T>,
+}
+
+impl<T: Element> Gradients<T> {
+    /// Memory for the gradients of up to `tokens` at once, of `trained` parameters.
+    ///
+    /// # Errors
+    /// If there is not enough.
+    pub fn new(gpu: &Gpu, shape: Shape, tokens: usize, trained: Trained) -> Result<Self> {
+        let Shape {
+            hidden: h,
+            inner: f,
+            rank: r,
+            ..
+        } = shape;
+        let (rows, pairs) = (shape.rows(tokens), shape.pairs(tokens));
+        let low = if shape.adapted > 0 { rows * r } else { 0 };
+        let parameters = |trained: bool, n: usize, gate: usize, down: usize| -> Result<_> {
+            let n = if trained { n } else { 0 };
+            Ok(Projections {
+                gate: gpu.alloc(n * gate)?,
+                up: gpu.alloc(n * gate)?,
+                down: gpu.alloc(n * down)?,
+            })
+        };
+        Ok(Self {
+            shape,
+            tokens,
+            x: gpu.alloc(tokens * h)?,
+            gates: gpu.alloc(rows)?,
+            dense: parameters(trained.dense, shape.dense, f * h, h * f)?,
+            bases: parameters(trained.bases, shape.groups, f * h, h * f)?,
+            adapters: Adapted {
+                a: parameters(trained.adapters, shape.adapted, r * h, r * f)?,
+                b: parameters(trained.adapters, shape.adapted, f * r, h * r)?,
+            },
+            gate: gpu.alloc(rows * f)?,
+            up: gpu.alloc(rows * f)?,
+            pair_gate: gpu.alloc(pairs * f)?,
+            pair_up: gpu.alloc(pairs * f)?,
+            pair_dh: gpu.alloc(pairs * f)?,
+            low_down: gpu.alloc(low)?,
+            low: gpu.alloc(2 * low)?,
+        })
+    }
+}
+
+/// What a backward pass is about.
+struct Pass<'a, T> {
+    gpu: &'a Gpu,
+    block: &'a Block<T>,
+    x: &'a CudaSlice<T>,
+    dout: &'a CudaSlice<T>,
+    tokens: usize,
+    trained: Trained,
+    /// Rows of dense positions, of adapted ones, and pairs.
+    dense: Segments,
+    slots: Segments,
+    pairs: Segments,
+}
+
+impl<T: Element> Block<T> {
+    /// The gradients for `dout: [T, H]`, that of the layer's output for `x: [T, H]`. `work` holds the
+    /// tables of the forward pass of the same `x`; what else is needed is computed again. The gradient of
+    /// the router follows from that of the gates.
+    ///
+    /// # Errors
+    /// If sizes do not fit.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward(
+        &self,
+        gpu: &Gpu,
+        x: &CudaSlice<T>,
+        dout: &CudaSlice<T>,
+        tokens: usize,
+        trained: Trained,
+        work: &mut Workspace<T>,
+        gradients: &mut Gradients<T>,
+    ) -> Result<()> {
+        self.check(x, tokens, work, dout)?;
+        ensure!(
+            gradients.shape == self.shape && gradients.tokens == tokens,
+            "gradients of {} tokens of {:?} for {tokens} of {:?}",
+            gradients.tokens,
+            gradients.shape,
+            self.shape
+        );
+        for (name, part, memory, size) in [
+            (
+                "dense experts",
+                trained.dense,
+                &gradients.dense,
+                self.shape.dense,
+            ),
+            ("bases", trained.bases, &gradients.bases, self.shape.groups),
+        ] {
+            let size = size * self.shape.inner * self.shape.hidden;
+            ensure!(
+                !part || memory.gate.len() >= size,
+                "no memory for the gradients of the {name}"
+            );
+        }
+        let rank = self.shape.adapted * self.shape.rank;
+        ensure!(
+            !trained.adapters || gradients.adapters.a.gate.len() >= rank * self.shape.hidden,
+            "no memory for the gradients of the adapters"
+        );
+        let rows = self.shape.rows(tokens);
+        let pass = Pass {
+            gpu,
+            block: self,
+            x,
+            dout,
+            tokens,
+            trained,
+            dense: work.tables.rows(gpu, 0, rows),
+            slots: work.tables.rows(gpu, self.shape.dense, rows),
+            pairs: work.tables.pairs(gpu, self.shape.pairs(tokens)),
+        };
+        pass.activations(work, gradients)?;
+        pass.inputs(work, gradients)?;
+        pass.parameters(work, gradients)
+    }
+}
+
+impl<T: Element> Pass<'_, T> {
+    fn forward(&self, work: &Workspace<T>, groups: usize, [n, k]: [usize; 2]) -> Grouped {
+        let depth = self.dense.rows / groups;
+        Grouped {
+            path: work.path,
+            groups,
+            n,
+            k,
+            depth,
+        }
+    }
+
+    fn transposed(&self, work: &Workspace<T>, groups: usize, [n, k]: [usize; 2]) -> Transposed {
+        Transposed {
+            path: work.path,
+            groups,
+            n,
+            k,
+        }
+    }
+
+    /// The pre-activations again, and the gradients of what lies between the projections: `gradients.gate`
+    /// and `up`, `gradients.gates`, and `work.h`.
+    fn activations(&self, work: &mut Workspace<T>, to: &mut Gradients<T>) -> Result<()> {
+        let (gpu, w) = (self.gpu, &self.block.weights);
+        let Shape {
+            hidden,
+            inner,
+            dense,
+            adapted,
+            groups,
+            rank,
+            ..
+        } = self.block.shape;
+        let of_token = |rows: &Segments| Rows::of_tokens(gpu, self.dout, hidden, rows);
+        if dense > 0 {
+            self.forward(work, dense, [inner, hidden]).run(
+                gpu,
+                Kind::Dual(&w.dense.gate, &w.dense.up, &mut to.gate, &mut to.up),
+                self.x,
+                &self.dense.gathered(),
+            )?;
+            let dh = Out::rows(gpu, &mut work.h, inner);
+            self.transposed(work, dense, [inner, hidden]).one(
+                gpu,
+                (of_token(&self.dense), &w.dense.down),
+                dh,
+                &self.dense,
+            )?;
+        }
+        if groups > 0 {
+            self.forward(work, groups, [inner, hidden]).run(
+                gpu,
+                Kind::Dual(
+                    &w.bases.gate,
+                    &w.bases.up,
+                    &mut work.pre_gate,
+                    &mut work.pre_up,
+                ),
+                self.x,
+                &self.pairs.gathered(),
+            )?;
+            let dh = Out::rows(gpu, &mut to.pair_dh, inner);
+            self.transposed(work, groups, [inner, hidden]).one(
+                gpu,
+                (of_token(&self.pairs), &w.bases.down),
+                dh,
+                &self.pairs,
+            )?;
+        }
+        if adapted > 0 {
+            let Adapted { a, b } = &w.adapters;
+            self.forward(work, adapted, [rank, hidden]).run(
+                gpu,
+                Kind::SideBySide(&a.gate, &a.up, &mut work.low),
+                self.x,
+                &self.slots.gathered(),
+            )?;
+            expand_pre(gpu, self.block, work, &mut to.gate, &mut to.up)?;
+            let low = Out::rows(gpu, &mut to.low_down, rank);
+            self.transposed(work, adapted, [rank, hidden]).one(
+                gpu,
+                (of_token(&self.slots), &b.down),
+                low,
+                &self.slots,
+            )?;
+            let dh = Out::rows(gpu, &mut work.h, inner);
+            self.transposed(work, adapted, [inner, rank]).one(
+                gpu,
+                (Rows::sorted(gpu, &to.low_down, rank), &a.down),
+                dh,
+                &self.slots,
+            )?;
+        }
+        let pair_dh = (groups > 0).then_some(&to.pair_dh);
+        let gradients = (&mut to.gate, &mut to.up, &mut to.gates);
+        swiglu_backward(gpu, self.block, self.tokens, work, pair_dh, gradients)?;
+        if groups > 0 {
+            let sums = (&mut to.pair_gate, &mut to.pair_up);
+            sum_pairs_two(gpu, self.block, self.tokens, work, (&to.gate, &to.up), sums)?;
+        }
+        Ok(())
+    }
+
+    /// `gradients.x` and `gradients.low`.
+    fn inputs(&self, work: &mut Workspace<T>, to: &mut Gradients<T>) -> Result<()> {
+        let (gpu, w) = (self.gpu, &self.block.weights);
+        let Shape {
+            hidden,
+            inner,
+            dense,
+            adapted,
+            groups,
+            rank,
+            ..
+        } = self.block.shape;
+        let (gate, up) = (
+            Rows::sorted(gpu, &to.gate, inner),
+            Rows::sorted(gpu, &to.up, inner),
+        );
+        if dense > 0 {
+            let y = Out::rows(gpu, &mut work.y, hidden);
+            self.transposed(work, dense, [hidden, inner]).two(
+                gpu,
+                (gate, &w.dense.gate),
+                (up, &w.dense.up),
+                y,
+                &self.dense,
+            )?;
+        }
+        if adapted > 0 {
+            let Adapted { a, b } = &w.adapters;
+            let low = Out::rows(gpu, &mut to.low, 2 * rank);
+            let shrink = self.transposed(work, adapted, [rank, inner]);
+            shrink.one(gpu, (gate, &b.gate), low, &self.slots)?;
+            shrink.one(gpu, (up, &b.up), low.right::<T>(), &self.slots)?;
+            let low = Rows::sorted(gpu, &to.low, 2 * rank);
+            let y = Out::rows(gpu, &mut work.y, hidden);
+            self.transposed(work, adapted, [hidden, rank]).two(
+                gpu,
+                (low, &a.gate),
+                (low.right::<T>(), &a.up),
+                y,
+                &self.slots,
+            )?;
+        }
+        if groups > 0 {
+            let y = Out::rows(gpu, &mut work.pair_y, hidden);
+            self.transposed(work, groups, [hidden, inner]).two(
+                gpu,
+                (Rows::sorted(gpu, &to.pair_gate, inner), &w.bases.gate),
+                (Rows::sorted(gpu, &to.pair_up, inner), &w.bases.up),
+                y,
+                &self.pairs,
+            )?;
+        }
+        combine(gpu, self.block, self.tokens, work, &mut to.x)
+    }
+
+    /// The gradients of the parameters that train.
+    fn parameters(&self, work: &mut Workspace<T>, to: &mut Gradients<T>) -> Result<()> {
+        let (gpu, path, w) = (self.gpu, work.path, &self.block.weights);
+        let Shape {
+            hidden,
+            inner,
+            dense,
+            adapted,
+            groups,
+            rank,
+            ..
+        } = self.block.shape;
+        let (gate, up, h) = (
+            Rows::sorted(gpu, &to.gate, inner),
+            Rows::sorted(gpu, &to.up, inner),
+            Rows::sorted(gpu, &work.h, inner),
+        );
+        let x = |rows: &Segments| Rows::of_tokens(gpu, self.x, hidden, rows);
+        let dout = |rows: &Segments| Rows::of_tokens(gpu, self.dout, hidden, rows);
+        if dense > 0 && self.trained.dense {
+            let (rows, down) = (&self.dense, &self.dense.scaled());
+            outer::<T>(
+                gpu,
+                path,
+                [dense, inner, hidden],
+                gate,
+                x(rows),
+                &mut to.dense.gate,
+                rows,
+            )?;
+            outer::<T>(
+                gpu,
+                path,
+                [dense, inner, hidden],
+                up,
+                x(rows),
+                &mut to.dense.up,
+                rows,
+            )?;
+            outer::<T>(
+                gpu,
+                path,
+                [dense, hidden, inner],
+                dout(rows),
+                h,
+                &mut to.dense.down,
+                down,
+            )?;
+        }
+        if groups > 0 && self.trained.bases {
+            sum_pairs(gpu, self.block, self.tokens, work)?;
+            let rows = &self.pairs;
+            let pair = |t| Rows::sorted::<T>(gpu, t, inner);
+            let bases = &mut to.bases;
+            let up = [groups, inner, hidden];
+            outer::<T>(
+                gpu,
+                path,
+                up,
+                pair(&to.pair_gate),
+                x(rows),
+                &mut bases.gate,
+                rows,
+            )?;
+            outer::<T>(
+                gpu,
+                path,
+                up,
+                pair(&to.pair_up),
+                x(rows),
+                &mut bases.up,
+                rows,
+            )?;
+            let down = [groups, hidden, inner];
+            outer::<T>(
+                gpu,
+                path,
+                down,
+                dout(rows),
+                pair(&work.pair_h),
+                &mut bases.down,
+                rows,
+            )?;
+        }
+        if adapted > 0 && self.trained.adapters {
+            self.forward(work, adapted, [rank, inner]).run(
+                gpu,
+                Kind::Plain(&w.adapters.a.down, &mut work.low_down),
+                &work.h,
+                &self.slots.scaled(),
+            )?;
+            let rows = &self.slots;
+            let Adapted { a, b } = &mut to.adapters;
+            let low = Rows::sorted(gpu, &work.low, 2 * rank);
+            let (n, right) = (adapted, low.right::<T>());
+            outer::<T>(gpu, path, [n, inner, rank], gate, low, &mut b.gate, rows)?;
+            outer::<T>(gpu, path, [n, inner, rank], up, right, &mut b.up, rows)?;
+            let low = Rows::sorted(gpu, &work.low_down, rank);
+            outer::<T>(
+                gpu,
+                path,
+                [n, hidden, rank],
+                dout(rows),
+                low,
+                &mut b.down,
+                rows,
+            )?;
+            let low = Rows::sorted(gpu, &to.low, 2 * rank);
+            outer::<T>(
+                gpu,
+                path,
+                [n, rank, hidden],
+                low,
+                x(rows),
+                &mut a.gate,
+                rows,
+            )?;
+            outer::<T>(
+                gpu,
+                path,
+                [n, rank, hidden],
+                low.right::<T>(),
+                x(rows),
+                &mut a.up,
+                rows,
+            )?;
+            let low = Rows::sorted(gpu, &to.low_down, rank);
+            outer::<T>(
+                gpu,
+                path,
+                [n, rank, inner],
+                low,
+                h,
+                &mut a.down,
+                &rows.scaled(),
+            )?;
+        }
+        Ok(())
+    }
+}

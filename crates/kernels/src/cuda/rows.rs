@@ -1,0 +1,126 @@
+//! What the backward pass does by rows, between its grouped products.
+
+use super::Result;
+use super::block::{Block, Workspace};
+use super::compile::ROWS;
+use super::device::{Address, Element, Gpu, Launch};
+use cudarc::driver::{CudaSlice, DeviceRepr};
+
+/// Arguments of `swiglu_backward`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct SwigluBackward {
+    gate: Address,
+    up: Address,
+    dh: Address,
+    pair_dh: Address,
+    pair_of_row: Address,
+    row_of: Address,
+    gates: Address,
+    h: Address,
+    d_gate: Address,
+    d_up: Address,
+    d_gates: Address,
+    choices: u32,
+    inner: u32,
+}
+
+/// Arguments of `sum_pairs_two`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct SumPairsTwo {
+    x0: Address,
+    x1: Address,
+    sum0: Address,
+    sum1: Address,
+    row_of: Address,
+    pair_of: Address,
+    pair_of_row: Address,
+    tokens: u32,
+    top_k: u32,
+    inner: u32,
+}
+
+// SAFETY: plain numbers, laid out as the kernels' structs.
+unsafe impl DeviceRepr for SwigluBackward {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for SumPairsTwo {}
+
+/// In place: the gradient of `h` in `work.h` becomes `h` again, the pre-activations their gradients;
+/// `gates` is new.
+pub(super) fn swiglu_backward<T: Element>(
+    gpu: &Gpu,
+    block: &Block<T>,
+    tokens: usize,
+    work: &mut Workspace<T>,
+    pair_dh: Option<&CudaSlice<T>>,
+    (gate, up, gates): (&mut CudaSlice<T>, &mut CudaSlice<T>, &mut CudaSlice<f32>),
+) -> Result<()> {
+    let (gate, up, h) = (
+        gpu.address_mut(gate),
+        gpu.address_mut(up),
+        gpu.address_mut(&mut work.h),
+    );
+    let arguments = SwigluBackward {
+        gate,
+        up,
+        dh: h,
+        pair_dh: pair_dh.map_or(Address::NULL, |dh| gpu.address(dh)),
+        pair_of_row: gpu.address(&work.tables.pair_of_row),
+        row_of: gpu.address(&work.tables.row_of),
+        gates: gpu.address(&work.tables.gates),
+        h,
+        d_gate: gate,
+        d_up: up,
+        d_gates: gpu.address_mut(gates),
+        choices: block.shape.rows(tokens) as u32,
+        inner: block.shape.inner as u32,
+    };
+    // SAFETY: all have the sizes of the block and the workspace.
+    unsafe { queue::<T, _>(gpu, "swiglu_backward", 5, &arguments) }
+}
+
+/// The sums of two matrices of rows over the rows of each pair.
+pub(super) fn sum_pairs_two<T: Element>(
+    gpu: &Gpu,
+    block: &Block<T>,
+    tokens: usize,
+    work: &Workspace<T>,
+    (x0, x1): (&CudaSlice<T>, &CudaSlice<T>),
+    (sum0, sum1): (&mut CudaSlice<T>, &mut CudaSlice<T>),
+) -> Result<()> {
+    let arguments = SumPairsTwo {
+        x0: gpu.address(x0),
+        x1: gpu.address(x1),
+        sum0: gpu.address_mut(sum0),
+        sum1: gpu.address_mut(sum1),
+        row_of: gpu.address(&work.tables.row_of),
+        pair_of: gpu.address(&work.tables.pair_of),
+        pair_of_row: gpu.address(&work.tables.pair_of_row),
+        tokens: tokens as u32,
+        top_k: block.shape.top_k as u32,
+        inner: block.shape.inner as u32,
+    };
+    // SAFETY: as in `swiglu_backward`.
+    unsafe { queue::<T, _>(gpu, "sum_pairs_two", 6, &arguments) }
+}
+
+/// `blocks` for each multiprocessor.
+///
+/// # Safety
+/// As [`Gpu::launch`].
+unsafe fn queue<T: Element, A: DeviceRepr>(
+    gpu: &Gpu,
+    name: &'static str,
+    blocks: usize,
+    arguments: &A,
+) -> Result<()> {
+    let kernel = gpu.kernel(&ROWS, T::KIND, name, 0)?;
+    let launch = Launch {
+        grid: blocks * gpu.multiprocessors(),
+        block: 256,
+        shared: 0,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { gpu.launch(&kernel, launch, arguments, &[]) }
+}

@@ -1,0 +1,246 @@
+//! The gradients on a GPU against the host's, and the host's against finite differences.
+
+use super::super::backward::{Gradients, Trained};
+use super::super::block::Workspace;
+use super::super::device::Gpu;
+use super::super::grouped::Path;
+use super::reference::{Layer, Matrices, Number, random, values};
+use super::{SHAPES, SOFTMAX, choices, distance, gpu, layer, shape};
+use cudarc::driver::CudaSlice;
+use half::{bf16, f16};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const ALL: Trained = Trained {
+    dense: true,
+    bases: true,
+    adapters: true,
+};
+
+/// Holds matrices on the GPU against the host's, each of `n` by itself.
+fn compare(
+    gpu: &Gpu,
+    what: &str,
+    n: usize,
+    given: &super::super::Projections<f32>,
+    host: &Matrices,
+) {
+    let given = [&given.gate, &given.up, &given.down].map(|matrix: &CudaSlice<f32>| {
+        let numbers = gpu.download(matrix).unwrap();
+        numbers.into_iter().map(f64::from).collect::<Vec<_>>()
+    });
+    for ((name, given), host) in ["gate", "up", "down"].iter().zip(given).zip(host.each()) {
+        let size = host.len() / n.max(1);
+        for i in 0..n {
+            let (given, host) = (&given[i * size..][..size], &host[i * size..][..size]);
+            if host.iter().all(|&v| v == 0.0) {
+                assert!(
+                    given.iter().all(|&v| v == 0.0),
+                    "{what} {i}, {name}: not zero"
+                );
+                continue;
+            }
+            let distance = distance(given, host);
+            assert!(
+                distance < 1.5e-2,
+                "{what} {i}, {name}: off by {distance:.1e}"
+            );
+        }
+    }
+}
+
+fn check<T: Number>(gpu: &Gpu, layer: &Layer, tokens: usize, path: Path, seed: u64) {
+    let block = layer.upload::<T>(gpu);
+    let shape = layer.shape;
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let [x, dout] = [1, 1].map(|inputs| random::<T>(&mut rng, tokens * shape.hidden, inputs));
+    let [on_gpu, dout_on_gpu] = [&x, &dout].map(|values| gpu.upload(values).unwrap());
+    let mut work = Workspace::new(gpu, shape, tokens).unwrap();
+    work.path = path;
+    let mut out = gpu.alloc::<T>(x.len()).unwrap();
+    block
+        .forward_grouped(gpu, &on_gpu, tokens, &mut work, &mut out)
+        .unwrap();
+    let choices = choices::<T>(gpu, layer, &work, tokens);
+    let mut gradients = Gradients::new(gpu, shape, tokens, ALL).unwrap();
+    block
+        .backward(
+            gpu,
+            &on_gpu,
+            &dout_on_gpu,
+            tokens,
+            ALL,
+            &mut work,
+            &mut gradients,
+        )
+        .unwrap();
+    let host = layer.backward(&values(&x), &choices, &values(&dout));
+    let what = format!("{path:?}, {tokens} tokens of {shape:?}");
+    let dx = distance(&values(&gpu.download(&gradients.x).unwrap()), &host.x);
+    assert!(dx < 1.5e-2, "{what}: inputs are off by {dx:.1e}");
+    let gates: Vec<f64> = gpu
+        .download(&gradients.gates)
+        .unwrap()
+        .into_iter()
+        .map(f64::from)
+        .collect();
+    let of_gates = distance(&gates, &host.gates);
+    assert!(of_gates < 1.5e-2, "{what}: gates are off by {of_gates:.1e}");
+    compare(
+        gpu,
+        &format!("{what}: expert"),
+        shape.dense,
+        &gradients.dense,
+        &host.dense,
+    );
+    compare(
+        gpu,
+        &format!("{what}: base"),
+        shape.groups,
+        &gradients.bases,
+        &host.bases,
+    );
+    compare(
+        gpu,
+        &format!("{what}: a of slot"),
+        shape.adapted,
+        &gradients.adapters.a,
+        &host.a,
+    );
+    compare(
+        gpu,
+        &format!("{what}: b of slot"),
+        shape.adapted,
+        &gradients.adapters.b,
+        &host.b,
+    );
+}
+
+fn all_shapes<T: Number>(tokens: &[usize], path: Path) {
+    let Some(gpu) = gpu() else { return };
+    if path == Path::Hopper && !gpu.is_hopper() {
+        eprintln!("SKIPPED: no Hopper GPU");
+        return;
+    }
+    for (i, &(shape, without)) in SHAPES.iter().enumerate() {
+        let layer = layer::<T>(i as u64, shape, without, SOFTMAX);
+        for &tokens in tokens {
+            check::<T>(&gpu, &layer, tokens, path, (1000 * i + tokens) as u64);
+        }
+    }
+}
+
+#[test]
+fn small_gradients_with_mma() {
+    all_shapes::<bf16>(&[1, 7, 150], Path::Mma);
+    all_shapes::<f16>(&[33], Path::Mma);
+}
+
+#[test]
+fn small_gradients_on_hopper() {
+    all_shapes::<bf16>(&[1, 7, 150], Path::Hopper);
+    all_shapes::<f16>(&[33], Path::Hopper);
+}
+
+#[test]
+fn wide_gradients_agree_with_the_reference() {
+    let Some(gpu) = gpu() else { return };
+    let layer = layer::<bf16>(11, shape(1024, 768, 8, 4, [4, 4], 1, 32), 0, SOFTMAX);
+    check::<bf16>(&gpu, &layer, 200, Path::best(&gpu), 1);
+}
+
+/// The reference itself, in every direction of a few random ones.
+#[test]
+fn the_reference_agrees_with_finite_differences() {
+    for (i, &(shape, without)) in SHAPES[..5].iter().enumerate() {
+        let layer = layer::<bf16>(i as u64, shape, without, SOFTMAX);
+        let mut rng = ChaCha8Rng::seed_from_u64(i as u64);
+        let tokens = 5;
+        let mut draw = |n: usize| {
+            (0..n)
+                .map(|_| rng.random_range(-1.0..1.0))
+                .collect::<Vec<f64>>()
+        };
+        let (x, dout) = (draw(tokens * shape.hidden), draw(tokens * shape.hidden));
+        let choices: Vec<_> = x
+            .chunks(shape.hidden)
+            .map(|x| layer.choose(&layer.logits(x)))
+            .collect();
+        let loss = |layer: &Layer, x: &[f64], choices: &[Vec<(usize, f64)>]| -> f64 {
+            layer
+                .forward(x, choices)
+                .iter()
+                .zip(&dout)
+                .map(|(y, d)| y * d)
+                .sum()
+        };
+        let gradients = layer.backward(&x, &choices, &dout);
+        let step = 1e-6;
+        let agree = |what: &str, gradient: &[f64], direction: &[f64], difference: f64| {
+            let expected: f64 = gradient.iter().zip(direction).map(|(g, d)| g * d).sum();
+            assert!(
+                (difference - expected).abs() < 1e-6 * (1.0 + expected.abs()),
+                "{what} of {shape:?}: {difference} by differences, {expected} by the gradient"
+            );
+        };
+        let moved = |values: &[f64], direction: &[f64], by: f64| -> Vec<f64> {
+            values
+                .iter()
+                .zip(direction)
+                .map(|(v, d)| v + by * d)
+                .collect()
+        };
+
+        let direction = draw(x.len());
+        let at = |by| loss(&layer, &moved(&x, &direction, by), &choices);
+        agree(
+            "inputs",
+            &gradients.x,
+            &direction,
+            (at(step) - at(-step)) / (2.0 * step),
+        );
+
+        let direction = draw(gradients.gates.len());
+        let at = |by: f64| {
+            let mut place = 0..;
+            let mut shift = |&(p, g): &(usize, f64)| (p, g + by * direction[place.next().unwrap()]);
+            let moved: Vec<Vec<_>> = choices
+                .iter()
+                .map(|c| c.iter().map(&mut shift).collect())
+                .collect();
+            loss(&layer, &x, &moved)
+        };
+        agree(
+            "gates",
+            &gradients.gates,
+            &direction,
+            (at(step) - at(-step)) / (2.0 * step),
+        );
+
+        type Pick = fn(&mut Layer) -> &mut Matrices;
+        let picks: [(&str, Pick, &Matrices); 4] = [
+            ("dense experts", |l| &mut l.dense, &gradients.dense),
+            ("bases", |l| &mut l.bases, &gradients.bases),
+            ("a", |l| &mut l.a, &gradients.a),
+            ("b", |l| &mut l.b, &gradients.b),
+        ];
+        for (what, pick, gradient) in picks {
+            for (i, gradient) in gradient.each().into_iter().enumerate() {
+                let direction = draw(gradient.len());
+                let at = |by| {
+                    let mut layer = layer.clone();
+                    let matrix = pick(&mut layer).each_mut()[i].as_mut_slice();
+                    let moved = moved(matrix, &direction, by);
+                    matrix.copy_from_slice(&moved);
+                    loss(&layer, &x, &choices)
+                };
+                agree(
+                    what,
+                    gradient,
+                    &direction,
+                    (at(step) - at(-step)) / (2.0 * step),
+                );
+            }
+        }
+    }
+}
