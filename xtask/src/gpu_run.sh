@@ -20,7 +20,7 @@ export LD_LIBRARY_PATH LIGHTMOE_GPU=1
 failed=0
 "$here/tests" --test-threads=1 2>&1 | tee "$out/tests.log" || failed=1
 if command -v compute-sanitizer >/dev/null; then
-    compute-sanitizer --error-exitcode 9 "$here/tests" --test-threads=1 small 2>&1 | tee "$out/sanitizer.log" || failed=1
+    compute-sanitizer --error-exitcode 9 "$here/tests" --test-threads=1 quick 2>&1 | tee "$out/sanitizer.log" || failed=1
 else
     echo "SKIPPED: no compute-sanitizer, so no check of memory accesses" | tee "$out/sanitizer.log"
 fi

@@ -1,18 +1,23 @@
 // What lies between the grouped products where positions are a base with an adapter.
-//   adapters_expand   :  h[s, :] = silu(U_gate[slot] . low_gate[s] + base_gate[pair of s, :])
-//                                   * (U_up[slot]  . low_up[s]   + base_up[pair of s, :])
+//   adapters_expand   :  h[s, :] = silu(U_gate[slot] . low_gate[s] + base_share * base_gate[pair of s, :] + own_share * own_gate[s, :])
+//                                   * (U_up[slot]  . low_up[s]   + base_share * base_up[pair of s, :]   + own_share * own_up[s, :])
 //   adapters_expand_pre: what stands in parentheses, two results, for the backward pass
-//   adapters_sum_pairs:  sum[pair, :] = sum over the pair's choices j, in order, of gate_j * h[row_j, :]
-//   combine           :  out[t, :] = sum over j, in order, of y[row_j, :] + ypair[pair that j is the first of, :]
+//   adapters_sum_pairs:  sum[pair, :] = share * sum over the pair's choices j, in order, of gate_j * h[row_j, :]
+//   combine           :  out[t, :] = sum over j, in order, of y[row_j, :] + own_share * y_own[row_j, :]
+//                                   + ypair[pair that j is the first of, :]
+// `own` is what the expert that a slot replaces makes of the row, while recovery anneals it away.
 //
 // Grid: any number of blocks; every block takes its share in turn. As many as the device holds at once
-// are best: 4 for each multiprocessor (expand), 4 (combine), 8 (sum_pairs).
-// Block: expand 128 threads, the others 256.
-// Shared memory: expand 8192 * (ceil(rank / 32) | 1) bytes, dynamic, at most 40960; the others none.
-// Registers (sm_80, sm_90a): expand 122, 126; sum_pairs 30, 28; combine 51, 58.
-// Bound: bytes. expand moves 6 inner bytes for each row (the base's two rows, and h; expand_pre 8), sum_pairs
-// 2 inner for each row and each pair, combine 2 hidden for each row, each pair and each token.
-// last measured: not yet
+// are best: what shared memory allows (expand), 4 for each multiprocessor (combine), 8 (sum_pairs).
+// Block: 256 threads; expand 128 where rank > 32.
+// Dynamic shared memory: none, but for expand. With parts = ceil(rank / 32) and warps of a block,
+// 32 * (512 * parts + warps * (256 + 128 * parts)) bytes: 114688 for one part, then 98304, 131072, 163840.
+// Registers (sm_80, sm_90a): expand 120, 122; sum_pairs 47, 48; combine 51, 58.
+// Bound: bytes. expand reads 4 inner bytes of the base for each row, from memory once for each pair, and
+// writes 2 (expand_pre 4); sum_pairs moves 2 inner for each row and each pair, combine 2 hidden for each
+// row, each pair and each token.
+// Last measured: H100, OLMoE-1B-7B, half replaced, 4096 tokens: expand 57 us, sum_pairs 18 us, combine 58 us (97 % of the
+// copy rate).
 
 constexpr u32 THREADS = 256;
 
@@ -25,100 +30,145 @@ struct Expand {
     elem* h;                 // [S, inner]
     const u32* pair_of_row;  // [S]; NONE: a row without a base
     const u32* starts;       // [slots + 1] slot i has the rows starts[i] .. starts[i + 1]
+    const elem* own_gate;    // [S, inner] or null
+    const elem* own_up;      // [S, inner] or null
     u32 slots, inner, rank;  // inner, rank: multiples of 8; rank <= 128
+    float base_share, own_share;
 };
 
-constexpr u32 EXPAND_THREADS = 128;  // 2 warps along rows, 16 each, by 2 along columns, 32 each
-constexpr u32 EXPAND_ROWS = 128;     // in a tile, in steps of 32
-constexpr u32 EXPAND_COLUMNS = 64;   // in a tile
+constexpr u32 EXPAND_COLUMNS = 64;  // in a tile
 
-// d += 16 rows of `low` times 8 columns of U. `mma` may take k in any order, as long as both sides take
-// the same: lane c of a quad gives elements 8 c .. 8 c + 8 of 32, so that its part is one load.
-__device__ __forceinline__ void mma_32(float (&d)[4], const uint4& top, const uint4& bottom, const uint4& b) {
-    mma(d, {top.x, bottom.x, top.y, bottom.y}, {b.x, b.y});
-    mma(d, {top.z, bottom.z, top.w, bottom.w}, {b.z, b.w});
-}
-
+// Every warp has 16 rows of a tile, and all columns. A tile's U and its rows of `low` and of the base go
+// through two stages of shared memory: the next tile is on its way while this one is computed. The
+// places of tiles and the pairs of rows are found one tile earlier still.
 // Where PRE, `h` takes the pre-activations of the gate, and `pre_up` those of up.
-template <bool PRE>
+template <u32 WARPS, bool PRE>
 __device__ __forceinline__ void expand(const Expand& p, elem* pre_up) {
-    extern __shared__ uint4 weights[];  // a line for each row of the gate's U, then of the up's
-    // An odd number of 64-byte parts to a line keeps the lanes of a load in different banks.
-    u32 parts = (p.rank + 31) / 32;
-    u32 line = (parts | 1) * 4;
-    u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    u32 group = lane / 4, quad = lane % 4;
-    u32 warp_row = warp / 2 * 16, warp_column = warp % 2 * 32;
-    const uint4 zero = make_uint4(0, 0, 0, 0);
+    extern __shared__ uint4 memory[];
+    __shared__ uint4 places[2];  // group, first row, end of the group, first column; group NONE: no tile is left
+    const u32 parts = WARPS == 8 ? 1 : (p.rank + 31) / 32;  // of the rank
+    const u32 weights = parts * 512, own = 256 + parts * 128, stage = weights + WARPS * own;
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = lane / 4, quad = lane % 4;
+    const u32 mine = weights + warp * own;  // what only this warp needs: 8 pieces of the base a lane, then `low`
+    const u32 first = warp * 16 + group;    // this lane's rows of a tile are this one and the eighth after it
 
-    Tiles<EXPAND_ROWS, EXPAND_COLUMNS> tile(p.starts, p.slots, p.inner);
-    while (tile.advance()) {
-        __syncthreads();  // all have left the weights of the tile before
-        for (u32 i = threadIdx.x; i < 2 * EXPAND_COLUMNS * parts * 4; i += EXPAND_THREADS) {
-            u32 chunk = i % (parts * 4), at = i / (parts * 4);
-            u32 column = tile.column + at % EXPAND_COLUMNS;
-            const elem* u = (at < EXPAND_COLUMNS ? p.gate : p.up) + (u64(tile.group) * p.inner + column) * p.rank + chunk * 8;
-            copy_async(weights + at * line + chunk, u, column < p.inner && chunk * 8 < p.rank);
+    Bands<WARPS * 16, EXPAND_COLUMNS> tile(p.starts, p.slots, p.inner);
+    auto find = [&](u32 slot) {
+        bool there = tile.advance();
+        if (lane == 0) places[slot] = there ? make_uint4(tile.group, tile.row, tile.end, tile.column) : make_uint4(NONE, 0, 0, 0);
+    };
+    u32 pair[2];
+    auto find_pairs = [&](const uint4& at) {
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            u32 row = at.y + first + i * 8;
+            pair[i] = p.base_gate && row < at.z ? p.pair_of_row[row] : NONE;
         }
-        copy_commit();
-        copy_wait<0>();
-        __syncthreads();
-
-        u32 column = tile.column + warp_column + quad * 8;
-        u32 end = min(tile.row + EXPAND_ROWS, tile.end);
-        for (u32 row = tile.row + warp_row; row < end; row += 32) {
-            uint4 base[2][2];  // [top, bottom row][gate, up]: asked for before the products need them
+    };
+    auto fetch = [&](const uint4& at, uint4* to) {
+        for (u32 i = threadIdx.x; i < weights; i += WARPS * WARP) {
+            u32 chunk = i % (parts * 4), of = i / (parts * 4);  // `of`: column of the gate's U, then of the up's
+            u32 column = at.w + of % EXPAND_COLUMNS, line = of / 32 * 32 + line_of_column(of % 32);
+            const elem* u = (of < EXPAND_COLUMNS ? p.gate : p.up) + (u64(at.x) * p.inner + column) * p.rank + chunk * 8;
+            copy_async(to + (line / 8 * parts + chunk / 4) * WARP + piece_at(line % 8, chunk % 4), u, column < p.inner && chunk * 8 < p.rank);
+        }
+        uint4* base = to + mine + lane;
+        uint4* low = to + mine + 256 + piece_at(group, quad);
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            u32 column = at.w + quad * 8;
+            u64 from = u64(pair[i] == NONE ? 0 : pair[i]) * p.inner + column;
+#pragma unroll
+            for (u32 half = 0; half < 2; half++) {
+                bool there = pair[i] != NONE && column + half * 32 < p.inner;
+                copy_async(base + (half * 4 + i * 2) * WARP, p.base_gate + from + half * 32, there);
+                copy_async(base + (half * 4 + i * 2 + 1) * WARP, p.base_up + from + half * 32, there);
+            }
+        }
+        u32 row = at.y + first;
+        const elem* from_low = p.low + u64(row) * (2 * p.rank) + quad * 8;
+#pragma unroll 1
+        for (u32 part = 0; part < parts; part++) {
 #pragma unroll
             for (u32 i = 0; i < 2; i++) {
-                u32 at = row + i * 8 + group;
-                u32 pair = p.base_gate && at < end && column < p.inner ? p.pair_of_row[at] : NONE;
-                u64 from = u64(pair) * p.inner + column;
-                base[i][0] = pair == NONE ? zero : stream(p.base_gate + from);
-                base[i][1] = pair == NONE ? zero : stream(p.base_up + from);
+                bool there = row + i * 8 < at.z && part * 32 + quad * 8 < p.rank;
+                const elem* from = from_low + i * 16 * p.rank + part * 32;
+                copy_async(low + (part * 4 + i) * WARP, from, there);
+                copy_async(low + (part * 4 + i + 2) * WARP, from + p.rank, there);
             }
-            float gate[4][4] = {}, up[4][4] = {};
+        }
+    };
+    auto compute = [&](const uint4& at, const uint4* from) {
+        const uint4* base = from + mine + lane;
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+            float gate[4][4], up[4][4];  // of four blocks of columns, which begin as the base's
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                uint4 v = base[(half * 4 + i) * WARP];
+                u32 of[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (u32 j = 0; j < 4; j++) {
+                    float* d = (i % 2 ? up : gate)[j] + i / 2 * 2;
+                    d[0] = p.base_share * low(of[j]);
+                    d[1] = p.base_share * high(of[j]);
+                }
+            }
+#pragma unroll 1
             for (u32 part = 0; part < parts; part++) {
-                uint4 low[2][2];
-                u32 k = part * 32 + quad * 8;
-#pragma unroll
-                for (u32 i = 0; i < 2; i++) {
-                    u32 at = row + i * 8 + group;
-                    const elem* from = p.low + u64(at) * (2 * p.rank) + k;
-                    bool there = at < end && k < p.rank;
-                    low[i][0] = there ? *reinterpret_cast<const uint4*>(from) : zero;
-                    low[i][1] = there ? *reinterpret_cast<const uint4*>(from + p.rank) : zero;
-                }
+                u32 low_gate[2][4], low_up[2][4];
+                load_rows(low_gate, from + mine + 256 + part * 4 * WARP, WARP);
+                load_rows(low_up, from + mine + 256 + (part * 4 + 2) * WARP, WARP);
 #pragma unroll
                 for (u32 j = 0; j < 4; j++) {
-                    const uint4* u = weights + (warp_column + j * 8 + group) * line + part * 4 + quad;
-                    mma_32(gate[j], low[0][0], low[1][0], u[0]);
-                    mma_32(up[j], low[0][1], low[1][1], u[EXPAND_COLUMNS * line]);
+                    u32 b[4];
+                    load_columns(b, from + ((half * 4 + j) * parts + part) * WARP);
+                    mma_32(gate[j], low_gate, b);
+                    load_columns(b, from + ((half * 4 + j + 8) * parts + part) * WARP);
+                    mma_32(up[j], low_up, b);
                 }
             }
+            u32 column = at.w + half * 32 + quad * 8;
+            if (column >= p.inner) continue;
 #pragma unroll
             for (u32 i = 0; i < 2; i++) {
-                u32 g[4] = {base[i][0].x, base[i][0].y, base[i][0].z, base[i][0].w};
-                u32 u[4] = {base[i][1].x, base[i][1].y, base[i][1].z, base[i][1].w};
-                transpose_quad(g);
-                transpose_quad(u);
-                u32 first[4], second[4];
+                u32 row = at.y + first + i * 8;
+                if (row >= at.z) continue;
+                u64 to = u64(row) * p.inner + column;
+                float h[8], second[8];
 #pragma unroll
-                for (u32 j = 0; j < 4; j++) {
-                    float gate_left = gate[j][i * 2] + low(g[j]), gate_right = gate[j][i * 2 + 1] + high(g[j]);
-                    float up_left = up[j][i * 2] + low(u[j]), up_right = up[j][i * 2 + 1] + high(u[j]);
-                    first[j] = PRE ? pack(gate_left, gate_right) : pack(silu(gate_left) * up_left, silu(gate_right) * up_right);
-                    second[j] = pack(up_left, up_right);
+                for (u32 j = 0; j < 8; j++) h[j] = gate[j / 2][i * 2 + j % 2], second[j] = up[j / 2][i * 2 + j % 2];
+                if (p.own_gate) {
+                    add(h, p.own_share, *reinterpret_cast<const uint4*>(p.own_gate + to));
+                    add(second, p.own_share, *reinterpret_cast<const uint4*>(p.own_up + to));
                 }
-                transpose_quad(first);
-                if (PRE) transpose_quad(second);
-                u32 at = row + i * 8 + group;
-                u64 to = u64(at) * p.inner + column;
-                if (at < end && column < p.inner) {
-                    *reinterpret_cast<uint4*>(p.h + to) = make_uint4(first[0], first[1], first[2], first[3]);
-                    if (PRE) *reinterpret_cast<uint4*>(pre_up + to) = make_uint4(second[0], second[1], second[2], second[3]);
-                }
+#pragma unroll
+                for (u32 j = 0; j < 8; j++)
+                    if (!PRE) h[j] = fast_silu(h[j]) * second[j];
+                *reinterpret_cast<uint4*>(p.h + to) = pack_8(h);
+                if (PRE) *reinterpret_cast<uint4*>(pre_up + to) = pack_8(second);
             }
         }
+    };
+
+    if (warp == 0) {
+        find(0);
+        find(1);
+    }
+    __syncthreads();
+    uint4 now = make_uint4(NONE, 0, 0, 0), ahead = places[0];
+    find_pairs(ahead);
+    for (u32 turn = 0; now.x != NONE || ahead.x != NONE; turn ^= 1) {
+        if (ahead.x != NONE) fetch(ahead, memory + turn * stage);
+        copy_commit();
+        uint4 later = places[turn ^ 1];
+        find_pairs(later);
+        copy_wait<1>();
+        __syncthreads();
+        if (warp == 0) find(turn);
+        if (now.x != NONE) compute(now, memory + (turn ^ 1) * stage);
+        __syncthreads();  // all have left the stage
+        now = ahead, ahead = later;
     }
 }
 
@@ -127,10 +177,18 @@ struct ExpandPre {
     elem* pre_up;   // [S, inner]
 };
 
-extern "C" __global__ void __launch_bounds__(EXPAND_THREADS, 4) adapters_expand(Expand p) { expand<false>(p, nullptr); }
-extern "C" __global__ void __launch_bounds__(EXPAND_THREADS, 4) adapters_expand_pre(ExpandPre p) { expand<true>(p.expand, p.pre_up); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) adapters_expand(Expand p) {
+    if (p.rank <= 32) expand<8, false>(p, nullptr);
+    else expand<4, false>(p, nullptr);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) adapters_expand_pre(ExpandPre p) {
+    if (p.expand.rank <= 32) expand<8, true>(p.expand, p.pre_up);
+    else expand<4, true>(p.expand, p.pre_up);
+}
 
 constexpr u32 SLAB = WARP * 8;  // columns of a warp: 16 bytes for each lane
+constexpr u32 IN_FLIGHT = 4;    // choices whose rows are asked for together
 
 struct SumPairs {
     const elem* h;           // [S, inner]
@@ -140,6 +198,7 @@ struct SumPairs {
     const u32* pair_of_row;  // [S]
     const float* gates;      // [tokens, top_k]
     u32 tokens, top_k, inner;  // top_k <= 32, inner a multiple of 8
+    float share;
 };
 
 // A warp for each token and slab of columns; lane j holds what belongs to choice j.
@@ -147,6 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) adapters_sum_pairs(SumPair
     u32 lane = threadIdx.x % WARP;
     u32 slabs = (p.inner + SLAB - 1) / SLAB;
     u32 warps = gridDim.x * (THREADS / WARP);
+    const uint4 zero = make_uint4(0, 0, 0, 0);
     for (u32 at = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP; at < p.tokens * slabs; at += warps) {
         u32 choice = at / slabs * p.top_k + lane;
         u32 column = at % slabs * SLAB + lane * 8;
@@ -158,12 +218,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) adapters_sum_pairs(SumPair
         for (u32 firsts = __ballot_sync(0xffffffffu, mine != NONE); firsts; firsts &= firsts - 1) {
             u32 pair = __shfl_sync(0xffffffffu, mine, __ffs(firsts) - 1);
             float sum[8] = {};
-            for (u32 members = __ballot_sync(0xffffffffu, pair_of_row == pair); members; members &= members - 1) {
-                u32 j = __ffs(members) - 1;
-                u32 from = __shfl_sync(0xffffffffu, row, j);
-                float factor = __shfl_sync(0xffffffffu, gate, j);
-                if (column < p.inner) add(sum, factor, stream(p.h + u64(from) * p.inner + column));
+            for (u32 members = __ballot_sync(0xffffffffu, pair_of_row == pair); members;) {
+                uint4 of_row[IN_FLIGHT];
+                float factor[IN_FLIGHT];
+#pragma unroll
+                for (u32 i = 0; i < IN_FLIGHT; i++) {
+                    bool there = members && column < p.inner;
+                    u32 j = (__ffs(members) - 1) % WARP;
+                    members &= members - 1;
+                    u32 from = __shfl_sync(0xffffffffu, row, j);
+                    factor[i] = __shfl_sync(0xffffffffu, gate, j);
+                    of_row[i] = there ? stream(p.h + u64(from) * p.inner + column) : zero;
+                }
+#pragma unroll
+                for (u32 i = 0; i < IN_FLIGHT; i++) add(sum, factor[i], of_row[i]);
             }
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) sum[i] *= p.share;
             if (column < p.inner) *reinterpret_cast<uint4*>(p.sum + u64(pair) * p.inner + column) = pack_8(sum);
         }
     }
@@ -175,10 +246,11 @@ struct Combine {
     elem* out;            // [tokens, hidden]
     const u32* row_of;    // [tokens, top_k]
     const u32* pair_of;   // [tokens, top_k] the pair that this choice is the first of, or NONE; may be null with `ypair`
+    const elem* y_own;    // [S, hidden] the same of the experts that slots replace, or null
+    const u32* own_from;  // the first row that `y_own` has
     u32 tokens, top_k, hidden;  // top_k <= 32, hidden a multiple of 8
+    float own_share;
 };
-
-constexpr u32 IN_FLIGHT = 4;  // choices whose rows are asked for together
 
 extern "C" __global__ void __launch_bounds__(THREADS) combine(Combine p) {
     u32 lane = threadIdx.x % WARP;
@@ -205,6 +277,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine(Combine p) {
             for (u32 i = 0; i < IN_FLIGHT; i++) {
                 add(sum, 1.0f, of_row[i]);
                 add(sum, 1.0f, of_pair[i]);
+            }
+            for (u32 i = 0; p.y_own && i < IN_FLIGHT; i++) {
+                u32 from = __shfl_sync(0xffffffffu, row, first + i);
+                bool there = column < p.hidden && from != NONE && from >= *p.own_from;
+                if (there) add(sum, p.own_share, stream(p.y_own + u64(from) * p.hidden + column));
             }
         }
         if (column < p.hidden) *reinterpret_cast<uint4*>(p.out + u64(token) * p.hidden + column) = pack_8(sum);

@@ -19,7 +19,8 @@
 //
 // Bound: as the forward product; `outer` by FLOPs for some 300 rows per group and more, by the bytes of dw below.
 // Registers: 256 wide: 168, of which 72 stay to load and 216 are taken to multiply; 128 wide: up to 128; 64 wide: up to 86.
-// last measured: not yet
+// Last measured: H100, OLMoE-1B-7B, half replaced, bases and adapters trained, 4096 tokens: the whole backward takes 2.4 of the
+// forward's time; these kernels were not timed alone.
 
 struct Transposed {
     const elem* a;      // [*, k] inputs, row stride lda

@@ -192,3 +192,97 @@ struct Tiles {
         return false;
     }
 };
+
+// v / (1 + e^-v) with the fast reciprocal: some units in the last place of f32.
+__device__ __forceinline__ float fast_silu(float v) {
+    float e, r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(v * -1.44269504f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
+    return v * r;
+}
+
+// Where the 16-byte piece c < 4 of row g < 8 lies in a block of 8 rows of 64 bytes in shared memory. Neither
+// lanes that write it (g = lane / 4, c = lane % 4) nor `load_matrices` meet in a bank.
+__device__ __forceinline__ u32 piece_at(u32 g, u32 c) { return c * 8 + (g ^ c * 2); }
+
+// Two operands a of `mma`, 32 places of the summed index, from the blocks of rows 0 .. 8 and, `apart` pieces
+// further, rows 8 .. 16. `flip` was added (xor) to the rows' numbers.
+__device__ __forceinline__ void load_rows(u32 (&a)[2][4], const uint4* block, u32 apart, u32 flip = 0) {
+    u32 lane = threadIdx.x % WARP;
+    block += lane / 8 % 2 * apart;
+    load_matrices(a[0], block + piece_at(lane % 8 ^ flip, lane / 16));
+    load_matrices(a[1], block + piece_at(lane % 8 ^ flip, 2 + lane / 16));
+}
+
+// Two operands b of `mma`, 32 places, from the block of 8 columns.
+__device__ __forceinline__ void load_columns(u32 (&b)[4], const uint4* block, u32 flip = 0) {
+    u32 lane = threadIdx.x % WARP;
+    load_matrices(b, block + piece_at(lane % 8 ^ flip, lane / 8));
+}
+
+__device__ __forceinline__ void mma_32(float (&d)[4], const u32 (&a)[2][4], const u32 (&b)[4]) {
+    mma(d, a[0], {b[0], b[1]});
+    mma(d, a[1], {b[2], b[3]});
+}
+
+// A lane's results of four neighbouring blocks are 8 neighbouring columns, if this column of 32 is what
+// row `line` % 8 of block `line` / 8 holds.
+__device__ __forceinline__ u32 column_of_line(u32 line) { return line % 8 / 2 * 8 + line / 8 * 2 + line % 2; }
+__device__ __forceinline__ u32 line_of_column(u32 column) { return column % 8 / 2 * 8 + column / 8 * 2 + column % 2; }
+
+// The tiles of groups like `Tiles`, by bands: each band has the same share of every group's rows. Rows of
+// a group are in token order, so that the rows of a band belong to about the same tokens, and what the
+// rows of a token share is read from memory once and from the second cache by the others. A band has some
+// tiles of rows from each group, all of their columns.
+template <u32 ROWS, u32 COLUMNS>
+struct Bands {
+    const u32* starts;       // [groups + 1]
+    u32 groups, across;      // `across`: tiles of columns
+    u32 shift;               // there are 2^shift bands
+    u32 band = 0;
+    u32 next = blockIdx.x;   // the tile that `advance` goes to
+    u32 first = 0;           // first group of the 32 that the lanes look at
+    u32 before = 0;          // tiles before its part of the band
+    u32 group = 0, row = 0, end = 0, column = 0;  // this tile: its rows are row .. min(row + ROWS, end)
+
+    __device__ __forceinline__ Bands(const u32* starts, u32 groups, u32 columns) : starts(starts), groups(groups), across((columns + COLUMNS - 1) / COLUMNS) {
+        u32 deep = groups ? (starts[groups] - starts[0]) / (2 * ROWS * groups) : 0;
+        shift = deep ? WARP - __clz(deep) : 0;  // one tile or two of an average group to a band
+    }
+
+    // False where no tile is left.
+    __device__ __forceinline__ bool advance() {
+        u32 lane = threadIdx.x % WARP;
+        for (; band >> shift == 0; band++, first = 0) {
+            for (; first < groups; first += WARP) {
+                u32 mine = first + lane;
+                u32 start = mine < groups ? starts[mine] : 0;
+                u32 stop = mine < groups ? starts[mine + 1] : 0;
+                u32 deep = (stop - start + ROWS - 1) / ROWS;
+                u32 upper = u32(u64(deep) * band >> shift);
+                deep = u32(u64(deep) * (band + 1) >> shift) - upper;
+                u32 tiles = deep * across;
+                u32 sum = tiles;
+#pragma unroll
+                for (u32 i = 1; i < WARP; i *= 2) {
+                    u32 other = __shfl_up_sync(0xffffffffu, sum, i);
+                    if (lane >= i) sum += other;
+                }
+                u32 holders = __ballot_sync(0xffffffffu, before + sum > next);
+                if (holders) {
+                    u32 holder = __ffs(holders) - 1;
+                    u32 tile = next - before - __shfl_sync(0xffffffffu, sum - tiles, holder);
+                    deep = __shfl_sync(0xffffffffu, deep, holder);
+                    group = first + holder;
+                    row = __shfl_sync(0xffffffffu, start + upper * ROWS, holder) + tile % deep * ROWS;
+                    end = __shfl_sync(0xffffffffu, stop, holder);
+                    column = tile / deep * COLUMNS;
+                    next += gridDim.x;
+                    return true;
+                }
+                before += __shfl_sync(0xffffffffu, sum, WARP - 1);
+            }
+        }
+        return false;
+    }
+};

@@ -7,7 +7,7 @@
 // Block: 256 threads. Shared memory: GROUPED_MMA_SHARED = 147456 bytes, dynamic.
 // Registers (sm_80, sm_90a): plain 218, 216; dual and swiglu 226, 218.
 // Bound: the tensor cores where groups have some hundred rows, the bytes of the weights below that.
-// last measured: not yet
+// Last measured: checked on an H100, not timed.
 //
 // A tile is 128 rows by 256 rows of weights (128 of each matrix where there are two), a warp's part of
 // it 64 by 64: shared memory, not the tensor cores, would limit smaller parts. Copies run two steps of

@@ -2,7 +2,7 @@
 // loading threads feed multiplying ones, the list of tiles, and the ways in and out of a tile.
 //
 // A block is specialised by warp. In the first warpgroup some warps gather rows (cp.async, swizzled by
-// hand) and one thread may bring boxes of weights (TMA), into a ring of stages of 64 places of the summed
+// hand) and one thread may bring boxes of weights or rows (TMA), into a ring of stages of 64 places of the summed
 // index; the two other warpgroups multiply (wgmma) and write. `full` counts who has filled a stage,
 // `empty` the warps that have read it. The loading threads run ahead into the next tile while the others
 // write; all roles walk the same list of tiles.
@@ -15,18 +15,20 @@ constexpr u32 MAX_GROUPS = 512;
 constexpr u32 THREADS = 384;
 constexpr u32 STEP = 64;        // places of the summed index in a stage: 128 bytes, the swizzle's width
 constexpr u32 LINE = STEP * 2;  // bytes of a line of a stage
-constexpr u32 GATHERERS = 2;    // warps that gather rows beside a thread that brings weights
+constexpr u32 GATHERERS = 3;    // warps that gather rows beside a thread that brings boxes
 constexpr u32 MULTIPLIERS = 8;  // warps that multiply
-constexpr u32 BAND = 16;        // row tiles that are worked on side by side
+constexpr u32 BAND = 2048;      // rows whose tiles are worked on side by side
 constexpr u32 PADDED = 72;      // elements of a row of results on their way out, free of bank conflicts
 
-// A tile has TILE_ROWS rows. Each multiplying warpgroup computes 64 of them times TILE_WIDTH rows of weights.
-// With 128 rows the warpgroups share the weights; with 64 they share the rows, and each has its own slice
-// of weights. A slice holds as many rows of each of MATRICES matrices.
+// A tile has TILE_ROWS rows. Each multiplying warpgroup computes PARTS parts of 64 of them times TILE_WIDTH rows
+// of weights. With 128 rows and more the warpgroups share the weights, and the parts go to them in turn;
+// with 64 they share the rows, and each has its own slice of weights. A slice holds as many rows of each
+// of MATRICES matrices.
 template <u32 MATRICES, u32 TILE_ROWS, u32 TILE_WIDTH>
 struct Shape {
     static constexpr u32 ROWS = TILE_ROWS, WIDTH = TILE_WIDTH;
-    static constexpr u32 SLICES = 128 / ROWS;
+    static constexpr u32 SLICES = ROWS < 128 ? 2 : 1;
+    static constexpr u32 PARTS = ROWS < 128 ? 1 : ROWS / 128;
     static constexpr u32 BOX = WIDTH / MATRICES;
     static constexpr u32 COLUMNS = BOX * SLICES;
     static constexpr u32 A_BYTES = ROWS * LINE;
@@ -82,6 +84,15 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, u32 x, 
                  : "memory");
 }
 
+// Copies 16 bytes of `a`, from place 16 * at on, as copy_async does: zeros where not `inside`, and nothing where not
+// `there`. Written as one block, so that the compiler keeps `at` and not the addresses.
+__device__ __forceinline__ void copy_piece(void* to, const elem* a, u32 at, bool inside, bool there) {
+    asm volatile("{\n.reg .pred p;\n.reg .b64 from;\nsetp.ne.b32 p, %4, 0;\nmad.wide.u32 from, %2, 16, %1;\n"
+                 "@p cp.async.cg.shared.global.L2::128B [%0], [from], 16, %3;\n}" ::"r"(shared_address(to)),
+                 "l"(a), "r"(at), "r"(inside ? 16 : 0), "r"(u32(there))
+                 : "memory");
+}
+
 // Shows this thread's writes of shared memory to wgmma.
 __device__ __forceinline__ void show_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -105,7 +116,7 @@ __device__ __forceinline__ void multiply_wait() { asm volatile("wgmma.wait_group
 
 // Keeps the compiler from moving accumulators across this point.
 template <u32 N>
-__device__ __forceinline__ void hold(float (&d)[N]) {
+__device__ __forceinline__ void hold(float* d) {
 #pragma unroll
     for (u32 i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
@@ -133,7 +144,7 @@ __device__ __forceinline__ void hold(float (&d)[N]) {
 // d = a * b^T, plus d where `keep` is not zero; a [64, 16], b [WIDTH, 16]. With g = lane / 4 + 16 * (warp % 4)
 // and c = lane % 4 * 2, a thread's d[4 * i ..] are (g, 8 * i + c), (g, 8 * i + c + 1), and the same of row g + 8.
 template <u32 WIDTH, bool A_TURNED, bool B_TURNED>
-__device__ __forceinline__ void multiply(float (&d)[WIDTH / 2], u64 a, u64 b, u32 keep) {
+__device__ __forceinline__ void multiply(float* d, u64 a, u64 b, u32 keep) {
     if constexpr (WIDTH == 256) MULTIPLY(256, "%128", "%129", "%130", "%131", "%132", D32(0), D32(32), D32(64), D32(96));
     if constexpr (WIDTH == 128) MULTIPLY(128, "%64", "%65", "%66", "%67", "%68", D32(0), D32(32));
     if constexpr (WIDTH == 64) MULTIPLY(64, "%32", "%33", "%34", "%35", "%36", D32(0));
@@ -154,11 +165,12 @@ struct Place {
 };
 
 // The tiles of a launch: by group, by band of row tiles, by column, by row, so that blocks which work at
-// the same time share the rows of a band and a few columns of weights in the second cache.
+// the same time share the rows of a band and a few columns of weights in the second cache. The row tiles
+// of a group are equally deep in parts of 64 rows, as far as that goes, so that they take the same time.
 template <u32 ROWS, u32 COLUMNS>
 struct TileList {
     struct Tile {
-        u32 group, row, end, column;  // first row, end of the group's rows, first column
+        u32 group, row, end, column;  // its rows are row .. end, from column on
     };
     const u32 *starts, *before;  // first row of each group, row tiles before each group
     u32 groups, across;          // column tiles
@@ -173,10 +185,14 @@ struct TileList {
             else end = middle;
         }
         index -= before[group] * across;
-        u32 band = index / (BAND * across) * BAND;
-        u32 height = min(BAND, before[group + 1] - before[group] - band);
+        u32 deep = before[group + 1] - before[group];
+        u32 band = index / (BAND / ROWS * across) * (BAND / ROWS);
+        u32 height = min(BAND / ROWS, deep - band);
         index -= band * across;
-        return {group, starts[group] + (band + index % height) * ROWS, starts[group + 1], index / height * COLUMNS};
+        u32 start = starts[group], end = starts[group + 1];
+        u32 rows = ((end - start + deep - 1) / deep + 63) / 64 * 64;
+        u32 row = start + (band + index % height) * rows;
+        return {group, row, min(row + rows, end), index / height * COLUMNS};
     }
 };
 
@@ -220,26 +236,26 @@ __device__ __forceinline__ void ready_barriers(u64* full, u64* empty, u32 filler
 }
 
 // The part of a gathering warp, the block's second and so on: rows of args.a [*, k] for each tile and then,
-// with two PAIRS of operands, the same rows of args.a1. `steps` are those of one operand.
+// with two PAIRS of operands, the same rows of args.a1. `steps` are those of one operand. Lines of rows that
+// do not exist stay as they are: they reach only results that are not written.
 template <typename S, u32 PAIRS, typename Arguments, typename List>
 __device__ __forceinline__ void gather(const Arguments& args, const List& tiles, u32 count, u32 steps, u32 lane, Place& place, unsigned char* ring, u64* full, u64* empty) {
-    // Eight neighbouring threads copy the 128 bytes of a row; a thread's rows are 8 apart, so that
-    // they all have the same swizzle.
+    // Eight neighbouring threads copy the 128 bytes of a row. A thread's rows are a multiple of 4 apart, so that
+    // their places in the swizzle differ in one bit at most.
+    constexpr u32 APART = GATHERERS * 4, LINES = (S::ROWS + APART - 1) / APART;
     u32 thread = threadIdx.x - WARP, line = thread / 8, piece = thread % 8;
-    u32 offset = line * LINE + (piece ^ line) * 16;
-    Place arrived;  // the oldest stage whose rows were not yet reported
-    u32 pending = 0;
+    u32 even_offset = line * LINE + (piece ^ line % 8) * 16, odd_offset = even_offset ^ APART % 8 * 16;
+    u32 pending = 0;  // stages whose rows were not yet reported
     auto report = [&] {
-        barrier_arrive(&full[arrived.stage]);
-        arrived.advance<S::STAGES>();
+        if (lane == 0) barrier_arrive(&full[(place.stage + S::STAGES - pending) % S::STAGES]);
     };
     for (u32 index = blockIdx.x; index < count; index += gridDim.x) {
         auto tile = tiles.at(index);
         u32 first = tile.row + line;
-        u32 from[S::ROWS / 8];  // in units of 16 bytes, which reach 64 GiB
+        u32 from[LINES];  // in units of 16 bytes, which reach 64 GiB
 #pragma unroll
-        for (u32 i = 0; i < S::ROWS / 8; i++) {
-            u32 row = first + 8 * i;
+        for (u32 i = 0; i < LINES; i++) {
+            u32 row = first + APART * i;
             from[i] = row >= tile.end ? 0 : (args.rows ? args.rows[row] : row) * (args.lda / 8);
         }
         for (u32 step = 0; step < PAIRS * steps; step++) {
@@ -248,13 +264,12 @@ __device__ __forceinline__ void gather(const Arguments& args, const List& tiles,
                 copy_wait<S::LAG - 1>();
                 show_writes();
                 __syncwarp();
-                if (lane == 0) report();
-                else arrived.advance<S::STAGES>();
+                report();
             } else {
                 pending++;
             }
             barrier_wait(&empty[place.stage], place.parity ^ 1);
-            unsigned char* to = ring + place.stage * S::STAGE + offset;
+            unsigned char *even = ring + place.stage * S::STAGE + even_offset, *odd = ring + place.stage * S::STAGE + odd_offset;
             u32 column = step * STEP + piece * 8;
             const elem* source = args.a;
             if constexpr (PAIRS == 2) {
@@ -266,7 +281,8 @@ __device__ __forceinline__ void gather(const Arguments& args, const List& tiles,
             bool inside = column < args.k;
             const elem* a = source + (inside ? column : 0);
 #pragma unroll
-            for (u32 i = 0; i < S::ROWS / 8; i++) copy_async(to + i * 8 * LINE, a + u64(from[i]) * 8, inside && first + 8 * i < tile.end);
+            for (u32 i = 0; i < LINES; i++)
+                copy_piece((i % 2 ? odd : even) + i * APART * LINE, a, from[i], inside, first + APART * i < tile.end);
             copy_commit();
             place.advance<S::STAGES>();
         }
@@ -274,33 +290,41 @@ __device__ __forceinline__ void gather(const Arguments& args, const List& tiles,
     copy_wait<0>();
     show_writes();
     __syncwarp();
-    if (lane == 0)
-        for (; pending > 0; pending--) report();
+    for (; pending > 0; pending--) report();
 }
 
 // Sums the products of `steps` stages, at least one, from `place` on; a and b are operands in the first stage.
-template <typename S, bool A_TURNED, bool B_TURNED>
-__device__ __forceinline__ void accumulate(float (&d)[S::WIDTH / 2], u32 steps, u64 a_ring, u64 b_ring, Place& place, u64* full, u64* empty) {
+// PARTS parts of 64 rows follow one another in d, those of `a` 128 lines apart; with none the stages are passed by.
+template <typename S, bool A_TURNED, bool B_TURNED, u32 PARTS = 1>
+__device__ __forceinline__ void accumulate(float* d, u32 steps, u64 a_ring, u64 b_ring, Place& place, u64* full, u64* empty) {
     // 16 places of the summed index are 32 bytes along a line, or 16 lines.
     constexpr u32 A_MOVE = A_TURNED ? LINE : 2, B_MOVE = B_TURNED ? LINE : 2;
+    constexpr u32 HELD = PARTS * S::WIDTH / 2;
     u32 lane = threadIdx.x % WARP, last = 0;
     for (u32 step = 0; step < steps; step++) {
         barrier_wait(&full[place.stage], place.parity);
-        u64 a = a_ring + place.stage * (S::STAGE >> 4), b = b_ring + place.stage * (S::STAGE >> 4);
-        hold(d);
-        multiply_begin();
+        if constexpr (PARTS > 0) {
+            u64 a = a_ring + place.stage * (S::STAGE >> 4), b = b_ring + place.stage * (S::STAGE >> 4);
+            hold<HELD>(d);
+            multiply_begin();
 #pragma unroll
-        for (u32 i = 0; i < STEP / 16; i++) multiply<S::WIDTH, A_TURNED, B_TURNED>(d, a + A_MOVE * i, b + B_MOVE * i, step | i);
-        multiply_commit();
-        // The stage of the step before has been read once only the newest group is under way.
-        multiply_wait<1>();
-        hold(d);
+            for (u32 i = 0; i < STEP / 16; i++)
+#pragma unroll
+                for (u32 part = 0; part < PARTS; part++)
+                    multiply<S::WIDTH, A_TURNED, B_TURNED>(d + part * (S::WIDTH / 2), a + A_MOVE * i + part * (128 * LINE >> 4), b + B_MOVE * i, step | i);
+            multiply_commit();
+            // The stage of the step before has been read once only the newest group is under way.
+            multiply_wait<1>();
+            hold<HELD>(d);
+        }
         if (step > 0 && lane == 0) barrier_arrive(&empty[last]);
         last = place.stage;
         place.advance<S::STAGES>();
     }
-    multiply_wait<0>();
-    hold(d);
+    if constexpr (PARTS > 0) {
+        multiply_wait<0>();
+        hold<HELD>(d);
+    }
     if (lane == 0) barrier_arrive(&empty[last]);
 }
 

@@ -1,8 +1,9 @@
 // What the backward pass does by rows, between its grouped products.
-//   swiglu_backward:  of row s of choice c, with dh = dh[s, :] + dpair[pair of s, :], a = gate[s, :], b = up[s, :], g = gates[c]:
+//   swiglu_backward:  of row s of choice c, with a = gate[s, :], b = up[s, :], g = gates[c] and
+//                     dh = dh[s, :] + base_share * dpair[pair of s, :] + own_share * dh_own[s, :]:
 //                     h[s, :] = silu(a) * b                 d_gates[c] = sum of h * dh
 //                     d_gate[s, :] = g * dh * b * silu'(a)  d_up[s, :] = g * dh * silu(a)
-//   sum_pairs_two  :  sum_i[pair, :] = sum over the pair's choices j, in order, of x_i[row_j, :], i = 0, 1
+//   sum_pairs_two  :  sum_i[pair, :] = share * sum over the pair's choices j, in order, of x_i[row_j, :], i = 0, 1
 //
 // Grid: any number of blocks; every block takes its share in turn. As many as the device holds at once
 // are best: 5 for each multiprocessor (swiglu_backward), 6 (sum_pairs_two).
@@ -10,7 +11,7 @@
 // Registers (sm_80, sm_90a): swiglu_backward 46, 46; sum_pairs_two 37, 39.
 // Bound: bytes. swiglu_backward moves 14 inner bytes for each row with a pair (12 without; the rows of a
 // token that share a pair follow each other), sum_pairs_two 4 inner for each row and each pair.
-// last measured: not yet
+// Last measured: not timed alone.
 
 constexpr u32 THREADS = 256;
 constexpr u32 SLAB = WARP * 8;  // columns of a warp: 16 bytes for each lane
@@ -20,6 +21,7 @@ struct SwigluBackward {
     const elem* up;          // [S, inner]
     const elem* dh;          // [S, inner] gradient of h, gates not applied
     const elem* dpair;       // [pairs, inner] what the pair's base adds to it, or null
+    const elem* dh_own;      // [S, inner] what the expert that a slot replaces adds to it, or null
     const u32* pair_of_row;  // [S]; NONE: a row without a base; may be null with `dpair`
     const u32* row_of;       // [tokens * top_k]
     const float* gates;      // [tokens * top_k]
@@ -27,7 +29,9 @@ struct SwigluBackward {
     elem* d_gate;            // [S, inner]; may be `gate`
     elem* d_up;              // [S, inner]; may be `up`
     float* d_gates;          // [tokens * top_k]
+    const u32* own_from;     // the first row that `dh_own` has; null without it
     u32 choices, inner;      // tokens * top_k; a multiple of 8
+    float base_share, own_share;
 };
 
 // A warp for each choice. Any result may lie where an input of the same row lay: a lane reads its
@@ -38,6 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) swiglu_backward(SwigluBack
     for (u32 choice = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP; choice < p.choices; choice += warps) {
         u32 row = p.row_of[choice];
         u32 pair = p.dpair ? p.pair_of_row[row] : NONE;
+        bool own = p.dh_own && row >= *p.own_from;
         float factor = p.gates[choice];
         float sum = 0.0f;
         for (u32 column = lane * 8; column < p.inner; column += SLAB) {
@@ -46,7 +51,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) swiglu_backward(SwigluBack
             uint4 up = *reinterpret_cast<const uint4*>(p.up + at);
             float dh[8] = {}, h[8], d_gate[8], d_up[8];
             add(dh, 1.0f, *reinterpret_cast<const uint4*>(p.dh + at));
-            if (pair != NONE) add(dh, 1.0f, *reinterpret_cast<const uint4*>(p.dpair + u64(pair) * p.inner + column));
+            if (pair != NONE) add(dh, p.base_share, *reinterpret_cast<const uint4*>(p.dpair + u64(pair) * p.inner + column));
+            if (own) add(dh, p.own_share, *reinterpret_cast<const uint4*>(p.dh_own + at));
             u32 gates[4] = {gate.x, gate.y, gate.z, gate.w}, ups[4] = {up.x, up.y, up.z, up.w};
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
@@ -77,6 +83,7 @@ struct SumPairsTwo {
     const u32* pair_of;      // [tokens, top_k] the pair that this choice is the first of, or NONE
     const u32* pair_of_row;  // [S]
     u32 tokens, top_k, inner;  // top_k <= 32, inner a multiple of 8
+    float share;
 };
 
 // A warp for each token and slab of columns; lane j holds what belongs to choice j.
@@ -103,6 +110,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum_pairs_two(SumPairsTwo 
             }
             u64 to = u64(pair) * p.inner + column;
             if (column < p.inner) {
+#pragma unroll
+                for (u32 i = 0; i < 8; i++) sum0[i] *= p.share, sum1[i] *= p.share;
                 *reinterpret_cast<uint4*>(p.sum0 + to) = pack_8(sum0);
                 *reinterpret_cast<uint4*>(p.sum1 + to) = pack_8(sum1);
             }

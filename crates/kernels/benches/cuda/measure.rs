@@ -2,10 +2,11 @@
 
 use super::cases::{Batch, Least, MODELS, Model, RANK, REPLACED, Skew, TOKENS};
 use cudarc::cublas::{CudaBlas, Gemm, GemmConfig, sys::cublasOperation_t as Operation};
-use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, sys::CUevent_flags};
+use cudarc::driver::{CudaEvent, CudaSlice, sys::CUevent_flags};
 use half::bf16;
 use lightmoe_kernels::cuda::{
-    Adapted, Block, Choice, Gpu, Projections, Scores, Shape, Stage, Weights, Workspace,
+    Adapted, Block, Choice, CudaError, Gpu, Gradients, Graph, Projections, Scores, Shape, Stage,
+    Trained, Weights, Workspace,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -190,6 +191,7 @@ impl<'a> Bench<'a> {
                 a: self.projections(adapted, r * h, r * f)?,
                 b: self.projections(adapted, f * r, h * r)?,
             },
+            originals: None,
         };
         let choice = Choice {
             sigmoid: false,
@@ -222,6 +224,7 @@ impl<'a> Bench<'a> {
                 .try_for_each(|x| block.forward(self.gpu, x, tokens, &mut work, &mut out))
         })?;
         let micros = self.graph_time(&graph)? / batches.len() as f64;
+        drop(graph);
         let least: Vec<Least> = batches.iter().map(|b| Least::new(&shape, b)).collect();
         let mean = |f: fn(&Least) -> f64| least.iter().map(f).sum::<f64>() / least.len() as f64;
         let mut case = json!({
@@ -229,6 +232,9 @@ impl<'a> Bench<'a> {
             "bytes": mean(|l| l.bytes),
             "operations": mean(|l| l.operations),
         });
+        if tokens >= STAGED_FROM && shape.adapted > 0 {
+            case["backward_us"] = json!(self.backward(block, &inputs[0], tokens, &mut work)?);
+        }
         if tokens >= STAGED_FROM {
             case["stages"] = self.stages(block, &inputs[0], tokens, &mut work, &mut out)?;
         }
@@ -236,7 +242,7 @@ impl<'a> Bench<'a> {
     }
 
     /// Median microseconds of one replay.
-    fn graph_time(&self, graph: &CudaGraph) -> Outcome<f64> {
+    fn graph_time(&self, graph: &Graph<'_>) -> Outcome<f64> {
         let replay = || Ok(graph.launch()?);
         let once = self.time(1, &replay)?;
         let times = (BUDGET / once.max(1.0)).clamp(3.0, 50.0) as usize;
@@ -261,6 +267,30 @@ impl<'a> Bench<'a> {
             .gpu
             .stream()
             .record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?)
+    }
+
+    /// Median microseconds of a backward pass that trains adapters and bases.
+    fn backward(
+        &self,
+        block: &Block<bf16>,
+        x: &CudaSlice<bf16>,
+        tokens: usize,
+        work: &mut Workspace<bf16>,
+    ) -> Outcome<f64> {
+        let trained = Trained {
+            dense: false,
+            bases: true,
+            adapters: true,
+        };
+        let dout = self.random(x.len())?;
+        let mut gradients = Gradients::new(self.gpu, *block.shape(), tokens, trained)?;
+        let mut all = Vec::new();
+        for _ in 0..5 {
+            let start = self.event()?;
+            block.backward(self.gpu, x, &dout, tokens, trained, work, &mut gradients)?;
+            all.push(f64::from(start.elapsed_ms(&self.event()?)?) * 1e3);
+        }
+        Ok(median(&mut all))
     }
 
     /// Median microseconds of each stage.
@@ -423,15 +453,10 @@ impl<'a> Bench<'a> {
         };
         all()?;
         self.gpu.synchronize()?;
-        let mut failed = None;
-        let graph = self.gpu.capture(|| {
-            failed = all().err();
-            Ok(())
-        })?;
-        match failed {
-            Some(error) => Err(error),
-            None => self.graph_time(&graph),
-        }
+        let graph = self
+            .gpu
+            .capture(|| all().map_err(|error| CudaError::Shape(error.to_string())))?;
+        self.graph_time(&graph)
     }
 }
 

@@ -21,13 +21,15 @@ pub fn print(folder: &Path) -> Outcome<()> {
         bench: &bench,
         peers: &peers,
     };
-    println!(
-        "{}{}{}{}",
+    for part in [
         table.head()?,
         table.layers()?,
         table.stages()?,
-        table.others()?
-    );
+        table.backward()?,
+        table.others()?,
+    ] {
+        print!("{part}");
+    }
     Ok(())
 }
 
@@ -110,7 +112,7 @@ impl Table<'_> {
             let half = self.same(case, 50).unwrap_or(&Value::Null);
             writeln!(
                 out,
-                "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
+                "| {} | {} | {} | {} | {} | {} | {} | {} | {} |",
                 text(case, "model"),
                 case["tokens"],
                 text(case, "routing"),
@@ -120,10 +122,9 @@ impl Table<'_> {
                 faster(50),
                 self.shares(half),
                 faster(75),
-                "",
             )?;
         }
-        Ok(out.replace(" |  |\n", " |\n"))
+        Ok(out)
     }
 
     /// Two cells: the rates that the least bytes and operations in this time are, as shares.
@@ -161,6 +162,28 @@ impl Table<'_> {
         Ok(out)
     }
 
+    /// Microseconds of forward and backward passes.
+    fn backward(&self) -> Outcome<String> {
+        let mut out = "\n## Backward, adapters and bases trained\n\n| model | tokens | routing | replaced | forward µs \
+                       | backward µs |\n| :--- | ---: | :--- | ---: | ---: | ---: |\n"
+            .to_owned();
+        for case in self.cases().filter(|case| !case["backward_us"].is_null()) {
+            let (forward, backward) = (number(case, "us"), number(case, "backward_us"));
+            writeln!(
+                out,
+                "| {} | {} | {} | {} % | {} | {} ({:.2}×) |",
+                text(case, "model"),
+                case["tokens"],
+                text(case, "routing"),
+                case["replaced"],
+                micros(forward),
+                micros(backward),
+                backward / forward
+            )?;
+        }
+        Ok(out)
+    }
+
     /// The original layer by others' kernels.
     fn others(&self) -> Outcome<String> {
         let mut names: Vec<&str> = Vec::new();
@@ -187,7 +210,10 @@ impl Table<'_> {
             let name = format!("{} {}", text(case, "model"), case["tokens"]);
             let peer = list(&self.peers["cases"]).find(|peer| peer["name"] == name.as_str());
             let peer = peer.unwrap_or(&Value::Null);
-            let times = |us: f64| format!("{} ({:.2}×)", micros(us), us / ours);
+            let times = |us: f64| match us {
+                us if us.is_nan() => micros(us),
+                us => format!("{} ({:.2}×)", micros(us), us / ours),
+            };
             let of_peer = |name: &&str| times(number(&peer["peers"][*name], "microseconds"));
             writeln!(
                 out,

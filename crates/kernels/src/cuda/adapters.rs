@@ -1,9 +1,10 @@
 //! What lies between the grouped products of adapted slots, and the sum that ends a layer.
 
 use super::Result;
-use super::block::{Block, Workspace};
+use super::block::Block;
 use super::compile::ADAPTERS;
 use super::device::{Address, Element, Gpu, Launch};
+use super::workspace::Workspace;
 use cudarc::driver::{CudaSlice, DeviceRepr};
 
 /// Arguments of `adapters_expand`.
@@ -18,9 +19,13 @@ struct Expand {
     h: Address,
     pair_of_row: Address,
     starts: Address,
+    own_gate: Address,
+    own_up: Address,
     slots: u32,
     inner: u32,
     rank: u32,
+    base_share: f32,
+    own_share: f32,
 }
 
 /// Arguments of `adapters_expand_pre`: the `h` of `expand` takes the pre-activations of the gate.
@@ -44,6 +49,7 @@ struct SumPairs {
     tokens: u32,
     top_k: u32,
     inner: u32,
+    share: f32,
 }
 
 /// Arguments of `combine`.
@@ -55,9 +61,12 @@ struct Combine {
     out: Address,
     row_of: Address,
     pair_of: Address,
+    own_y: Address,
+    own_from: Address,
     tokens: u32,
     top_k: u32,
     hidden: u32,
+    own_share: f32,
 }
 
 // SAFETY: plain numbers, laid out as the kernels' structs.
@@ -99,8 +108,11 @@ pub(super) fn expand_pre<T: Element>(
 
 /// Blocks for each multiprocessor, threads, and shared memory.
 fn expand_size<T>(block: &Block<T>) -> [usize; 3] {
-    // U of a tile, its lines an odd number of 64-byte parts long against bank conflicts.
-    [4, 128, 8192 * (block.shape.rank.div_ceil(32) | 1)]
+    // Two stages, each with U of a tile in parts of 32 ranks, and the rows of every warp.
+    let parts = block.shape.rank.div_ceil(32);
+    let warps = if parts == 1 { 8 } else { 4 };
+    let shared = 32 * (512 * parts + warps * (256 + 128 * parts));
+    [if parts <= 2 { 2 } else { 1 }, 32 * warps, shared]
 }
 
 fn expand_arguments<T: Element>(
@@ -112,6 +124,7 @@ fn expand_arguments<T: Element>(
     let shape = &block.shape;
     let weights = &block.weights.adapters.b;
     let based = shape.groups > 0;
+    let own = work.own.as_ref().filter(|_| block.originals().is_some());
     let of_pairs = |t: &CudaSlice<T>| if based { gpu.address(t) } else { Address::NULL };
     Expand {
         low: gpu.address(&work.low),
@@ -122,13 +135,17 @@ fn expand_arguments<T: Element>(
         h,
         pair_of_row: gpu.address(&work.tables.pair_of_row),
         starts: gpu.address(&work.tables.starts).skip::<u32>(shape.dense),
+        own_gate: own.map_or(Address::NULL, |own| gpu.address(&own.gate)),
+        own_up: own.map_or(Address::NULL, |own| gpu.address(&own.up)),
         slots: shape.adapted as u32,
         inner: shape.inner as u32,
         rank: shape.rank as u32,
+        base_share: 1.0 - block.beta,
+        own_share: block.beta,
     }
 }
 
-/// `Σ g·h` of every pair.
+/// `Σ g·h` of every pair, times the base's share.
 pub(super) fn sum_pairs<T: Element>(
     gpu: &Gpu,
     block: &Block<T>,
@@ -145,6 +162,7 @@ pub(super) fn sum_pairs<T: Element>(
         tokens: tokens as u32,
         top_k: block.shape.top_k as u32,
         inner: block.shape.inner as u32,
+        share: 1.0 - block.beta,
     };
     // SAFETY: as in `expand`.
     unsafe { queue::<T, _>(gpu, "adapters_sum_pairs", [8, 256, 0], &arguments) }
@@ -159,6 +177,8 @@ pub(super) fn combine<T: Element>(
     out: &mut CudaSlice<T>,
 ) -> Result<()> {
     let based = block.shape.groups > 0;
+    let own = work.own.as_ref().filter(|_| block.originals().is_some());
+    let starts = gpu.address(&work.tables.starts);
     let arguments = Combine {
         y: gpu.address(&work.y),
         pair_y: if based {
@@ -169,9 +189,12 @@ pub(super) fn combine<T: Element>(
         out: gpu.address_mut(out),
         row_of: gpu.address(&work.tables.row_of),
         pair_of: gpu.address(&work.tables.pair_of),
+        own_y: own.map_or(Address::NULL, |own| gpu.address(&own.y)),
+        own_from: starts.skip::<u32>(block.shape.dense),
         tokens: tokens as u32,
         top_k: block.shape.top_k as u32,
         hidden: block.shape.hidden as u32,
+        own_share: block.beta,
     };
     // SAFETY: as in `expand`; the block checked the size of `out`.
     unsafe { queue::<T, _>(gpu, "combine", [4, 256, 0], &arguments) }

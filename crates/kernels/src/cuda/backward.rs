@@ -1,98 +1,15 @@
 //! The gradients of a layer of experts: of its inputs, its gates, and the parameters that train.
 
 use super::adapters::{combine, expand_pre, sum_pairs};
-use super::block::{Adapted, Block, Projections, Shape, Workspace};
+use super::block::{Adapted, Block, Shape};
 use super::device::{Element, Gpu};
-use super::grouped::{Grouped, Kind, Segments};
+use super::gradients::{Gradients, Trained};
+use super::grouped::{Grouped, Kind, Path, Segments};
 use super::products::{Out, Rows, Transposed, outer};
-use super::rows::{sum_pairs_two, swiglu_backward};
+use super::rows::{Activations, sum_pairs_two, swiglu_backward};
+use super::workspace::Workspace;
 use super::{Result, ensure};
 use cudarc::driver::CudaSlice;
-
-/// Which parameters train.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Trained {
-    /// The matrices of dense experts.
-    pub dense: bool,
-    /// Shared bases.
-    pub bases: bool,
-    /// Adapters.
-    pub adapters: bool,
-}
-
-/// The gradients of a layer, and what is in between. Gradients of parameters that do not train are not
-/// written.
-#[derive(Debug)]
-pub struct Gradients<T> {
-    shape: Shape,
-    tokens: usize,
-    /// Of the inputs, by way of the experts, `[T, H]`.
-    pub x: CudaSlice<T>,
-    /// Of the gate of each choice, `[T · K]`.
-    pub gates: CudaSlice<f32>,
-    /// Of the dense experts, as their matrices lie.
-    pub dense: Projections<f32>,
-    /// Of the bases.
-    pub bases: Projections<f32>,
-    /// Of the adapters.
-    pub adapters: Adapted<f32>,
-    /// Pre-activations of rows, then their gradients, `[S, F]`.
-    gate: CudaSlice<T>,
-    up: CudaSlice<T>,
-    /// The same summed over the rows of each pair, `[pairs, F]`.
-    pair_gate: CudaSlice<T>,
-    pair_up: CudaSlice<T>,
-    /// Gradient of what the bases gave back, `[pairs, F]`.
-    pair_dh: CudaSlice<T>,
-    /// `dout·U` of the down adapters, `[S, R]`.
-    low_down: CudaSlice<T>,
-    /// Gradients of `V·x`, side by side, `[S, 2R]`.
-    low: CudaSlice<T>,
-}
-
-impl<T: Element> Gradients<T> {
-    /// Memory for the gradients of up to `tokens` at once, of `trained` parameters.
-    ///
-    /// # Errors
-    /// If there is not enough.
-    pub fn new(gpu: &Gpu, shape: Shape, tokens: usize, trained: Trained) -> Result<Self> {
-        let Shape {
-            hidden: h,
-            inner: f,
-            rank: r,
-            ..
-        } = shape;
-        let (rows, pairs) = (shape.rows(tokens), shape.pairs(tokens));
-        let low = if shape.adapted > 0 { rows * r } else { 0 };
-        let parameters = |trained: bool, n: usize, gate: usize, down: usize| -> Result<_> {
-            let n = if trained { n } else { 0 };
-            Ok(Projections {
-                gate: gpu.alloc(n * gate)?,
-                up: gpu.alloc(n * gate)?,
-                down: gpu.alloc(n * down)?,
-            })
-        };
-        Ok(Self {
-            shape,
-            tokens,
-            x: gpu.alloc(tokens * h)?,
-            gates: gpu.alloc(rows)?,
-            dense: parameters(trained.dense, shape.dense, f * h, h * f)?,
-            bases: parameters(trained.bases, shape.groups, f * h, h * f)?,
-            adapters: Adapted {
-                a: parameters(trained.adapters, shape.adapted, r * h, r * f)?,
-                b: parameters(trained.adapters, shape.adapted, f * r, h * r)?,
-            },
-            gate: gpu.alloc(rows * f)?,
-            up: gpu.alloc(rows * f)?,
-            pair_gate: gpu.alloc(pairs * f)?,
-            pair_up: gpu.alloc(pairs * f)?,
-            pair_dh: gpu.alloc(pairs * f)?,
-            low_down: gpu.alloc(low)?,
-            low: gpu.alloc(2 * low)?,
-        })
-    }
-}
 
 /// What a backward pass is about.
 struct Pass<'a, T> {
@@ -127,6 +44,11 @@ impl<T: Element> Block<T> {
         gradients: &mut Gradients<T>,
     ) -> Result<()> {
         self.check(x, tokens, work, dout)?;
+        ensure!(
+            work.routed == tokens,
+            "the workspace holds the tables of {} tokens, not of {tokens}",
+            work.routed
+        );
         ensure!(
             gradients.shape == self.shape && gradients.tokens == tokens,
             "gradients of {} tokens of {:?} for {tokens} of {:?}",
@@ -173,10 +95,10 @@ impl<T: Element> Block<T> {
 }
 
 impl<T: Element> Pass<'_, T> {
-    fn forward(&self, work: &Workspace<T>, groups: usize, [n, k]: [usize; 2]) -> Grouped {
+    fn forward(&self, path: Path, groups: usize, [n, k]: [usize; 2]) -> Grouped {
         let depth = self.dense.rows / groups;
         Grouped {
-            path: work.path,
+            path,
             groups,
             n,
             k,
@@ -184,13 +106,8 @@ impl<T: Element> Pass<'_, T> {
         }
     }
 
-    fn transposed(&self, work: &Workspace<T>, groups: usize, [n, k]: [usize; 2]) -> Transposed {
-        Transposed {
-            path: work.path,
-            groups,
-            n,
-            k,
-        }
+    fn transposed(&self, path: Path, groups: usize, [n, k]: [usize; 2]) -> Transposed {
+        Transposed { path, groups, n, k }
     }
 
     /// The pre-activations again, and the gradients of what lies between the projections: `gradients.gate`
@@ -208,14 +125,14 @@ impl<T: Element> Pass<'_, T> {
         } = self.block.shape;
         let of_token = |rows: &Segments| Rows::of_tokens(gpu, self.dout, hidden, rows);
         if dense > 0 {
-            self.forward(work, dense, [inner, hidden]).run(
+            self.forward(work.path, dense, [inner, hidden]).run(
                 gpu,
                 Kind::Dual(&w.dense.gate, &w.dense.up, &mut to.gate, &mut to.up),
                 self.x,
                 &self.dense.gathered(),
             )?;
             let dh = Out::rows(gpu, &mut work.h, inner);
-            self.transposed(work, dense, [inner, hidden]).one(
+            self.transposed(work.path, dense, [inner, hidden]).one(
                 gpu,
                 (of_token(&self.dense), &w.dense.down),
                 dh,
@@ -223,7 +140,7 @@ impl<T: Element> Pass<'_, T> {
             )?;
         }
         if groups > 0 {
-            self.forward(work, groups, [inner, hidden]).run(
+            self.forward(work.path, groups, [inner, hidden]).run(
                 gpu,
                 Kind::Dual(
                     &w.bases.gate,
@@ -235,7 +152,7 @@ impl<T: Element> Pass<'_, T> {
                 &self.pairs.gathered(),
             )?;
             let dh = Out::rows(gpu, &mut to.pair_dh, inner);
-            self.transposed(work, groups, [inner, hidden]).one(
+            self.transposed(work.path, groups, [inner, hidden]).one(
                 gpu,
                 (of_token(&self.pairs), &w.bases.down),
                 dh,
@@ -244,31 +161,59 @@ impl<T: Element> Pass<'_, T> {
         }
         if adapted > 0 {
             let Adapted { a, b } = &w.adapters;
-            self.forward(work, adapted, [rank, hidden]).run(
+            self.forward(work.path, adapted, [rank, hidden]).run(
                 gpu,
                 Kind::SideBySide(&a.gate, &a.up, &mut work.low),
                 self.x,
                 &self.slots.gathered(),
             )?;
+            if let (Some(w), Some(own)) = (self.block.originals(), &mut work.own) {
+                self.forward(work.path, adapted, [inner, hidden]).run(
+                    gpu,
+                    Kind::Dual(&w.gate, &w.up, &mut own.gate, &mut own.up),
+                    self.x,
+                    &self.slots.gathered(),
+                )?;
+            }
             expand_pre(gpu, self.block, work, &mut to.gate, &mut to.up)?;
+            if let (Some(w), Some(own)) = (self.block.originals(), &mut work.own) {
+                let dh = Out::rows(gpu, &mut own.gate, inner);
+                self.transposed(work.path, adapted, [inner, hidden]).one(
+                    gpu,
+                    (of_token(&self.slots), &w.down),
+                    dh,
+                    &self.slots,
+                )?;
+            }
             let low = Out::rows(gpu, &mut to.low_down, rank);
-            self.transposed(work, adapted, [rank, hidden]).one(
+            self.transposed(work.path, adapted, [rank, hidden]).one(
                 gpu,
                 (of_token(&self.slots), &b.down),
                 low,
                 &self.slots,
             )?;
             let dh = Out::rows(gpu, &mut work.h, inner);
-            self.transposed(work, adapted, [inner, rank]).one(
+            self.transposed(work.path, adapted, [inner, rank]).one(
                 gpu,
                 (Rows::sorted(gpu, &to.low_down, rank), &a.down),
                 dh,
                 &self.slots,
             )?;
         }
-        let pair_dh = (groups > 0).then_some(&to.pair_dh);
-        let gradients = (&mut to.gate, &mut to.up, &mut to.gates);
-        swiglu_backward(gpu, self.block, self.tokens, work, pair_dh, gradients)?;
+        let own = work.own.take();
+        let of = Activations {
+            gate: &mut to.gate,
+            up: &mut to.up,
+            gates: &mut to.gates,
+            pair_dh: (groups > 0).then_some(&to.pair_dh),
+            own_dh: own
+                .as_ref()
+                .filter(|_| self.block.originals().is_some())
+                .map(|own| &own.gate),
+        };
+        let done = swiglu_backward(gpu, self.block, self.tokens, work, of);
+        work.own = own;
+        done?;
         if groups > 0 {
             let sums = (&mut to.pair_gate, &mut to.pair_up);
             sum_pairs_two(gpu, self.block, self.tokens, work, (&to.gate, &to.up), sums)?;
@@ -294,7 +239,7 @@ impl<T: Element> Pass<'_, T> {
         );
         if dense > 0 {
             let y = Out::rows(gpu, &mut work.y, hidden);
-            self.transposed(work, dense, [hidden, inner]).two(
+            self.transposed(work.path, dense, [hidden, inner]).two(
                 gpu,
                 (gate, &w.dense.gate),
                 (up, &w.dense.up),
@@ -305,12 +250,22 @@ impl<T: Element> Pass<'_, T> {
         if adapted > 0 {
             let Adapted { a, b } = &w.adapters;
             let low = Out::rows(gpu, &mut to.low, 2 * rank);
-            let shrink = self.transposed(work, adapted, [rank, inner]);
+            let shrink = self.transposed(work.path, adapted, [rank, inner]);
             shrink.one(gpu, (gate, &b.gate), low, &self.slots)?;
             shrink.one(gpu, (up, &b.up), low.right::<T>(), &self.slots)?;
             let low = Rows::sorted(gpu, &to.low, 2 * rank);
+            if let (Some(w), Some(own)) = (self.block.originals(), &mut work.own) {
+                let y = Out::rows(gpu, &mut own.y, hidden);
+                self.transposed(work.path, adapted, [hidden, inner]).two(
+                    gpu,
+                    (gate, &w.gate),
+                    (up, &w.up),
+                    y,
+                    &self.slots,
+                )?;
+            }
             let y = Out::rows(gpu, &mut work.y, hidden);
-            self.transposed(work, adapted, [hidden, rank]).two(
+            self.transposed(work.path, adapted, [hidden, rank]).two(
                 gpu,
                 (low, &a.gate),
                 (low.right::<T>(), &a.up),
@@ -320,7 +275,7 @@ impl<T: Element> Pass<'_, T> {
         }
         if groups > 0 {
             let y = Out::rows(gpu, &mut work.pair_y, hidden);
-            self.transposed(work, groups, [hidden, inner]).two(
+            self.transposed(work.path, groups, [hidden, inner]).two(
                 gpu,
                 (Rows::sorted(gpu, &to.pair_gate, inner), &w.bases.gate),
                 (Rows::sorted(gpu, &to.pair_up, inner), &w.bases.up),
@@ -416,7 +371,7 @@ impl<T: Element> Pass<'_, T> {
             )?;
         }
         if adapted > 0 && self.trained.adapters {
-            self.forward(work, adapted, [rank, inner]).run(
+            self.forward(work.path, adapted, [rank, inner]).run(
                 gpu,
                 Kind::Plain(&w.adapters.a.down, &mut work.low_down),
                 &work.h,

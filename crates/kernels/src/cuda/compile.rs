@@ -52,7 +52,13 @@ pub(super) const ADAPTERS: Source = Source {
 };
 pub(super) const DECODE: Source = Source {
     name: "decode",
-    parts: &[COMMON, CHOOSE, include_str!("../../cuda/decode.cu")],
+    parts: &[
+        COMMON,
+        CHOOSE,
+        include_str!("../../cuda/decode.cuh"),
+        include_str!("../../cuda/decode_route.cu"),
+        include_str!("../../cuda/decode_experts.cu"),
+    ],
     hopper: false,
 };
 

@@ -1,10 +1,11 @@
 //! Few tokens through a whole layer in three launches: the weights' bytes are the bound, and what little
 //! else there is must not wait for the host.
 
-use super::block::{Block, Workspace};
+use super::block::Block;
 use super::compile::DECODE;
 use super::device::{Address, Element, Gpu, Launch};
 use super::route::{ScoresArgument, TablesArgument};
+use super::workspace::Workspace;
 use super::{Result, ensure};
 use cudarc::driver::{CudaSlice, DeviceRepr};
 
@@ -12,8 +13,11 @@ use cudarc::driver::{CudaSlice, DeviceRepr};
 pub(super) const DECODE_TOKENS: usize = 32;
 /// Parts into which the router's sums can be divided.
 pub(super) const SPLITS: usize = 4;
-/// Floats between columns of sums in shared memory.
-const LINE: usize = 20;
+/// Bytes of one matrix's weights that a block has under way: three pieces for each of 16 warps.
+const RING: usize = 3 * 16 * 2048;
+/// Bytes of a column of sums of 16 warps, and of one row of them.
+const COLUMN: usize = 16 * 80;
+const ROW: usize = 80;
 
 /// Arguments of the kernels of decode.cu.
 #[repr(C)]
@@ -100,29 +104,22 @@ pub(super) fn forward<T: Element>(
         groups: shape.groups as u32,
     };
     let columns = tokens.next_multiple_of(8);
-    let of_rows = if shape.adapted > 0 {
-        4 * shape.rows(tokens) * LINE
+    let rows = if shape.adapted > 0 {
+        shape.rows(tokens)
     } else {
         0
     };
-    let route = (64 * columns * LINE).max(64 * shape.experts);
-    queue::<T>(gpu, "decode_route", &arguments, 512, 1, route, true)?;
-    queue::<T>(
-        gpu,
-        "decode_gate_up",
-        &arguments,
-        256,
-        2,
-        72 * columns * LINE + of_rows,
-        false,
-    )?;
+    let whole = RING + COLUMN * columns;
+    let half = RING / 2 + 64 * ROW + ROW * rows.max(8 * columns);
+    queue::<T>(gpu, "decode_route", &arguments, 512, 1, whole, true)?;
+    queue::<T>(gpu, "decode_gate_up", &arguments, 256, 2, half, false)?;
     queue::<T>(
         gpu,
         "decode_down",
         &arguments,
         512,
         1,
-        64 * columns * LINE,
+        whole,
         shape.adapted > 0,
     )
 }

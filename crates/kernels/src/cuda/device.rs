@@ -12,6 +12,7 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::marker::PhantomData;
 use std::sync::{Arc, Mutex};
 
 /// A 16-bit float as the host knows it.
@@ -209,12 +210,11 @@ impl Gpu {
             .trying("copying from the GPU")
     }
 
-    /// Records what `work` queues, to be queued again with one call. The memory that it uses must live as
-    /// long as the graph.
+    /// Records what `work` queues, to be queued again with one call.
     ///
     /// # Errors
     /// If `work` fails or queues what cannot be recorded.
-    pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
+    pub fn capture<'a>(&self, work: impl FnOnce() -> Result<()> + 'a) -> Result<Graph<'a>> {
         use sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THREAD_LOCAL;
         self.stream
             .begin_capture(THREAD_LOCAL)
@@ -223,7 +223,11 @@ impl Gpu {
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = self.stream.end_capture(flags).trying("recording a graph");
         done?;
-        graph?.ok_or_else(|| CudaError::Shape("nothing was recorded".into()))
+        let graph = graph?.ok_or_else(|| CudaError::Shape("nothing was recorded".into()))?;
+        Ok(Graph {
+            graph,
+            memory: PhantomData,
+        })
     }
 
     pub(super) fn address<T>(&self, values: &CudaSlice<T>) -> Address {
@@ -313,6 +317,28 @@ impl Gpu {
         // SAFETY: the caller's promise.
         unsafe { builder.launch(size) }.trying("queueing a kernel")?;
         Ok(())
+    }
+}
+
+/// Recorded work. It holds on to the memory that the recorded closure borrowed.
+pub struct Graph<'a> {
+    graph: CudaGraph,
+    memory: PhantomData<&'a mut ()>,
+}
+
+impl std::fmt::Debug for Graph<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Graph").finish_non_exhaustive()
+    }
+}
+
+impl Graph<'_> {
+    /// Queues the work.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    pub fn launch(&self) -> Result<()> {
+        self.graph.launch().trying("queueing a graph")
     }
 }
 

@@ -4,9 +4,12 @@ use super::Result;
 use super::compile::{GROUPED, GROUPED_MMA, Source};
 use super::device::{Address, Element, Gpu, Launch, TensorMap};
 use cudarc::driver::{CudaSlice, DeviceRepr};
+use std::ops::RangeInclusive;
 
-/// Rows a group up to which the weights' bytes are the bound, and tiles of few rows serve best.
-const FEW_ROWS: usize = 96;
+/// Rows a group for which tall tiles are better: wide ones would read most weights twice from memory.
+const TALL: RangeInclusive<usize> = 112..=192;
+/// Shared memory of the kernels of grouped.cu.
+const SHARED: usize = 216_064;
 /// Shared memory of the kernels of grouped_mma.cu.
 const MMA_SHARED: usize = 3 * (128 + 256) * 128;
 
@@ -103,26 +106,6 @@ struct Argument {
 // SAFETY: plain numbers, laid out as the kernels' struct.
 unsafe impl DeviceRepr for Argument {}
 
-/// A kernel of grouped.cu: its name, shared memory, and the weight rows of one box.
-type Variant = (&'static str, usize, usize);
-
-const PLAIN: [Variant; 4] = [
-    ("grouped_plain_narrow", 216_064, 64),
-    ("grouped_plain_half", 216_064, 128),
-    ("grouped_plain_few", 224_256, 128),
-    ("grouped_plain", 216_064, 256),
-];
-const DUAL: [Variant; 4] = [
-    ("grouped_dual_narrow", 216_064, 32),
-    ("grouped_dual_half", 216_064, 64),
-    ("grouped_dual_few", 224_256, 64),
-    ("grouped_dual", 216_064, 128),
-];
-const SWIGLU: [Variant; 2] = [
-    ("grouped_swiglu_few", 224_256, 64),
-    ("grouped_swiglu", 216_064, 128),
-];
-
 /// The sizes of a grouped product.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Grouped {
@@ -170,69 +153,66 @@ impl Grouped {
             ldy: n as u32,
             max_rows: segments.rows as u32,
         };
-        let (mma, variants, two) = match kind {
+        let (form, two) = match kind {
             Kind::Plain(w, y) => {
                 (argument.b0, argument.y0) = (gpu.address(w), gpu.address_mut(y));
-                ("grouped_mma_plain", &PLAIN[..], false)
+                (&PLAIN, false)
             }
             Kind::Dual(w, v, y0, y1) => {
                 (argument.b0, argument.b1) = (gpu.address(w), gpu.address(v));
                 (argument.y0, argument.y1) = (gpu.address_mut(y0), gpu.address_mut(y1));
-                ("grouped_mma_dual", &DUAL[..], true)
+                (&DUAL, true)
             }
             Kind::SideBySide(w, v, y) => {
                 (argument.b0, argument.b1) = (gpu.address(w), gpu.address(v));
                 argument.y0 = gpu.address_mut(y);
                 argument.y1 = argument.y0.skip::<T>(n);
                 argument.ldy = 2 * n as u32;
-                ("grouped_mma_dual", &DUAL[..], true)
+                (&DUAL, true)
             }
             Kind::Swiglu(w, v, y) => {
                 (argument.b0, argument.b1) = (gpu.address(w), gpu.address(v));
                 argument.y0 = gpu.address_mut(y);
-                ("grouped_mma_swiglu", &SWIGLU[..], true)
+                (&SWIGLU, true)
             }
         };
-        match self.path {
-            Path::Mma => {
-                self.launch::<T>(gpu, &GROUPED_MMA, (mma, MMA_SHARED, 256), &argument, &[])
-            }
-            Path::Hopper => {
-                let (name, shared, rows) = self.variant(variants);
-                let map = |address| {
-                    TensorMap::new(
-                        address,
-                        T::KIND,
-                        &[self.k, self.groups * n],
-                        &[64, rows as u32],
-                    )
-                };
-                let maps = if two {
-                    vec![map(argument.b0)?, map(argument.b1)?]
-                } else {
-                    vec![map(argument.b0)?]
-                };
-                self.launch::<T>(gpu, &GROUPED, (name, shared, 384), &argument, &maps)
-            }
+        if self.path == Path::Mma {
+            let size = (form.mma, 256, MMA_SHARED);
+            return self.launch::<T>(gpu, &GROUPED_MMA, size, &argument, &[]);
         }
+        let (name, rows) = self.tiles(form);
+        let weights = |address| {
+            let sizes = [self.k, self.groups * n];
+            TensorMap::new(address, T::KIND, &sizes, &[64, rows])
+        };
+        let mut maps = vec![weights(argument.b0)?];
+        if two {
+            maps.push(weights(argument.b1)?);
+        }
+        let sizes = [self.k, a.len() / self.k];
+        maps.push(TensorMap::new(argument.a, T::KIND, &sizes, &[64, 64])?);
+        self.launch::<T>(gpu, &GROUPED, (name, 384, SHARED), &argument, &maps)
     }
 
     /// The narrowest tiles that hold all columns, else by the depth of groups.
-    fn variant(&self, variants: &[Variant]) -> Variant {
-        let (narrow, wide) = variants.split_at(variants.len() - 2);
-        let holds = narrow.iter().find(|(_, _, rows)| self.n <= *rows);
-        *holds.unwrap_or(if self.depth <= FEW_ROWS {
-            &wide[0]
+    fn tiles(&self, form: &Form) -> Tiles {
+        let holds = form
+            .narrow
+            .iter()
+            .find(|(_, rows)| self.n <= *rows as usize);
+        let deep = if TALL.contains(&self.depth) {
+            form.tall
         } else {
-            &wide[1]
-        })
+            form.wide
+        };
+        holds.copied().unwrap_or(deep)
     }
 
     fn launch<T: Element>(
         &self,
         gpu: &Gpu,
         source: &Source,
-        (name, shared, block): (&'static str, usize, usize),
+        (name, block, shared): (&'static str, usize, usize),
         argument: &Argument,
         maps: &[TensorMap],
     ) -> Result<()> {
@@ -246,3 +226,34 @@ impl Grouped {
         unsafe { gpu.launch(&kernel, launch, argument, maps) }
     }
 }
+
+/// A kernel of grouped.cu, and the weight rows of one box.
+type Tiles = (&'static str, u32);
+
+/// The kernels of one kind of product.
+struct Form {
+    mma: &'static str,
+    /// For few columns, the fewest first.
+    narrow: &'static [Tiles],
+    tall: Tiles,
+    wide: Tiles,
+}
+
+const PLAIN: Form = Form {
+    mma: "grouped_mma_plain",
+    narrow: &[("grouped_plain_narrow", 64), ("grouped_plain_half", 128)],
+    tall: ("grouped_plain_tall", 128),
+    wide: ("grouped_plain", 256),
+};
+const DUAL: Form = Form {
+    mma: "grouped_mma_dual",
+    narrow: &[("grouped_dual_narrow", 32), ("grouped_dual_half", 64)],
+    tall: ("grouped_dual_tall", 64),
+    wide: ("grouped_dual", 128),
+};
+const SWIGLU: Form = Form {
+    mma: "grouped_mma_swiglu",
+    narrow: &[],
+    tall: ("grouped_swiglu_tall", 64),
+    wide: ("grouped_swiglu", 128),
+};

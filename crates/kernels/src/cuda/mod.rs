@@ -10,19 +10,24 @@ mod block;
 mod compile;
 mod decode;
 mod device;
+mod forward;
+mod gradients;
 mod grouped;
 mod products;
 mod route;
 mod rows;
 #[cfg(test)]
 mod tests;
+mod workspace;
 
-pub use backward::{Gradients, Trained};
-pub use block::{Adapted, Block, Projections, Shape, Stage, Weights, Workspace};
+pub use block::{Adapted, Block, Projections, Shape, Weights};
 pub use compile::{Binary, ElementKind, SOURCES, Source, compile, compiler_present};
-pub use device::{Element, Gpu};
+pub use device::{Element, Gpu, Graph};
+pub use forward::Stage;
+pub use gradients::{Gradients, Trained};
 pub use grouped::Path as GroupedPath;
 pub use route::{Choice, ExpertGroups, Scores};
+pub use workspace::Workspace;
 
 /// What can go wrong on a GPU.
 #[derive(Debug, thiserror::Error)]

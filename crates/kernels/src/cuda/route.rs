@@ -1,18 +1,17 @@
 //! Routing on the GPU: router outputs, the choice of experts, and the tables that sort it. The host
 //! never learns how many rows an expert has.
 
-use super::block::{Block, Shape, Workspace};
+use super::block::{Block, Shape};
 use super::compile::{ROUTE, ROUTER};
 use super::device::{Address, Element, Gpu, Launch};
 use super::grouped::Segments;
+use super::workspace::Workspace;
 use super::{Result, ensure};
 use cudarc::driver::{CudaSlice, DeviceRepr};
 
 /// No position, group or pair.
 pub(super) const NONE: u32 = u32::MAX;
 
-/// Tokens up to which one block routes all.
-const FEW: usize = 128;
 /// The least tokens of a block, and the most blocks.
 const CHUNK: usize = 32;
 const MOST_BLOCKS: usize = 1024;
@@ -71,7 +70,9 @@ impl Scores {
         );
         if let Some(ExpertGroups { count, kept, .. }) = choice.groups {
             ensure!(
-                (1..=32).contains(&count) && experts % count == 0 && (1..=count).contains(&kept),
+                (1..=32).contains(&count)
+                    && experts.is_multiple_of(count)
+                    && (1..=count).contains(&kept),
                 "{kept} of {count} groups of {experts} experts"
             );
         }
@@ -331,8 +332,7 @@ pub(super) fn route<T: Element>(
 ) -> Result<()> {
     let shape = &block.shape;
     let bins = shape.positions() + shape.groups;
-    let few = tokens <= FEW;
-    let (chunk, blocks) = if few { (tokens, 1) } else { blocks(tokens) };
+    let (chunk, blocks) = blocks(tokens);
     let arguments = Route {
         logits: gpu.address(&work.logits),
         scores: block.scores.arguments(gpu, shape.top_k),
@@ -356,11 +356,6 @@ pub(super) fn route<T: Element>(
         // SAFETY: the tables have room for the tokens, the shared memory for the bins.
         unsafe { gpu.launch(&kernel, launch, &arguments, &[]) }
     };
-    if few {
-        // A warp's counts of all bins lie in shared memory.
-        let warps = if bins <= 256 { 32 } else { 8 };
-        return queue("route_few", 1, warps, 4 * bins * warps);
-    }
     queue("route_choose", blocks, 32, 4 * bins)?;
     queue("route_scan", bins.div_ceil(8), 8, 0)?;
     queue("route_place", blocks, 8, 4 * bins * 8)

@@ -1,9 +1,10 @@
 //! What the backward pass does by rows, between its grouped products.
 
 use super::Result;
-use super::block::{Block, Workspace};
+use super::block::Block;
 use super::compile::ROWS;
 use super::device::{Address, Element, Gpu, Launch};
+use super::workspace::Workspace;
 use cudarc::driver::{CudaSlice, DeviceRepr};
 
 /// Arguments of `swiglu_backward`.
@@ -14,6 +15,7 @@ struct SwigluBackward {
     up: Address,
     dh: Address,
     pair_dh: Address,
+    own_dh: Address,
     pair_of_row: Address,
     row_of: Address,
     gates: Address,
@@ -21,8 +23,11 @@ struct SwigluBackward {
     d_gate: Address,
     d_up: Address,
     d_gates: Address,
+    own_from: Address,
     choices: u32,
     inner: u32,
+    base_share: f32,
+    own_share: f32,
 }
 
 /// Arguments of `sum_pairs_two`.
@@ -39,6 +44,7 @@ struct SumPairsTwo {
     tokens: u32,
     top_k: u32,
     inner: u32,
+    share: f32,
 }
 
 // SAFETY: plain numbers, laid out as the kernels' structs.
@@ -46,41 +52,55 @@ unsafe impl DeviceRepr for SwigluBackward {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for SumPairsTwo {}
 
-/// In place: the gradient of `h` in `work.h` becomes `h` again, the pre-activations their gradients;
-/// `gates` is new.
+/// What swiglu_backward takes beside the workspace: pre-activations, which become their gradients, the
+/// gradients of gates, and what bases and replaced experts gave back.
+pub(super) struct Activations<'a, T> {
+    pub(super) gate: &'a mut CudaSlice<T>,
+    pub(super) up: &'a mut CudaSlice<T>,
+    pub(super) gates: &'a mut CudaSlice<f32>,
+    pub(super) pair_dh: Option<&'a CudaSlice<T>>,
+    pub(super) own_dh: Option<&'a CudaSlice<T>>,
+}
+
+/// In place: the gradient of `h` in `work.h` becomes `h` again.
 pub(super) fn swiglu_backward<T: Element>(
     gpu: &Gpu,
     block: &Block<T>,
     tokens: usize,
     work: &mut Workspace<T>,
-    pair_dh: Option<&CudaSlice<T>>,
-    (gate, up, gates): (&mut CudaSlice<T>, &mut CudaSlice<T>, &mut CudaSlice<f32>),
+    of: Activations<'_, T>,
 ) -> Result<()> {
     let (gate, up, h) = (
-        gpu.address_mut(gate),
-        gpu.address_mut(up),
+        gpu.address_mut(of.gate),
+        gpu.address_mut(of.up),
         gpu.address_mut(&mut work.h),
     );
+    let or_null = |t: Option<&CudaSlice<T>>| t.map_or(Address::NULL, |t| gpu.address(t));
+    let starts = gpu.address(&work.tables.starts);
     let arguments = SwigluBackward {
         gate,
         up,
         dh: h,
-        pair_dh: pair_dh.map_or(Address::NULL, |dh| gpu.address(dh)),
+        pair_dh: or_null(of.pair_dh),
+        own_dh: or_null(of.own_dh),
         pair_of_row: gpu.address(&work.tables.pair_of_row),
         row_of: gpu.address(&work.tables.row_of),
         gates: gpu.address(&work.tables.gates),
         h,
         d_gate: gate,
         d_up: up,
-        d_gates: gpu.address_mut(gates),
+        d_gates: gpu.address_mut(of.gates),
+        own_from: starts.skip::<u32>(block.shape.dense),
         choices: block.shape.rows(tokens) as u32,
         inner: block.shape.inner as u32,
+        base_share: 1.0 - block.beta,
+        own_share: block.beta,
     };
     // SAFETY: all have the sizes of the block and the workspace.
     unsafe { queue::<T, _>(gpu, "swiglu_backward", 5, &arguments) }
 }
 
-/// The sums of two matrices of rows over the rows of each pair.
+/// The sums of two matrices of rows over the rows of each pair, times the base's share.
 pub(super) fn sum_pairs_two<T: Element>(
     gpu: &Gpu,
     block: &Block<T>,
@@ -100,6 +120,7 @@ pub(super) fn sum_pairs_two<T: Element>(
         tokens: tokens as u32,
         top_k: block.shape.top_k as u32,
         inner: block.shape.inner as u32,
+        share: 1.0 - block.beta,
     };
     // SAFETY: as in `swiglu_backward`.
     unsafe { queue::<T, _>(gpu, "sum_pairs_two", 6, &arguments) }

@@ -138,6 +138,9 @@ fn swiglu(gate: &[f64], up: &[f64]) -> Vec<f64> {
     gate.iter().zip(up).map(h).collect()
 }
 
+/// Projection `i`, with so many rows, of an input.
+type Apply<'a> = dyn Fn(usize, usize, &[f64]) -> Vec<f64> + 'a;
+
 /// What a token's expert does, step by step.
 struct Steps {
     gate: Vec<f64>,
@@ -171,6 +174,9 @@ pub(super) struct Layer {
     pub(super) bases: Matrices,
     pub(super) a: Matrices,
     pub(super) b: Matrices,
+    originals: Matrices,
+    /// Share of the originals.
+    pub(super) beta: f64,
 }
 
 impl Layer {
@@ -215,6 +221,8 @@ impl Layer {
             bases: Matrices::random::<T>(&mut rng, shape.groups, [f, h], [h, f]),
             a: Matrices::random::<T>(&mut rng, shape.adapted, [r, h], [r, f]),
             b: Matrices::random::<T>(&mut rng, shape.adapted, [f, r], [h, r]),
+            originals: Matrices::random::<T>(&mut rng, shape.adapted, [f, h], [h, f]),
+            beta: 0.0,
         }
     }
 
@@ -235,9 +243,12 @@ impl Layer {
                 a: self.a.upload(gpu),
                 b: self.b.upload(gpu),
             },
+            originals: (self.beta > 0.0).then(|| self.originals.upload(gpu)),
         };
         let scores = Scores::new(gpu, self.choice, &self.position, self.bias.as_deref()).unwrap();
-        Block::new(gpu, self.shape, weights, scores, &self.group_of).unwrap()
+        let mut block = Block::new(gpu, self.shape, weights, scores, &self.group_of).unwrap();
+        block.anneal(self.beta as f32).unwrap();
+        block
     }
 
     pub(super) fn logits(&self, x: &[f64]) -> Vec<f64> {
@@ -307,7 +318,7 @@ impl Layer {
             dense,
             ..
         } = self.shape;
-        let steps = |apply: &dyn Fn(usize, usize, &[f64]) -> Vec<f64>| {
+        let steps = |apply: &Apply<'_>| {
             let (gate, up) = (apply(0, inner, x), apply(1, inner, x));
             let h = swiglu(&gate, &up);
             let y = apply(2, hidden, &h);
@@ -320,10 +331,15 @@ impl Layer {
         let slot = position - dense;
         let (a, b, base) = (self.a.each(), self.b.each(), self.bases.each());
         steps(&|i, rows, x| {
-            let own = product(b[i], slot, rows, &product(a[i], slot, rank, x));
+            let low = product(b[i], slot, rows, &product(a[i], slot, rank, x));
+            let own = product(self.originals.each()[i], slot, rows, x);
+            let y = add(low, &times(self.beta, &own));
             match self.group_of[slot] {
-                Some(group) => add(own, &product(base[i], group, rows, x)),
-                None => own,
+                Some(group) => {
+                    let of_base = product(base[i], group, rows, x);
+                    add(y, &times(1.0 - self.beta, &of_base))
+                }
+                None => y,
             }
         })
     }
@@ -401,11 +417,13 @@ impl Layer {
         let dlow = transposed(b, slot, rank, dy);
         add_outer(to.b.each_mut()[i], slot, dy, &low);
         add_outer(to.a.each_mut()[i], slot, &dlow, x);
-        let dx = transposed(a, slot, x.len(), &dlow);
+        let own = transposed(self.originals.each()[i], slot, x.len(), dy);
+        let dx = add(transposed(a, slot, x.len(), &dlow), &times(self.beta, &own));
         let Some(group) = self.group_of[slot] else {
             return dx;
         };
-        add_outer(to.bases.each_mut()[i], group, dy, x);
-        add(dx, &transposed(self.bases.each()[i], group, x.len(), dy))
+        let dy = times(1.0 - self.beta, dy);
+        add_outer(to.bases.each_mut()[i], group, &dy, x);
+        add(dx, &transposed(self.bases.each()[i], group, x.len(), &dy))
     }
 }

@@ -1,0 +1,222 @@
+//! The forward pass of a layer of experts.
+
+use super::Result;
+use super::adapters::{combine, expand, sum_pairs};
+use super::block::{Block, Shape};
+use super::decode::{self, DECODE_TOKENS};
+use super::device::{Element, Gpu};
+use super::grouped::{Grouped, Kind, Path};
+use super::route::{route, router_logits};
+use super::workspace::{Own, Workspace};
+use cudarc::driver::CudaSlice;
+
+/// The parts of a layer's work by sorted rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Router outputs, choice, and tables.
+    Route,
+    /// The products of dense experts.
+    Dense,
+    /// The products of shared bases.
+    Bases,
+    /// The products of adapters, and what joins them with the bases.
+    Adapters,
+    /// The sum of each token's rows.
+    Combine,
+}
+
+impl<T: Element> Block<T> {
+    /// `out[t] = Σ g·y` over the experts that the router chooses for `x[t]`: `x` and `out` are `[T, H]`.
+    /// Everything is queued, nothing waited for. Few tokens take three launches.
+    ///
+    /// # Errors
+    /// If `x` or `out` has another size, or the workspace holds fewer tokens.
+    pub fn forward(
+        &self,
+        gpu: &Gpu,
+        x: &CudaSlice<T>,
+        tokens: usize,
+        work: &mut Workspace<T>,
+        out: &mut CudaSlice<T>,
+    ) -> Result<()> {
+        self.check(x, tokens, work, out)?;
+        work.routed = tokens;
+        if tokens <= DECODE_TOKENS && self.originals().is_none() {
+            return decode::forward(gpu, self, x, tokens, work, out);
+        }
+        self.forward_grouped(gpu, x, tokens, work, out)
+    }
+
+    /// The same by sorted rows, whatever the number of tokens.
+    ///
+    /// # Errors
+    /// As [`Block::forward`].
+    pub fn forward_grouped(
+        &self,
+        gpu: &Gpu,
+        x: &CudaSlice<T>,
+        tokens: usize,
+        work: &mut Workspace<T>,
+        out: &mut CudaSlice<T>,
+    ) -> Result<()> {
+        self.forward_observed(gpu, x, tokens, work, out, &mut |_| Ok(()))
+    }
+
+    /// The same, while `queued` learns which part of the work was queued last.
+    ///
+    /// # Errors
+    /// As [`Block::forward`], and those of `queued`.
+    pub fn forward_observed(
+        &self,
+        gpu: &Gpu,
+        x: &CudaSlice<T>,
+        tokens: usize,
+        work: &mut Workspace<T>,
+        out: &mut CudaSlice<T>,
+        queued: &mut dyn FnMut(Stage) -> Result<()>,
+    ) -> Result<()> {
+        self.check(x, tokens, work, out)?;
+        work.routed = tokens;
+        router_logits(gpu, self, x, tokens, &mut work.logits)?;
+        route(gpu, self, tokens, work)?;
+        queued(Stage::Route)?;
+        if self.shape.dense > 0 {
+            self.dense(gpu, x, tokens, work)?;
+            queued(Stage::Dense)?;
+        }
+        if self.shape.adapted > 0 {
+            self.adapted(gpu, x, tokens, work, queued)?;
+        }
+        combine(gpu, self, tokens, work, out)?;
+        queued(Stage::Combine)
+    }
+
+    /// A grouped product of this layer; as many rows fall to every group, as far as the host knows.
+    fn product(&self, path: Path, groups: usize, [n, k]: [usize; 2], rows: usize) -> Grouped {
+        Grouped {
+            path,
+            groups,
+            n,
+            k,
+            depth: rows / groups,
+        }
+    }
+
+    /// The rows of dense positions: `work.y`.
+    fn dense(
+        &self,
+        gpu: &Gpu,
+        x: &CudaSlice<T>,
+        tokens: usize,
+        work: &mut Workspace<T>,
+    ) -> Result<()> {
+        let Shape {
+            hidden,
+            inner,
+            dense,
+            ..
+        } = self.shape;
+        let all = self.shape.rows(tokens);
+        let share = all * dense / self.shape.positions();
+        let rows = work.tables.rows(gpu, 0, all);
+        let w = &self.weights.dense;
+        self.product(work.path, dense, [inner, hidden], share).run(
+            gpu,
+            Kind::Swiglu(&w.gate, &w.up, &mut work.h),
+            x,
+            &rows.gathered(),
+        )?;
+        self.product(work.path, dense, [hidden, inner], share).run(
+            gpu,
+            Kind::Plain(&w.down, &mut work.y),
+            &work.h,
+            &rows.scaled(),
+        )
+    }
+
+    /// The rows of adapted positions, and their pairs: `work.y` and `work.pair_y`.
+    fn adapted(
+        &self,
+        gpu: &Gpu,
+        x: &CudaSlice<T>,
+        tokens: usize,
+        work: &mut Workspace<T>,
+        queued: &mut dyn FnMut(Stage) -> Result<()>,
+    ) -> Result<()> {
+        let Shape {
+            hidden,
+            inner,
+            dense,
+            adapted,
+            groups,
+            rank,
+            ..
+        } = self.shape;
+        let all = self.shape.rows(tokens);
+        let share = all * adapted / self.shape.positions();
+        let rows = work.tables.rows(gpu, dense, all);
+        let pairs = work.tables.pairs(gpu, self.shape.pairs(tokens));
+        let (bases, a, b) = (
+            &self.weights.bases,
+            &self.weights.adapters.a,
+            &self.weights.adapters.b,
+        );
+        if groups > 0 {
+            self.product(work.path, groups, [inner, hidden], pairs.rows)
+                .run(
+                    gpu,
+                    Kind::Dual(&bases.gate, &bases.up, &mut work.pre_gate, &mut work.pre_up),
+                    x,
+                    &pairs.gathered(),
+                )?;
+            queued(Stage::Bases)?;
+        }
+        self.product(work.path, adapted, [rank, hidden], share)
+            .run(
+                gpu,
+                Kind::SideBySide(&a.gate, &a.up, &mut work.low),
+                x,
+                &rows.gathered(),
+            )?;
+        if let (Some(w), Some(own)) = (self.originals(), &mut work.own) {
+            self.product(work.path, adapted, [inner, hidden], share)
+                .run(
+                    gpu,
+                    Kind::Dual(&w.gate, &w.up, &mut own.gate, &mut own.up),
+                    x,
+                    &rows.gathered(),
+                )?;
+        }
+        expand(gpu, self, work)?;
+        if let (Some(w), Some(Own { y, .. })) = (self.originals(), &mut work.own) {
+            self.product(work.path, adapted, [hidden, inner], share)
+                .run(gpu, Kind::Plain(&w.down, y), &work.h, &rows.scaled())?;
+        }
+        self.product(work.path, adapted, [rank, inner], share).run(
+            gpu,
+            Kind::Plain(&a.down, &mut work.low_down),
+            &work.h,
+            &rows.scaled(),
+        )?;
+        self.product(work.path, adapted, [hidden, rank], share)
+            .run(
+                gpu,
+                Kind::Plain(&b.down, &mut work.y),
+                &work.low_down,
+                &rows,
+            )?;
+        if groups == 0 {
+            return queued(Stage::Adapters);
+        }
+        sum_pairs(gpu, self, tokens, work)?;
+        queued(Stage::Adapters)?;
+        self.product(work.path, groups, [hidden, inner], pairs.rows)
+            .run(
+                gpu,
+                Kind::Plain(&bases.down, &mut work.pair_y),
+                &work.pair_h,
+                &pairs,
+            )?;
+        queued(Stage::Bases)
+    }
+}
