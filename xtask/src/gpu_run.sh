@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Checks the CUDA kernels against the reference, looks for bad memory accesses, then times them beside
-# others' kernels. Results go to the folder that the first argument names, `results` beside this file if
+# others' kernels. Needs a card, a driver for CUDA 13 and NVRTC; the timings need cuBLAS too. Results go to the folder that the first argument names, `results` beside this file if
 # there is none. Exit code 0 only if every check passed.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-out=${1:-$here/results}
-mkdir -p "$out"
+mkdir -p "${1:-$here/results}"
+out=$(cd "${1:-$here/results}" && pwd)
+rm -f "$out"/{bench,cases,peers}.json "$out/kernels.md"
 
 # NVRTC and cuBLAS: from the toolkit, or from the packages of the Python that is here.
 python=${PYTHON:-python3}
-packages=$($python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' 2>/dev/null)
+packages=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' 2>/dev/null)
 for folder in "${CUDA_HOME:-/usr/local/cuda}/lib64" "$packages"/nvidia/cu*/lib "$packages"/nvidia/*/lib; do
     if [ -d "$folder" ]; then
         LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$folder
@@ -26,12 +27,12 @@ else
 fi
 if [ $failed = 0 ]; then
     "$here/bench" --out "$out" 2>&1 | tee "$out/bench.log" || failed=1
-    if $python -c 'import torch' 2>/dev/null; then
-        $python "$here/peers.py" "$out/cases.json" "$out/peers.json" 2>&1 | tee "$out/peers.log"
+    if [ $failed = 0 ] && "$python" -c 'import torch' 2>/dev/null; then
+        "$python" "$here/peers.py" "$out/cases.json" "$out/peers.json" 2>&1 | tee "$out/peers.log" || failed=1
     else
         echo "SKIPPED: no PyTorch, so no comparison with it" | tee "$out/peers.log"
     fi
-    "$here/bench" --table "$out" | tee "$out/kernels.md" || failed=1
+    [ -f "$out/bench.json" ] && { "$here/bench" --table "$out" | tee "$out/kernels.md" || failed=1; }
 else
     echo "checks failed, so nothing was timed"
 fi

@@ -2,9 +2,10 @@
 //! compiled on a machine without a GPU.
 
 use std::env;
+use std::ffi::OsStr;
 use std::fs;
-use std::path::PathBuf;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{self, Command};
 
 use crate::shell;
 
@@ -24,30 +25,57 @@ pub fn folder() -> Result<PathBuf, String> {
         return Ok(library);
     }
     let python = env::var_os("PYTHON").unwrap_or_else(|| "python3".into());
-    let wheels = shell::target().join("nvrtc").join("wheels");
-    let mut download = Command::new(&python);
+    // Of this process alone, and moved to its place when it is whole.
+    let work = shell::target().join(format!("nvrtc-{}", process::id()));
+    let result = unpack(&python, &work).and_then(|unpacked| {
+        let parent = home.parent().unwrap_or(&home);
+        fs::create_dir_all(parent)
+            .and_then(|()| fs::rename(&unpacked, &home))
+            // Another process may have been faster.
+            .or_else(|e| if library.exists() { Ok(()) } else { Err(e) })
+            .map_err(|e| {
+                format!(
+                    "cannot move what was unpacked to `{}` ({e})",
+                    home.display()
+                )
+            })
+    });
+    let _ = fs::remove_dir_all(&work);
+    result?;
+    if !library.exists() {
+        return Err(format!("{PACKAGE} has no `{LIBRARY}` here"));
+    }
+    Ok(library)
+}
+
+/// Downloads the package and unpacks it in `work`.
+fn unpack(python: &OsStr, work: &Path) -> Result<PathBuf, String> {
+    let mut download = Command::new(python);
     download.args([
         "-m",
         "pip",
         "download",
         "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
+        "--retries",
+        "1",
+        "--timeout",
+        "20",
     ]);
-    download.arg("--dest").arg(&wheels).arg(PACKAGE);
+    download.args(["--no-deps", "--only-binary=:all:"]);
+    download.arg("--dest").arg(work).arg(PACKAGE);
     if !shell::succeeds(&mut download)? {
-        return Err(format!("`pip download {PACKAGE}` failed"));
+        return Err(format!(
+            "`pip download {PACKAGE}` failed; name a Python that has pip with PYTHON"
+        ));
     }
-    let wheel = fs::read_dir(&wheels)
-        .map_err(|e| format!("cannot read `{}` ({e})", wheels.display()))?
+    let wheel = fs::read_dir(work)
+        .map_err(|e| format!("cannot read `{}` ({e})", work.display()))?
         .flatten()
         .map(|entry| entry.path())
         .find(|path| path.extension().is_some_and(|e| e == "whl"))
-        .ok_or_else(|| format!("no wheel in `{}`", wheels.display()))?;
-    // Unpacked beside its place, so that half a package is not taken for one.
-    let unpacked = shell::target().join("nvrtc").join("unpacked");
-    let _ = fs::remove_dir_all(&unpacked);
-    let mut unpack = Command::new(&python);
+        .ok_or_else(|| format!("no wheel in `{}`", work.display()))?;
+    let unpacked = work.join("unpacked");
+    let mut unpack = Command::new(python);
     unpack
         .args(["-m", "zipfile", "-e"])
         .arg(&wheel)
@@ -55,15 +83,7 @@ pub fn folder() -> Result<PathBuf, String> {
     if !shell::succeeds(&mut unpack)? {
         return Err(format!("cannot unpack `{}`", wheel.display()));
     }
-    fs::rename(&unpacked, &home)
-        .and_then(|()| fs::remove_dir_all(&wheels))
-        .map_err(|e| {
-            format!(
-                "cannot move what was unpacked to `{}` ({e})",
-                home.display()
-            )
-        })?;
-    Ok(library)
+    Ok(unpacked)
 }
 
 /// Lets a command find NVRTC, and tells it that it must.

@@ -64,7 +64,9 @@ pub fn run(arguments: &[String]) -> Outcome {
         summary += &format!("  {result:<8} {name:<8} {seconds:>7.1} s\n");
     }
     if let Err(reason) = nvrtc {
-        summary += &format!("  SKIPPED  compiling the CUDA kernels: {reason}\n");
+        summary += &format!(
+            "  SKIPPED  compiling the CUDA kernels, unless NVRTC is installed: {reason}\n"
+        );
     }
     for (what, command) in SKIPPED {
         summary += &format!("  SKIPPED  {what}: run `{command}`\n");

@@ -31,7 +31,7 @@ struct Transposed {
     elem* y;            // [S, n], row stride ldy
     const float* scale; // [S] factor of each result row, or null
     const u32* starts;  // [groups + 1]
-    u32 groups, n, k, lda, ldy, max_rows;  // at most MAX_GROUPS groups
+    u32 groups, n, k, lda, ldy;  // at most MAX_GROUPS groups
 };
 
 struct Outer {

@@ -28,7 +28,7 @@ struct Transposed {
     elem* y;             // result, row stride ldy
     const float* scale;  // [S] factor of each result row, or null
     const u32* starts;   // [groups + 1] group i has the sorted rows starts[i] .. starts[i + 1]
-    u32 groups, n, k, lda, ldy, max_rows;  // n, k, lda, ldy: multiples of 8
+    u32 groups, n, k, lda, ldy;  // n, k, lda, ldy: multiples of 8
 };
 
 struct Outer {

@@ -23,7 +23,7 @@ struct Grouped {
     elem* y1;            // second result of `_dual`
     const float* scale;  // [S] factor of each result row, or null; `_plain` only
     const u32* starts;   // [groups + 1] group i has the sorted rows starts[i] .. starts[i + 1]
-    u32 groups, n, k, lda, ldy, max_rows;  // n, k, lda, ldy: multiples of 8
+    u32 groups, n, k, lda, ldy;  // n, k, lda, ldy: multiples of 8
 };
 
 enum Kind { PLAIN, DUAL, SWIGLU };

@@ -6,7 +6,7 @@
 //   route_scan    per bin: chunks before each chunk, and the total  grid [ceil(bins / 8)], block [256]
 //   route_place   places its chunk after those before it            grid [blocks], block [256]
 // where bins = positions + groups <= 1024 and blocks = ceil(tokens / chunk). A chunk of
-// max(32, ceil(tokens / 512)) suits: a warp of route_choose then has one token, or few.
+// max(32, ceil(tokens / 1024)) suits: a warp of route_choose then has one token, or few.
 // Dynamic shared memory: bins * 4 bytes a block in route_choose, bins * 4 bytes a warp in route_place.
 // Scratch: `counts` and `totals`, without initial values.
 // Ranks come from warp matches and prefix sums, never from the order of atomics: the same logits give

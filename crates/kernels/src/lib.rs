@@ -1,14 +1,15 @@
-//! The arithmetic of Mixture-of-Experts layers, forward and backward, on the CPU.
+//! The arithmetic of Mixture-of-Experts layers, forward and backward: on the CPU, and with the feature `cuda`
+//! whole layers of experts on NVIDIA GPUs.
 //!
 //! Several of candle's own operations drop the gradient without a word, and none of them
-//! works on many experts at once. The operations here enter candle as custom ops with a
+//! works on many experts at once. The operations for the CPU enter candle as custom ops with a
 //! backward, are multi-threaded, and give the same bits whatever the number of threads: every
 //! output element is written by exactly one task whose order of summation is fixed.
 //!
 //! Symbols, used throughout: `T` tokens, `S` rows (token × chosen expert pairs), `E` experts,
 //! `K` top-k, `H` hidden size, `F` expert intermediate size, `R` adapter rank, `D` head size.
 //!
-//! All operations take `f32` or `f64` (the latter for finite-difference tests) and contiguous or
+//! On the CPU all operations take `f32` or `f64` (the latter for finite-difference tests) and contiguous or
 //! strided tensors; outputs are contiguous.
 
 mod adamw;

@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         ["--out", folder] => measure::run(Path::new(folder)),
         ["--once", ref cases @ ..] => cases.chunks(3).try_for_each(measure::once),
         ["--table", folder] => table::print(Path::new(folder)),
+        ["--out" | "--table", ..] => Err("one folder is missing".into()),
         // `cargo bench` and `cargo test` run it with arguments of their own.
         _ => {
             eprintln!("SKIPPED: the GPU is timed by `cargo xtask gpu`");

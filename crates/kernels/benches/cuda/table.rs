@@ -64,7 +64,7 @@ impl Table<'_> {
     fn head(&self) -> Outcome<String> {
         let (copy, dense) = (self.copy(), self.dense());
         Ok(format!(
-            "GPU: {}; driver {}; copy rate {:.2} TB/s (bytes read and written); dense product of \
+            "GPU: {}; CUDA version of the driver {}; copy rate {:.2} TB/s (bytes read and written); dense product of \
              8192³ in bf16 by cuBLAS {:.0} TFLOP/s.\n",
             text(self.bench, "gpu"),
             self.bench["driver"],
@@ -199,7 +199,7 @@ impl Table<'_> {
             }
         }
         let mut out = format!(
-            "\n## Others, the original layer, uniform routing\n\n| model | tokens | ours | ours, 50 % replaced | cuBLAS per \
+            "\n## Others, the original layer, uniform routing, µs\n\n| model | tokens | ours | ours, 50 % replaced | cuBLAS per \
              expert, products alone | {} |\n|{}\n",
             names.join(" | "),
             " ---: |".repeat(5 + names.len())

@@ -56,26 +56,38 @@ impl<T: Element> Block<T> {
             gradients.shape,
             self.shape
         );
-        for (name, part, memory, size) in [
-            (
-                "dense experts",
-                trained.dense,
-                &gradients.dense,
-                self.shape.dense,
-            ),
-            ("bases", trained.bases, &gradients.bases, self.shape.groups),
-        ] {
-            let size = size * self.shape.inner * self.shape.hidden;
-            ensure!(
-                !part || memory.gate.len() >= size,
-                "no memory for the gradients of the {name}"
-            );
-        }
-        let rank = self.shape.adapted * self.shape.rank;
+        let Shape {
+            hidden: h,
+            inner: f,
+            rank: r,
+            dense,
+            adapted,
+            groups,
+            top_k,
+            ..
+        } = self.shape;
         ensure!(
-            !trained.adapters || gradients.adapters.a.gate.len() >= rank * self.shape.hidden,
-            "no memory for the gradients of the adapters"
+            gradients.x.len() == tokens * h && gradients.gates.len() == tokens * top_k,
+            "the gradients of inputs and gates have {} and {} entries; [{tokens}, {h}] and [{tokens}, \
+             {top_k}] were expected",
+            gradients.x.len(),
+            gradients.gates.len()
         );
+        if trained.dense {
+            gradients
+                .dense
+                .check("dense experts' gradients", dense, f * h, h * f)?;
+        }
+        if trained.bases {
+            gradients
+                .bases
+                .check("bases' gradients", groups, f * h, h * f)?;
+        }
+        if trained.adapters {
+            let Adapted { a, b } = &gradients.adapters;
+            a.check("gradients of the adapters' a", adapted, r * h, r * f)?;
+            b.check("gradients of the adapters' b", adapted, f * r, h * r)?;
+        }
         let rows = self.shape.rows(tokens);
         let pass = Pass {
             gpu,
@@ -95,19 +107,9 @@ impl<T: Element> Block<T> {
 }
 
 impl<T: Element> Pass<'_, T> {
-    fn forward(&self, path: Path, groups: usize, [n, k]: [usize; 2]) -> Grouped {
-        let depth = self.dense.rows / groups;
-        Grouped {
-            path,
-            groups,
-            n,
-            k,
-            depth,
-        }
-    }
-
-    fn transposed(&self, path: Path, groups: usize, [n, k]: [usize; 2]) -> Transposed {
-        Transposed { path, groups, n, k }
+    /// A product of the forward pass, computed again; as many rows fall to every group.
+    fn forward(&self, path: Path, groups: usize, sizes: [usize; 2]) -> Grouped {
+        Grouped::new(path, groups, sizes, self.dense.rows)
     }
 
     /// The pre-activations again, and the gradients of what lies between the projections: `gradients.gate`
@@ -132,7 +134,7 @@ impl<T: Element> Pass<'_, T> {
                 &self.dense.gathered(),
             )?;
             let dh = Out::rows(gpu, &mut work.h, inner);
-            self.transposed(work.path, dense, [inner, hidden]).one(
+            Transposed::new(work.path, dense, [inner, hidden]).one(
                 gpu,
                 (of_token(&self.dense), &w.dense.down),
                 dh,
@@ -152,7 +154,7 @@ impl<T: Element> Pass<'_, T> {
                 &self.pairs.gathered(),
             )?;
             let dh = Out::rows(gpu, &mut to.pair_dh, inner);
-            self.transposed(work.path, groups, [inner, hidden]).one(
+            Transposed::new(work.path, groups, [inner, hidden]).one(
                 gpu,
                 (of_token(&self.pairs), &w.bases.down),
                 dh,
@@ -178,7 +180,7 @@ impl<T: Element> Pass<'_, T> {
             expand_pre(gpu, self.block, work, &mut to.gate, &mut to.up)?;
             if let (Some(w), Some(own)) = (self.block.originals(), &mut work.own) {
                 let dh = Out::rows(gpu, &mut own.gate, inner);
-                self.transposed(work.path, adapted, [inner, hidden]).one(
+                Transposed::new(work.path, adapted, [inner, hidden]).one(
                     gpu,
                     (of_token(&self.slots), &w.down),
                     dh,
@@ -186,14 +188,14 @@ impl<T: Element> Pass<'_, T> {
                 )?;
             }
             let low = Out::rows(gpu, &mut to.low_down, rank);
-            self.transposed(work.path, adapted, [rank, hidden]).one(
+            Transposed::new(work.path, adapted, [rank, hidden]).one(
                 gpu,
                 (of_token(&self.slots), &b.down),
                 low,
                 &self.slots,
             )?;
             let dh = Out::rows(gpu, &mut work.h, inner);
-            self.transposed(work.path, adapted, [inner, rank]).one(
+            Transposed::new(work.path, adapted, [inner, rank]).one(
                 gpu,
                 (Rows::sorted(gpu, &to.low_down, rank), &a.down),
                 dh,
@@ -239,7 +241,7 @@ impl<T: Element> Pass<'_, T> {
         );
         if dense > 0 {
             let y = Out::rows(gpu, &mut work.y, hidden);
-            self.transposed(work.path, dense, [hidden, inner]).two(
+            Transposed::new(work.path, dense, [hidden, inner]).two(
                 gpu,
                 (gate, &w.dense.gate),
                 (up, &w.dense.up),
@@ -250,13 +252,13 @@ impl<T: Element> Pass<'_, T> {
         if adapted > 0 {
             let Adapted { a, b } = &w.adapters;
             let low = Out::rows(gpu, &mut to.low, 2 * rank);
-            let shrink = self.transposed(work.path, adapted, [rank, inner]);
+            let shrink = Transposed::new(work.path, adapted, [rank, inner]);
             shrink.one(gpu, (gate, &b.gate), low, &self.slots)?;
             shrink.one(gpu, (up, &b.up), low.right::<T>(), &self.slots)?;
             let low = Rows::sorted(gpu, &to.low, 2 * rank);
             if let (Some(w), Some(own)) = (self.block.originals(), &mut work.own) {
                 let y = Out::rows(gpu, &mut own.y, hidden);
-                self.transposed(work.path, adapted, [hidden, inner]).two(
+                Transposed::new(work.path, adapted, [hidden, inner]).two(
                     gpu,
                     (gate, &w.gate),
                     (up, &w.up),
@@ -265,7 +267,7 @@ impl<T: Element> Pass<'_, T> {
                 )?;
             }
             let y = Out::rows(gpu, &mut work.y, hidden);
-            self.transposed(work.path, adapted, [hidden, rank]).two(
+            Transposed::new(work.path, adapted, [hidden, rank]).two(
                 gpu,
                 (low, &a.gate),
                 (low.right::<T>(), &a.up),
@@ -275,7 +277,7 @@ impl<T: Element> Pass<'_, T> {
         }
         if groups > 0 {
             let y = Out::rows(gpu, &mut work.pair_y, hidden);
-            self.transposed(work.path, groups, [hidden, inner]).two(
+            Transposed::new(work.path, groups, [hidden, inner]).two(
                 gpu,
                 (Rows::sorted(gpu, &to.pair_gate, inner), &w.bases.gate),
                 (Rows::sorted(gpu, &to.pair_up, inner), &w.bases.up),

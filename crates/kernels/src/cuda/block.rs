@@ -6,6 +6,9 @@ use super::workspace::Workspace;
 use super::{Result, ensure};
 use cudarc::driver::CudaSlice;
 
+/// The largest size of a matrix: offsets within a tile's rows fit 32 bits.
+const MOST: usize = 1 << 20;
+
 /// The sizes of a layer. Its positions hold dense experts first, then adapted slots that share a base,
 /// by ascending group, then adapted slots without one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +42,17 @@ impl Shape {
         tokens * self.top_k
     }
 
+    /// Stops where rows cannot be numbered in 32 bits.
+    pub(super) fn check_rows(&self, tokens: usize) -> Result<()> {
+        let rows = tokens.checked_mul(self.top_k);
+        ensure!(
+            rows.is_some_and(|rows| rows < 1 << 31),
+            "{tokens} tokens with {} experts each are too many at once",
+            self.top_k
+        );
+        Ok(())
+    }
+
     /// The most (token, group) pairs that `tokens` can have.
     pub fn pairs(&self, tokens: usize) -> usize {
         tokens * self.top_k.min(self.groups)
@@ -51,6 +65,13 @@ impl Shape {
                 "the {name} is {size}; the kernels need a multiple of 8"
             );
         }
+        ensure!(
+            self.hidden <= MOST && self.inner <= MOST && self.rank <= MOST,
+            "sizes of {}, {} and {}; the kernels take up to {MOST}",
+            self.hidden,
+            self.inner,
+            self.rank
+        );
         ensure!(
             self.adapted == 0 || (self.rank > 0 && self.rank <= 128 && self.rank.is_multiple_of(8)),
             "the adapters' rank is {}; the kernels need a multiple of 8 up to 128",
@@ -91,7 +112,7 @@ pub struct Projections<T> {
 
 impl<T> Projections<T> {
     /// `n` times matrices of these numbers of entries.
-    fn check(&self, what: &str, n: usize, gate: usize, down: usize) -> Result<()> {
+    pub(super) fn check(&self, what: &str, n: usize, gate: usize, down: usize) -> Result<()> {
         for (name, matrix, size) in [
             ("gate_proj", &self.gate, gate),
             ("up_proj", &self.up, gate),
@@ -191,10 +212,10 @@ impl<T: Element> Block<T> {
             group_of.len(),
             shape.adapted
         );
-        // Slots without a group come last, as a group beyond all.
-        let order = group_of.iter().map(|g| g.unwrap_or(shape.groups));
+        // Slots without a group come last.
+        let order = group_of.iter().map(|g| g.unwrap_or(usize::MAX));
         ensure!(
-            order.clone().is_sorted() && order.clone().all(|g| g <= shape.groups),
+            order.is_sorted() && group_of.iter().flatten().all(|&g| g < shape.groups),
             "the groups {group_of:?} do not ascend below {}",
             shape.groups
         );
@@ -257,7 +278,8 @@ impl<T: Element> Block<T> {
         );
         ensure!(
             self.originals().is_none() || work.own.is_some(),
-            "the replaced experts have a share of {}; the workspace has no memory for them",
+            "the replaced experts have a share of {}; the workspace has no memory for them: make it with \
+             `Workspace::annealed`",
             self.beta
         );
         ensure!(

@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 /// Where compiled kernels are kept, if not in the user's cache folder.
 const CACHE_VARIABLE: &str = "LIGHTMOE_KERNEL_CACHE";
 
+/// Bytes of a hash.
+const HASH: usize = 32;
+
 /// One source file with what is compiled in front of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Source {
@@ -188,22 +191,36 @@ fn text_of(bytes: &[std::ffi::c_char]) -> String {
 }
 
 /// As [`compile`], or from the cache: files are named by a hash of the source, the options, the compiler
-/// and the driver. A cache that cannot be written is done without.
+/// and the driver, and begin with a hash of what follows, so that half a file is not taken for one. A cache
+/// that cannot be written is done without.
 pub(super) fn cached(
     source: &Source,
     element: ElementKind,
     architecture: &str,
     driver: i32,
 ) -> Result<Vec<u8>> {
-    let Some(folder) = cache_folder() else {
-        return Ok(compile(source, element, architecture)?.image);
-    };
+    match cache_folder() {
+        Some(folder) => cached_in(&folder, source, element, architecture, driver),
+        None => Ok(compile(source, element, architecture)?.image),
+    }
+}
+
+fn cached_in(
+    folder: &Path,
+    source: &Source,
+    element: ElementKind,
+    architecture: &str,
+    driver: i32,
+) -> Result<Vec<u8>> {
     let path = folder.join(file_name(source, element, architecture, driver));
-    if let Ok(image) = fs::read(&path) {
-        return Ok(image);
+    let stored = fs::read(&path).unwrap_or_default();
+    if let Some((hash, image)) = stored.split_at_checked(HASH)
+        && hash == Sha256::digest(image).as_slice()
+    {
+        return Ok(image.to_owned());
     }
     let image = compile(source, element, architecture)?.image;
-    let _ = store(&folder, &path, &image);
+    let _ = store(folder, &path, &image);
     Ok(image)
 }
 
@@ -228,22 +245,63 @@ fn file_name(source: &Source, element: ElementKind, architecture: &str, driver: 
 }
 
 fn cache_folder() -> Option<PathBuf> {
-    let given = std::env::var_os(CACHE_VARIABLE).map(PathBuf::from);
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     let of_user = || {
-        let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
-        let cache = std::env::var_os("XDG_CACHE_HOME")
+        let home = || variable("HOME").map(|home| Path::new(&home).join(".cache"));
+        let cache = variable("XDG_CACHE_HOME")
             .map(PathBuf::from)
             .or_else(home)?;
         Some(cache.join("lightmoe").join("kernels"))
     };
-    given.or_else(of_user)
+    variable(CACHE_VARIABLE).map(PathBuf::from).or_else(of_user)
 }
 
 /// Written beside its place and moved there, so that no one reads half a file.
 fn store(folder: &Path, path: &Path, image: &[u8]) -> std::io::Result<()> {
     fs::create_dir_all(folder)?;
     let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    file.write_all(&Sha256::digest(image))?;
     file.write_all(image)?;
     file.persist(path)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may fail loudly")]
+
+    use super::*;
+
+    #[test]
+    fn damaged_files_of_the_cache_are_compiled_again() {
+        if !compiler_present() {
+            eprintln!("SKIPPED: no NVRTC, so nothing was compiled");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let get = || cached_in(folder.path(), &ROUTER, ElementKind::Bf16, "sm_80", 1).unwrap();
+        let first = get();
+        let file = fs::read_dir(&folder)
+            .unwrap()
+            .next()
+            .unwrap()
+            .unwrap()
+            .path();
+        let whole = fs::read(&file).unwrap();
+        let mut flipped = whole.clone();
+        flipped[100] ^= 1;
+        for damaged in [
+            &whole[..0],
+            &whole[..10],
+            &whole[..whole.len() - 1],
+            &flipped,
+        ] {
+            fs::write(&file, damaged).unwrap();
+            assert_eq!(get(), first);
+            assert_eq!(fs::read(&file).unwrap(), whole);
+        }
+        fs::remove_dir_all(&folder).unwrap();
+        fs::write(folder.path(), "no folder").unwrap();
+        assert_eq!(get(), first);
+    }
 }

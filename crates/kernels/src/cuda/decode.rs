@@ -19,7 +19,7 @@ const RING: usize = 3 * 16 * 2048;
 const COLUMN: usize = 16 * 80;
 const ROW: usize = 80;
 
-/// Arguments of the kernels of decode.cu.
+/// Arguments of the kernels of decode_route.cu and decode_experts.cu.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 struct Decode {

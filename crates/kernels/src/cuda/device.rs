@@ -15,8 +15,24 @@ use std::collections::hash_map::Entry;
 use std::marker::PhantomData;
 use std::sync::{Arc, Mutex};
 
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for half::bf16 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for f32 {}
+    impl Sealed for u32 {}
+}
+
+/// What lies in the memory of a GPU: numbers for which all bits mean something.
+pub trait Number: DeviceRepr + Copy + sealed::Sealed {}
+
+impl Number for half::bf16 {}
+impl Number for half::f16 {}
+impl Number for f32 {}
+impl Number for u32 {}
+
 /// A 16-bit float as the host knows it.
-pub trait Element: DeviceRepr + Copy + Send + Sync + 'static {
+pub trait Element: Number + Send + Sync + 'static {
     /// Which of the two it is.
     const KIND: ElementKind;
 }
@@ -28,6 +44,9 @@ impl Element for half::bf16 {
 impl Element for half::f16 {
     const KIND: ElementKind = ElementKind::F16;
 }
+
+/// Bytes of shared memory that a block must be able to have: those of an A100.
+const LEAST_SHARED: i32 = 163 << 10;
 
 /// The address of device memory, as kernels take it; zero for nothing.
 #[derive(Debug, Clone, Copy)]
@@ -96,6 +115,13 @@ impl Gpu {
             let name = context.name().trying("asking for the GPU's name")?;
             return Err(CudaError::TooOld { name, major, minor });
         }
+        let shared = context
+            .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+            .trying("asking for the GPU's shared memory")?;
+        if shared < LEAST_SHARED {
+            let name = context.name().trying("asking for the GPU's name")?;
+            return Err(CudaError::TooSmall { name, shared });
+        }
         let suffix = if (major, minor) == (9, 0) { "a" } else { "" };
         let multiprocessors = context
             .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
@@ -120,7 +146,8 @@ impl Gpu {
     }
 
     /// Fills all memory that is taken from now on with NaN, so that a read before the first write shows.
-    pub fn poisoned(self) -> Self {
+    #[cfg(test)]
+    pub(super) fn poisoned(self) -> Self {
         Self {
             poisoned: true,
             ..self
@@ -163,14 +190,15 @@ impl Gpu {
         self.stream.synchronize().trying("waiting for the GPU")
     }
 
-    /// Memory for `n` numbers, whatever lies in it.
+    /// Memory for `n` numbers, whatever lies in it; for none, memory for one.
     ///
     /// # Errors
     /// If there is not enough memory.
-    pub fn alloc<T: DeviceRepr>(&self, n: usize) -> Result<CudaSlice<T>> {
-        let bytes = n * size_of::<T>();
+    pub fn alloc<T: Number>(&self, n: usize) -> Result<CudaSlice<T>> {
+        let bytes = n.checked_mul(size_of::<T>());
+        let bytes = bytes.ok_or_else(|| CudaError::Shape(format!("{n} numbers are too many")))?;
         let taking = || format!("taking {bytes} bytes of GPU memory");
-        // SAFETY: all types here are plain numbers; kernels write before others read.
+        // SAFETY: any bits are numbers.
         let memory = unsafe { self.stream.alloc(n.max(1)) }.trying(taking())?;
         if self.poisoned {
             // SAFETY: the memory has as many bytes.
@@ -191,7 +219,7 @@ impl Gpu {
     ///
     /// # Errors
     /// If there is not enough memory.
-    pub fn upload<T: DeviceRepr>(&self, values: &[T]) -> Result<CudaSlice<T>> {
+    pub fn upload<T: Number>(&self, values: &[T]) -> Result<CudaSlice<T>> {
         if values.is_empty() {
             return self.alloc(0);
         }
@@ -204,13 +232,15 @@ impl Gpu {
     ///
     /// # Errors
     /// If a kernel failed.
-    pub fn download<T: DeviceRepr>(&self, values: &CudaSlice<T>) -> Result<Vec<T>> {
-        self.stream
-            .clone_dtoh(values)
-            .trying("copying from the GPU")
+    pub fn download<T: Number>(&self, values: &CudaSlice<T>) -> Result<Vec<T>> {
+        let values = self.stream.clone_dtoh(values);
+        let values = values.trying("copying from the GPU")?;
+        self.synchronize()?;
+        Ok(values)
     }
 
-    /// Records what `work` queues, to be queued again with one call.
+    /// Records what `work` queues, to be queued again with one call. The kernels must have run before, and
+    /// nothing may be taken, copied to the GPU or from it meanwhile.
     ///
     /// # Errors
     /// If `work` fails or queues what cannot be recorded.
@@ -230,12 +260,25 @@ impl Gpu {
         })
     }
 
+    /// # Panics
+    /// If the memory was taken from another [`Gpu`]: its stream would not wait for this one's.
     pub(super) fn address<T>(&self, values: &CudaSlice<T>) -> Address {
+        self.own(values);
         Address(values.device_ptr(&self.stream).0)
     }
 
+    /// # Panics
+    /// As [`Gpu::address`].
     pub(super) fn address_mut<T>(&self, values: &mut CudaSlice<T>) -> Address {
+        self.own(values);
         Address(values.device_ptr_mut(&self.stream).0)
+    }
+
+    fn own<T>(&self, values: &CudaSlice<T>) {
+        assert!(
+            Arc::ptr_eq(values.stream(), &self.stream),
+            "this memory belongs to another `Gpu`; use it with the one that it was taken from"
+        );
     }
 
     /// A kernel, compiled and loaded at first use, that may use `shared` bytes of shared memory.
@@ -246,6 +289,9 @@ impl Gpu {
         name: &'static str,
         shared: usize,
     ) -> Result<CudaFunction> {
+        self.context
+            .bind_to_thread()
+            .trying("using the GPU from this thread")?;
         let mut functions = lock(&self.functions);
         let loaded = match functions.entry((name, element)) {
             Entry::Occupied(loaded) => loaded.into_mut(),
@@ -335,9 +381,13 @@ impl std::fmt::Debug for Graph<'_> {
 impl Graph<'_> {
     /// Queues the work.
     ///
+    /// # Safety
+    /// All memory that the recorded work uses must still be there, for what it was there then, and
+    /// nothing else may have been queued while it was recorded. What was only borrowed is held on to.
+    ///
     /// # Errors
     /// If the driver refuses.
-    pub fn launch(&self) -> Result<()> {
+    pub unsafe fn launch(&self) -> Result<()> {
         self.graph.launch().trying("queueing a graph")
     }
 }

@@ -5,7 +5,7 @@ use super::adapters::{combine, expand, sum_pairs};
 use super::block::{Block, Shape};
 use super::decode::{self, DECODE_TOKENS};
 use super::device::{Element, Gpu};
-use super::grouped::{Grouped, Kind, Path};
+use super::grouped::{Grouped, Kind};
 use super::route::{route, router_logits};
 use super::workspace::{Own, Workspace};
 use cudarc::driver::CudaSlice;
@@ -40,9 +40,12 @@ impl<T: Element> Block<T> {
         out: &mut CudaSlice<T>,
     ) -> Result<()> {
         self.check(x, tokens, work, out)?;
-        work.routed = tokens;
+        // No tables are there until all is queued.
+        work.routed = 0;
         if tokens <= DECODE_TOKENS && self.originals().is_none() {
-            return decode::forward(gpu, self, x, tokens, work, out);
+            decode::forward(gpu, self, x, tokens, work, out)?;
+            work.routed = tokens;
+            return Ok(());
         }
         self.forward_grouped(gpu, x, tokens, work, out)
     }
@@ -76,7 +79,8 @@ impl<T: Element> Block<T> {
         queued: &mut dyn FnMut(Stage) -> Result<()>,
     ) -> Result<()> {
         self.check(x, tokens, work, out)?;
-        work.routed = tokens;
+        // No tables are there until all is queued.
+        work.routed = 0;
         router_logits(gpu, self, x, tokens, &mut work.logits)?;
         route(gpu, self, tokens, work)?;
         queued(Stage::Route)?;
@@ -88,18 +92,9 @@ impl<T: Element> Block<T> {
             self.adapted(gpu, x, tokens, work, queued)?;
         }
         combine(gpu, self, tokens, work, out)?;
-        queued(Stage::Combine)
-    }
-
-    /// A grouped product of this layer; as many rows fall to every group, as far as the host knows.
-    fn product(&self, path: Path, groups: usize, [n, k]: [usize; 2], rows: usize) -> Grouped {
-        Grouped {
-            path,
-            groups,
-            n,
-            k,
-            depth: rows / groups,
-        }
+        queued(Stage::Combine)?;
+        work.routed = tokens;
+        Ok(())
     }
 
     /// The rows of dense positions: `work.y`.
@@ -120,13 +115,13 @@ impl<T: Element> Block<T> {
         let share = all * dense / self.shape.positions();
         let rows = work.tables.rows(gpu, 0, all);
         let w = &self.weights.dense;
-        self.product(work.path, dense, [inner, hidden], share).run(
+        Grouped::new(work.path, dense, [inner, hidden], share).run(
             gpu,
             Kind::Swiglu(&w.gate, &w.up, &mut work.h),
             x,
             &rows.gathered(),
         )?;
-        self.product(work.path, dense, [hidden, inner], share).run(
+        Grouped::new(work.path, dense, [hidden, inner], share).run(
             gpu,
             Kind::Plain(&w.down, &mut work.y),
             &work.h,
@@ -162,61 +157,60 @@ impl<T: Element> Block<T> {
             &self.weights.adapters.b,
         );
         if groups > 0 {
-            self.product(work.path, groups, [inner, hidden], pairs.rows)
-                .run(
-                    gpu,
-                    Kind::Dual(&bases.gate, &bases.up, &mut work.pre_gate, &mut work.pre_up),
-                    x,
-                    &pairs.gathered(),
-                )?;
+            Grouped::new(work.path, groups, [inner, hidden], pairs.rows).run(
+                gpu,
+                Kind::Dual(&bases.gate, &bases.up, &mut work.pre_gate, &mut work.pre_up),
+                x,
+                &pairs.gathered(),
+            )?;
             queued(Stage::Bases)?;
         }
-        self.product(work.path, adapted, [rank, hidden], share)
-            .run(
+        Grouped::new(work.path, adapted, [rank, hidden], share).run(
+            gpu,
+            Kind::SideBySide(&a.gate, &a.up, &mut work.low),
+            x,
+            &rows.gathered(),
+        )?;
+        if let (Some(w), Some(own)) = (self.originals(), &mut work.own) {
+            Grouped::new(work.path, adapted, [inner, hidden], share).run(
                 gpu,
-                Kind::SideBySide(&a.gate, &a.up, &mut work.low),
+                Kind::Dual(&w.gate, &w.up, &mut own.gate, &mut own.up),
                 x,
                 &rows.gathered(),
             )?;
-        if let (Some(w), Some(own)) = (self.originals(), &mut work.own) {
-            self.product(work.path, adapted, [inner, hidden], share)
-                .run(
-                    gpu,
-                    Kind::Dual(&w.gate, &w.up, &mut own.gate, &mut own.up),
-                    x,
-                    &rows.gathered(),
-                )?;
         }
         expand(gpu, self, work)?;
         if let (Some(w), Some(Own { y, .. })) = (self.originals(), &mut work.own) {
-            self.product(work.path, adapted, [hidden, inner], share)
-                .run(gpu, Kind::Plain(&w.down, y), &work.h, &rows.scaled())?;
+            Grouped::new(work.path, adapted, [hidden, inner], share).run(
+                gpu,
+                Kind::Plain(&w.down, y),
+                &work.h,
+                &rows.scaled(),
+            )?;
         }
-        self.product(work.path, adapted, [rank, inner], share).run(
+        Grouped::new(work.path, adapted, [rank, inner], share).run(
             gpu,
             Kind::Plain(&a.down, &mut work.low_down),
             &work.h,
             &rows.scaled(),
         )?;
-        self.product(work.path, adapted, [hidden, rank], share)
-            .run(
-                gpu,
-                Kind::Plain(&b.down, &mut work.y),
-                &work.low_down,
-                &rows,
-            )?;
+        Grouped::new(work.path, adapted, [hidden, rank], share).run(
+            gpu,
+            Kind::Plain(&b.down, &mut work.y),
+            &work.low_down,
+            &rows,
+        )?;
         if groups == 0 {
             return queued(Stage::Adapters);
         }
         sum_pairs(gpu, self, tokens, work)?;
         queued(Stage::Adapters)?;
-        self.product(work.path, groups, [hidden, inner], pairs.rows)
-            .run(
-                gpu,
-                Kind::Plain(&bases.down, &mut work.pair_y),
-                &work.pair_h,
-                &pairs,
-            )?;
+        Grouped::new(work.path, groups, [hidden, inner], pairs.rows).run(
+            gpu,
+            Kind::Plain(&bases.down, &mut work.pair_y),
+            &work.pair_h,
+            &pairs,
+        )?;
         queued(Stage::Bases)
     }
 }

@@ -47,7 +47,7 @@ pub struct Gradients<T> {
 }
 
 impl<T: Element> Gradients<T> {
-    /// Memory for the gradients of up to `tokens` at once, of `trained` parameters.
+    /// Memory for the gradients of `tokens` at once, of `trained` parameters.
     ///
     /// # Errors
     /// If there is not enough.
@@ -58,6 +58,8 @@ impl<T: Element> Gradients<T> {
             rank: r,
             ..
         } = shape;
+        shape.check()?;
+        shape.check_rows(tokens)?;
         let (rows, pairs) = (shape.rows(tokens), shape.pairs(tokens));
         let low = if shape.adapted > 0 { rows * r } else { 0 };
         let parameters = |trained: bool, n: usize, gate: usize, down: usize| -> Result<_> {

@@ -18,7 +18,7 @@ const MMA_SHARED: usize = 3 * (128 + 256) * 128;
 pub enum Path {
     /// Hopper's warpgroup products and copy engine (grouped.cu).
     Hopper,
-    /// The products of Ampere and later (grouped_mma.cu).
+    /// The products of the A100 and later (grouped_mma.cu).
     Mma,
 }
 
@@ -100,7 +100,6 @@ struct Argument {
     k: u32,
     lda: u32,
     ldy: u32,
-    max_rows: u32,
 }
 
 // SAFETY: plain numbers, laid out as the kernels' struct.
@@ -109,17 +108,28 @@ unsafe impl DeviceRepr for Argument {}
 /// The sizes of a grouped product.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Grouped {
-    pub(super) path: Path,
-    pub(super) groups: usize,
+    path: Path,
+    groups: usize,
     /// Outputs of a matrix.
-    pub(super) n: usize,
+    n: usize,
     /// Inputs of a matrix.
-    pub(super) k: usize,
+    k: usize,
     /// Rows that a group has on average, as far as the host can know.
-    pub(super) depth: usize,
+    depth: usize,
 }
 
 impl Grouped {
+    /// Matrices `[groups, n, k]`, and so many rows in all.
+    pub(super) fn new(path: Path, groups: usize, [n, k]: [usize; 2], rows: usize) -> Self {
+        Self {
+            path,
+            groups,
+            n,
+            k,
+            depth: rows / groups,
+        }
+    }
+
     /// Queues the product of `a`, rows of `k`.
     pub(super) fn run<T: Element>(
         &self,
@@ -151,7 +161,6 @@ impl Grouped {
             k: self.k as u32,
             lda: self.k as u32,
             ldy: n as u32,
-            max_rows: segments.rows as u32,
         };
         let (form, two) = match kind {
             Kind::Plain(w, y) => {

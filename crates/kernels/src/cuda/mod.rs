@@ -22,7 +22,7 @@ mod workspace;
 
 pub use block::{Adapted, Block, Projections, Shape, Weights};
 pub use compile::{Binary, ElementKind, SOURCES, Source, compile, compiler_present};
-pub use device::{Element, Gpu, Graph};
+pub use device::{Element, Gpu, Graph, Number};
 pub use forward::Stage;
 pub use gradients::{Gradients, Trained};
 pub use grouped::Path as GroupedPath;
@@ -34,7 +34,7 @@ pub use workspace::Workspace;
 pub enum CudaError {
     /// The driver's library cannot be loaded.
     #[error(
-        "no NVIDIA driver: `libcuda.so` cannot be loaded; install the driver, or use `--device cpu`"
+        "no NVIDIA driver: `libcuda.so` cannot be loaded; install the driver, or work on the CPU"
     )]
     NoDriver,
     /// The compiler's library cannot be loaded.
@@ -44,7 +44,7 @@ pub enum CudaError {
     )]
     NoCompiler,
     /// The card is older than Ampere.
-    #[error("`{name}` has compute capability {major}.{minor}; 8.0 (Ampere) is the least")]
+    #[error("`{name}` has compute capability {major}.{minor}; 8.0 (A100) is the least")]
     TooOld {
         /// The name of the card.
         name: String,
@@ -52,6 +52,17 @@ pub enum CudaError {
         major: i32,
         /// Its second digit.
         minor: i32,
+    },
+    /// The card has too little shared memory.
+    #[error(
+        "`{name}` gives a block {shared} bytes of shared memory; the kernels need what data-centre cards \
+         from the A100 on have"
+    )]
+    TooSmall {
+        /// The name of the card.
+        name: String,
+        /// Bytes of shared memory of a block.
+        shared: i32,
     },
     /// A kernel does not compile.
     #[error("the kernel `{kernel}` does not compile for {architecture}:\n{log}")]

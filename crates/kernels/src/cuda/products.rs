@@ -49,10 +49,10 @@ impl Rows {
 /// `y[s] = g·(a[s]·W)`, with the matrices `[groups, k, n]` of the forward.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Transposed {
-    pub(super) path: Path,
-    pub(super) groups: usize,
-    pub(super) n: usize,
-    pub(super) k: usize,
+    path: Path,
+    groups: usize,
+    n: usize,
+    k: usize,
 }
 
 /// `Transposed` of the kernels.
@@ -72,7 +72,6 @@ struct TransposedArgument {
     k: u32,
     lda: u32,
     ldy: u32,
-    max_rows: u32,
 }
 
 /// `Outer` of the kernels.
@@ -124,6 +123,11 @@ impl Out {
 }
 
 impl Transposed {
+    /// Matrices `[groups, k, n]`.
+    pub(super) fn new(path: Path, groups: usize, [n, k]: [usize; 2]) -> Self {
+        Self { path, groups, n, k }
+    }
+
     /// Queues the product of one operand pair.
     pub(super) fn one<T: Element>(
         &self,
@@ -193,7 +197,6 @@ impl Transposed {
             k: self.k as u32,
             lda: a.stride as u32,
             ldy: y.stride as u32,
-            max_rows: rows.rows as u32,
         };
         let mut maps = Vec::new();
         if self.path == Path::Hopper {

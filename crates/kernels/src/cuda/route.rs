@@ -209,7 +209,8 @@ impl Tables {
             pair_tokens: gpu.alloc(shape.pairs(tokens))?,
             pair_of_row: gpu.alloc(rows)?,
             pair_of: gpu.alloc(rows)?,
-            counts: gpu.alloc(bins * blocks(tokens).1)?,
+            // Fewer tokens can need more blocks.
+            counts: gpu.alloc(bins * tokens.div_ceil(CHUNK).min(MOST_BLOCKS))?,
             totals: gpu.alloc(bins)?,
         })
     }
@@ -359,4 +360,21 @@ pub(super) fn route<T: Element>(
     queue("route_choose", blocks, 32, 4 * bins)?;
     queue("route_scan", bins.div_ceil(8), 8, 0)?;
     queue("route_place", blocks, 8, 4 * bins * 8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_have_room_for_any_smaller_batch() {
+        for tokens in 1..=70_000 {
+            let (chunk, blocks) = blocks(tokens);
+            assert!(chunk * blocks >= tokens);
+            assert!(
+                blocks <= tokens.div_ceil(CHUNK).min(MOST_BLOCKS),
+                "{tokens} tokens"
+            );
+        }
+    }
 }

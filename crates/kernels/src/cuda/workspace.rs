@@ -58,6 +58,7 @@ impl<T: Element> Workspace<T> {
     /// If there is not enough.
     pub fn new(gpu: &Gpu, shape: Shape, tokens: usize) -> Result<Self> {
         shape.check()?;
+        shape.check_rows(tokens)?;
         let (rows, pairs) = (shape.rows(tokens), shape.pairs(tokens));
         // Rows of slots and pairs are only there where there are slots.
         let low = if shape.adapted > 0 {
@@ -90,6 +91,7 @@ impl<T: Element> Workspace<T> {
     /// # Errors
     /// If there is not enough.
     pub fn annealed(gpu: &Gpu, shape: Shape, tokens: usize) -> Result<Self> {
+        let work = Self::new(gpu, shape, tokens)?;
         let rows = shape.rows(tokens);
         let own = Own {
             gate: gpu.alloc(rows * shape.inner)?,
@@ -98,7 +100,7 @@ impl<T: Element> Workspace<T> {
         };
         Ok(Self {
             own: Some(own),
-            ..Self::new(gpu, shape, tokens)?
+            ..work
         })
     }
 }
