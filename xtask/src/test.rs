@@ -24,6 +24,10 @@ const STEPS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "no CUDA",
+        &["check", "--workspace", "--all-targets", "--release"],
+    ),
+    (
         "tests",
         &["test", "--workspace", "--release", "--features", CUDA],
     ),
