@@ -281,9 +281,6 @@ __device__ __forceinline__ void outer(const Outer& args) {
 // Many rows per group.                            SHARED  rows x columns of a tile
 ENTRY(backward_transposed, 128, 256)            // 216064  128 x 256
 ENTRY_TWO(backward_transposed_two, 128, 256)    // 216064  128 x 256
-// Up to some 64 rows per group: bound by the weights.
-ENTRY(backward_transposed_few, 64, 128)         // 224256   64 x 256
-ENTRY_TWO(backward_transposed_two_few, 64, 128) // 224256   64 x 256
 // Few columns, as of a low-rank adapter: bound by the rows.
 ENTRY(backward_transposed_half, 128, 128)       // 216064  128 x 128
 ENTRY(backward_transposed_narrow, 128, 64)      // 216064  128 x  64

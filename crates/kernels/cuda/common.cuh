@@ -35,16 +35,6 @@ __device__ __forceinline__ float to_float(elem v) {
 #endif
 }
 
-__device__ __forceinline__ elem to_elem(float v) {
-    elem e;
-#ifdef ELEMENT_F16
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(e) : "f"(v));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(e) : "f"(v));
-#endif
-    return e;
-}
-
 // Two neighbours in memory, `lo` first.
 __device__ __forceinline__ u32 pack(float lo, float hi) {
     u32 v;
@@ -225,9 +215,8 @@ __device__ __forceinline__ void mma_32(float (&d)[4], const u32 (&a)[2][4], cons
     mma(d, a[1], {b[2], b[3]});
 }
 
-// A lane's results of four neighbouring blocks are 8 neighbouring columns, if this column of 32 is what
-// row `line` % 8 of block `line` / 8 holds.
-__device__ __forceinline__ u32 column_of_line(u32 line) { return line % 8 / 2 * 8 + line / 8 * 2 + line % 2; }
+// A lane's results of four neighbouring blocks are 8 neighbouring columns, if a column of 32 lies in row
+// `line` % 8 of block `line` / 8.
 __device__ __forceinline__ u32 line_of_column(u32 column) { return column % 8 / 2 * 8 + column / 8 * 2 + column % 2; }
 
 // The tiles of groups like `Tiles`, by bands: each band has the same share of every group's rows. Rows of

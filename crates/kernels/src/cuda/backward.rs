@@ -142,17 +142,7 @@ impl<T: Element> Pass<'_, T> {
             )?;
         }
         if groups > 0 {
-            self.forward(work.path, groups, [inner, hidden]).run(
-                gpu,
-                Kind::Dual(
-                    &w.bases.gate,
-                    &w.bases.up,
-                    &mut work.pre_gate,
-                    &mut work.pre_up,
-                ),
-                self.x,
-                &self.pairs.gathered(),
-            )?;
+            self.block.bases_on_pairs(gpu, self.x, self.tokens, work)?;
             let dh = Out::rows(gpu, &mut to.pair_dh, inner);
             Transposed::new(work.path, groups, [inner, hidden]).one(
                 gpu,
@@ -163,20 +153,7 @@ impl<T: Element> Pass<'_, T> {
         }
         if adapted > 0 {
             let Adapted { a, b } = &w.adapters;
-            self.forward(work.path, adapted, [rank, hidden]).run(
-                gpu,
-                Kind::SideBySide(&a.gate, &a.up, &mut work.low),
-                self.x,
-                &self.slots.gathered(),
-            )?;
-            if let (Some(w), Some(own)) = (self.block.originals(), &mut work.own) {
-                self.forward(work.path, adapted, [inner, hidden]).run(
-                    gpu,
-                    Kind::Dual(&w.gate, &w.up, &mut own.gate, &mut own.up),
-                    self.x,
-                    &self.slots.gathered(),
-                )?;
-            }
+            self.block.parts_of_slots(gpu, self.x, self.tokens, work)?;
             expand_pre(gpu, self.block, work, &mut to.gate, &mut to.up)?;
             if let (Some(w), Some(own)) = (self.block.originals(), &mut work.own) {
                 let dh = Out::rows(gpu, &mut own.gate, inner);

@@ -129,6 +129,68 @@ impl<T: Element> Block<T> {
         )
     }
 
+    /// What the bases make of their pairs: `work.pre_gate` and `work.pre_up`.
+    pub(super) fn bases_on_pairs(
+        &self,
+        gpu: &Gpu,
+        x: &CudaSlice<T>,
+        tokens: usize,
+        work: &mut Workspace<T>,
+    ) -> Result<()> {
+        let Shape {
+            hidden,
+            inner,
+            groups,
+            ..
+        } = self.shape;
+        let pairs = work.tables.pairs(gpu, self.shape.pairs(tokens));
+        let w = &self.weights.bases;
+        Grouped::new(work.path, groups, [inner, hidden], pairs.rows).run(
+            gpu,
+            Kind::Dual(&w.gate, &w.up, &mut work.pre_gate, &mut work.pre_up),
+            x,
+            &pairs.gathered(),
+        )
+    }
+
+    /// What adapted rows have of their own: `V·x` in `work.low`, and in `work.own` what replaced experts
+    /// make of them while they have a share.
+    pub(super) fn parts_of_slots(
+        &self,
+        gpu: &Gpu,
+        x: &CudaSlice<T>,
+        tokens: usize,
+        work: &mut Workspace<T>,
+    ) -> Result<()> {
+        let Shape {
+            hidden,
+            inner,
+            dense,
+            adapted,
+            rank,
+            ..
+        } = self.shape;
+        let all = self.shape.rows(tokens);
+        let share = all * adapted / self.shape.positions();
+        let rows = work.tables.rows(gpu, dense, all).gathered();
+        let a = &self.weights.adapters.a;
+        Grouped::new(work.path, adapted, [rank, hidden], share).run(
+            gpu,
+            Kind::SideBySide(&a.gate, &a.up, &mut work.low),
+            x,
+            &rows,
+        )?;
+        if let (Some(w), Some(own)) = (self.originals(), &mut work.own) {
+            Grouped::new(work.path, adapted, [inner, hidden], share).run(
+                gpu,
+                Kind::Dual(&w.gate, &w.up, &mut own.gate, &mut own.up),
+                x,
+                &rows,
+            )?;
+        }
+        Ok(())
+    }
+
     /// The rows of adapted positions, and their pairs: `work.y` and `work.pair_y`.
     fn adapted(
         &self,
@@ -157,28 +219,10 @@ impl<T: Element> Block<T> {
             &self.weights.adapters.b,
         );
         if groups > 0 {
-            Grouped::new(work.path, groups, [inner, hidden], pairs.rows).run(
-                gpu,
-                Kind::Dual(&bases.gate, &bases.up, &mut work.pre_gate, &mut work.pre_up),
-                x,
-                &pairs.gathered(),
-            )?;
+            self.bases_on_pairs(gpu, x, tokens, work)?;
             queued(Stage::Bases)?;
         }
-        Grouped::new(work.path, adapted, [rank, hidden], share).run(
-            gpu,
-            Kind::SideBySide(&a.gate, &a.up, &mut work.low),
-            x,
-            &rows.gathered(),
-        )?;
-        if let (Some(w), Some(own)) = (self.originals(), &mut work.own) {
-            Grouped::new(work.path, adapted, [inner, hidden], share).run(
-                gpu,
-                Kind::Dual(&w.gate, &w.up, &mut own.gate, &mut own.up),
-                x,
-                &rows.gathered(),
-            )?;
-        }
+        self.parts_of_slots(gpu, x, tokens, work)?;
         expand(gpu, self, work)?;
         if let (Some(w), Some(Own { y, .. })) = (self.originals(), &mut work.own) {
             Grouped::new(work.path, adapted, [hidden, inner], share).run(
