@@ -6,9 +6,12 @@
 //! `r` is the truncated SVD of `W·S`, times `S⁻¹`. A small multiple of the identity is added to `G`, so
 //! that few inputs, or none, still give an answer.
 //!
-//! The singular vectors come from the smaller of the two Gram matrices of `W·S`, in f64: for a wide
-//! matrix `W·G·Wᵀ`, whose leading eigenvectors `U` give `P = U·(Uᵀ·W)` without any inverse; for a tall
-//! one `Sᵀ·Wᵀ·W·S`.
+//! Where output errors count by a metric `M = L·Lᵀ`, as `eᵀ·M·e`, the same holds of `Lᵀ·W·S`, and the
+//! factors are taken back through `L` too.
+//!
+//! The singular vectors come from the smaller of the two Gram matrices of `Lᵀ·W·S`, in f64: for a wide
+//! matrix `Lᵀ·W·G·Wᵀ·L`, whose leading eigenvectors `U` give `P = L⁻ᵀ·U·(Uᵀ·Lᵀ·W)` without an inverse of
+//! `S`; for a tall one `Sᵀ·Wᵀ·M·W·S`, without one of `L`.
 
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -42,8 +45,20 @@ impl Gram {
         Self(None)
     }
 
+    /// A matrix that is positive semidefinite, with `damping` times its mean diagonal added to the
+    /// diagonal; all zeros count as the identity.
+    pub(crate) fn damped(mut matrix: Mat<f64>, damping: f64) -> Self {
+        let n = matrix.nrows();
+        let mean = (0..n).map(|i| matrix[(i, i)]).sum::<f64>() / n as f64;
+        if mean <= 0.0 {
+            return Self::identity();
+        }
+        (0..n).for_each(|i| matrix[(i, i)] += damping * mean);
+        Self(Some(matrix))
+    }
+
     /// `W·G·Wᵀ` `[out, out]` of `w: [out, in]`.
-    fn between(&self, w: &Mat<f64>) -> Mat<f64> {
+    pub(crate) fn between(&self, w: MatRef<'_, f64>) -> Mat<f64> {
         match &self.0 {
             Some(gram) => w * gram * w.transpose(),
             None => w * w.transpose(),
@@ -71,7 +86,7 @@ pub struct Factors {
 }
 
 /// `[out, in]` as f64.
-fn matrix(w: &Tensor) -> Result<Mat<f64>> {
+pub(crate) fn matrix(w: &Tensor) -> Result<Mat<f64>> {
     let (rows, columns) = w.dims2()?;
     let values = w.flatten_all()?.to_vec1::<f32>()?;
     Ok(Mat::from_fn(rows, columns, |i, j| {
@@ -108,20 +123,67 @@ fn eigenvectors(m: &Mat<f64>) -> Result<Mat<f64>> {
     Ok(Mat::from_fn(n, n, |i, j| vectors[(i, n - 1 - j)]))
 }
 
-/// The singular values of `W·S`, descending, as many as the smaller side of `w: [out, in]` has.
+/// What the errors of a matrix are measured by: `Σ (e·x)ᵀ·M·(e·x)` for an error `e: [out, in]`.
+#[derive(Debug, Clone)]
+pub struct Metric {
+    /// `M`: `[out, out]`
+    pub out: Gram,
+    /// `Σ x·xᵀ`: `[in, in]`
+    pub input: Gram,
+}
+
+impl Metric {
+    /// Every direction of the output alike.
+    pub fn of_inputs(input: Gram) -> Self {
+        let out = Gram::identity();
+        Self { out, input }
+    }
+
+    /// `w` seen from both sides.
+    fn see(&self, w: &Tensor) -> Result<Seen> {
+        let w = matrix(w)?;
+        let is_wide = w.nrows() <= w.ncols();
+        let (root, seen, small);
+        match is_wide {
+            true => {
+                root = self.out.cholesky()?;
+                seen = root.as_ref().map_or(w.clone(), |l| l.transpose() * &w);
+                small = self.input.between(seen.as_ref());
+            }
+            false => {
+                root = self.input.cholesky()?;
+                seen = root.as_ref().map_or(w.clone(), |s| &w * s);
+                small = self.out.between(seen.transpose());
+            }
+        }
+        Ok(Seen {
+            is_wide,
+            root,
+            seen,
+            small,
+        })
+    }
+}
+
+/// A matrix `W` within a metric.
+struct Seen {
+    is_wide: bool,
+    /// `L` of a wide matrix, `S` of a tall one; `None` for the identity.
+    root: Option<Mat<f64>>,
+    /// `Lᵀ·W` or `W·S`.
+    seen: Mat<f64>,
+    /// The smaller Gram matrix of `Lᵀ·W·S`.
+    small: Mat<f64>,
+}
+
+/// The singular values of `Lᵀ·W·S`, descending, as many as the smaller side of `w: [out, in]` has.
 ///
 /// # Errors
 /// If the moments have no Cholesky factor, which needs numbers that are not finite.
-pub fn singular_values(w: &Tensor, gram: &Gram) -> Result<Vec<f64>> {
-    let w = matrix(w)?;
-    let small = match w.nrows() <= w.ncols() {
-        true => gram.between(&w),
-        false => {
-            let ws = gram.cholesky()?.map_or(w.clone(), |s| &w * s);
-            ws.transpose() * &ws
-        }
-    };
-    let values = small
+pub fn singular_values(w: &Tensor, metric: &Metric) -> Result<Vec<f64>> {
+    let seen = metric.see(w)?;
+    let values = seen
+        .small
         .self_adjoint_eigenvalues(Side::Lower)
         .map_err(|_| failed("eigenvalues"))?;
     Ok(values.iter().rev().map(|v| v.max(0.0).sqrt()).collect())
@@ -129,33 +191,37 @@ pub fn singular_values(w: &Tensor, gram: &Gram) -> Result<Vec<f64>> {
 
 /// The factors of rank `rank` of `w: [out, in]` that lose least on inputs of this second moment.
 ///
+/// # Errors
+/// As [`singular_values`].
+pub fn whitened(w: &Tensor, gram: &Gram, rank: usize) -> Result<Factors> {
+    fitted(w, &Metric::of_inputs(gram.clone()), rank)
+}
+
+/// The factors of rank `rank` of `w: [out, in]` that lose least in this metric.
+///
 /// The two are balanced: the `i`-th row of `a` and column of `b` have the same norm. Components come
 /// with the largest singular value first.
 ///
 /// # Errors
 /// As [`singular_values`].
-pub fn whitened(w: &Tensor, gram: &Gram, rank: usize) -> Result<Factors> {
-    let w = matrix(w)?;
-    let rank = rank.min(w.nrows()).min(w.ncols());
-    let (mut a, mut b) = match w.nrows() <= w.ncols() {
-        true => {
-            let vectors = eigenvectors(&gram.between(&w))?;
-            let b = vectors.subcols(0, rank).to_owned();
-            (b.transpose() * &w, b)
-        }
-        false => {
-            let s = gram.cholesky()?;
-            let ws = s.as_ref().map_or(w.clone(), |s| &w * s);
-            let vectors = eigenvectors(&(ws.transpose() * &ws))?;
-            let v = vectors.subcols(0, rank);
-            let b = &ws * v;
-            // A·S = Vᵀ, so Sᵀ·Aᵀ = V.
-            let mut at = v.to_owned();
-            if let Some(s) = s {
-                solve_upper_triangular_in_place(s.transpose(), at.as_mut(), Par::Seq);
-            }
-            (at.transpose().to_owned(), b)
-        }
+pub fn fitted(w: &Tensor, metric: &Metric, rank: usize) -> Result<Factors> {
+    let Seen {
+        is_wide,
+        root,
+        seen,
+        small,
+    } = metric.see(w)?;
+    let rank = rank.min(seen.nrows()).min(seen.ncols());
+    let vectors = eigenvectors(&small)?;
+    let leading = vectors.subcols(0, rank);
+    // The side that the vectors are on is taken back through the root: Lᵀ·B = U, or Sᵀ·Aᵀ = V.
+    let mut back = leading.to_owned();
+    if let Some(root) = root {
+        solve_upper_triangular_in_place(root.transpose(), back.as_mut(), Par::Seq);
+    }
+    let (mut a, mut b) = match is_wide {
+        true => (leading.transpose() * &seen, back),
+        false => (back.transpose().to_owned(), &seen * leading),
     };
     for i in 0..rank {
         let (na, nb) = (a.row(i).norm_l2(), b.col(i).norm_l2());

@@ -19,6 +19,7 @@ mod scores;
 mod states;
 
 pub mod align;
+pub mod damage;
 pub mod evolve;
 pub mod factor;
 pub mod group;
@@ -39,7 +40,7 @@ pub use build::{BuildInputs, build, whole_bases};
 pub use error::{Error, Result};
 pub use estimate::{Estimate, estimate};
 pub use memory::{batch_tokens, layer_bytes};
-pub use observe::{ObserveOptions, Observed, Statistics, Successor, observe};
+pub use observe::{ObserveOptions, Observed, Sensitivity, Statistics, Successor, observe};
 
 /// Reads a whole file.
 fn read(path: &std::path::Path) -> Result<Vec<u8>> {

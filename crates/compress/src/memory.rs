@@ -9,10 +9,13 @@ const ENOUGH: usize = 8192;
 /// What the program needs beside weights and activations, in bytes.
 const PROGRAM: u64 = 128 << 20;
 const F32: u64 = 4;
+/// How often what a layer computes of a token is held while it is differentiated: the values, their
+/// gradients, and what the sums over an expert's tokens take.
+pub(crate) const BACKWARD: u64 = 3;
 
 /// The size of a batch, in tokens, that runs through any layer of the model within `max_memory`
-/// bytes: weights are f32, and so is what a layer computes of each token; `beside` bytes are taken.
-/// At least `longest`.
+/// bytes: weights are f32, and so is what a layer computes of each token, of which there are `copies`;
+/// `beside` bytes are taken. At least `longest`.
 ///
 /// # Errors
 /// [`Error::Invalid`] with what is needed, if a layer and the longest sample, or the embedding, do
@@ -22,9 +25,11 @@ pub fn batch_tokens(
     longest: usize,
     max_memory: u64,
     beside: u64,
+    copies: u64,
 ) -> Result<usize> {
     let weights = layer_bytes(config).max(embedding_bytes(config)) + PROGRAM + beside;
-    let needed = weights + longest as u64 * token_bytes(config);
+    let of_token = copies * token_bytes(config);
+    let needed = weights + longest as u64 * of_token;
     if needed > max_memory {
         return Err(Error::Invalid(format!(
             "a layer of this model and a sample of {longest} tokens need {:.2} GiB, but at most \
@@ -33,7 +38,7 @@ pub fn batch_tokens(
             gib(max_memory)
         )));
     }
-    let room = (max_memory - weights) / token_bytes(config).max(1);
+    let room = (max_memory - weights) / of_token.max(1);
     Ok(usize::try_from(room)
         .map_or(ENOUGH, |room| room.min(ENOUGH))
         .max(longest))

@@ -123,56 +123,186 @@ pub fn proportional(weights: &[f64], costs: Costs, budget: u64) -> Result<Vec<Le
 }
 
 /// Spends the budget where it saves most: `losses[slot][rank]` falls with the rank, and the expert's
-/// own matrices lose nothing. At least rank 1 each.
-///
-/// The steps of each slot are those of the lower hull of its losses over its costs, so that each saves
-/// less a parameter than the one before; all are taken in the order of what they save, and the last that
-/// does not fit is taken as far as it does.
+/// own matrices lose nothing. At least rank 1 each. All steps of [`hull`] are taken in the order of what
+/// they save, and each that does not fit is taken as far as it does.
 ///
 /// # Errors
 /// [`Error::Invalid`] if not even rank 1 can be had.
 pub fn least_loss(losses: &[Vec<f64>], costs: Costs, budget: u64) -> Result<Vec<Level>> {
     costs.check(losses.len(), budget)?;
-    let mut steps: Vec<(f64, usize, Level)> = Vec::new();
-    for (slot, losses) in losses.iter().enumerate() {
+    let level = |losses: &[f64], place: usize| {
         let most = costs.most().min(losses.len() - 1);
-        let ranks = (1..=most).map(|rank| (Some(rank), losses[rank]));
-        let points: Vec<(Level, f64)> = ranks.chain([(None, 0.0)]).collect();
-        let mut at = 0;
-        while at + 1 < points.len() {
-            let slope = |next: usize| {
-                let cost = costs.of(points[next].0) - costs.of(points[at].0);
-                (points[at].1 - points[next].1) / cost as f64
-            };
-            // Of equal steps the longest, so that they come as one.
-            let next = (at + 1..points.len())
-                .max_by(|&a, &b| slope(a).total_cmp(&slope(b)))
-                .unwrap_or(at + 1);
-            steps.push((slope(next), slot, points[next].0));
-            at = next;
-        }
-    }
-    // Stable: the steps of a slot stay in order, since each saves no more than the one before.
-    steps.sort_by(|a, b| b.0.total_cmp(&a.0));
+        (place < most).then_some(place + 1)
+    };
+    let points = losses.iter().map(|losses| {
+        let most = costs.most().min(losses.len() - 1);
+        let point = |place: usize| Point {
+            cost: costs.of(level(losses, place)),
+            loss: level(losses, place).map_or(0.0, |rank| losses[rank]),
+        };
+        (0..=most).map(point).collect()
+    });
+    let points: Vec<Vec<Point>> = points.collect();
     let mut levels = vec![costs.level(1); losses.len()];
     let mut left = budget - levels.iter().map(|&l| costs.of(l)).sum::<u64>();
     let mut ended = vec![false; losses.len()];
-    for (_, slot, level) in steps {
-        if ended[slot] {
+    for step in steps(&points) {
+        if ended[step.slot] {
             continue;
         }
-        let room = costs.of(levels[slot]) + left;
-        let reached = match costs.of(level) <= room {
-            true => level,
+        let wanted = level(&losses[step.slot], step.place);
+        let room = costs.of(levels[step.slot]) + left;
+        let reached = match costs.of(wanted) <= room {
+            true => wanted,
             false => {
-                ended[slot] = true;
+                ended[step.slot] = true;
                 Some((room / costs.unit) as usize)
             }
         };
         left = room - costs.of(reached);
-        levels[slot] = reached;
+        levels[step.slot] = reached;
     }
     Ok(levels)
+}
+
+/// What a choice takes and what it loses.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Point {
+    /// In parameters.
+    pub cost: u64,
+    /// In any unit that adds up.
+    pub loss: f64,
+}
+
+/// From one choice of a slot to a larger one.
+#[derive(Debug, Clone, Copy)]
+struct Step {
+    slot: usize,
+    /// The choice that it leads to.
+    place: usize,
+    /// What it saves for each parameter.
+    slope: f64,
+}
+
+/// The places on the lower hull of the losses of `points` over their costs, which ascend, with the slope
+/// that leads to each: from the first point to the last, each saving less a parameter than the one before.
+fn hull(points: &[Point]) -> Vec<(usize, f64)> {
+    let mut hull = Vec::new();
+    let mut at = 0;
+    while at + 1 < points.len() {
+        let slope = |next: usize| {
+            let cost = points[next].cost - points[at].cost;
+            (points[at].loss - points[next].loss) / cost as f64
+        };
+        // Of equal steps the longest, so that they come as one.
+        let next = (at + 1..points.len())
+            .max_by(|&a, &b| slope(a).total_cmp(&slope(b)))
+            .unwrap_or(at + 1);
+        hull.push((next, slope(next)));
+        at = next;
+    }
+    hull
+}
+
+/// The steps of all slots, those that save most first.
+fn steps(points: &[Vec<Point>]) -> Vec<Step> {
+    let of = |(slot, points): (usize, &Vec<Point>)| {
+        let hull = hull(points).into_iter();
+        hull.map(move |(place, slope)| Step { slot, place, slope })
+    };
+    let mut steps: Vec<Step> = points.iter().enumerate().flat_map(of).collect();
+    // Stable: the steps of a slot stay in order, since each saves no more than the one before.
+    steps.sort_by(|a, b| b.slope.total_cmp(&a.slope));
+    steps
+}
+
+/// Where spending ends.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Limit {
+    /// When this is spent, in parameters.
+    Cost(u64),
+    /// When no more than this is lost.
+    Loss(f64),
+}
+
+/// Chooses a place among the `points` of every slot, whose costs ascend: the steps of all slots in the
+/// order of what they save, up to the limit. What a limit on the cost leaves over before the first step
+/// that does not fit goes to one change, of any slot, the one that saves most, and there it ends. So a
+/// larger budget never loses more, which it could if smaller steps went on being taken.
+///
+/// # Errors
+/// [`Error::Invalid`] if not even the first places can be had.
+pub fn spend(points: &[Vec<Point>], limit: Limit) -> Result<Vec<usize>> {
+    let mut places = vec![0; points.len()];
+    let first = points.iter().map(|points| points[0]);
+    let mut spent: u64 = first.clone().map(|point| point.cost).sum();
+    let mut lost: f64 = first.map(|point| point.loss).sum();
+    let most = match limit {
+        Limit::Cost(most) => most,
+        Limit::Loss(_) => u64::MAX,
+    };
+    if most < spent {
+        return Err(Error::Invalid(format!(
+            "the least that {} experts can become takes {spent} parameters, and {most} are left for \
+             them; choose a lower ratio, or more bytes",
+            points.len()
+        )));
+    }
+    for step in steps(points) {
+        let points = &points[step.slot];
+        let (old, new) = (points[places[step.slot]], points[step.place]);
+        let enough = matches!(limit, Limit::Loss(most) if lost <= most);
+        if enough || spent - old.cost + new.cost > most {
+            break;
+        }
+        spent = spent - old.cost + new.cost;
+        lost += new.loss - old.loss;
+        places[step.slot] = step.place;
+    }
+    if limit == Limit::Cost(most) {
+        let left = most - spent;
+        let gains = points.iter().enumerate().flat_map(|(slot, points)| {
+            let at = points[places[slot]];
+            let later = (places[slot] + 1..points.len()).map(move |place| (place, points[place]));
+            let fits = later.filter(move |(_, point)| point.cost - at.cost <= left);
+            fits.map(move |(place, point)| (at.loss - point.loss, slot, place))
+        });
+        let best = gains.max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
+        if let Some((_, slot, place)) = best.filter(|best| best.0 > 0.0) {
+            places[slot] = place;
+        }
+    }
+    Ok(places)
+}
+
+/// What every amount loses, from the least that can be spent to the most: at most `count` points, evenly
+/// apart in cost as far as there are steps.
+pub fn curve(points: &[Vec<Point>], count: usize) -> Vec<Point> {
+    let mut places = vec![0; points.len()];
+    let sum = |places: &[usize]| {
+        let chosen = points
+            .iter()
+            .zip(places)
+            .map(|(points, &place)| points[place]);
+        chosen.fold(Point { cost: 0, loss: 0.0 }, |sum, point| Point {
+            cost: sum.cost + point.cost,
+            loss: sum.loss + point.loss,
+        })
+    };
+    let mut curve = vec![sum(&places)];
+    let (mut cost, mut last) = (curve[0].cost, curve[0].cost);
+    let most: u64 = points.iter().filter_map(|p| p.last()).map(|p| p.cost).sum();
+    let apart = (most - cost).div_ceil(count.max(2) as u64 - 1).max(1);
+    for step in steps(points) {
+        let points = &points[step.slot];
+        cost = cost - points[places[step.slot]].cost + points[step.place].cost;
+        places[step.slot] = step.place;
+        if cost - last >= apart || cost == most {
+            curve.push(sum(&places));
+            last = cost;
+        }
+    }
+    curve
 }
 
 #[cfg(test)]

@@ -73,6 +73,7 @@ fn decode_scores(bytes: &[u8], config: &ModelConfig) -> std::result::Result<Obse
             outputs: None,
             all_outputs: None,
             spectra: None,
+            damage: None,
         };
         observed.validate()?;
         layers.push(observed);

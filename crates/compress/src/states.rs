@@ -5,6 +5,10 @@
 //! `observations-<l>.safetensors` holds what the layers before it showed. A layer reads one pair and
 //! writes the next, so a run killed at any moment finds the last whole pair. A folder without a pair
 //! is worth nothing, and an error does not leave it behind.
+//!
+//! Where gradients are wanted, the hidden states of all layers stay until the end, and the way back has
+//! pairs of its own: `gradient-<l>`, of what goes into layer `l`, and `returned-<l>.safetensors`, with what
+//! layer `l` and those behind it showed.
 
 use crate::observations::Observations;
 use crate::observe::Batch;
@@ -19,6 +23,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 const OBSERVATIONS: &str = "observations-";
+const RETURNED: &str = "returned-";
 const WORK: &str = "work.json";
 
 /// Names all that decides the numbers: a digest of the samples and of the caller's fingerprint.
@@ -43,6 +48,24 @@ pub(crate) struct Found {
     work: String,
     /// The largest batch, in tokens.
     pub(crate) batch_tokens: usize,
+}
+
+/// What a file has of every token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Values {
+    /// Its hidden state.
+    Hidden,
+    /// The gradient of the loss by that.
+    Gradient,
+}
+
+/// Which files of states stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Keep {
+    /// The last.
+    Last,
+    /// All, for the way back.
+    All,
 }
 
 /// The folder, and where the batches lie in its files.
@@ -79,26 +102,38 @@ impl States {
         &self.folder
     }
 
-    fn hidden(&self, layer: usize) -> PathBuf {
-        self.folder.join(format!("hidden-{layer}"))
+    fn values(&self, what: Values, layer: usize) -> PathBuf {
+        let name = match what {
+            Values::Hidden => "hidden",
+            Values::Gradient => "gradient",
+        };
+        self.folder.join(format!("{name}-{layer}"))
     }
 
-    fn observations(&self, layer: usize) -> PathBuf {
-        self.folder
-            .join(format!("{OBSERVATIONS}{layer}.safetensors"))
+    fn seen(&self, prefix: &str, layer: usize) -> PathBuf {
+        self.folder.join(format!("{prefix}{layer}.safetensors"))
+    }
+
+    /// The layers that have a file of observations of this name.
+    fn layers(&self, prefix: &str) -> Vec<usize> {
+        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let numbers = entries.filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            let number = name.strip_prefix(prefix)?.strip_suffix(".safetensors")?;
+            number.parse().ok()
+        });
+        numbers.collect()
     }
 
     /// The last layer that has a pair.
     fn last(&self) -> Option<usize> {
-        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
-        let numbers = entries.filter_map(|entry| {
-            let name = entry.file_name().into_string().ok()?;
-            let number = name
-                .strip_prefix(OBSERVATIONS)?
-                .strip_suffix(".safetensors")?;
-            number.parse().ok()
-        });
-        numbers.max()
+        self.layers(OBSERVATIONS).into_iter().max()
+    }
+
+    /// Whether the file holds all batches.
+    fn is_whole(&self, what: Values, layer: usize) -> bool {
+        let size = fs::metadata(self.values(what, layer)).map_or(0, |found| found.len());
+        Some(&size) == self.starts.last()
     }
 
     /// The batches of an earlier run of the same work.
@@ -114,14 +149,19 @@ impl States {
         let Some(layer) = self.last().filter(|_| same) else {
             return Ok(None);
         };
-        let size = fs::metadata(self.hidden(layer)).map_or(0, |found| found.len());
-        if Some(&size) != self.starts.last() {
+        if !self.is_whole(Values::Hidden, layer) {
             return Ok(None);
         }
-        Ok(Some((
-            layer,
-            Observations::load(&self.observations(layer))?,
-        )))
+        let seen = Observations::load(&self.seen(OBSERVATIONS, layer))?;
+        Ok(Some((layer, seen)))
+    }
+
+    /// How far an earlier run came on the way back: the last layer that was done, and what was seen.
+    pub(crate) fn returned(&self) -> Result<Option<(usize, Observations)>> {
+        let layer = self.layers(RETURNED).into_iter().min();
+        let layer = layer.filter(|&layer| self.is_whole(Values::Gradient, layer));
+        let seen = layer.map(|l| Ok((l, Observations::load(&self.seen(RETURNED, l))?)));
+        seen.transpose()
     }
 
     /// Begins the folder anew.
@@ -138,9 +178,15 @@ impl States {
         Ok(write_file(&self.folder.join(WORK), &text)?)
     }
 
-    /// What goes into `layer` of batch `number`: `[B, T, H]`.
-    pub(crate) fn read(&self, layer: usize, number: usize, batch: &Batch<'_>) -> Result<Tensor> {
-        let path = self.hidden(layer);
+    /// What goes into `layer` of batch `number`, or its gradient: `[B, T, H]`.
+    pub(crate) fn read(
+        &self,
+        what: Values,
+        layer: usize,
+        number: usize,
+        batch: &Batch<'_>,
+    ) -> Result<Tensor> {
+        let path = self.values(what, layer);
         let (start, end) = (self.starts[number], self.starts[number + 1]);
         let mut bytes = vec![0u8; (end - start) as usize];
         File::open(&path)
@@ -152,16 +198,41 @@ impl States {
         Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
-    /// Begins the file of what goes into `layer`.
-    pub(crate) fn writer(&self, layer: usize) -> Result<StatesWriter<'_>> {
-        let path = self.hidden(layer);
+    /// Begins the file of what goes into `layer`, or of its gradient.
+    pub(crate) fn writer(&self, what: Values, layer: usize) -> Result<StatesWriter<'_>> {
+        let path = self.values(what, layer);
         let file = File::create(&path).map_err(io(&path))?;
         Ok(StatesWriter {
             states: self,
+            what,
             layer,
             file: BufWriter::new(file),
             whole: false,
         })
+    }
+
+    /// Records what was seen so far beside the file of `layer`, which is whole, and removes the pair before,
+    /// of its values unless they are wanted again: from here on, a run goes on with this layer.
+    pub(crate) fn record(
+        &self,
+        seen: &Observations,
+        what: Values,
+        layer: usize,
+        keep: Keep,
+    ) -> Result<()> {
+        let (prefix, before) = match what {
+            Values::Hidden => (OBSERVATIONS, layer - 1),
+            Values::Gradient => (RETURNED, layer + 1),
+        };
+        seen.save(&self.seen(prefix, layer))?;
+        let values = (keep == Keep::Last).then(|| self.values(what, before));
+        for old in values.into_iter().chain([self.seen(prefix, before)]) {
+            match fs::remove_file(&old) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(&old)(e)),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Removes the folder.
@@ -182,6 +253,7 @@ impl Drop for States {
 /// A file of states under work. Dropped before its end, it is removed.
 pub(crate) struct StatesWriter<'a> {
     states: &'a States,
+    what: Values,
     layer: usize,
     file: BufWriter<File>,
     whole: bool,
@@ -191,15 +263,19 @@ impl Drop for StatesWriter<'_> {
     fn drop(&mut self) {
         if !self.whole {
             // Best effort: the next run writes over it.
-            let _ = fs::remove_file(self.states.hidden(self.layer));
+            let _ = fs::remove_file(self.path());
         }
     }
 }
 
 impl StatesWriter<'_> {
+    fn path(&self) -> PathBuf {
+        self.states.values(self.what, self.layer)
+    }
+
     /// Adds the next batch.
     pub(crate) fn push(&mut self, hidden: &Tensor) -> Result<()> {
-        let path = self.states.hidden(self.layer);
+        let path = self.path();
         for value in hidden.flatten_all()?.to_vec1::<f32>()? {
             self.file
                 .write_all(&value.to_le_bytes())
@@ -210,27 +286,12 @@ impl StatesWriter<'_> {
 
     /// Ends the file.
     pub(crate) fn close(mut self) -> Result<()> {
-        let path = self.states.hidden(self.layer);
+        let path = self.path();
         self.file
             .flush()
             .and_then(|()| self.file.get_ref().sync_data())
             .map_err(io(&path))?;
         self.whole = true;
-        Ok(())
-    }
-
-    /// Ends the file, records what was seen so far, and removes the pair before: from here on, a run
-    /// goes on with this layer.
-    pub(crate) fn finish(self, seen: &Observations) -> Result<()> {
-        let (states, layer) = (self.states, self.layer);
-        self.close()?;
-        seen.save(&states.observations(layer))?;
-        for old in [states.hidden(layer - 1), states.observations(layer - 1)] {
-            match fs::remove_file(&old) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(&old)(e)),
-                _ => {}
-            }
-        }
         Ok(())
     }
 }

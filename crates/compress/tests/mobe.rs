@@ -6,7 +6,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use common::{observations, olmoe, options, small};
 use lightmoe_compress::estimate;
-use lightmoe_compress::factor::{Gram, singular_values};
+use lightmoe_compress::factor::{Gram, Metric, singular_values};
 use lightmoe_compress::methods::{MethodName, Target, plan};
 use lightmoe_compress::mixture::fit;
 use lightmoe_compress::plan::SlotForm;
@@ -176,7 +176,7 @@ fn equal_experts_share_one_basis() {
     let own = random(&mut rng, &[12, 20]);
     let copies = Tensor::stack(&[&own; 6], 0).unwrap();
     assert!(fit(&copies, 1, 12).unwrap().loss < 1e-3);
-    let singular = singular_values(&own, &Gram::identity()).unwrap();
+    let singular = singular_values(&own, &Metric::of_inputs(Gram::identity())).unwrap();
     let energy = |s: &[f64]| s.iter().map(|s| s * s).sum::<f64>();
     let best = energy(&singular[5..]) / energy(&singular);
     let loss = fit(&copies, 3, 5).unwrap().loss;

@@ -14,6 +14,7 @@ const SAMPLES: Statistics = Statistics {
     moments: false,
     all_outputs: false,
     samples: true,
+    damage: None,
 };
 
 /// The square of the distance between two lists of tensors.

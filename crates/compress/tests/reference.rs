@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Tensor, safetensors};
 use lightmoe_compress::align::{permutation, permuted};
-use lightmoe_compress::factor::{Gram, singular_values, whitened};
+use lightmoe_compress::factor::{Gram, Metric, singular_values, whitened};
 use lightmoe_compress::merge::merge;
 use lightmoe_compress::methods::hcsmoe::clusters;
 use lightmoe_compress::methods::ream::{owners, similarity};
@@ -72,10 +72,12 @@ fn observations_are_those_of_numpy() {
     let options = ObserveOptions {
         fingerprint: "numpy",
         state: &folder.path().join("state"),
+        answers: &[],
         statistics: Statistics {
             moments: true,
             all_outputs: true,
             samples: false,
+            damage: None,
         },
         successor: None,
         max_memory: 1 << 32,
@@ -131,7 +133,7 @@ fn factors_are_those_of_numpy() {
         let w = weights.get(expert).unwrap();
         let gram = grams.get(expert).unwrap().flatten_all().unwrap();
         let gram = Gram::new(h, &gram.to_vec1().unwrap());
-        let ours = singular_values(&w, &gram).unwrap();
+        let ours = singular_values(&w, &Metric::of_inputs(gram.clone())).unwrap();
         let expected = &singular[expert * ours.len()..(expert + 1) * ours.len()];
         assert_close(&ours, expected, 1e-5, "singular");
         for (name, w) in [("product", &w), ("delta_product", &(&w - &base).unwrap())] {

@@ -6,7 +6,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use common::{options, random_checkpoint, small};
 use lightmoe_compress::align::{permutation, permuted};
-use lightmoe_compress::factor::{Gram, singular_values, whitened};
+use lightmoe_compress::factor::{Gram, Metric, singular_values, whitened};
 use lightmoe_compress::merge::merge;
 use lightmoe_compress::methods::{MethodName, PlanOptions, Target, plan, successor};
 use lightmoe_compress::observations::Observations;
@@ -21,7 +21,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tempfile::TempDir;
 
-const RIVALS: [MethodName; 8] = [
+const RIVALS: [MethodName; 9] = [
     MethodName::Msmoe,
     MethodName::Mcsmoe,
     MethodName::Hcsmoe,
@@ -30,6 +30,7 @@ const RIVALS: [MethodName; 8] = [
     MethodName::D2moe,
     MethodName::Mobe,
     MethodName::Moei2,
+    MethodName::Budget,
 ];
 
 fn random(rng: &mut ChaCha8Rng, shape: &[usize]) -> Tensor {
@@ -114,13 +115,13 @@ proptest! {
             }
         };
         let gram = Gram::new(width, &moment);
-        let singular = singular_values(&w, &gram).unwrap();
+        let singular = singular_values(&w, &Metric::of_inputs(gram.clone())).unwrap();
         let scale: f64 = singular.iter().map(|s| s * s).sum();
         for rank in 1..=out.min(width) {
             let factors = whitened(&w, &gram, rank).unwrap();
             prop_assert_eq!(factors.a.dims(), &[rank, width]);
             let product = factors.b.matmul(&factors.a).unwrap();
-            let lost = singular_values(&(&w - &product).unwrap(), &gram).unwrap();
+            let lost = singular_values(&(&w - &product).unwrap(), &Metric::of_inputs(gram.clone())).unwrap();
             let lost: f64 = lost.iter().map(|s| s * s).sum();
             let cut: f64 = singular[rank..].iter().map(|s| s * s).sum();
             prop_assert!((lost - cut).abs() <= 1e-5 * scale, "{} is not {}", lost, cut);
@@ -153,10 +154,12 @@ impl Model {
         let options = ObserveOptions {
             fingerprint: "rivals",
             state: &self.folder.path().join("state"),
+            answers: &[],
             statistics: Statistics {
                 moments: true,
                 all_outputs: true,
                 samples: method.statistics().samples,
+                damage: method.statistics().damage,
             },
             successor: successor.as_deref(),
             max_memory: 1 << 32,

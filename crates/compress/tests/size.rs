@@ -24,6 +24,8 @@ fn layer(number: usize, experts: usize, replaced: usize, groups: usize) -> Layer
             SlotForm::Dense
         },
         score: 1.0 / experts as f64,
+        bytes: None,
+        damage: None,
     });
     LayerPlan {
         layer: number,

@@ -4,6 +4,7 @@ mod bench;
 
 use crate::settings::Settings;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use lightmoe_compress::Sensitivity;
 use std::path::PathBuf;
 
 pub use bench::{BenchCommand, MethodsArgs, QualityArgs, ScaleArgs, UsageArgs};
@@ -33,6 +34,12 @@ fn size(text: &str) -> Result<u64, String> {
         .parse()
         .map_err(|_| "not a size; write it like 3GiB, 500MB or a number of bytes".to_owned())?;
     Ok(size.as_u64())
+}
+
+/// How much errors matter, by its name in recipes.
+fn sensitivity(text: &str) -> Result<Sensitivity, String> {
+    let value = serde_json::Value::String(text.to_owned());
+    serde_json::from_value(value).map_err(|_| "use fisher or relative".to_owned())
 }
 
 /// A finite number above 0.
@@ -197,6 +204,9 @@ pub struct ObserveArgs {
     /// Record a sample of tokens with what every expert gives for them, as `moei2` needs it; in the folder `.moments` beside the observations
     #[arg(long)]
     pub samples: bool,
+    /// Record what errors of the experts cost the model, as `budget` needs it: fisher (by gradients) or relative (by the size of what they are added to); in the folder `.moments` beside the observations
+    #[arg(long, value_parser = sensitivity, value_name = "HOW")]
+    pub damage: Option<Sensitivity>,
     /// The observations to write
     #[arg(long, value_name = "FILE.safetensors")]
     pub out: PathBuf,

@@ -132,8 +132,8 @@ pub fn default_out(recipe: &Recipe, resume: bool) -> PathBuf {
         (_, Some(train)) => train.file_stem().map(|s| s.to_string_lossy().into_owned()),
         (task, None) => task.map(|t| t.to_string()),
     };
-    let amount = recipe.ratio.or(recipe.threshold).unwrap_or_default();
-    let name = format!("{}-{}-{amount}", task.unwrap_or_default(), recipe.method);
+    let (task, amount) = (task.unwrap_or_default(), recipe.amount());
+    let name = format!("{task}-{}-{amount}", recipe.method);
     let number = |i: usize| match i {
         1 => Path::new("runs").join(&name),
         _ => Path::new("runs").join(format!("{name}-{i}")),

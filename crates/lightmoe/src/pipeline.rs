@@ -45,11 +45,25 @@ pub fn observe_stage(
     fingerprint: &str,
     target: &Path,
 ) -> Result<()> {
-    let samples = calibration(encoded, recipe.calibration_tokens, checkpoint)?;
-    let (method, statistics) = (recipe.method, recipe.method.statistics().and(more));
-    let successor = methods::successor(method, checkpoint.config(), recipe.target());
-    let what = (statistics, successor.as_deref());
-    observe_samples(checkpoint, &samples, what, fingerprint, target)
+    let found = calibration(encoded, recipe.calibration_tokens, checkpoint)?;
+    let successor = methods::successor(recipe.method, checkpoint.config(), recipe.target());
+    let what = Observing {
+        statistics: recipe.statistics().and(more),
+        answers: &found.answers,
+        successor: successor.as_deref(),
+    };
+    observe_samples(checkpoint, &found.samples, &what, fingerprint, target)
+}
+
+/// What is observed.
+#[derive(Clone, Copy, Default)]
+pub struct Observing<'a> {
+    /// Beside routing and outputs.
+    pub statistics: Statistics,
+    /// Where the answer of each sample begins; empty: behind the first token.
+    pub answers: &'a [usize],
+    /// What becomes of each layer before the samples go on.
+    pub successor: Option<&'a Successor<'a>>,
 }
 
 /// Stage observe on samples of token ids → `target`; what an interrupted run left in
@@ -60,7 +74,7 @@ pub fn observe_stage(
 pub fn observe_samples(
     checkpoint: &Checkpoint,
     samples: &[Vec<u32>],
-    (statistics, successor): (Statistics, Option<&Successor<'_>>),
+    what: &Observing<'_>,
     fingerprint: &str,
     target: &Path,
 ) -> Result<()> {
@@ -71,8 +85,9 @@ pub fn observe_samples(
     let options = ObserveOptions {
         fingerprint,
         state: &target.with_file_name(name),
-        statistics,
-        successor,
+        statistics: what.statistics,
+        answers: what.answers,
+        successor: what.successor,
         max_memory: machine::max_memory(),
     };
     let seen = observe(checkpoint, samples, &options, &mut |done, all| {

@@ -56,9 +56,8 @@ pub fn preflight(
     encoded: &[Encoded],
 ) -> Result<Forecast, Refused> {
     check_original(checkpoint)?;
-    let samples =
-        calibration(encoded, recipe.calibration_tokens, checkpoint).map_err(Refused::of)?;
-    let tokens = samples.iter().map(Vec::len).sum();
+    let found = calibration(encoded, recipe.calibration_tokens, checkpoint).map_err(Refused::of)?;
+    let tokens = found.samples.iter().map(Vec::len).sum();
     let size = checkpoint.dtype().size_in_bytes() as u64;
     Ok(Forecast {
         bytes_before: checkpoint.bytes(),
@@ -135,7 +134,11 @@ fn estimate_of(
         (method, _) if method.kind() == Kind::Keep => Ok(None),
         // What concerns the options alone is known even so.
         (_, Target::Threshold(_)) => options.check_replacing(config).map(|()| None),
-        (method, Target::Ratio(ratio)) => estimate(config, ratio, method, &options).map(Some),
+        (_, Target::Damage(_)) => Ok(None),
+        (method, target) => {
+            let ratio = target.ratio(config).unwrap_or_default();
+            estimate(config, ratio, method, &options).map(Some)
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use lightmoe_compress::methods::{BaseInit, MethodName, PlanOptions, Target};
 use lightmoe_compress::ranks::RankRule;
 use lightmoe_compress::size::equal_trainable_rank;
+use lightmoe_compress::{Sensitivity, Statistics};
 use lightmoe_data::Task;
 use lightmoe_models::ModelConfig;
 use lightmoe_train::{Annealing, AnnealingShape, Decay, LearningRate};
@@ -35,10 +36,18 @@ pub struct Recipe {
     pub ratio: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threshold: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_damage: Option<f64>,
     pub rank: usize,
     pub groups: usize,
     pub base: BaseInit,
+    #[serde(default = "fisher")]
+    pub sensitivity: Sensitivity,
     pub ranks: RankRule,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trained_rank: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub main_experts: Option<usize>,
     pub alpha: f64,
@@ -63,6 +72,10 @@ pub struct Recipe {
     pub seed: u64,
     pub device: String,
     pub dtype: String,
+}
+
+fn fisher() -> Sensitivity {
+    Sensitivity::Fisher
 }
 
 fn one_of<T: FromStr<Err: Display>>(text: Option<String>, default: T) -> Result<T> {
@@ -90,8 +103,9 @@ impl Recipe {
     /// If a setting has a value that cannot work for this model: one line that says what to do.
     pub fn resolve(settings: Settings, config: &ModelConfig) -> Result<Self> {
         let s = settings;
-        if let (Some(ratio), Some(threshold)) = (s.ratio, s.threshold) {
-            bail!("`ratio` is {ratio} and `threshold` is {threshold}; give one of the two");
+        let amounts = s.amounts();
+        if amounts > 1 {
+            bail!("`ratio`, `threshold`, `bytes` and `max_damage` say the same; give one of them");
         }
         let method = one_of(s.method, MethodName::Lightmoe)?;
         let task = s.task.map(|t| t.parse::<Task>()).transpose()?;
@@ -117,11 +131,10 @@ impl Recipe {
             task: task.or(s.train.is_none().then_some(Task::Math)),
             train: s.train,
             method,
-            ratio: match (s.ratio, s.threshold) {
-                (None, None) => Some(0.5),
-                (ratio, _) => ratio,
-            },
+            ratio: s.ratio.or((amounts == 0).then_some(0.5)),
             threshold: s.threshold,
+            bytes: s.bytes,
+            max_damage: s.max_damage,
             rank,
             groups,
             base: named(
@@ -130,12 +143,14 @@ impl Recipe {
                 BaseInit::GateWeighted,
                 "gate-weighted, random, aligned",
             )?,
+            sensitivity: named("sensitivity", s.sensitivity, fisher(), "fisher, relative")?,
             ranks: named(
                 "ranks",
                 s.ranks,
                 RankRule::Budget,
                 "uniform, importance, budget",
             )?,
+            trained_rank: s.trained_rank,
             main_experts: s.main_experts,
             alpha: s.alpha.unwrap_or(0.3),
             max_delta: s.max_delta.unwrap_or(0.2),
@@ -231,6 +246,11 @@ impl Recipe {
                 value.unwrap_or_default()
             );
         }
+        self.bytes()?;
+        ensure!(
+            self.max_damage.is_none() || self.method == MethodName::Budget,
+            "`max_damage` is for the method `budget`, which alone knows it; give `ratio` or `bytes`"
+        );
         ensure!(
             self.method != MethodName::Lora || self.rank > 0 || self.train_router,
             "`rank` is 0, so `lora` has nothing to train; give at least 1"
@@ -246,6 +266,7 @@ impl Recipe {
             ("weight_decay", self.weight_decay),
             ("alpha", self.alpha),
             ("distill", self.distill),
+            ("max_damage", self.max_damage.unwrap_or(0.0)),
         ] {
             ensure!(
                 value >= 0.0 && value.is_finite(),
@@ -270,16 +291,47 @@ impl Recipe {
             base: self.base,
             ranks: self.ranks,
             main_experts: self.main_experts,
+            trained_rank: self.trained_rank,
             seed: self.seed,
+        }
+    }
+
+    /// What its method needs to be observed beside routing and outputs.
+    pub fn statistics(&self) -> Statistics {
+        let of_method = self.method.statistics();
+        Statistics {
+            damage: of_method.damage.map(|_| self.sensitivity),
+            ..of_method
         }
     }
 
     /// What plan aims at.
     pub fn target(&self) -> Target {
-        match (self.threshold, self.ratio) {
-            (Some(p), _) => Target::Threshold(p),
-            (None, ratio) => Target::Ratio(ratio.unwrap_or(0.5)),
+        match (self.threshold, self.max_damage, self.bytes()) {
+            (Some(p), ..) => Target::Threshold(p),
+            (_, Some(most), _) => Target::Damage(most),
+            (.., Ok(Some(bytes))) => Target::Bytes(bytes),
+            _ => Target::Ratio(self.ratio.unwrap_or(0.5)),
         }
+    }
+
+    /// Bytes of weights to leave, if they are given so.
+    fn bytes(&self) -> Result<Option<u64>> {
+        let size = |text: &String| {
+            let size: Result<bytesize::ByteSize, String> = text.parse();
+            let size =
+                size.map_err(|e| anyhow!("`bytes` is `{text}` ({e}); give a size such as 6GiB"))?;
+            ensure!(size.0 > 0, "`bytes` is `{text}`; give a size such as 6GiB");
+            Ok(size.0)
+        };
+        self.bytes.as_ref().map(size).transpose()
+    }
+
+    /// How much is to be saved, as a folder may be named by it.
+    pub fn amount(&self) -> String {
+        let number = self.ratio.or(self.threshold).or(self.max_damage);
+        let bytes = || self.bytes.clone().unwrap_or_default();
+        number.map_or_else(bytes, |number| number.to_string())
     }
 
     /// β by step.

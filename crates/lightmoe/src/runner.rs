@@ -250,7 +250,7 @@ impl Runner {
             (r.eval_examples, r.calibration_tokens, r.max_length),
             // What is observed beside the rest, and of which model.
             (
-                r.method.statistics(),
+                r.statistics(),
                 r.method.is_sequential().then_some((r.method, r.ratio)),
             ),
         ))?;

@@ -4,6 +4,7 @@
 
 pub mod methods;
 mod page;
+mod work;
 
 use crate::cli::ScaleArgs;
 use crate::machine::{max_memory, peak, reset_peak, set_max_memory};
@@ -103,6 +104,7 @@ pub fn run(args: ScaleArgs) -> Result<String> {
         fingerprint: "scale",
         state: &state,
         statistics: Statistics::default(),
+        answers: &[],
         successor: None,
         max_memory: max_memory(),
     };

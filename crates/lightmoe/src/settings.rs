@@ -17,7 +17,7 @@ pub struct Settings {
     /// Records to train on, JSON lines of prompt/completion or messages; a tenth is held out
     #[arg(long, value_name = "FILE.jsonl")]
     pub train: Option<PathBuf>,
-    /// lightmoe, replace (adapters alone, or with one base), lora (nothing is replaced); reap, frequency, ean, aimer or random (pruned); mone (mean outputs); msmoe, hcsmoe or ream (merged); mcsmoe (merged, the rest factorised); svd, d2moe or mobe (factorised); moei2 (pruned, the rest factorised); compressed (fewer experts run, none is removed) [default: lightmoe]
+    /// lightmoe, replace (adapters alone, or with one base), lora (nothing is replaced); reap, frequency, ean, aimer or random (pruned); mone (mean outputs); msmoe, hcsmoe or ream (merged); mcsmoe (merged, the rest factorised); svd, d2moe or mobe (factorised); moei2 (pruned, the rest factorised); budget (each expert in the form that costs least for its bytes); compressed (fewer experts run, none is removed) [default: lightmoe]
     #[arg(long)]
     pub method: Option<String>,
     /// Share of all parameters to save, between 0 and 1 [default: 0.5]
@@ -26,6 +26,12 @@ pub struct Settings {
     /// Gate mass to replace in a layer, instead of a ratio
     #[arg(long)]
     pub threshold: Option<f64>,
+    /// Bytes of weights to leave, such as 6GiB, instead of a ratio
+    #[arg(long, value_name = "SIZE")]
+    pub bytes: Option<String>,
+    /// Loss that may be added, in nats for each predicted token as `budget` expects it, instead of a ratio
+    #[arg(long, value_name = "NATS")]
+    pub max_damage: Option<f64>,
     /// Rank of the adapters [default: 16, at most a sixteenth of an expert's smaller side; for replace and lora the rank of equal trainable parameters]
     #[arg(long)]
     pub rank: Option<usize>,
@@ -35,9 +41,15 @@ pub struct Settings {
     /// How the bases start: gate-weighted, random, or aligned (neurons in the order of the dominant's) [default: gate-weighted]
     #[arg(long)]
     pub base: Option<String>,
-    /// How `svd` shares its budget: uniform, importance or budget (where it saves most loss) [default: budget]
+    /// How `budget` learns what errors cost: fisher (by gradients, a second pass over the weights) or relative (by the size of what they are added to) [default: fisher]
+    #[arg(long)]
+    pub sensitivity: Option<String>,
+    /// How `svd` and `budget` share what there is: uniform, importance or budget (where it saves most loss) [default: budget]
     #[arg(long)]
     pub ranks: Option<String>,
+    /// How many components of a factorised expert are trained, the last ones; 0 for all [default: as many as `rank`, for budget all]
+    #[arg(long)]
+    pub trained_rank: Option<usize>,
     /// How many of the chosen experts run in `compressed` [default: half of them]
     #[arg(long)]
     pub main_experts: Option<usize>,
@@ -141,14 +153,22 @@ impl Settings {
         })
     }
 
+    /// How many settings say how much to save.
+    pub fn amounts(&self) -> usize {
+        let numbers = [self.ratio, self.threshold, self.max_damage];
+        numbers.iter().flatten().count() + usize::from(self.bytes.is_some())
+    }
+
     /// These settings, and those of `other` where these are silent.
     pub fn or(self, other: Self) -> Self {
-        // A ratio here overrules a threshold there, and the other way round.
-        let other = match (self.ratio, self.threshold) {
-            (None, None) => other,
+        // A ratio here overrules a threshold there, and so with every two that say how much.
+        let other = match self.amounts() {
+            0 => other,
             _ => Self {
                 ratio: None,
                 threshold: None,
+                bytes: None,
+                max_damage: None,
                 ..other
             },
         };
@@ -161,10 +181,14 @@ impl Settings {
             method,
             ratio,
             threshold,
+            bytes,
+            max_damage,
             rank,
             groups,
             base,
+            sensitivity,
             ranks,
+            trained_rank,
             main_experts,
             alpha,
             max_delta,

@@ -197,6 +197,14 @@ impl TaskData {
     }
 }
 
+/// What a model is observed on.
+pub struct Calibration {
+    /// Token ids.
+    pub samples: Vec<Vec<u32>>,
+    /// Where the answer of each sample begins, in tokens.
+    pub answers: Vec<usize>,
+}
+
 /// The first training sequences, up to `budget` tokens; the last one is cut to fit.
 ///
 /// # Errors
@@ -205,15 +213,17 @@ pub fn calibration(
     encoded: &[Encoded],
     budget: usize,
     checkpoint: &Checkpoint,
-) -> Result<Vec<Vec<u32>>> {
+) -> Result<Calibration> {
     let mut left = budget;
     let mut samples = Vec::new();
+    let mut answers = Vec::new();
     for e in encoded {
         let take = e.tokens.len().min(left);
         if take == 0 {
             break;
         }
         samples.push(e.tokens[..take].to_vec());
+        answers.push(e.answer_start);
         left -= take;
     }
     let moe = &checkpoint.config().moe;
@@ -232,7 +242,7 @@ pub fn calibration(
             "little calibration text: some experts will hardly be seen"
         );
     }
-    Ok(samples)
+    Ok(Calibration { samples, answers })
 }
 
 /// A short name of a model's content: its JSON files and weights. Of a file above 256 MiB only the

@@ -2,11 +2,11 @@
 //! the work between tasks.
 
 use crate::cli::UsageArgs;
-use crate::pipeline::{evaluate_stage, observe_samples};
+use crate::pipeline::{Observing, evaluate_stage, observe_samples};
 use crate::results::{Score, digits};
 use crate::source::{BUILT_IN, TaskData, calibration, open_model};
 use anyhow::Result;
-use lightmoe_compress::Statistics;
+
 use lightmoe_compress::observations::Observations;
 use lightmoe_data::Task;
 use lightmoe_models::{ModelTokenizer, folder::write_file};
@@ -31,12 +31,12 @@ pub fn run(args: UsageArgs) -> Result<String> {
     let folder = tempfile::tempdir()?;
     for task in Task::ALL {
         let data = TaskData::built_in(task, 4000, ITEMS, 0);
-        let samples = calibration(&data.encoded(&tokenizer, LENGTH)?, TOKENS, &checkpoint)?;
+        let found = calibration(&data.encoded(&tokenizer, LENGTH)?, TOKENS, &checkpoint)?;
         let path = folder.path().join("observations.safetensors");
         observe_samples(
             &checkpoint,
-            &samples,
-            (Statistics::default(), None),
+            &found.samples,
+            &Observing::default(),
             "usage",
             &path,
         )?;

@@ -60,6 +60,7 @@ fn every_family_goes_the_whole_way() {
             fingerprint: "families",
             state: &folder.path().join("state"),
             statistics: Statistics::default(),
+            answers: &[],
             successor: None,
             max_memory: 1 << 30,
         };

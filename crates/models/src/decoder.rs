@@ -152,6 +152,14 @@ impl Ends {
         Ok(out)
     }
 
+    /// Logits of what comes out of the last layer, `[T, H]` → `[T, V]`.
+    ///
+    /// # Errors
+    /// If the width is another.
+    pub fn head(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.logits(&self.norm.forward(hidden)?)
+    }
+
     /// Logits of normed hidden states `[T, H]` → `[T, V]`.
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let head = self.head.as_ref().unwrap_or(&self.embedding.table);

@@ -5,7 +5,8 @@
 //! with the bases alone until it is recovered. Whitened ones start as the factors of what an expert
 //! differs from its base by.
 
-use crate::factor::{Gram, whitened};
+use crate::damage::LayerDamage;
+use crate::factor::{Gram, Metric, fitted, whitened};
 use crate::merge::merge;
 use crate::methods::{AdapterInit, BaseInit};
 use crate::mixture::fit;
@@ -28,6 +29,7 @@ pub(super) struct Layer<'a> {
     pub(super) plan: Option<&'a LayerPlan>,
     pub(super) observed: Option<&'a LayerObservations>,
     pub(super) moments: Option<&'a Moments>,
+    pub(super) damage: Option<LayerDamage>,
 }
 
 /// Tensors with their names.
@@ -103,7 +105,7 @@ impl Layer<'_> {
         let adapters =
             |&(expert, group, rank): &(usize, Option<usize>, usize)| match self.settings.adapters {
                 AdapterInit::Fresh => self.fresh(plan, expert, rank),
-                AdapterInit::Whitened | AdapterInit::Truncated => {
+                AdapterInit::Whitened | AdapterInit::Truncated | AdapterInit::Fitted => {
                     let base = group.map(|group| &bases[group]);
                     self.factors(plan, expert, base, rank, moments.as_ref())
                 }
@@ -234,8 +236,8 @@ impl Layer<'_> {
         Ok(out)
     }
 
-    /// Adapters that are the factors of what an expert differs from its base by; without moments those
-    /// of the weights alone.
+    /// Adapters that are the factors of what an expert differs from its base by: by what errors cost if
+    /// that is known, else by moments, else those of the weights alone.
     fn factors(
         &self,
         plan: &LayerPlan,
@@ -245,19 +247,22 @@ impl Layer<'_> {
         moments: Option<&LayerMoments>,
     ) -> Result<Named> {
         let config = self.checkpoint.config();
-        let [input, hidden] = match moments {
-            Some(moments) => moments.expert(config, expert)?,
-            None => [Gram::identity(), Gram::identity()],
-        };
-        let grams = [&input, &input, &hidden];
         let own = self.expert(plan.layer, expert)?;
+        let metrics = match (&self.damage, moments) {
+            (Some(damage), _) => damage.metrics(expert, own.each_ref())?,
+            (None, Some(moments)) => {
+                let [input, hidden] = moments.expert(config, expert)?;
+                [input.clone(), input, hidden].map(Metric::of_inputs)
+            }
+            (None, None) => [(); 3].map(|()| Metric::of_inputs(Gram::identity())),
+        };
         let mut out = Vec::new();
-        for (i, (w, gram)) in own.iter().zip(grams).enumerate() {
+        for (i, (w, metric)) in own.iter().zip(&metrics).enumerate() {
             let difference = match base {
                 Some(base) => &(w - &base[i])?,
                 None => w,
             };
-            let factors = whitened(difference, gram, rank)?;
+            let factors = fitted(difference, metric, rank)?;
             for (side, tensor) in [("lora_A", factors.a), ("lora_B", factors.b)] {
                 let name = format!("{}.{side}", names::PROJECTIONS[i]);
                 out.push((names::expert(plan.layer, expert, &name), tensor));
@@ -298,8 +303,13 @@ impl Layer<'_> {
         Ok(out)
     }
 
-    /// The mean output of an expert over the tokens that chose it; zero if there were none.
+    /// The mean output of an expert over the tokens that chose it, weighted by how much they matter where
+    /// that is known; zero if there were none.
     fn constant(&self, plan: &LayerPlan, expert: usize) -> Result<Tensor> {
+        if let Some(damage) = &self.damage {
+            let [_, _, down] = self.expert(plan.layer, expert)?;
+            return damage.constant(expert, &down);
+        }
         let width = self.checkpoint.config().hidden_size;
         let seen = self
             .observed

@@ -75,15 +75,15 @@ pub fn build(
         observations.check(config)?;
     }
     let moments = match (plan.settings.adapters, inputs.observations) {
-        (AdapterInit::Fresh | AdapterInit::Truncated, _) => None,
         (AdapterInit::Whitened, Some(seen)) => Some(seen.moments()?),
-        (AdapterInit::Whitened, None) => {
+        (AdapterInit::Whitened | AdapterInit::Fitted, None) => {
             return Err(Error::Invalid(
-                "the plan has whitened factors, which only observations tell; give those that \
-                 `observe --moments` wrote"
+                "the plan has factors that follow what was observed; give the observations that it was \
+                 made from"
                     .to_owned(),
             ));
         }
+        _ => None,
     };
     let mut manifest = Manifest::of(config, &plan.layout(config))?;
     checkpoint.keep_types(&mut manifest)?;
@@ -97,13 +97,20 @@ pub fn build(
     writer.copy(checkpoint, ends)?;
     for (l, tensors) in layers.into_iter().enumerate() {
         let seen = inputs.observations.map(|seen| seen.layers.iter());
+        let planned = plan.layers.iter().find(|p| p.layer == l);
+        let fitted = inputs.observations.filter(|_| {
+            let changed = planned.is_some_and(|plan| plan.replaced() > 0);
+            changed && plan.settings.adapters == AdapterInit::Fitted
+        });
+        let fitted = fitted.map(|seen| seen.damage(config, l));
         let layer = Layer {
             checkpoint,
             seed: inputs.seed,
             settings: &plan.settings,
-            plan: plan.layers.iter().find(|p| p.layer == l),
+            plan: planned,
             moments: moments.as_ref(),
             observed: seen.and_then(|mut layers| layers.find(|o| o.layer == l)),
+            damage: fitted.transpose()?,
         };
         if tensors.iter().any(|(name, _)| !writer.is_done(name)) {
             layer.write(tensors, &mut writer)?;
@@ -136,6 +143,7 @@ pub fn whole_bases(inputs: &BuildInputs<'_>, layer: usize) -> Result<Projections
         plan: Some(plan),
         moments: None,
         observed: None,
+        damage: None,
     };
     of.bases(plan)
 }

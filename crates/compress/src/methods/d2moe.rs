@@ -61,7 +61,7 @@ pub(super) fn plan(
         groups: 1,
         adapters: AdapterInit::Whitened,
         base_rank: Some(options.rank),
-        trained_rank: Some(options.rank),
+        trained_rank: options.trained_rank(),
         ..options.settings()
     };
     let mut plan = finish(config, MethodName::D2moe, settings, layers.collect());

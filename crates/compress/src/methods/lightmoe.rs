@@ -3,7 +3,7 @@
 
 use lightmoe_models::config::ModelConfig;
 
-use super::{MethodName, PlanOptions, Target, finish};
+use super::{MethodName, PlanOptions, Target, finish, ratio_of};
 use crate::group::Selection;
 use crate::observations::{LayerObservations, Observations};
 use crate::plan::{LayerPlan, Plan, SlotForm};
@@ -97,7 +97,8 @@ pub(super) fn plan(
     );
     let (p_hat, ratio) = match target {
         Target::Threshold(p_hat) => (p_hat, None),
-        Target::Ratio(ratio) => {
+        target => {
+            let ratio = ratio_of(target, method)?;
             let choices: Vec<LayerChoices> = layers
                 .iter()
                 .zip(&factors)

@@ -2,6 +2,7 @@
 //! into a plan. All share observation, recovery and evaluation, so that what differs between them is
 //! what the comparison is about.
 
+mod budget;
 mod compressed;
 mod d2moe;
 mod drop;
@@ -91,7 +92,8 @@ pub fn plan<'a>(
     method: MethodName,
     options: &PlanOptions,
 ) -> Result<Plan> {
-    let PlanModel { config, weights } = model.into();
+    let model = model.into();
+    let PlanModel { config, weights } = model;
     options.check_method(method, config)?;
     options.check(config)?;
     observations.check(config)?;
@@ -101,6 +103,11 @@ pub fn plan<'a>(
     if method == MethodName::Compressed {
         return compressed::plan(config, observations, options);
     }
+    // Where nothing is chosen by bytes, they only say how much is to be saved.
+    let target = match target.ratio(config) {
+        Some(ratio) if method != MethodName::Budget => Target::Ratio(ratio),
+        _ => target,
+    };
     target.check()?;
     warn_of_silent(observations);
     if target == Target::Ratio(0.0) {
@@ -114,11 +121,10 @@ pub fn plan<'a>(
         options.check_replacing(config)?;
         return lightmoe::plan(config, observations, target, method, options);
     }
-    let Target::Ratio(ratio) = target else {
-        return Err(Error::Invalid(format!(
-            "`{method}` has no threshold; give a ratio"
-        )));
-    };
+    if method == MethodName::Budget {
+        return budget::plan(model, observations, target, options);
+    }
+    let ratio = ratio_of(target, method)?;
     match method {
         MethodName::Msmoe => msmoe::plan(config, observations, ratio, options),
         MethodName::Mcsmoe => mcsmoe::plan(config, observations, ratio, options),
@@ -129,6 +135,16 @@ pub fn plan<'a>(
         MethodName::Mobe => mobe::plan(config, observations, ratio, options),
         MethodName::Moei2 => moei2::plan(config, weights, observations, ratio, options),
         _ => drop::plan(config, observations, ratio, method, options),
+    }
+}
+
+/// The ratio of a target, for the methods that ask for one.
+fn ratio_of(target: Target, method: MethodName) -> Result<f64> {
+    match target {
+        Target::Ratio(ratio) => Ok(ratio),
+        _ => Err(Error::Invalid(format!(
+            "`{method}` plans for a ratio or for bytes; give one of them"
+        ))),
     }
 }
 
@@ -222,6 +238,7 @@ fn finish(
             after: 0,
             trained: 0,
         },
+        damage: None,
         layers,
     };
     plan.recount(config);

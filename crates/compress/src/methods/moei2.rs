@@ -85,7 +85,7 @@ pub(super) fn plan(
     let settings = PlanSettings {
         rank,
         adapters: AdapterInit::Truncated,
-        trained_rank: Some(options.rank),
+        trained_rank: options.trained_rank(),
         ..options.settings()
     };
     let mut plan = finish(config, MethodName::Moei2, settings, layers);

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::observe::Statistics;
+use crate::observe::{Sensitivity, Statistics};
 use crate::{Error, Result};
 
 /// A method.
@@ -50,6 +50,8 @@ pub enum MethodName {
     /// Pruning by a search over sets, then low-rank factors of those that stay (MoE-I²,
     /// arXiv 2411.01016).
     Moei2,
+    /// Every expert takes the form that costs the model least for its bytes (ours).
+    Budget,
 }
 
 /// What a method does to experts.
@@ -69,7 +71,7 @@ pub enum Kind {
 
 impl MethodName {
     /// Every method, in the order in which messages list them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Lightmoe,
         Self::Replace,
         Self::Lora,
@@ -88,6 +90,7 @@ impl MethodName {
         Self::Compressed,
         Self::Mobe,
         Self::Moei2,
+        Self::Budget,
     ];
 
     /// The name in recipes, plans and on the command line.
@@ -111,6 +114,7 @@ impl MethodName {
             Self::Compressed => "compressed",
             Self::Mobe => "mobe",
             Self::Moei2 => "moei2",
+            Self::Budget => "budget",
         }
     }
 
@@ -120,7 +124,9 @@ impl MethodName {
             Self::Lora | Self::Compressed => Kind::Keep,
             Self::Lightmoe | Self::Replace => Kind::Replace,
             Self::Msmoe | Self::Hcsmoe | Self::Ream => Kind::Merge,
-            Self::Svd | Self::D2moe | Self::Mobe | Self::Moei2 | Self::Mcsmoe => Kind::Factorise,
+            Self::Svd | Self::D2moe | Self::Mobe | Self::Moei2 | Self::Mcsmoe | Self::Budget => {
+                Kind::Factorise
+            }
             _ => Kind::Drop,
         }
     }
@@ -138,6 +144,7 @@ impl MethodName {
             moments: matches!(self, Self::Svd | Self::D2moe),
             all_outputs: self == Self::Hcsmoe,
             samples: self == Self::Moei2,
+            damage: (self == Self::Budget).then_some(Sensitivity::Fisher),
         }
     }
 }

@@ -34,6 +34,8 @@ pub enum AdapterInit {
     Whitened,
     /// The same factors of the weights alone, whatever the inputs: the truncated SVD.
     Truncated,
+    /// Factors by what errors were observed to cost the model, on either side of the matrix.
+    Fitted,
 }
 
 /// The settings of [`plan`].
@@ -53,6 +55,9 @@ pub struct PlanOptions {
     pub ranks: RankRule,
     /// How many of the chosen experts run in `compressed`; `None` for half of them.
     pub main_experts: Option<usize>,
+    /// How many components of a factorised expert train, the last ones; `None` for as many as `rank`, of
+    /// `budget` for all; 0 for all.
+    pub trained_rank: Option<usize>,
     /// Seed of `random`, and of the search of `moei2`.
     pub seed: u64,
 }
@@ -68,6 +73,7 @@ impl Default for PlanOptions {
             base: BaseInit::GateWeighted,
             ranks: RankRule::Budget,
             main_experts: None,
+            trained_rank: None,
             seed: 0,
         }
     }
@@ -80,13 +86,38 @@ pub enum Target {
     Ratio(f64),
     /// Use this global threshold `p_hat`.
     Threshold(f64),
+    /// Leave at most so many bytes of weights.
+    Bytes(u64),
+    /// Lose at most so much, in nats for each predicted token, and save what that allows.
+    Damage(f64),
 }
 
 impl Target {
+    /// The share of all parameters of the model that it saves, where that is known before anything was
+    /// observed.
+    pub fn ratio(self, config: &ModelConfig) -> Option<f64> {
+        match self {
+            Self::Ratio(ratio) => Some(ratio),
+            Self::Bytes(bytes) => {
+                let size = config.file_dtype().size_in_bytes() as f64;
+                let left = bytes as f64 / (size * config.parameters().total() as f64);
+                Some((1.0 - left).max(0.0))
+            }
+            Self::Threshold(_) | Self::Damage(_) => None,
+        }
+    }
+
     pub(crate) fn check(self) -> Result<()> {
         let (name, value) = match self {
             Self::Ratio(value) => ("ratio", value),
             Self::Threshold(value) => ("threshold", value),
+            Self::Bytes(_) => return Ok(()),
+            Self::Damage(value) if value >= 0.0 && value.is_finite() => return Ok(()),
+            Self::Damage(value) => {
+                return Err(Error::Invalid(format!(
+                    "the allowed damage is {value}, expected nats from 0; give a number such as 0.01"
+                )));
+            }
         };
         let none = matches!(self, Self::Ratio(0.0));
         if none || (value > 0.0 && value < 1.0) {
@@ -99,6 +130,15 @@ impl Target {
 }
 
 impl PlanOptions {
+    /// How many components of a factorised expert train; `None` for all.
+    pub(super) fn trained_rank(&self) -> Option<usize> {
+        match self.trained_rank {
+            None => Some(self.rank),
+            Some(0) => None,
+            some => some,
+        }
+    }
+
     /// The settings that a plan with these options states.
     pub fn settings(&self) -> PlanSettings {
         PlanSettings {

@@ -44,7 +44,7 @@ pub(super) fn plan(
         rank: levels.iter().flatten().copied().max().unwrap_or(0),
         groups: 0,
         adapters: AdapterInit::Whitened,
-        trained_rank: Some(options.rank),
+        trained_rank: options.trained_rank(),
         ..options.settings()
     };
     let mut plan = finish(config, MethodName::Svd, settings, layers.collect());

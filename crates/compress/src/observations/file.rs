@@ -8,7 +8,7 @@ use lightmoe_models::folder;
 use safetensors::{Dtype, SafeTensors, View, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::{LayerObservations, Observations, OutputObservations, Spectra};
+use super::{Damage, LayerObservations, Observations, OutputObservations, Spectra};
 use crate::{Error, Result, read};
 
 /// Version of the file's layout.
@@ -156,7 +156,7 @@ fn decode(bytes: &[u8]) -> std::result::Result<Observations, String> {
 fn flat(name: &str) -> bool {
     matches!(
         name,
-        "output_gated" | "output_norm" | "output_square" | "weight_flatness"
+        "output_gated" | "output_norm" | "output_square" | "weight_flatness" | "damage_drop"
     )
 }
 
@@ -178,6 +178,10 @@ fn split_name(name: &str) -> Option<(usize, &str)> {
         "spectrum_gate",
         "spectrum_up",
         "spectrum_down",
+        "damage_gate",
+        "damage_up",
+        "damage_down",
+        "damage_drop",
     ];
     let known = known.contains(&field);
     known.then_some((layer.parse().ok()?, field))
@@ -252,6 +256,15 @@ fn decode_layer(
                 gate: table("spectrum_gate", None)?,
                 up: table("spectrum_up", None)?,
                 down: table("spectrum_down", None)?,
+            }),
+            false => None,
+        },
+        damage: match has("damage_gate") {
+            true => Some(Damage {
+                gate: table("damage_gate", None)?,
+                up: table("damage_up", None)?,
+                down: table("damage_down", None)?,
+                drop: row("damage_drop")?,
             }),
             false => None,
         },

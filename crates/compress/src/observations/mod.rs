@@ -17,9 +17,12 @@
 //! | `layers.{l}.weight_flatness` | `[E]` f64, optional | `‖w‖₁ / (√n · ‖w‖₂)` of all its weights |
 //! | `layers.{l}.all_outputs` | `[E, H]` f64, optional | mean of an expert's outputs over all tokens, chosen or not |
 //! | `layers.{l}.spectrum_{gate,up,down}` | `[E, min(H, F)]` f64, optional | singular values of the matrix on the inputs it was given, descending |
+//! | `layers.{l}.damage_{gate,up,down}` | `[E, min(H, F)]` f64, optional | what leaving out each component of the matrix, the largest first, costs in nats a predicted token |
+//! | `layers.{l}.damage_drop` | `[E]` f64, optional | the same of putting the mean of its outputs in place of the expert |
 //!
 //! `output_*` and `weight_flatness` come together, and so do the spectra, beside which there are
-//! [`moments`](crate::moments). Those and [`samples`](crate::samples) lie in a folder beside the file.
+//! [`moments`](crate::moments), and the damages, beside which there is what they [rest
+//! on](crate::damage). Those and [`samples`](crate::samples) lie in a folder beside the file.
 //!
 //! The metadata has one key, `observations`: a JSON object of `schema_version`, `tokens`,
 //! `samples` and `fingerprint`. One key, because several would be written in a random order, and
@@ -33,6 +36,7 @@ pub(crate) use file::observations_error;
 pub use file::{SCHEMA_VERSION, moments_folder};
 use lightmoe_models::config::ModelConfig;
 
+use crate::damage::LayerDamage;
 use crate::moments::Moments;
 use crate::samples::{self, Sample};
 use crate::{Error, Result};
@@ -60,6 +64,45 @@ pub struct LayerObservations {
     pub all_outputs: Option<Vec<f64>>,
     /// What a low rank would lose; only where it was asked for.
     pub spectra: Option<Spectra>,
+    /// What errors of the experts cost the model; only where it was asked for.
+    pub damage: Option<Damage>,
+}
+
+/// What it costs the model to leave something of an expert out, in nats for each predicted token, as far
+/// as a second-order estimate goes ([`crate::damage`]).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Damage {
+    /// `[E * min(H, F)]` row-major: of each component of the gate projection, descending.
+    pub gate: Vec<f64>,
+    /// Of the up projection.
+    pub up: Vec<f64>,
+    /// Of the down projection.
+    pub down: Vec<f64>,
+    /// `[E]`: of all but the mean of the outputs.
+    pub drop: Vec<f64>,
+}
+
+impl Damage {
+    /// By name in the file.
+    fn named(&self) -> [(&'static str, &Vec<f64>); 4] {
+        [
+            ("damage_gate", &self.gate),
+            ("damage_up", &self.up),
+            ("damage_down", &self.down),
+            ("damage_drop", &self.drop),
+        ]
+    }
+
+    /// What rank `r` of all three matrices of `expert` costs, for `r = 0, 1, …, min(H, F)`.
+    pub fn of_ranks(&self, expert: usize) -> Vec<f64> {
+        let width = self.gate.len() / self.drop.len().max(1);
+        let mut tails = vec![0.0; width + 1];
+        for r in (0..width).rev() {
+            let of = |values: &Vec<f64>| values[expert * width + r];
+            tails[r] = tails[r + 1] + of(&self.gate) + of(&self.up) + of(&self.down);
+        }
+        tails
+    }
 }
 
 /// Singular values of `W·S`, where `S·Sᵀ` is the second moment of what the matrix `W` was given, a
@@ -229,7 +272,7 @@ impl LayerObservations {
             let signed = vectors || matches!(name, "similarity" | "logit_gram");
             let rows = match name {
                 "similarity" | "logit_gram" => experts,
-                _ if vectors || name.starts_with("spectrum") => values.len() / experts.max(1),
+                _ if vectors || is_wide(name) => values.len() / experts.max(1),
                 _ => 1,
             };
             let possible = |v: &f64| v.is_finite() && (signed || *v >= 0.0);
@@ -259,7 +302,13 @@ impl LayerObservations {
             .filter_map(|(name, values)| Some((name, values.as_ref()?)));
         own.chain(self.outputs.iter().flat_map(OutputObservations::named))
             .chain(self.spectra.iter().flat_map(Spectra::named))
+            .chain(self.damage.iter().flat_map(Damage::named))
     }
+}
+
+/// Whether a table has a number for each component of an expert's matrices.
+fn is_wide(name: &str) -> bool {
+    name.starts_with("spectrum") || (name.starts_with("damage") && name != "damage_drop")
 }
 
 /// The observations of a model.
@@ -298,6 +347,22 @@ impl Observations {
             )
         })?;
         Ok(Moments::of(folder, &self.fingerprint))
+    }
+
+    /// What errors cost in layer `layer`, to fit factors by.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it was not asked for; if the file is damaged or belongs to other
+    /// observations.
+    pub fn damage(&self, config: &ModelConfig, layer: usize) -> Result<LayerDamage> {
+        let folder = self.moments.as_ref().ok_or_else(|| {
+            Error::Invalid(
+                "fitted factors need to know what errors of experts cost, and these observations do not \
+                 tell; observe with `--damage fisher`"
+                    .to_owned(),
+            )
+        })?;
+        LayerDamage::open(config, folder, layer, &self.fingerprint)
     }
 
     /// The sampled tokens of layer `layer`.

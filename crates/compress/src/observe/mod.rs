@@ -4,19 +4,34 @@
 //! from layer to layer in files, of which the page cache keeps what fits; so a run that was stopped
 //! goes on with the layer where it stopped.
 
+mod back;
 mod sums;
 
-use crate::memory::{batch_tokens, moment_bytes, sample_bytes};
+use crate::memory::{BACKWARD, batch_tokens, moment_bytes, sample_bytes};
 use crate::observations::{LayerObservations, Observations, moments_folder};
-use crate::states::{States, StatesWriter, Work};
+use crate::states::{Keep, States, StatesWriter, Values, Work};
 use crate::{Error, Result};
+use back::Way;
 use lightmoe_models::{Checkpoint, Embedding, Layer, LayerObserver, ModelConfig, Rotary, Tokens};
+use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use sums::{BatchSums, Sums};
 
+/// How much an error of what a layer gives matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sensitivity {
+    /// By the gradients of the loss on labels drawn from the model: a second pass over the weights, from
+    /// the last layer to the first.
+    Fisher,
+    /// By the size of the hidden state that the error is added to, every direction and every token alike:
+    /// a stand-in without gradients.
+    Relative,
+}
+
 /// What to record beside routing and outputs, which is always recorded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct Statistics {
     /// Second moments of what each expert is given, and the spectra of its matrices on them; memory
     /// and disk of `4·E·(H² + F²)` bytes a layer.
@@ -26,6 +41,8 @@ pub struct Statistics {
     /// A [sample](crate::samples) of tokens with what every expert gives for them, at most 16 MiB a
     /// layer, and some whole [sequences](crate::reception) for every third layer.
     pub samples: bool,
+    /// What errors of the experts [cost](crate::damage), as much memory and disk as `moments`.
+    pub damage: Option<Sensitivity>,
 }
 
 impl Statistics {
@@ -36,6 +53,7 @@ impl Statistics {
             moments: self.moments || other.moments,
             all_outputs: self.all_outputs || other.all_outputs,
             samples: self.samples || other.samples,
+            damage: self.damage.or(other.damage),
         }
     }
 }
@@ -54,6 +72,9 @@ pub struct ObserveOptions<'a> {
     pub state: &'a Path,
     /// What to record beside routing and outputs.
     pub statistics: Statistics,
+    /// Where the answer of each sample begins, in tokens: what the model is to predict, as far as
+    /// [`Sensitivity::Fisher`] goes. Empty: all but the first token of each.
+    pub answers: &'a [usize],
     /// What becomes of each layer before the samples go on; `None`: it stays.
     pub successor: Option<&'a Successor<'a>>,
     /// The most memory to use, in bytes.
@@ -145,19 +166,37 @@ pub fn observe(
                 .to_owned(),
         ));
     }
-    // Samples of like length together, so that little is padded.
-    let mut order: Vec<&Vec<u32>> = samples.iter().collect();
-    order.sort_by_key(|s| std::cmp::Reverse(s.len()));
     let asked = options.statistics;
+    let returns = asked.damage == Some(Sensitivity::Fisher);
+    if returns && options.successor.is_some() {
+        return Err(Error::Invalid(
+            "gradients of a model whose layers change while it is observed are of no model; observe for \
+             such methods apart"
+                .to_owned(),
+        ));
+    }
+    // Samples of like length together, so that little is padded.
+    let mut numbers: Vec<usize> = (0..samples.len()).collect();
+    numbers.sort_by_key(|&i| std::cmp::Reverse(samples[i].len()));
+    let order: Vec<&Vec<u32>> = numbers.iter().map(|&i| &samples[i]).collect();
+    let begins = |&i: &usize| options.answers.get(i).copied().unwrap_or(1);
+    let answers: Vec<usize> = numbers.iter().map(begins).collect();
     let beside = [
-        (asked.moments, moment_bytes(config)),
+        (
+            asked.moments || asked.damage.is_some(),
+            moment_bytes(config),
+        ),
         (asked.samples, sample_bytes(config)),
     ];
     let beside = beside.iter().filter(|what| what.0).map(|what| what.1).sum();
-    let most = batch_tokens(config, order[0].len(), options.max_memory, beside)?;
+    let copies = if returns { BACKWARD } else { 1 };
+    let most = batch_tokens(config, order[0].len(), options.max_memory, beside, copies)?;
     let work = Work::new(
         samples,
-        &format!("{}{:?}", options.fingerprint, options.statistics),
+        &format!(
+            "{}{:?}{:?}",
+            options.fingerprint, options.statistics, options.answers
+        ),
     );
     // A run that goes on keeps the batches of the one before, if there is memory for them.
     let found = States::find(options.state, &work).filter(|found| found.batch_tokens <= most);
@@ -181,12 +220,13 @@ pub fn observe(
     };
     let rotary = Rotary::new(config);
     let (mut read, mut compute) = (Duration::ZERO, Duration::ZERO);
+    let total = config.num_layers * if returns { 2 } else { 1 };
     for l in first..config.num_layers {
         let begin = Instant::now();
         let mut layer = Layer::load(checkpoint, l)?;
         read += begin.elapsed();
         let begin = Instant::now();
-        let mut next = states.writer(l + 1)?;
+        let mut next = states.writer(Values::Hidden, l + 1)?;
         let mut sums = Sums::new(config, options.statistics, l, seen.tokens as usize);
         if let Some(bank) = layer.bank() {
             sums.weights(bank)?;
@@ -213,11 +253,31 @@ pub fn observe(
                 }
             }
         }
-        next.finish(&seen)?;
+        next.close()?;
+        let keep = if returns { Keep::All } else { Keep::Last };
+        states.record(&seen, Values::Hidden, l + 1, keep)?;
         compute += begin.elapsed();
-        if !progress(l + 1, config.num_layers) {
+        if !progress(l + 1, total) {
             return Err(Error::Interrupted);
         }
+    }
+    if returns {
+        let begin = Instant::now();
+        let pass = Pass {
+            states: &states,
+            batches: &batches,
+            config,
+            rotary: &rotary,
+            number: 0,
+        };
+        let way = Way {
+            checkpoint,
+            answers: &answers,
+            folder: &moments_in(options.state),
+        };
+        let layers = config.num_layers;
+        seen = way.go(&pass, seen, &mut |done| progress(layers + done, total))?;
+        compute += begin.elapsed();
     }
     Ok(Observed {
         states,
@@ -245,7 +305,7 @@ impl Pass<'_> {
         mut next: Option<&mut StatesWriter<'_>>,
     ) -> Result<()> {
         for (i, batch) in self.batches.iter().enumerate() {
-            let hidden = self.states.read(self.number, i, batch)?;
+            let hidden = self.states.read(Values::Hidden, self.number, i, batch)?;
             if let Some(sums) = sums.as_deref_mut() {
                 sums.input(&hidden, batch)?;
             }
@@ -267,7 +327,7 @@ impl Pass<'_> {
 /// Writes the states before the first layer.
 fn embed(checkpoint: &Checkpoint, batches: &[Batch<'_>], states: &States) -> Result<()> {
     let embedding = Embedding::load(checkpoint)?;
-    let mut first = states.writer(0)?;
+    let mut first = states.writer(Values::Hidden, 0)?;
     for batch in batches {
         let mut ids = vec![0u32; batch.samples.len() * batch.width];
         for (row, sample) in ids.chunks_exact_mut(batch.width).zip(batch.samples) {

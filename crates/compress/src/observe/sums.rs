@@ -1,13 +1,14 @@
 //! The sums over the tokens of one layer.
 
-use super::{Batch, ObserveOptions, Statistics};
+use super::{Batch, ObserveOptions, Sensitivity, Statistics};
 use crate::Result;
-use crate::factor::singular_values;
+use crate::damage::{DamageSums, WeightedTokens};
+use crate::factor::{Metric, singular_values};
 use crate::moments::MomentSums;
 use crate::observations::{LayerObservations, OutputObservations, Spectra};
 use crate::reception::SequenceSums;
 use crate::samples::SampleSums;
-use candle_core::{Device, Tensor};
+use candle_core::{D, Device, Tensor};
 use lightmoe_models::{Bank, ExpertRows, Layer, LayerObserver, ModelConfig, Projections, Routing};
 use rayon::prelude::*;
 
@@ -40,6 +41,16 @@ pub(super) struct Sums {
     moments: Option<MomentSums>,
     sample: Option<SampleSums>,
     sequences: Option<SequenceSums>,
+    damage: Option<RelativeDamage>,
+}
+
+/// What errors cost by the size of the states that they are added to.
+struct RelativeDamage {
+    sums: DamageSums,
+    /// Of all samples.
+    tokens: usize,
+    /// Of the batch under way: `½·H/(N·‖x_t‖²)` of each token that goes into the layer.
+    weights: Vec<f32>,
 }
 
 /// Sums, and the batch that adds to them.
@@ -65,6 +76,14 @@ impl LayerObserver for BatchSums<'_> {
         }
         if let Some(sample) = &mut sums.sample {
             sample.add(bank, x, routing, &batch.held())?;
+        }
+        if let Some(RelativeDamage { sums, weights, .. }) = &mut sums.damage {
+            let tokens = WeightedTokens {
+                tokens: &batch.held(),
+                weights,
+                gradients: None,
+            };
+            sums.add(bank, x, routing, &tokens)?;
         }
         Ok(())
     }
@@ -111,11 +130,24 @@ impl Sums {
                 .samples
                 .then(|| SequenceSums::new(config, number, tokens))
                 .flatten(),
+            damage: (statistics.damage == Some(Sensitivity::Relative)).then(|| RelativeDamage {
+                sums: DamageSums::new(config, tokens),
+                tokens,
+                weights: Vec::new(),
+            }),
         }
     }
 
     /// Looks at what goes into the layer, `[B, T, H]`.
     pub(super) fn input(&mut self, hidden: &Tensor, batch: &Batch<'_>) -> Result<()> {
+        if let Some(damage) = &mut self.damage {
+            let held = Tensor::new(batch.held(), &Device::Cpu)?;
+            let squares = hidden.flatten_to(1)?.sqr()?.mean(D::Minus1)?;
+            let squares = squares.index_select(&held, 0)?.to_vec1::<f32>()?;
+            let whole = 0.5 / damage.tokens as f32;
+            let weight = |square: f32| whole / square.max(f32::MIN_POSITIVE);
+            damage.weights = squares.into_iter().map(weight).collect();
+        }
         match &mut self.sequences {
             Some(sequences) => sequences.add(hidden, batch),
             None => Ok(()),
@@ -287,6 +319,11 @@ impl Sums {
                 spectra = Some(of_weights(bank, moments)?);
             }
         }
+        let mut damage = None;
+        if let (Some(relative), Some(bank)) = (self.damage, layer.bank()) {
+            let sums = relative.sums;
+            damage = Some(sums.finish(bank, &folder, number, options.fingerprint)?);
+        }
         let mean = |sum: Vec<f64>| sum.into_iter().map(|v| v / tokens as f64).collect();
         Ok(LayerObservations {
             layer: number,
@@ -298,6 +335,7 @@ impl Sums {
             outputs: Some(self.outputs),
             all_outputs: self.all_outputs.map(mean),
             spectra,
+            damage,
         })
     }
 }
@@ -312,8 +350,10 @@ fn of_weights(bank: &Bank, moments: &MomentSums) -> Result<Spectra> {
     let experts = bank.dense_experts();
     let spectra = |(i, &expert): (usize, &usize)| -> Result<[Vec<f64>; 3]> {
         let [input, hidden] = moments.expert(expert)?;
-        let of =
-            |pick: fn(&Projections) -> &Tensor, gram| singular_values(&pick(dense).get(i)?, gram);
+        let of = |pick: fn(&Projections) -> &Tensor, metric| {
+            singular_values(&pick(dense).get(i)?, metric)
+        };
+        let [input, hidden] = [input, hidden].map(Metric::of_inputs);
         Ok([
             of(|p| &p.gate, &input)?,
             of(|p| &p.up, &input)?,

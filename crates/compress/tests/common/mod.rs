@@ -73,6 +73,7 @@ pub fn observed(
         fingerprint: "observed",
         state: &folder.path().join("state"),
         statistics,
+        answers: &[],
         successor: None,
         max_memory: 1 << 32,
     };
@@ -137,6 +138,7 @@ pub fn observations(config: &ModelConfig, seed: u64) -> Observations {
             outputs: Some(outputs(experts, config.hidden_size, &mut rng)),
             all_outputs: None,
             spectra: None,
+            damage: None,
         }
     });
     Observations {

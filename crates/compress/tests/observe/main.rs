@@ -38,6 +38,7 @@ fn options(state: &TempDir) -> ObserveOptions<'_> {
         fingerprint: "these",
         state: state.path(),
         statistics: Statistics::default(),
+        answers: &[],
         successor: None,
         max_memory: 1 << 32,
     }
@@ -215,15 +216,15 @@ fn little_memory_means_small_batches_and_the_same_numbers() {
     let samples = samples(&[9, 30, 17, 30, 4, 30, 30]);
     let mut least = 0;
     for bit in (0..40).rev() {
-        least |= match batch_tokens(config, 30, least | 1 << bit, 0) {
+        least |= match batch_tokens(config, 30, least | 1 << bit, 0, 1) {
             Ok(_) => 0,
             Err(_) => 1 << bit,
         };
     }
-    assert_eq!(batch_tokens(config, 30, least + 1, 0).unwrap(), 30);
+    assert_eq!(batch_tokens(config, 30, least + 1, 0, 1).unwrap(), 30);
     let mut before = 0;
     for extra in [1, 1 << 12, 1 << 16, 1 << 20, 1 << 40] {
-        let tokens = batch_tokens(config, 30, least + extra, 0).unwrap();
+        let tokens = batch_tokens(config, 30, least + extra, 0, 1).unwrap();
         assert!(tokens >= before && tokens <= 8192);
         before = tokens;
     }

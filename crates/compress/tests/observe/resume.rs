@@ -2,7 +2,7 @@
 
 use super::{LAYERS, checkpoint, options, samples};
 use lightmoe_compress::observations::Observations;
-use lightmoe_compress::{Error, ObserveOptions, Statistics, batch_tokens, observe};
+use lightmoe_compress::{Error, ObserveOptions, Sensitivity, Statistics, batch_tokens, observe};
 use std::ffi::OsString;
 use tempfile::TempDir;
 
@@ -35,8 +35,17 @@ fn the_work_can_be_stopped_after_any_layer() {
         moments: true,
         all_outputs: true,
         samples: true,
+        damage: Some(Sensitivity::Relative),
     };
-    for (statistics, files) in [(Statistics::default(), 0), (all, 2 * LAYERS + 1)] {
+    let returning = Statistics {
+        damage: Some(Sensitivity::Fisher),
+        ..Statistics::default()
+    };
+    for (statistics, files, steps) in [
+        (Statistics::default(), 0, LAYERS),
+        (all, 3 * LAYERS + 1, LAYERS),
+        (returning, LAYERS, 2 * LAYERS),
+    ] {
         let state = tempfile::tempdir().unwrap();
         let undisturbed = observe(
             &checkpoint,
@@ -47,7 +56,7 @@ fn the_work_can_be_stopped_after_any_layer() {
         let path = folder.path().join("undisturbed.safetensors");
         let undisturbed = undisturbed.unwrap().save(&path).unwrap();
         assert_eq!(beside(&undisturbed).len(), files);
-        for last in 1..=LAYERS {
+        for last in 1..=steps {
             let mut calls = Vec::new();
             let state = tempfile::tempdir().unwrap();
             let stopped = observe(
@@ -60,7 +69,7 @@ fn the_work_can_be_stopped_after_any_layer() {
                 },
             );
             assert!(matches!(stopped, Err(Error::Interrupted)));
-            let expected: Vec<_> = (1..=last).map(|done| (done, LAYERS)).collect();
+            let expected: Vec<_> = (1..=last).map(|done| (done, steps)).collect();
             assert_eq!(calls, expected);
             // The next run does the layers that are left, and sees the same.
             let mut calls = Vec::new();
@@ -73,7 +82,7 @@ fn the_work_can_be_stopped_after_any_layer() {
                     true
                 },
             );
-            assert_eq!(calls, (last + 1..=LAYERS).collect::<Vec<_>>());
+            assert_eq!(calls, (last + 1..=steps).collect::<Vec<_>>());
             let path = folder.path().join("seen.safetensors");
             let whole = whole.unwrap().save(&path).unwrap();
             assert_eq!(beside(&whole), beside(&undisturbed));
@@ -115,7 +124,7 @@ fn only_the_same_work_is_continued() {
     let state = tempfile::tempdir().unwrap();
     let mut least = 0;
     for bit in (0..40).rev() {
-        let more = batch_tokens(checkpoint.config(), 4, least | 1 << bit, 0).is_err();
+        let more = batch_tokens(checkpoint.config(), 4, least | 1 << bit, 0, 1).is_err();
         least |= u64::from(more) << bit;
     }
     let limited = |max_memory: u64| ObserveOptions {

@@ -12,8 +12,8 @@ use crate::cli::{
 };
 use crate::compress::{CHECKPOINT_EVERY, compress, default_out, inputs};
 use crate::pipeline::{
-    RecoverInputs, build_stage, evaluate_stage, observe_samples, observe_stage, plan_stage,
-    recover_stage,
+    Observing, RecoverInputs, build_stage, evaluate_stage, observe_samples, observe_stage,
+    plan_stage, recover_stage,
 };
 use crate::preflight::{Forecast, Refused, forecast, preflight};
 use crate::pretrain::{PretrainRecipe, pretrain};
@@ -130,6 +130,7 @@ pub fn run_observe(args: ObserveArgs) -> Result<String> {
         moments: args.moments,
         all_outputs: args.all_outputs,
         samples: args.samples,
+        damage: args.damage,
     };
     if let Some(path) = &args.tokens {
         let settings = settings(args.recipe)?;
@@ -137,7 +138,11 @@ pub fn run_observe(args: ObserveArgs) -> Result<String> {
         let batch = TokenBatch::load(path, checkpoint.config().vocab_size)?;
         let fingerprint = crate::fingerprint(&(&batch, model_fingerprint(checkpoint.dir())?))?;
         let samples = batch.samples();
-        observe_samples(&checkpoint, &samples, (more, None), &fingerprint, &args.out)?;
+        let what = Observing {
+            statistics: more,
+            ..Observing::default()
+        };
+        observe_samples(&checkpoint, &samples, &what, &fingerprint, &args.out)?;
     } else {
         let opened = Opened::new(args.recipe)?;
         let (encoded, fingerprint) = (opened.encoded()?, opened.fingerprint()?);
@@ -162,8 +167,10 @@ pub fn run_plan(args: PlanArgs) -> Result<String> {
     };
     let method = settings.method.as_deref().map(str::parse::<MethodName>);
     let keeps = matches!(method, Some(Ok(method)) if method.kind() == Kind::Keep);
-    if settings.ratio.is_none() && settings.threshold.is_none() && !keeps {
-        return Err(Refused("how much to replace? give `--ratio` or `--threshold`".into()).into());
+    if settings.amounts() == 0 && !keeps {
+        let message =
+            "how much to save? give `--ratio`, `--bytes`, `--threshold` or `--max-damage`";
+        return Err(Refused(message.into()).into());
     }
     let recipe = Recipe::resolve(settings, &config).map_err(Refused::of)?;
     let observations = match (&args.observations, &args.scores) {
@@ -171,9 +178,9 @@ pub fn run_plan(args: PlanArgs) -> Result<String> {
         (None, Some(path)) => Observations::from_scores(path, &config)?,
         (None, None) => return Err(anyhow!("give `--observations` or `--scores`")),
     };
-    // The only method that looks at weights; where the model is at hand.
+    // The only methods that look at weights, or how large they are; where the model is at hand.
     let weights = match (recipe.method, &args.config) {
-        (MethodName::Moei2, None) => Some(open_model(&recipe.model)?),
+        (MethodName::Moei2 | MethodName::Budget, None) => Some(open_model(&recipe.model)?),
         _ => None,
     };
     let plan = plan_stage(&config, weights.as_ref(), &observations, &recipe, &args.out)

@@ -8,13 +8,15 @@ use std::fmt;
 use std::str::FromStr;
 
 /// Keys that the grid decides.
-const GRID: [(&str, &str); 7] = [
+const GRID: [(&str, &str); 9] = [
     ("model", "--model"),
     ("task", "--tasks"),
     ("train", "--recipe"),
     ("method", "--methods"),
     ("ratio", "--ratios"),
     ("threshold", "--ratios"),
+    ("bytes", "--ratios"),
+    ("max_damage", "--ratios"),
     ("seed", "--seeds"),
 ];
 

@@ -47,8 +47,11 @@ pub(super) fn experts<'a>(
     experts: usize,
     replaced: usize,
 ) -> String {
+    let widest = plan.settings.rank.max(1) as f64;
+    let varied = plan.damage.is_some();
     let cell = |plan: &LayerPlan, slot: &SlotPlan| {
         let layer = plan.layer;
+        let mut opacity = 1.0;
         let (mut class, mut text) = (class_of(slot.form), String::new());
         let mut title = format!("Layer {layer}, expert {}: ", slot.expert);
         match slot.form {
@@ -63,6 +66,10 @@ pub(super) fn experts<'a>(
                         text = group.to_string();
                     }
                     None => title += "replaced, no shared base",
+                }
+                if varied {
+                    text = rank.to_string();
+                    opacity = 0.15 + 0.85 * rank as f64 / widest;
                 }
                 if dominant {
                     title += " (dominant)";
@@ -84,13 +91,16 @@ pub(super) fn experts<'a>(
             }
         }
         title += &format!(", score {:.4}", slot.score);
+        if let Some(damage) = slot.damage {
+            title += &format!(", expected damage {damage:.2e} nats a token");
+        }
         let tokens = seen(layer).and_then(|c| c.tokens_per_expert.get(slot.expert));
         if let Some(&tokens) = tokens {
             title += &format!(", {} tokens", thousands(tokens));
         }
         Cell {
             class,
-            opacity: 1.0,
+            opacity,
             text,
             crossed: false,
             title,

@@ -8,7 +8,7 @@ pub mod table;
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use lightmoe_compress::plan::{LayerPlan, Plan};
+use lightmoe_compress::plan::{LayerPlan, Plan, PlanDamage};
 use lightmoe_train::Point;
 use minijinja::Environment;
 use serde::Serialize;
@@ -56,6 +56,7 @@ struct Page<'a> {
     annealed: bool,
     threshold: Option<String>,
     norm: Option<String>,
+    damage: Option<Damage>,
     recipe: &'a str,
 }
 
@@ -71,6 +72,12 @@ struct Figure {
     label: &'static str,
     value: String,
     note: String,
+}
+
+#[derive(Serialize)]
+struct Damage {
+    predicted: String,
+    svg: String,
 }
 
 #[derive(Serialize)]
@@ -123,6 +130,7 @@ pub fn render(
         annealed: curve.iter().any(|p| p.beta != 0.0),
         threshold: layer_bars(plan, "Threshold", |l| l.threshold, plan.p_hat),
         norm: layer_bars(plan, "Mean router norm", |l| l.router_norm, None),
+        damage: plan.damage.as_ref().and_then(damage_picture),
         recipe: recipe_toml,
     };
     page_of(TEMPLATE, page)
@@ -222,6 +230,16 @@ fn curve_picture(curve: &[Point]) -> Option<String> {
         first.loss, first.step, last.loss, last.step, first.beta, last.beta
     );
     svg::curve(&describe, curve)
+}
+
+fn damage_picture(damage: &PlanDamage) -> Option<Damage> {
+    let predicted = format!("{:.2e}", damage.predicted);
+    let describe = format!(
+        "Expected damage by size; the plan leaves {} and is expected to cost {predicted} nats a token",
+        bytes_text(damage.bytes)
+    );
+    let svg = svg::damage::damage(&describe, damage)?;
+    Some(Damage { predicted, svg })
 }
 
 fn layer_bars(

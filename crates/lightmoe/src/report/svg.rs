@@ -1,6 +1,7 @@
 //! The pictures of the report: plain SVG, coloured by the classes that the page's style defines, so
 //! that they follow its light and dark mode.
 
+pub(crate) mod damage;
 pub(crate) mod scatter;
 
 use std::fmt::{Display, Write};

@@ -1,7 +1,7 @@
 use super::*;
 use crate::results::tests::sample;
 use lightmoe_compress::methods::{MethodName, PlanOptions};
-use lightmoe_compress::plan::{ModelSummary, Parameters, Ratio, SlotForm, SlotPlan};
+use lightmoe_compress::plan::{CurvePoint, ModelSummary, Parameters, Ratio, SlotForm, SlotPlan};
 
 /// A plan of 6 layers with 32 experts: of each five experts, two are kept.
 fn plan() -> Plan {
@@ -17,6 +17,8 @@ fn plan() -> Plan {
             }
         },
         score: (1 + (expert * 13 + layer * 5) % 32) as f64 / 528.0,
+        bytes: None,
+        damage: None,
     };
     let layer = |layer: usize| LayerPlan {
         layer,
@@ -53,6 +55,7 @@ fn plan() -> Plan {
             after: 1_772_880,
             trained: 240_000,
         },
+        damage: None,
         layers: (0..6).map(layer).collect(),
     }
 }
@@ -112,6 +115,7 @@ fn the_page_stands_alone() {
         "Results",
         "Coverage",
         "Thresholds",
+        "<h2>Damage",
         "Recovery",
         "0.554 ± 0.022",
     ] {
@@ -171,6 +175,7 @@ fn what_was_not_done_is_left_out() {
     for part in [
         "Coverage",
         "Thresholds",
+        "<h2>Damage",
         "Recovery",
         "asked for",
         "dominant of",
@@ -178,6 +183,42 @@ fn what_was_not_done_is_left_out() {
         assert!(!page.contains(part), "{part}");
     }
     assert!(page.contains("Undecided:"));
+}
+
+/// Ranks stand in the squares, and the size that was chosen on the curve of all.
+#[test]
+fn a_plan_by_damage_is_drawn() {
+    let mut plan = plan();
+    let point = |bytes, damage| CurvePoint { bytes, damage };
+    plan.damage = Some(PlanDamage {
+        bytes: 500,
+        predicted: 0.001,
+        curve: vec![point(200, 1.0), point(600, 1e-4), point(1000, 0.0)],
+    });
+    for slot in &mut plan.layers[2].slots {
+        slot.form = SlotForm::Adapted {
+            group: None,
+            rank: 3,
+            dominant: false,
+        };
+        slot.damage = Some(0.25e-3);
+    }
+    let page = render(&sample(), &plan, &[], &[], "").unwrap();
+    for part in [
+        "<h2>Damage",
+        "50.0%: 1.00e-3 nats",
+        "rank 3, score",
+        "expected damage 2.50e-4 nats a token",
+        ">1e-4</text>",
+    ] {
+        assert!(page.contains(part), "{part}");
+    }
+    // Nothing to draw where no size costs anything.
+    let free = plan.damage.as_mut().unwrap();
+    free.predicted = 0.0;
+    free.curve = vec![point(200, 0.0), point(1000, 0.0)];
+    let page = render(&sample(), &plan, &[], &[], "").unwrap();
+    assert!(!page.contains("<h2>Damage"));
 }
 
 #[test]

@@ -3,7 +3,8 @@
 //!
 //! Layers have the same shape, and methods work layer by layer, so a few layers tell of all.
 
-use super::{Cost, SIDE, copy_model, dense_products, forget, timed};
+use super::work::{Rates, Work};
+use super::{Cost, SIDE, copy_model, forget, timed};
 use crate::cli::MethodsArgs;
 use crate::machine::{max_memory, processor, today};
 use crate::pipeline::{build_stage, plan_stage};
@@ -13,11 +14,10 @@ use crate::report::table::{Section, markdown_table};
 use crate::settings::Settings;
 use crate::tokens::TokenBatch;
 use anyhow::{Context, Result, ensure};
-use lightmoe_compress::methods::{AdapterInit, BaseInit, MethodName, moei2, successor};
+use lightmoe_compress::methods::{MethodName, successor};
 use lightmoe_compress::observations::Observations;
-use lightmoe_compress::plan::{Plan, SlotForm};
+use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{BuildInputs, ObserveOptions, Statistics, observe};
-use lightmoe_compress::{mixture, reception};
 use lightmoe_models::{Checkpoint, DType, ModelConfig, folder, synthesize};
 use rustix::time::{ClockId, clock_gettime};
 use std::fs;
@@ -35,8 +35,8 @@ struct Row {
     build: Option<Cost>,
     /// Seconds of processors for each second of plan and build.
     busy: f64,
-    /// Floating-point operations of its own in plan and build, in f32 and in f64.
-    flops: [f64; 2],
+    /// Its own arithmetic in plan and build.
+    work: Work,
 }
 
 /// All that was measured.
@@ -46,8 +46,7 @@ struct Methods {
     layers: usize,
     args: MethodsArgs,
     bytes: u64,
-    /// Floating-point operations of a dense product, a second, in f32 and in f64.
-    rates: [f64; 2],
+    rates: Rates,
     copy: Cost,
     rows: Vec<Row>,
 }
@@ -61,12 +60,14 @@ impl Methods {
              the {whole} layers of `{}` at their true shape with random bf16 weights ({:.2} GiB), {} \
              tokens observed, as many parameters of experts saved as make {}% of the whole model. Before \
              each step the model leaves the page cache. Methods work layer by layer, so the whole model \
-             takes {:.0} times as long, the embeddings aside.\n\nA pass is a copy of the model, {:.1} s; a \
-             dense product of {SIDE} x {SIDE} x {SIDE} runs at {:.0} GFLOP/s in f32 and at {:.0} in f64. \
-             Own arithmetic counts the products, eigendecompositions (9·n³, in f64), triangular \
-             solutions and fits of plan and build; assignments and searches are not counted. *Bound* is a \
-             pass and the own arithmetic at the dense rate, *ratio* is plan and build over it. Observing is done once for all methods that want the same statistics. Methods \
-             without a build were left out because of what they would take.\n\n",
+             takes {:.0} times as long, the embeddings aside.\n\nA pass is a copy of the model, {:.1} s. \
+             *Own arithmetic* is what the method computes beyond that, at the rate at which this machine \
+             does the same alone, on all cores: products, triangular solutions and fits at that of a dense \
+             product of {SIDE} x {SIDE} x {SIDE} ({:.0} GFLOP/s in f32, {:.0} in f64), \
+             eigendecompositions at {:.2} s each, assignments of neurons at {:.3} s. *Bound* is a pass and \
+             the own arithmetic, *ratio* is plan and build over it. The search of MoE-I² is not counted. \
+             Observing is done once for all methods that want the same statistics. Methods without a build \
+             were left out because of what they would take.\n\n",
             today(),
             processor(),
             self.config.family,
@@ -75,27 +76,26 @@ impl Methods {
             100.0 * args.ratio,
             whole as f64 / layers as f64,
             self.copy.seconds,
-            self.rates[0] / 1e9,
-            self.rates[1] / 1e9,
+            self.rates.products[0] / 1e9,
+            self.rates.products[1] / 1e9,
+            self.rates.decomposition,
+            self.rates.assignment,
         );
         let head = [
             "method",
             "observe, s",
             "plan, s",
             "build, s",
-            "own TFLOP",
+            "products, TFLOP",
+            "decompositions",
+            "assignments",
             "bound, s",
             "ratio",
             "cores busy",
         ];
         let mut section = Section::new(head);
         for row in &self.rows {
-            let own = row
-                .flops
-                .iter()
-                .zip(self.rates)
-                .map(|(flops, rate)| flops / rate);
-            let bound = self.copy.seconds + own.sum::<f64>();
+            let bound = self.copy.seconds + self.rates.seconds(&row.work);
             let made = row.build.map(|build| row.plan.seconds + build.seconds);
             let or_none = |text: Option<String>| text.unwrap_or_else(|| "–".to_owned());
             section.rows.push(vec![
@@ -103,7 +103,9 @@ impl Methods {
                 format!("{:.1}", row.observe.seconds),
                 format!("{:.1}", row.plan.seconds),
                 or_none(row.build.map(|build| format!("{:.1}", build.seconds))),
-                format!("{:.2}", row.flops.iter().sum::<f64>() / 1e12),
+                format!("{:.2}", row.work.products.iter().sum::<f64>() / 1e12),
+                format!("{:.0}", row.work.decompositions),
+                format!("{:.0}", row.work.assignments),
                 format!("{bound:.1}"),
                 or_none(made.map(|made| format!("{:.2}", made / bound))),
                 or_none(made.map(|_| format!("{:.1}", row.busy))),
@@ -133,11 +135,7 @@ pub fn run(args: MethodsArgs) -> Result<String> {
     );
     drop(bar);
     let original = Checkpoint::open(&model)?;
-    let rate = |dtype| {
-        let (count, seconds) = dense_products(dtype)?;
-        Ok::<_, anyhow::Error>(count as f64 * 2.0 * (SIDE as f64).powi(3) / seconds)
-    };
-    let rates = [rate(DType::F32)?, rate(DType::F64)?];
+    let rates = Rates::measure(&config)?;
     let copy = args.out.join("copy");
     forget(&model)?;
     let (copy_cost, ()) = timed(|| copy_model(&model, &copy))?;
@@ -232,7 +230,7 @@ fn row(
         plan,
         build,
         busy: (processor_seconds() - processors) / seconds,
-        flops: flops(config, &planned),
+        work: Work::of(config, &planned),
     })
 }
 
@@ -254,6 +252,7 @@ fn observed(
         fingerprint: method.name(),
         state: &state,
         statistics: method.statistics(),
+        answers: &[],
         successor: successor.as_deref(),
         max_memory: max_memory(),
     };
@@ -270,66 +269,4 @@ fn observed(
 fn processor_seconds() -> f64 {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
-}
-
-/// Floating-point operations of a plan's making and building beyond what grows with the weights alone:
-/// the products, decompositions and solutions of factors, the comparison of neurons, the fit of mixed
-/// bases, the blocks of MoE-I². An eigendecomposition of `n x n` counts `9·n³` (reduction, vectors and
-/// the way back). In f32 and in f64.
-fn flops(config: &ModelConfig, plan: &Plan) -> [f64; 2] {
-    let (h, f) = (
-        config.hidden_size as f64,
-        config.moe.intermediate_size as f64,
-    );
-    let whitened = plan.settings.adapters == AdapterInit::Whitened;
-    let factor = |out: f64, width: f64, rank: f64| {
-        let small = out.min(width);
-        let decomposed = 2.0 * out * width * small + 9.0 * small.powi(3) + 2.0 * rank * out * width;
-        // Wide: `W·G`. Tall: Cholesky, `W·S`, and the solution.
-        let moments = match (whitened, out <= width) {
-            (false, _) => 0.0,
-            (true, true) => 2.0 * out * width * width,
-            (true, false) => width.powi(3) / 3.0 + 2.0 * out * width * width + rank * width * width,
-        };
-        decomposed + moments
-    };
-    let [mut single, mut double] = [0.0; 2];
-    for layer in &plan.layers {
-        if let Some(shape) = layer.factored {
-            let rank = shape.rank as f64;
-            double += layer.groups as f64 * (2.0 * factor(f, h, rank) + factor(h, f, rank));
-        }
-        for slot in &layer.slots {
-            match slot.form {
-                SlotForm::Adapted { rank, .. } if plan.settings.adapters != AdapterInit::Fresh => {
-                    double += 2.0 * factor(f, h, rank as f64) + factor(h, f, rank as f64);
-                }
-                // Three products of neurons with the dominant's.
-                SlotForm::Adapted {
-                    dominant: false, ..
-                }
-                | SlotForm::Removed { into: Some(_) }
-                    if plan.settings.base == BaseInit::Aligned =>
-                {
-                    single += 6.0 * f * f * h;
-                }
-                // Gate and up: the mixes, the products, and the gradients of both sides of each.
-                SlotForm::Mixed { bases, rank } => {
-                    let step = 6.0 * rank as f64 * h * (f + bases as f64);
-                    single += 2.0 * mixture::STEPS as f64 * step;
-                }
-                _ => {}
-            }
-        }
-    }
-    if plan.method == MethodName::Moei2 {
-        // All choices up to each layer of a block, and the original.
-        let layers = 1..=reception::BLOCK as i32;
-        let choices = layers.map(|layer| (moei2::CANDIDATES as f64).powi(layer) + 1.0);
-        let times = choices.sum::<f64>() / reception::BLOCK as f64;
-        let head = config.vocab_size as u64 * config.hidden_size as u64;
-        let working = config.active_parameters().saturating_sub(head) as f64;
-        single += times * 2.0 * working * reception::MOST_TOKENS as f64;
-    }
-    [single, double]
 }

@@ -1,0 +1,211 @@
+//! What an error of an expert costs the model: the statistics behind the method `budget`.
+//!
+//! To second order, errors `δ_t` of what a layer gives for the tokens `t` raise the model's loss by
+//! `½ Σ δ_tᵀ·F_t·δ_t`, where `F_t` is the Fisher matrix of the layer's output. We take it as a
+//! number a token times a matrix a layer, `w_t·F`, as K-FAC does (arXiv 1503.05671): both come from the
+//! gradients `G_t` of the loss on labels drawn from the model, `w_t = ½‖G_t‖²/N` for `N` predicted tokens
+//! and `F = Σ G·Gᵀ / Σ‖G‖²`. An expert whose gate for the token is `g` counts with `w_t·g²`; its errors
+//! are then measured
+//!
+//! - in the down matrix `D` by `F` on the outside, and the moment of the hidden activations inside;
+//! - in gate and up by `(Dᵀ·F·D) ∘ E[j·jᵀ]` outside, where `j` is how the hidden activations move with
+//!   the projection, and the moment of the expert's inputs inside. Of `E[j·jᵀ]` we keep means and
+//!   variances.
+//!
+//! So the raw inputs are never held: sums over tokens are. Experts of which little was seen are kept
+//! defined by some tokens of the whole layer, which count as [`BORROWED_MASS`] tokens that chose them.
+//!
+//! A file a layer lies beside the observations, `damage-<l>.safetensors`, all f32: `output` `[H, H]`, the
+//! matrix `F`; `mass` `[E]`, the sums of weights; and for every expert `input.<e>` `[H, H]`,
+//! `hidden.<e>` `[F, F]`, `mean.<e>` `[F]` (sums of weighted hidden activations) and `slopes.<e>` `[4, F]`
+//! (sums of `j` and `j²` for gate, then for up).
+
+use crate::Result;
+mod sums;
+
+use crate::beside;
+use crate::factor::{Gram, Metric, matrix, singular_values};
+use candle_core::{Device, Tensor};
+use faer::Mat;
+use lightmoe_kernels::linear;
+use lightmoe_models::{ModelConfig, TensorFile};
+use std::path::{Path, PathBuf};
+pub(crate) use sums::{DamageSums, WeightedTokens};
+
+/// As how many tokens that chose the expert they count together.
+pub const BORROWED_MASS: f64 = 16.0;
+/// What is added to the diagonal of `F`, as a share of its mean.
+const OUTPUT_DAMPING: f64 = 0.05;
+/// The same of the metric of the hidden activations.
+const HIDDEN_DAMPING: f64 = 0.01;
+
+/// The three matrices of an expert: gate `[F, H]`, up `[F, H]`, down `[H, F]`.
+type Expert<'a> = [&'a Tensor; 3];
+
+/// Hidden and intermediate size.
+fn widths(config: &ModelConfig) -> [usize; 2] {
+    [config.hidden_size, config.moe.intermediate_size]
+}
+
+fn file(folder: &Path, layer: usize) -> PathBuf {
+    folder.join(format!("damage-{layer}.safetensors"))
+}
+
+/// Of gate, up and down.
+type Spectra = [Vec<f64>; 3];
+
+/// What errors cost in one layer, read expert by expert.
+pub struct LayerDamage {
+    file: TensorFile,
+    /// `F`, damped.
+    output: Gram,
+    widths: [usize; 2],
+}
+
+impl LayerDamage {
+    /// Opens the file of layer `layer` in the folder beside the observations of this fingerprint.
+    ///
+    /// # Errors
+    /// If it is missing or damaged, or belongs to other observations.
+    pub(crate) fn open(
+        config: &ModelConfig,
+        folder: &Path,
+        layer: usize,
+        fingerprint: &str,
+    ) -> Result<Self> {
+        let file = beside::open(file(folder, layer), fingerprint)?;
+        let widths = widths(config);
+        let values = file.values("output", &[widths[0]; 2])?;
+        Ok(Self {
+            output: Gram::damped(square(widths[0], &values), OUTPUT_DAMPING),
+            file,
+            widths,
+        })
+    }
+
+    /// The metrics of gate, up and down of `expert`, whose matrices are `own`.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn metrics(&self, expert: usize, own: Expert<'_>) -> Result<[Metric; 3]> {
+        let parts = self.parts(expert, own[2])?;
+        Ok(parts.metrics(&self.output))
+    }
+
+    /// What stands best for all that `expert` gives: the weighted mean of its outputs, `[H]`.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn constant(&self, expert: usize, down: &Tensor) -> Result<Tensor> {
+        let [_, f] = self.widths;
+        let mass = self.mass(expert)?.max(f64::MIN_POSITIVE);
+        let sums = self.file.values(&format!("mean.{expert}"), &[f])?;
+        let mean: Vec<f32> = sums.iter().map(|s| (f64::from(*s) / mass) as f32).collect();
+        let mean = Tensor::from_vec(mean, (1, f), &Device::Cpu)?;
+        Ok(linear(&mean, down)?.flatten_all()?)
+    }
+
+    /// What all that chose the expert count together.
+    fn mass(&self, expert: usize) -> Result<f64> {
+        Ok(f64::from(
+            self.file.values(&format!("mass.{expert}"), &[1])?[0],
+        ))
+    }
+
+    /// What every rank of the three matrices costs, component by component, and what it costs to put the
+    /// mean in place of the expert.
+    fn spectra(&self, expert: usize, own: Expert<'_>) -> Result<(Spectra, f64)> {
+        let parts = self.parts(expert, own[2])?;
+        let [h, f] = self.widths;
+        if parts.mass <= 0.0 {
+            // No token of the layer counts, so no error does.
+            return Ok(([(); 3].map(|()| vec![0.0; h.min(f)]), 0.0));
+        }
+        let mut spectra = Spectra::default();
+        for ((all, metric), w) in spectra.iter_mut().zip(parts.metrics(&self.output)).zip(own) {
+            let values = singular_values(w, &metric)?;
+            *all = values.into_iter().map(|s| s * s).collect();
+        }
+        Ok((spectra, parts.drop()))
+    }
+
+    fn parts(&self, expert: usize, down: &Tensor) -> Result<Parts> {
+        let [h, f] = self.widths;
+        let read =
+            |what: &str, shape: &[usize]| self.file.values(&format!("{what}.{expert}"), shape);
+        let mass = self.mass(expert)?;
+        let mean = |sums: &[f32]| -> Vec<f64> {
+            let whole = mass.max(f64::MIN_POSITIVE);
+            sums.iter().map(|&s| f64::from(s) / whole).collect()
+        };
+        let slopes = mean(&read("slopes", &[4, f])?);
+        let d = matrix(down)?;
+        Ok(Parts {
+            mass,
+            outer: self.output.between(d.transpose()),
+            input: read("input", &[h, h])?,
+            hidden: read("hidden", &[f, f])?,
+            mean: mean(&read("mean", &[f])?),
+            slopes: slopes.chunks_exact(f).map(<[f64]>::to_vec).collect(),
+        })
+    }
+}
+
+/// What the metrics of an expert are made of.
+struct Parts {
+    mass: f64,
+    /// `Dᵀ·F·D`: `[F, F]`
+    outer: Mat<f64>,
+    input: Vec<f32>,
+    hidden: Vec<f32>,
+    mean: Vec<f64>,
+    /// Means of `j` and `j²`, of gate and of up.
+    slopes: Vec<Vec<f64>>,
+}
+
+impl Parts {
+    fn metrics(&self, output: &Gram) -> [Metric; 3] {
+        let (h, f) = (self.input.len().isqrt(), self.mean.len());
+        let moved = |slopes: &[Vec<f64>]| {
+            let (mean, square) = (&slopes[0], &slopes[1]);
+            let metric = Mat::from_fn(f, f, |i, j| {
+                let product = match i == j {
+                    true => square[i],
+                    false => mean[i] * mean[j],
+                };
+                self.outer[(i, j)] * product
+            });
+            Metric {
+                out: Gram::damped(metric, HIDDEN_DAMPING),
+                input: Gram::new(h, &self.input),
+            }
+        };
+        [
+            moved(&self.slopes[..2]),
+            moved(&self.slopes[2..]),
+            Metric {
+                out: output.clone(),
+                input: Gram::new(f, &self.hidden),
+            },
+        ]
+    }
+
+    /// `tr(F·D·C·Dᵀ)` of the covariance `C` of the hidden activations.
+    fn drop(&self) -> f64 {
+        let f = self.mean.len();
+        let of = |i: usize, j: usize| {
+            let covariance =
+                f64::from(self.hidden[i * f + j]) - self.mass * self.mean[i] * self.mean[j];
+            self.outer[(i, j)] * covariance
+        };
+        let rows = (0..f).map(|i| (0..f).map(|j| of(i, j)).sum::<f64>());
+        rows.sum::<f64>().max(0.0)
+    }
+}
+
+/// `[n, n]` row-major as f64, made symmetric.
+fn square(n: usize, values: &[f32]) -> Mat<f64> {
+    Mat::from_fn(n, n, |i, j| {
+        0.5 * (f64::from(values[i * n + j]) + f64::from(values[j * n + i]))
+    })
+}

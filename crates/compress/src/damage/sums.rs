@@ -1,0 +1,275 @@
+//! The sums over tokens, while a layer is observed.
+
+use super::{BORROWED_MASS, Expert, LayerDamage, Spectra, file, widths};
+use crate::Result;
+use crate::beside::{self, Block};
+use crate::observations::Damage;
+use candle_core::{DType, Device, Tensor};
+use lightmoe_kernels::linear;
+use lightmoe_models::{Bank, ModelConfig, Routing};
+use rayon::prelude::*;
+use std::path::Path;
+
+/// Tokens of the layer that every expert is given beside those that chose it.
+const BORROWED: usize = 128;
+
+/// The weighted sums of one expert.
+#[derive(Clone)]
+struct ExpertSums {
+    mass: f64,
+    /// `[H, H]`
+    input: Tensor,
+    /// `[F, F]`
+    hidden: Tensor,
+    /// `[F]`
+    mean: Tensor,
+    /// `[4, F]`
+    slopes: Tensor,
+}
+
+impl ExpertSums {
+    /// Over the rows of `x: [n, H]`, which count as `weights: [n]`.
+    fn of([gate, up, _]: Expert<'_>, x: &Tensor, weights: Vec<f32>) -> candle_core::Result<Self> {
+        let mass = weights.iter().map(|&w| f64::from(w)).sum();
+        let weights = Tensor::from_vec(weights, (x.dim(0)?, 1), x.device())?;
+        let roots = weights.sqrt()?;
+        let gram = |t: &Tensor| {
+            let t = t.broadcast_mul(&roots)?;
+            t.t()?.matmul(&t)
+        };
+        let sum = |t: &Tensor| t.broadcast_mul(&weights)?.sum(0);
+        let (a, u) = (linear(x, gate)?, linear(x, up)?);
+        // silu' = σ + silu · (1 − σ)
+        let sigmoid = ((a.neg()?.exp()? + 1.0)?).recip()?;
+        let silu = (&a * &sigmoid)?;
+        let slope = ((&sigmoid + (&silu * (1.0 - &sigmoid)?)?)? * &u)?;
+        let hidden = (&silu * &u)?;
+        Ok(Self {
+            mass,
+            input: gram(x)?,
+            mean: sum(&hidden)?,
+            slopes: Tensor::stack(
+                &[
+                    sum(&slope)?,
+                    sum(&slope.sqr()?)?,
+                    sum(&silu)?,
+                    sum(&silu.sqr()?)?,
+                ],
+                0,
+            )?,
+            hidden: gram(&hidden)?,
+        })
+    }
+
+    fn and(self, other: &Self) -> candle_core::Result<Self> {
+        Ok(Self {
+            mass: self.mass + other.mass,
+            input: (self.input + &other.input)?,
+            hidden: (self.hidden + &other.hidden)?,
+            mean: (self.mean + &other.mean)?,
+            slopes: (self.slopes + &other.slopes)?,
+        })
+    }
+}
+
+/// The sums of one layer while it is observed.
+pub(crate) struct DamageSums {
+    config: ModelConfig,
+    experts: Vec<Option<ExpertSums>>,
+    /// `Σ G·Gᵀ`: `[H, H]`; `None` without gradients.
+    output: Option<Tensor>,
+    /// `Σ ‖G‖²`
+    gradient: f64,
+    /// How many choices of experts were seen.
+    choices: u64,
+    /// Tokens for experts that see few, and how many tokens lie between two of them.
+    borrowed: Vec<Tensor>,
+    stride: usize,
+    seen: usize,
+}
+
+/// Some tokens of a layer, padding left out.
+pub(crate) struct WeightedTokens<'a> {
+    /// Places among the rows that the layer is given.
+    pub(crate) tokens: &'a [u32],
+    /// `w_t` of each.
+    pub(crate) weights: &'a [f32],
+    /// `G_t` of each, `[tokens, H]`; `None`: every direction of the output alike.
+    pub(crate) gradients: Option<&'a Tensor>,
+}
+
+impl DamageSums {
+    /// For a layer that `tokens` tokens will pass.
+    pub(crate) fn new(config: &ModelConfig, tokens: usize) -> Self {
+        Self {
+            config: config.clone(),
+            experts: vec![None; config.moe.num_experts],
+            output: None,
+            gradient: 0.0,
+            choices: 0,
+            borrowed: Vec::new(),
+            stride: tokens.div_ceil(BORROWED).max(1),
+            seen: 0,
+        }
+    }
+
+    /// Adds tokens of `x: [T, H]`, which the experts are given.
+    pub(crate) fn add(
+        &mut self,
+        bank: &Bank,
+        x: &Tensor,
+        routing: &Routing,
+        some: &WeightedTokens<'_>,
+    ) -> lightmoe_models::Result<()> {
+        let x = x.detach();
+        if let Some(g) = some.gradients {
+            let more = g.t()?.matmul(g)?;
+            self.output = Some(match self.output.take() {
+                Some(output) => (output + more)?,
+                None => more,
+            });
+            self.gradient += f64::from(g.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        }
+        for &token in some.tokens {
+            if self.seen.is_multiple_of(self.stride) {
+                self.borrowed.push(x.narrow(0, token as usize, 1)?);
+            }
+            self.seen += 1;
+        }
+        let k = routing.chosen.len() / x.dim(0)?;
+        let gates = routing.gates.detach().to_vec1::<f32>()?;
+        let mut rows: Vec<(Vec<u32>, Vec<f32>)> = vec![Default::default(); self.experts.len()];
+        for (&token, weight) in some.tokens.iter().zip(some.weights) {
+            for pair in token as usize * k..(token as usize + 1) * k {
+                let (tokens, weights) = &mut rows[routing.chosen[pair] as usize];
+                tokens.push(token);
+                weights.push(weight * gates[pair] * gates[pair]);
+                self.choices += 1;
+            }
+        }
+        self.each(bank, |expert, own| {
+            let (tokens, weights) = &rows[expert];
+            if tokens.is_empty() {
+                return Ok(None);
+            }
+            let x = x.index_select(&Tensor::new(&tokens[..], &Device::Cpu)?, 0)?;
+            ExpertSums::of(own, &x, weights.clone()).map(Some)
+        })
+    }
+
+    /// Adds what `of` gives for each dense expert, as many at a time as there are threads.
+    fn each(
+        &mut self,
+        bank: &Bank,
+        of: impl Fn(usize, Expert<'_>) -> candle_core::Result<Option<ExpertSums>> + Sync,
+    ) -> lightmoe_models::Result<()> {
+        let experts = dense(bank)?;
+        for some in experts.chunks(rayon::current_num_threads()) {
+            let more: Vec<Option<ExpertSums>> = some
+                .par_iter()
+                .map(|(expert, [gate, up, down])| of(*expert, [gate, up, down]))
+                .collect::<candle_core::Result<_>>()?;
+            for ((expert, _), more) in some.iter().zip(more) {
+                let sums = &mut self.experts[*expert];
+                *sums = match (sums.take(), more) {
+                    (Some(sums), Some(more)) => Some(sums.and(&more)?),
+                    (sums, more) => sums.or(more),
+                };
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the sums of layer `number`: its file goes into `folder`.
+    pub(crate) fn finish(
+        mut self,
+        bank: &Bank,
+        folder: &Path,
+        number: usize,
+        fingerprint: &str,
+    ) -> Result<Damage> {
+        let mass: f64 = self.experts.iter().flatten().map(|sums| sums.mass).sum();
+        if self.choices > 0 && mass > 0.0 {
+            let borrowed = Tensor::cat(&self.borrowed, 0)?;
+            let count = borrowed.dim(0)?;
+            let weight = BORROWED_MASS * mass / self.choices as f64 / count as f64;
+            self.each(bank, |_, own| {
+                ExpertSums::of(own, &borrowed, vec![weight as f32; count]).map(Some)
+            })?;
+        }
+        let output = match &self.output {
+            Some(output) => (output * self.gradient.max(f64::MIN_POSITIVE).recip())?,
+            None => {
+                let h = self.config.hidden_size;
+                (Tensor::eye(h, DType::F32, &Device::Cpu)? / h as f64)?
+            }
+        };
+        self.save(&output, folder, number, fingerprint)?;
+        let layer = LayerDamage::open(&self.config, folder, number, fingerprint)?;
+        let experts = dense(bank)?;
+        let found: Vec<(Spectra, f64)> = experts
+            .par_iter()
+            .map(|(expert, [gate, up, down])| layer.spectra(*expert, [gate, up, down]))
+            .collect::<Result<_>>()?;
+        let width = found.first().map_or(0, |([gate, ..], _)| gate.len());
+        let table = || vec![0.0; bank.len() * width];
+        let mut damage = Damage {
+            gate: table(),
+            up: table(),
+            down: table(),
+            drop: vec![0.0; bank.len()],
+        };
+        for ((expert, _), (spectra, drop)) in experts.iter().zip(found) {
+            let all = [&mut damage.gate, &mut damage.up, &mut damage.down];
+            for (all, own) in all.into_iter().zip(&spectra) {
+                all[expert * width..(expert + 1) * width].copy_from_slice(own);
+            }
+            damage.drop[*expert] = drop;
+        }
+        Ok(damage)
+    }
+
+    fn save(&self, output: &Tensor, folder: &Path, number: usize, fingerprint: &str) -> Result<()> {
+        let [h, f] = widths(&self.config);
+        let mut tensors = vec![block("output".to_owned(), Some(output.clone()), &[h, h])];
+        for (expert, sums) in self.experts.iter().enumerate() {
+            let mut push = |what: &str, pick: fn(&ExpertSums) -> &Tensor, shape: &[usize]| {
+                let values = sums.as_ref().map(|sums| pick(sums).clone());
+                tensors.push(block(format!("{what}.{expert}"), values, shape));
+            };
+            push("input", |s| &s.input, &[h, h]);
+            push("hidden", |s| &s.hidden, &[f, f]);
+            push("mean", |s| &s.mean, &[f]);
+            push("slopes", |s| &s.slopes, &[4, f]);
+            let mass = sums
+                .as_ref()
+                .map(|sums| Tensor::new(&[sums.mass as f32], &Device::Cpu));
+            tensors.push(block(format!("mass.{expert}"), mass.transpose()?, &[1]));
+        }
+        beside::save(file(folder, number), tensors, fingerprint)
+    }
+}
+
+fn block(name: String, values: Option<Tensor>, shape: &[usize]) -> (String, Block) {
+    let shape = shape.to_vec();
+    (name, Block { values, shape })
+}
+
+/// The dense experts of a bank with their matrices.
+fn dense(bank: &Bank) -> lightmoe_models::Result<Vec<(usize, [Tensor; 3])>> {
+    let weights = bank.dense.as_ref().ok_or_else(|| {
+        lightmoe_models::Error::Invalid(
+            "a layer without dense experts has no damage to plan by; observe the original model"
+                .to_owned(),
+        )
+    })?;
+    let of = |(i, &expert): (usize, &usize)| {
+        let own = [
+            weights.gate.get(i)?,
+            weights.up.get(i)?,
+            weights.down.get(i)?,
+        ];
+        Ok((expert, own))
+    };
+    bank.dense_experts().iter().enumerate().map(of).collect()
+}

@@ -1,0 +1,392 @@
+//! The byte-budget planner: what must hold whatever the damages, and on small models.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use candle_core::{DType, Device, Tensor};
+use common::{observations, observed, options, random_checkpoint, small};
+use lightmoe_compress::factor::{Gram, Metric, fitted, singular_values};
+use lightmoe_compress::methods::{MethodName, PlanOptions, Target, plan};
+use lightmoe_compress::observations::{Damage, Observations};
+use lightmoe_compress::plan::Plan;
+use lightmoe_compress::ranks::{Limit, Point, RankRule, spend};
+use lightmoe_compress::{BuildInputs, Sensitivity, Statistics, build};
+use lightmoe_models::{Checkpoint, Decoder, LanguageModel, ModelConfig, Tokens};
+use proptest::prelude::*;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tempfile::TempDir;
+
+const METHOD: MethodName = MethodName::Budget;
+
+/// Observations with damages that fall with the rank, from `seed`.
+fn damaged(config: &ModelConfig, seed: u64) -> Observations {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let (experts, width) = (
+        config.moe.num_experts,
+        config.hidden_size.min(config.moe.intermediate_size),
+    );
+    let mut seen = observations(config, seed);
+    for layer in &mut seen.layers {
+        let mut spectrum = || -> Vec<f64> {
+            let of_expert = |_| {
+                let (scale, fall) = (rng.random::<f64>(), rng.random_range(0.5..0.99f64));
+                (0..width).map(move |r| scale * fall.powi(r as i32))
+            };
+            (0..experts).flat_map(of_expert).collect()
+        };
+        let mut damage = Damage {
+            gate: spectrum(),
+            up: spectrum(),
+            down: spectrum(),
+            drop: vec![0.0; experts],
+        };
+        for expert in 0..experts {
+            damage.drop[expert] = rng.random_range(0.3..0.9) * damage.of_ranks(expert)[0];
+        }
+        layer.damage = Some(damage);
+    }
+    seen
+}
+
+fn budgeted(config: &ModelConfig, seen: &Observations, target: Target) -> Plan {
+    plan(config, seen, target, METHOD, &options(1, 0)).unwrap()
+}
+
+fn built(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    seen: &Observations,
+    folder: &TempDir,
+) -> Checkpoint {
+    let path = folder.path().join("built");
+    let _ = std::fs::remove_dir_all(&path);
+    let inputs = BuildInputs {
+        checkpoint,
+        plan,
+        observations: Some(seen),
+        seed: 0,
+    };
+    build(&inputs, &path, &mut |_, _| true).unwrap();
+    Checkpoint::open(&path).unwrap()
+}
+
+/// Log-probabilities of every next token of `samples`, `[tokens, V]`.
+fn log_probabilities(model: &Decoder, samples: &[Vec<u32>]) -> Vec<Vec<f64>> {
+    let mut rows = Vec::new();
+    for sample in samples {
+        let hidden = model.forward(Tokens::one(sample), None, &mut |_, _, _| Ok(()));
+        let logits = model.logits(&hidden.unwrap()).unwrap();
+        for row in logits.to_vec2::<f32>().unwrap() {
+            let whole: f64 = row.iter().map(|&l| f64::from(l).exp()).sum();
+            rows.push(row.iter().map(|&l| f64::from(l) - whole.ln()).collect());
+        }
+    }
+    rows
+}
+
+fn samples(seed: u64) -> Vec<Vec<u32>> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let sample = |_| (0..24).map(|_| rng.random_range(0..64)).collect();
+    (0..40).map(sample).collect()
+}
+
+proptest! {
+    /// In any metric a rank loses the sum of squares that it cuts off, wide or tall; the full rank loses
+    /// nothing.
+    #[test]
+    fn fitted_factors_lose_what_the_spectrum_says(
+        seed: u64, out in 1usize..8, width in 1usize..8, seen in 1usize..12,
+    ) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut random = |shape: &[usize]| {
+            let numbers = (0..shape.iter().product()).map(|_| rng.random_range(-1.0..1.0f32));
+            Tensor::from_vec(numbers.collect::<Vec<_>>(), shape, &Device::Cpu).unwrap()
+        };
+        let mut moment = |n: usize| {
+            let x = random(&[seen, n]);
+            let sums = x.t().unwrap().matmul(&x).unwrap();
+            Gram::new(n, &sums.flatten_all().unwrap().to_vec1::<f32>().unwrap())
+        };
+        let metric = Metric { out: moment(out), input: moment(width) };
+        let w = random(&[out, width]);
+        let spectrum = singular_values(&w, &metric).unwrap();
+        let whole: f64 = spectrum.iter().map(|s| s * s).sum();
+        for rank in 1..=out.min(width) {
+            let factors = fitted(&w, &metric, rank).unwrap();
+            let error = (&w - factors.b.matmul(&factors.a).unwrap()).unwrap();
+            let lost = singular_values(&error, &metric).unwrap();
+            let lost: f64 = lost.iter().map(|s| s * s).sum();
+            let said: f64 = spectrum[rank..].iter().map(|s| s * s).sum();
+            prop_assert!((lost - said).abs() <= 1e-5 * whole, "{rank}: {lost}, not {said}");
+        }
+    }
+
+    /// A larger budget never loses more, and none is exceeded.
+    #[test]
+    fn damage_never_rises_with_the_budget(
+        slots in proptest::collection::vec(
+            proptest::collection::vec((1u64..9, 0.0f64..5.0), 1..6), 1..6,
+        ),
+    ) {
+        let menu = |steps: &Vec<(u64, f64)>| {
+            let mut points = vec![Point { cost: 1, loss: 20.0 }];
+            for (cost, loss) in steps {
+                let last = points[points.len() - 1].cost;
+                points.push(Point { cost: last + cost, loss: *loss });
+            }
+            points[steps.len()].loss = 0.0;
+            points
+        };
+        let menus: Vec<Vec<Point>> = slots.iter().map(menu).collect();
+        let most: u64 = menus.iter().map(|menu| menu[menu.len() - 1].cost).sum();
+        let of = |places: &[usize]| {
+            let points = menus.iter().zip(places).map(|(menu, &place)| menu[place]);
+            points.fold((0, 0.0), |sum, point| (sum.0 + point.cost, sum.1 + point.loss))
+        };
+        let mut before = f64::INFINITY;
+        for budget in menus.len() as u64..=most {
+            let (cost, loss) = of(&spend(&menus, Limit::Cost(budget)).unwrap());
+            prop_assert!(cost <= budget);
+            prop_assert!(loss <= before + 1e-9, "{budget}: {loss} after {before}");
+            before = loss;
+            // The least that is spent for no more loss is no more than this budget.
+            let (_, allowed) = of(&spend(&menus, Limit::Loss(loss)).unwrap());
+            prop_assert!(allowed <= loss + 1e-9);
+        }
+        prop_assert_eq!(before, 0.0);
+        prop_assert!(spend(&menus, Limit::Cost(menus.len() as u64 - 1)).is_err());
+    }
+}
+
+#[test]
+fn nothing_depends_on_the_order_of_experts() {
+    let config = small(2, 8);
+    let seen = damaged(&config, 4);
+    let order = [3usize, 0, 6, 1, 7, 2, 5, 4];
+    let mut shuffled = seen.clone();
+    for (layer, before) in shuffled.layers.iter_mut().zip(&seen.layers) {
+        let (damage, before) = (
+            layer.damage.as_mut().unwrap(),
+            before.damage.as_ref().unwrap(),
+        );
+        let width = before.gate.len() / 8;
+        for (to, &from) in order.iter().enumerate() {
+            for (new, old) in [
+                (&mut damage.gate, &before.gate),
+                (&mut damage.up, &before.up),
+                (&mut damage.down, &before.down),
+            ] {
+                new[to * width..][..width].copy_from_slice(&old[from * width..][..width]);
+            }
+            damage.drop[to] = before.drop[from];
+        }
+    }
+    let (one, other) = (
+        budgeted(&config, &seen, Target::Ratio(0.4)),
+        budgeted(&config, &shuffled, Target::Ratio(0.4)),
+    );
+    assert!(one.mean_replaced() > 0.0);
+    for (layer, before) in other.layers.iter().zip(&one.layers) {
+        for (to, &from) in order.iter().enumerate() {
+            assert_eq!(layer.slots[to].form, before.slots[from].form);
+        }
+    }
+}
+
+#[test]
+fn a_plan_meets_each_kind_of_target() {
+    let config = small(2, 8);
+    let seen = damaged(&config, 5);
+    let whole = config.parameters().total();
+    let half = budgeted(&config, &seen, Target::Ratio(0.4));
+    let damage = half.damage.as_ref().unwrap();
+    assert!(
+        (half.ratio.achieved - 0.4).abs() < 0.005,
+        "{:?}",
+        half.ratio
+    );
+    assert!(half.parameters.after as f64 <= 0.6 * whole as f64);
+    // bf16, as the configuration says.
+    assert_eq!(damage.bytes, 2 * half.parameters.after);
+    let by_bytes = budgeted(&config, &seen, Target::Bytes(damage.bytes));
+    assert_eq!(by_bytes.layers, half.layers);
+    let by_damage = budgeted(&config, &seen, Target::Damage(damage.predicted));
+    let found = by_damage.damage.as_ref().unwrap();
+    assert!(found.predicted <= damage.predicted);
+    // It stops at the first step that is good enough.
+    assert!(found.bytes <= damage.bytes + 2 * config.expert_parameters());
+    let sums = |of: fn(&lightmoe_compress::plan::SlotPlan) -> f64| -> f64 {
+        half.layers.iter().flat_map(|l| &l.slots).map(of).sum()
+    };
+    assert!((sums(|slot| slot.damage.unwrap()) - damage.predicted).abs() < 1e-9);
+    let rest = whole - config.parameters().routed_experts;
+    assert_eq!(
+        sums(|slot| slot.bytes.unwrap() as f64),
+        (damage.bytes - 2 * rest) as f64
+    );
+    let (first, last) = (damage.curve[0], damage.curve[damage.curve.len() - 1]);
+    assert_eq!((last.bytes, last.damage), (2 * whole, 0.0));
+    assert!(first.bytes < damage.bytes && first.damage > damage.predicted);
+    assert!(
+        damage
+            .curve
+            .is_sorted_by(|a, b| a.bytes < b.bytes && a.damage >= b.damage)
+    );
+    let text = serde_json::to_vec(&half).unwrap();
+    assert_eq!(Plan::decode(&text).unwrap(), half);
+}
+
+#[test]
+fn what_cannot_be_planned_is_refused() {
+    let config = small(2, 8);
+    let seen = damaged(&config, 6);
+    let ask = |seen: &Observations, target, ranks| {
+        let options = PlanOptions {
+            ranks,
+            ..options(1, 0)
+        };
+        let refused = plan(&config, seen, target, METHOD, &options);
+        refused.unwrap_err().to_string()
+    };
+    let budget = RankRule::Budget;
+    for (message, word) in [
+        (ask(&seen, Target::Ratio(0.99), budget), "lower ratio"),
+        (ask(&seen, Target::Bytes(9), budget), "more bytes"),
+        (ask(&seen, Target::Damage(-1.0), budget), "nats"),
+        (
+            ask(&seen, Target::Damage(0.1), RankRule::Uniform),
+            "`budget`",
+        ),
+        (ask(&seen, Target::Threshold(0.5), budget), "threshold"),
+        (
+            ask(&observations(&config, 1), Target::Ratio(0.4), budget),
+            "--damage",
+        ),
+    ] {
+        assert!(message.contains(word), "`{message}` lacks `{word}`");
+    }
+    let refused = plan(
+        &config,
+        &seen,
+        Target::Damage(0.1),
+        MethodName::Svd,
+        &options(1, 0),
+    );
+    assert!(refused.unwrap_err().to_string().contains("ratio"));
+}
+
+fn with(damage: Sensitivity) -> Statistics {
+    Statistics {
+        damage: Some(damage),
+        ..Statistics::default()
+    }
+}
+
+/// Bytes for the whole model leave every bit, and fewer leave as many as the file has.
+#[test]
+fn bytes_are_those_of_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = random_checkpoint(&small(2, 8), DType::BF16, 3, &folder);
+    let seen = observed(&checkpoint, &samples(1), with(Sensitivity::Fisher), &folder);
+    let config = checkpoint.config();
+    let of_experts = 2 * config.parameters().routed_experts;
+    for bytes in [checkpoint.bytes(), checkpoint.bytes() - of_experts / 2] {
+        let plan = budgeted(config, &seen, Target::Bytes(bytes));
+        let built = built(&checkpoint, &plan, &seen, &folder);
+        assert_eq!(plan.damage.as_ref().unwrap().bytes, built.bytes());
+        assert!(built.bytes() <= bytes && bytes - built.bytes() < of_experts / 100);
+        let whole = bytes == checkpoint.bytes();
+        assert_eq!(plan.mean_replaced() == 0.0, whole);
+        if whole {
+            let model = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
+            assert_eq!(
+                model("built/model.safetensors"),
+                model("model/model.safetensors")
+            );
+        }
+    }
+}
+
+/// The expected damage of small errors is what the model loses by them: the divergence of its
+/// predictions, in nats a token.
+#[test]
+fn the_expected_damage_is_that_of_the_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = random_checkpoint(&small(3, 8), DType::F32, 3, &folder);
+    let (config, samples) = (checkpoint.config(), samples(2));
+    let seen = observed(&checkpoint, &samples, with(Sensitivity::Fisher), &folder);
+    let original = log_probabilities(&Decoder::load(&checkpoint).unwrap(), &samples);
+    for share in [0.1, 0.3] {
+        let plan = budgeted(config, &seen, Target::Ratio(share));
+        let built = built(&checkpoint, &plan, &seen, &folder);
+        let now = log_probabilities(&Decoder::load(&built).unwrap(), &samples);
+        let divergence = |(p, q): (&Vec<f64>, &Vec<f64>)| -> f64 {
+            p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
+        };
+        let rows = original.iter().zip(&now);
+        let measured = rows.map(divergence).sum::<f64>() / original.len() as f64;
+        let expected = plan.damage.as_ref().unwrap().predicted;
+        let ratio = measured / expected;
+        assert!(
+            (0.5..2.0).contains(&ratio),
+            "{share}: {measured}, expected {expected}"
+        );
+    }
+}
+
+/// Where the same errors are given different forms, fitting by what they cost keeps the predictions best.
+#[test]
+fn fitted_ranks_keep_more_than_uniform_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = random_checkpoint(&small(3, 8), DType::F32, 7, &folder);
+    let config = checkpoint.config();
+    let seen = observed(
+        &checkpoint,
+        &samples(3),
+        with(Sensitivity::Relative),
+        &folder,
+    );
+    let predicted = |ranks| {
+        let options = PlanOptions {
+            ranks,
+            ..options(1, 0)
+        };
+        let plan = plan(config, &seen, Target::Ratio(0.3), METHOD, &options).unwrap();
+        built(&checkpoint, &plan, &seen, &folder);
+        plan.damage.unwrap().predicted
+    };
+    assert!(predicted(RankRule::Budget) < predicted(RankRule::Uniform));
+}
+
+/// A few tokens leave some experts without any: these are given what the layer saw, and become small
+/// before those that are used.
+#[test]
+fn experts_without_tokens_become_the_smallest() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = random_checkpoint(&small(2, 8), DType::F32, 3, &folder);
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    let sample = |_| (0..20).map(|_| rng.random_range(5..7)).collect();
+    let silent: Vec<Vec<u32>> = (0..6).map(sample).collect();
+    let seen = observed(&checkpoint, &silent, with(Sensitivity::Fisher), &folder);
+    let plan = budgeted(checkpoint.config(), &seen, Target::Ratio(0.3));
+    for (layer, observed) in plan.layers.iter().zip(&seen.layers) {
+        assert!(observed.selections.contains(&0));
+        let mean = |chosen: bool| {
+            let of = |slot: &&lightmoe_compress::plan::SlotPlan| {
+                (observed.selections[slot.expert] > 0) == chosen
+            };
+            let bytes: Vec<u64> = layer
+                .slots
+                .iter()
+                .filter(of)
+                .map(|s| s.bytes.unwrap())
+                .collect();
+            bytes.iter().sum::<u64>() as f64 / bytes.len() as f64
+        };
+        assert!(mean(false) < mean(true));
+    }
+    let built = built(&checkpoint, &plan, &seen, &folder);
+    let rows = log_probabilities(&Decoder::load(&built).unwrap(), &silent);
+    assert!(rows.iter().flatten().all(|v| v.is_finite()));
+}

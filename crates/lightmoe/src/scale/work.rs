@@ -1,0 +1,162 @@
+//! What a method computes beyond a pass over the weights, and what this machine makes of the same
+//! arithmetic alone.
+
+use super::{SIDE, dense_products};
+use anyhow::{Result, anyhow};
+use candle_core::DType;
+use faer::{Mat, Side};
+use lightmoe_compress::methods::{AdapterInit, BaseInit, MethodName, moei2};
+use lightmoe_compress::plan::{Plan, SlotForm};
+use lightmoe_compress::{mixture, reception};
+use lightmoe_models::ModelConfig;
+use rayon::prelude::*;
+use std::time::Instant;
+
+/// Arithmetic beyond what grows with the weights alone.
+#[derive(Default)]
+pub(super) struct Work {
+    /// Floating-point operations of products, triangular solutions and fits, in f32 and in f64.
+    pub(super) products: [f64; 2],
+    /// Eigendecompositions of the smaller side of an expert's matrices, in f64.
+    pub(super) decompositions: f64,
+    /// Assignments of the neurons of one expert to those of another.
+    pub(super) assignments: f64,
+}
+
+impl Work {
+    /// That of making and building a plan: the products, decompositions and solutions of factors, the
+    /// comparison of neurons, the fit of mixed bases, the blocks of MoE-I².
+    pub(super) fn of(config: &ModelConfig, plan: &Plan) -> Self {
+        let (h, f) = (
+            config.hidden_size as f64,
+            config.moe.intermediate_size as f64,
+        );
+        let mut work = Self::default();
+        for layer in &plan.layers {
+            if let Some(shape) = layer.factored {
+                work.factorise(config, plan, layer.groups as f64, shape.rank);
+            }
+            for slot in &layer.slots {
+                match slot.form {
+                    SlotForm::Adapted { rank, .. }
+                        if plan.settings.adapters != AdapterInit::Fresh =>
+                    {
+                        work.factorise(config, plan, 1.0, rank);
+                    }
+                    // Three products of neurons with the dominant's.
+                    SlotForm::Adapted {
+                        dominant: false, ..
+                    }
+                    | SlotForm::Removed { into: Some(_) }
+                        if plan.settings.base == BaseInit::Aligned =>
+                    {
+                        work.products[0] += 6.0 * f * f * h;
+                        work.assignments += 1.0;
+                    }
+                    // Gate and up: the mixes, the products, and the gradients of both sides of each.
+                    SlotForm::Mixed { bases, rank } => {
+                        let step = 6.0 * rank as f64 * h * (f + bases as f64);
+                        work.products[0] += 2.0 * mixture::STEPS as f64 * step;
+                    }
+                    _ => {}
+                }
+            }
+        }
+        if plan.method == MethodName::Moei2 {
+            // All choices up to each layer of a block, and the original.
+            let layers = 1..=reception::BLOCK as i32;
+            let choices = layers.map(|layer| (moei2::CANDIDATES as f64).powi(layer) + 1.0);
+            let times = choices.sum::<f64>() / reception::BLOCK as f64;
+            let head = config.vocab_size as u64 * config.hidden_size as u64;
+            let working = config.active_parameters().saturating_sub(head) as f64;
+            work.products[0] += times * 2.0 * working * reception::MOST_TOKENS as f64;
+        }
+        work
+    }
+
+    /// Adds the factors of the three matrices of `experts` experts.
+    fn factorise(&mut self, config: &ModelConfig, plan: &Plan, experts: f64, rank: usize) {
+        let (h, f) = (
+            config.hidden_size as f64,
+            config.moe.intermediate_size as f64,
+        );
+        let adapters = plan.settings.adapters;
+        let whitened = matches!(adapters, AdapterInit::Whitened | AdapterInit::Fitted);
+        let products = |out: f64, width: f64| {
+            let rank = rank as f64;
+            // Wide: `W·G`. Tall: Cholesky, `W·S`, and the solution.
+            let moments = match (whitened, out <= width) {
+                (false, _) => 0.0,
+                (true, true) => 2.0 * out * width * width,
+                (true, false) => {
+                    width.powi(3) / 3.0 + 2.0 * out * width * width + rank * width * width
+                }
+            };
+            2.0 * out * width * out.min(width) + 2.0 * rank * out * width + moments
+        };
+        self.products[1] += experts * (2.0 * products(f, h) + products(h, f));
+        if adapters == AdapterInit::Fitted {
+            // `Dᵀ·F·D`; the roots of what it makes of gate and up, and the products with them.
+            let moved = f.powi(3) / 3.0 + 2.0 * f * f * h + rank as f64 * f * f;
+            self.products[1] += experts * (2.0 * f * h * (f + h) + 2.0 * moved);
+        }
+        self.decompositions += 3.0 * experts;
+    }
+}
+
+/// What this machine makes of arithmetic, with all its cores at work.
+pub(super) struct Rates {
+    /// Floating-point operations of a dense product, a second, in f32 and in f64.
+    pub(super) products: [f64; 2],
+    /// Seconds of an eigendecomposition.
+    pub(super) decomposition: f64,
+    /// Seconds of an assignment.
+    pub(super) assignment: f64,
+}
+
+impl Rates {
+    /// Measures them at the shape of the experts of `config`.
+    pub(super) fn measure(config: &ModelConfig) -> Result<Self> {
+        let product = |dtype| {
+            let (count, seconds) = dense_products(dtype)?;
+            Ok::<_, anyhow::Error>(count as f64 * 2.0 * (SIDE as f64).powi(3) / seconds)
+        };
+        let (h, f) = (config.hidden_size, config.moe.intermediate_size);
+        let decomposition = |seed: usize| {
+            let number = |i: usize, j: usize| ((i * j + i + j + seed) as f64 * 0.7).sin();
+            let n = h.min(f);
+            let done = Mat::from_fn(n, n, number).self_adjoint_eigen(Side::Lower);
+            done.map(drop)
+                .map_err(|e| anyhow!("an eigendecomposition failed: {e:?}"))
+        };
+        let assignment = |seed: usize| {
+            let number = |i: usize| (((i + 1) * (i + seed)) as f64 * 0.7).sin();
+            let alike: Vec<f64> = (0..f * f).map(number).collect();
+            let done = lsap::solve(f, f, &alike, true);
+            done.map(drop)
+                .map_err(|e| anyhow!("an assignment failed: {e:?}"))
+        };
+        Ok(Self {
+            products: [product(DType::F32)?, product(DType::F64)?],
+            decomposition: seconds_of_one(decomposition)?,
+            assignment: seconds_of_one(assignment)?,
+        })
+    }
+
+    /// The seconds of `work` at these rates.
+    pub(super) fn seconds(&self, work: &Work) -> f64 {
+        let products = work.products.iter().zip(self.products);
+        products.map(|(flops, rate)| flops / rate).sum::<f64>()
+            + work.decompositions * self.decomposition
+            + work.assignments * self.assignment
+    }
+}
+
+/// Seconds of one of several like problems, of which as many as there are threads run at once, as build
+/// runs them.
+fn seconds_of_one(problem: impl Fn(usize) -> Result<()> + Sync + Send) -> Result<f64> {
+    let count = 4 * rayon::current_num_threads();
+    let begin = Instant::now();
+    (0..count).into_par_iter().try_for_each(problem)?;
+    Ok(begin.elapsed().as_secs_f64() / count as f64)
+}
