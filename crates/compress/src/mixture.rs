@@ -12,7 +12,7 @@ use candle_core::{D, Device, Tensor};
 use lightmoe_kernels::{AdamW, Moments};
 use std::ops::Range;
 
-/// Steps of Adam; the paper takes 10 000 to 30 000.
+/// Steps of Adam, if nothing else is asked for; the paper takes 10 000 to 30 000.
 pub const STEPS: usize = 1000;
 /// Adam's rate at the start, the paper's; it falls to zero.
 const RATE: f64 = 0.07;
@@ -32,19 +32,19 @@ pub struct Fit {
     pub loss: f64,
 }
 
-/// Fits `n` matrices `[n, F, H]` over `bases` bases of `rank` rows, at most `min(F, H)`.
+/// Fits `n` matrices `[n, F, H]` over `bases` bases of `rank` rows, at most `min(F, H)`, in `steps` steps.
 ///
 /// # Errors
 /// If numbers are not finite.
-pub fn fit(matrices: &Tensor, bases: usize, rank: usize) -> Result<Fit> {
+pub fn fit(matrices: &Tensor, bases: usize, rank: usize, steps: usize) -> Result<Fit> {
     let scale = f64::from(matrices.sqr()?.mean_all()?.to_scalar::<f32>()?).sqrt();
     let scale = if scale > 0.0 { scale } else { 1.0 };
     let target = (matrices / scale)?;
     let mut state = State::start(&target, bases, rank)?;
     let mut moments: [Moments; 3] = Default::default();
-    for step in 0..STEPS {
+    for step in 0..steps {
         let update = AdamW {
-            lr: RATE * (1.0 - step as f64 / STEPS as f64),
+            lr: RATE * (1.0 - step as f64 / steps as f64),
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-8,

@@ -131,6 +131,9 @@ pub struct PlanSettings {
     /// for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trained_rank: Option<usize>,
+    /// Steps of the fit of mixed slots; `None` without any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fit_steps: Option<usize>,
 }
 
 /// How much smaller the model becomes, as a share of all its parameters.

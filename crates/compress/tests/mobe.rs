@@ -8,7 +8,7 @@ use common::{observations, olmoe, options, small};
 use lightmoe_compress::estimate;
 use lightmoe_compress::factor::{Gram, Metric, singular_values};
 use lightmoe_compress::methods::{MethodName, Target, plan};
-use lightmoe_compress::mixture::fit;
+use lightmoe_compress::mixture::{STEPS, fit};
 use lightmoe_compress::plan::SlotForm;
 use lightmoe_compress::size::{active_parameters, adapter_parameters};
 use lightmoe_models::{BankLayout, ExpertPacking, LayerLayout, Scheme, SlotLayout, names};
@@ -159,12 +159,12 @@ fn mixtures(n: usize, bases: usize, rank: usize, [f, h]: [usize; 2]) -> Tensor {
 #[test]
 fn matrices_of_the_form_are_fitted() {
     let made = mixtures(8, 2, 4, [16, 32]);
-    let fitted = fit(&made, 2, 4).unwrap();
+    let fitted = fit(&made, 2, 4, STEPS).unwrap();
     assert_eq!(fitted.bases.dims(), [2, 4, 32]);
     assert_eq!(fitted.weights.dims(), [8, 2]);
     assert_eq!(fitted.transforms.dims(), [8, 16, 4]);
     assert!(fitted.loss < 0.01, "{}", fitted.loss);
-    let again = fit(&made, 2, 4).unwrap();
+    let again = fit(&made, 2, 4, STEPS).unwrap();
     assert_eq!(values(&fitted.transforms), values(&again.transforms));
     assert_eq!(values(&fitted.bases), values(&again.bases));
 }
@@ -175,11 +175,11 @@ fn equal_experts_share_one_basis() {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let own = random(&mut rng, &[12, 20]);
     let copies = Tensor::stack(&[&own; 6], 0).unwrap();
-    assert!(fit(&copies, 1, 12).unwrap().loss < 1e-3);
+    assert!(fit(&copies, 1, 12, STEPS).unwrap().loss < 1e-3);
     let singular = singular_values(&own, &Metric::of_inputs(Gram::identity())).unwrap();
     let energy = |s: &[f64]| s.iter().map(|s| s * s).sum::<f64>();
     let best = energy(&singular[5..]) / energy(&singular);
-    let loss = fit(&copies, 3, 5).unwrap().loss;
+    let loss = fit(&copies, 3, 5, STEPS).unwrap().loss;
     assert!(loss < 1.1 * best, "{loss}, {best}");
 }
 
@@ -191,7 +191,7 @@ fn degenerate_fits_are_finite() {
         random(&mut rng, &[1, 4, 6]),
         Tensor::zeros((3, 4, 6), DType::F32, &Device::Cpu).unwrap(),
     ] {
-        let fitted = fit(&matrices, 2, 4).unwrap();
+        let fitted = fit(&matrices, 2, 4, STEPS).unwrap();
         for tensor in [fitted.bases, fitted.weights, fitted.transforms] {
             assert!(values(&tensor).iter().all(|v| v.is_finite()));
         }

@@ -1,5 +1,6 @@
 //! `lightmoe compress`: all stages in a row, in one run folder.
 
+use crate::calibration::Calibration;
 use crate::pipeline::{
     RecoverInputs, build_stage, evaluate_stage, observe_stage, plan_stage, recover_stage,
 };
@@ -11,7 +12,7 @@ use crate::run::{Inputs, Run};
 use crate::source::{TaskData, model_fingerprint, open_model};
 use anyhow::Result;
 use lightmoe_compress::observations::Observations;
-use lightmoe_compress::plan::Plan;
+use lightmoe_compress::plan::{Parameters, Plan};
 use lightmoe_compress::{BuildInputs, Statistics};
 use lightmoe_models::{Checkpoint, ModelTokenizer, folder};
 use lightmoe_train::{Curve, Folders};
@@ -29,7 +30,8 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
     let tokenizer = ModelTokenizer::load(original.dir(), original.config().eos_token_id)?;
     let data = TaskData::load(recipe, &tokenizer)?;
     let encoded = data.encoded(&tokenizer, recipe.max_length)?;
-    preflight(recipe, &original, &encoded)?;
+    let calibration = Calibration::of(recipe, &encoded, &tokenizer, &original)?;
+    preflight(recipe, &original, &calibration)?;
     let inputs = inputs(recipe, original.dir())?;
     let fingerprint = crate::fingerprint(&(recipe, &inputs))?;
     let mut run = Run::open(out, recipe, inputs, resume)?;
@@ -41,22 +43,35 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
                 stage.name()
             ));
             let length = recipe.max_length;
-            evaluate_stage(
+            let mut scores = evaluate_stage(
                 stage.name(),
                 checkpoint,
                 &data,
                 &data.test,
                 length,
                 Some(&samples),
-            )
-            .map(Some)
+            )?;
+            for task in recipe.also()? {
+                let (train, seed) = (0, recipe.seed);
+                let other = TaskData::built_in(task, train, recipe.eval_examples, seed);
+                let name = format!("{}, {task}", stage.name());
+                scores.extend(evaluate_stage(
+                    &name,
+                    checkpoint,
+                    &other,
+                    &other.test,
+                    length,
+                    None,
+                )?);
+            }
+            Ok(Some(scores))
         })
     };
 
     run.stage("observe", |run| {
         let target = run.path("observations.safetensors");
         let more = Statistics::default();
-        observe_stage(&original, &encoded, recipe, more, &fingerprint, &target)
+        observe_stage(&original, &calibration, recipe, more, &fingerprint, &target)
     })?;
     let observations = Observations::load(&run.path("observations.safetensors"))?;
     run.stage("plan", |run| {
@@ -75,6 +90,8 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
         })
     })?;
     let plan = Plan::load(&run.path("plan.json"))?;
+    // Without a recovery, what is built is the result.
+    let folder = if recipe.steps == 0 { "model" } else { "built" };
     run.stage("build", |run| {
         let inputs = BuildInputs {
             checkpoint: &original,
@@ -82,34 +99,36 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
             observations: Some(&observations),
             seed: recipe.seed,
         };
-        build_stage(&inputs, &run.path("built"))
+        build_stage(&inputs, &run.path(folder))
     })?;
     evaluate(&mut run, Stage::Original, &original)?;
-    let built = Checkpoint::open(&run.path("built"))?;
+    let built = Checkpoint::open(&run.path(folder))?;
     evaluate(&mut run, Stage::Built, &built)?;
-    run.stage("recover", |run| {
-        let inputs = RecoverInputs {
-            original: &original,
-            built: &built,
-            plan: &plan,
-            encoded,
-            fingerprint: &fingerprint,
-            checkpoint_every: CHECKPOINT_EVERY,
-        };
-        let folders = Folders {
-            state: run.path("recovery"),
-            logs: run.path("logs"),
-        };
-        recover_stage(inputs, recipe, &folders, &run.path("model"))
-    })?;
-    let recovered = Checkpoint::open(&run.path("model"))?;
-    evaluate(&mut run, Stage::Recovered, &recovered)?;
+    if recipe.steps > 0 {
+        run.stage("recover", |run| {
+            let inputs = RecoverInputs {
+                original: &original,
+                built: &built,
+                plan: &plan,
+                encoded,
+                fingerprint: &fingerprint,
+                checkpoint_every: CHECKPOINT_EVERY,
+            };
+            let folders = Folders {
+                state: run.path("recovery"),
+                logs: run.path("logs"),
+            };
+            recover_stage(inputs, recipe, &folders, &run.path("model"))
+        })?;
+        let recovered = Checkpoint::open(&run.path("model"))?;
+        evaluate(&mut run, Stage::Recovered, &recovered)?;
+    }
     let results = results(
         recipe,
         &run,
         &plan,
         &data.name,
-        (&original, &recovered),
+        (&original, &Checkpoint::open(&run.path("model"))?),
         fingerprint,
     );
     results.save(&run.path("results.json"))?;
@@ -147,9 +166,17 @@ pub fn default_out(recipe: &Recipe, resume: bool) -> PathBuf {
 /// # Errors
 /// If the model or the records cannot be read.
 pub fn inputs(recipe: &Recipe, model: &Path) -> Result<Inputs> {
-    let data = match &recipe.train {
-        Some(path) => crate::fingerprint(&lightmoe_data::read_text(path)?)?,
-        None => "built-in".to_owned(),
+    let mut texts = Vec::new();
+    if let Some(path) = &recipe.train {
+        texts.push(lightmoe_data::read_text(path)?);
+    }
+    for (source, _) in recipe.calibrate()?.iter().flat_map(|mix| &mix.0) {
+        texts.extend(source.text()?);
+    }
+    let data = match &texts[..] {
+        [] => "built-in".to_owned(),
+        [text] => crate::fingerprint(text)?,
+        texts => crate::fingerprint(&texts)?,
     };
     Ok(Inputs {
         model: model_fingerprint(model)?,
@@ -179,7 +206,14 @@ fn results(
         method: recipe.method.to_string(),
         seed: recipe.seed,
         ratio: plan.ratio,
-        parameters: plan.parameters,
+        parameters: Parameters {
+            trained: if recipe.steps > 0 {
+                plan.parameters.trained
+            } else {
+                0
+            },
+            ..plan.parameters
+        },
         bytes: Bytes {
             before: original.bytes(),
             after: recovered.bytes(),

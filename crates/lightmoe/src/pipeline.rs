@@ -1,12 +1,13 @@
 //! The stages as functions from artefact to artefact. The subcommands call them one by one,
 //! `compress` in a row.
 
+use crate::calibration::Calibration;
 use crate::machine;
 use crate::preflight::check_original;
 use crate::progress::{Progress, stopped};
 use crate::recipe::Recipe;
 use crate::results::{Score, TaskScores};
-use crate::source::{TaskData, calibration};
+use crate::source::TaskData;
 use anyhow::{Context, Result, bail};
 use lightmoe_compress::methods::{Kind, PlanModel, Weights};
 use lightmoe_compress::observations::Observations;
@@ -32,20 +33,19 @@ use std::path::Path;
 const INTERRUPTED: &str =
     "interrupted; run the same command again to go on, `compress` with `--resume`";
 
-/// Stage observe: what the recipe's method needs to know of its first training tokens → `target`,
+/// Stage observe: what the recipe's method needs to know of its calibration tokens → `target`,
 /// and `more` beside it.
 ///
 /// # Errors
 /// If there is too little text, the model is damaged, or the work was stopped.
 pub fn observe_stage(
     checkpoint: &Checkpoint,
-    encoded: &[Encoded],
+    found: &Calibration,
     recipe: &Recipe,
     more: Statistics,
     fingerprint: &str,
     target: &Path,
 ) -> Result<()> {
-    let found = calibration(encoded, recipe.calibration_tokens, checkpoint)?;
     let successor = methods::successor(recipe.method, checkpoint.config(), recipe.target());
     let what = Observing {
         statistics: recipe.statistics().and(more),

@@ -1,7 +1,7 @@
 //! What can be known before anything is spent: whether a recipe can work, and what it will leave.
 
+use crate::calibration::Calibration;
 use crate::recipe::Recipe;
-use crate::source::calibration;
 use lightmoe_compress::methods::{Kind, MethodName, Target};
 use lightmoe_compress::size::{adapter_parameters, scale_parameters};
 use lightmoe_compress::{Estimate, estimate};
@@ -46,22 +46,20 @@ pub struct Forecast {
     pub calibration_tokens: usize,
 }
 
-/// Checks that a recipe can work for a model and its training sequences.
+/// Checks that a recipe can work for a model and what it is observed on.
 ///
 /// # Errors
-/// [`Refused`], in one line: too little text, a rank or ratio that cannot be had.
+/// [`Refused`], in one line: a rank or ratio that cannot be had.
 pub fn preflight(
     recipe: &Recipe,
     checkpoint: &Checkpoint,
-    encoded: &[Encoded],
+    found: &Calibration,
 ) -> Result<Forecast, Refused> {
     check_original(checkpoint)?;
-    let found = calibration(encoded, recipe.calibration_tokens, checkpoint).map_err(Refused::of)?;
-    let tokens = found.samples.iter().map(Vec::len).sum();
     let size = checkpoint.dtype().size_in_bytes() as u64;
     Ok(Forecast {
         bytes_before: checkpoint.bytes(),
-        ..forecast(recipe, checkpoint.config(), size, tokens)?
+        ..forecast(recipe, checkpoint.config(), size, found.tokens())?
     })
 }
 

@@ -1,12 +1,13 @@
 //! The recipe: everything that decides the result of a run. The same keys stand in a TOML file and
 //! on the command line; the command line wins, then the file, then the defaults.
 
+use crate::calibration::Mix;
 use crate::settings::Settings;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use lightmoe_compress::methods::{BaseInit, MethodName, PlanOptions, Target};
 use lightmoe_compress::ranks::RankRule;
 use lightmoe_compress::size::equal_trainable_rank;
-use lightmoe_compress::{Sensitivity, Statistics};
+use lightmoe_compress::{Sensitivity, Statistics, mixture};
 use lightmoe_data::Task;
 use lightmoe_models::ModelConfig;
 use lightmoe_train::{Annealing, AnnealingShape, Decay, LearningRate};
@@ -49,9 +50,15 @@ pub struct Recipe {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trained_rank: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub fit_steps: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub main_experts: Option<usize>,
     pub alpha: f64,
     pub max_delta: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibrate: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub also: Option<String>,
     pub calibration_tokens: usize,
     pub steps: usize,
     pub batch_size: usize,
@@ -151,9 +158,12 @@ impl Recipe {
                 "uniform, importance, budget",
             )?,
             trained_rank: s.trained_rank,
+            fit_steps: s.fit_steps,
             main_experts: s.main_experts,
             alpha: s.alpha.unwrap_or(0.3),
             max_delta: s.max_delta.unwrap_or(0.2),
+            calibrate: s.calibrate,
+            also: s.also,
             calibration_tokens: s.calibration_tokens.unwrap_or(1 << 17),
             steps: s.steps.unwrap_or(500),
             batch_size: s.batch_size.unwrap_or(16),
@@ -211,7 +221,8 @@ impl Recipe {
             ("calibration_tokens", self.calibration_tokens),
         ];
         for (key, value) in counts {
-            ensure!(value > 0, "`{key}` is 0; give at least 1");
+            let none = key == "steps";
+            ensure!(value > 0 || none, "`{key}` is 0; give at least 1");
             ensure!(
                 u32::try_from(value).is_ok(),
                 "`{key}` is {value}; give a number below 2^32"
@@ -247,6 +258,12 @@ impl Recipe {
             );
         }
         self.bytes()?;
+        self.calibrate()?;
+        self.also()?;
+        ensure!(
+            self.fit_steps != Some(0),
+            "`fit_steps` is 0; give at least 1"
+        );
         ensure!(
             self.max_damage.is_none() || self.method == MethodName::Budget,
             "`max_damage` is for the method `budget`, which alone knows it; give `ratio` or `bytes`"
@@ -292,6 +309,7 @@ impl Recipe {
             ranks: self.ranks,
             main_experts: self.main_experts,
             trained_rank: self.trained_rank,
+            fit_steps: self.fit_steps.unwrap_or(mixture::STEPS),
             seed: self.seed,
         }
     }
@@ -325,6 +343,29 @@ impl Recipe {
             Ok(size.0)
         };
         self.bytes.as_ref().map(size).transpose()
+    }
+
+    /// What is observed instead of the training data.
+    ///
+    /// # Errors
+    /// If it names what is no task and no file of records.
+    pub fn calibrate(&self) -> Result<Option<Mix>> {
+        self.calibrate.as_deref().map(str::parse).transpose()
+    }
+
+    /// Further tasks that are scored.
+    ///
+    /// # Errors
+    /// If one is unknown.
+    pub fn also(&self) -> Result<Vec<Task>> {
+        let names = self.also.iter().flat_map(|names| names.split(','));
+        let tasks = names.map(|name| name.trim().parse());
+        let tasks: Vec<Task> = tasks.collect::<Result<_, _>>()?;
+        // Its own is scored anyway.
+        Ok(tasks
+            .into_iter()
+            .filter(|&t| Some(t) != self.task)
+            .collect())
     }
 
     /// How much is to be saved, as a folder may be named by it.

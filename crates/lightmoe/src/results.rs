@@ -231,9 +231,16 @@ impl Verdict {
 }
 
 impl Results {
-    /// Compares the recovered with the original model on every metric of the run's task.
+    /// The scores of a stage on the run's task. A run without recovery ends with what was built.
+    pub fn scores(&self, stage: Stage) -> Option<&BTreeMap<String, Score>> {
+        let ended = stage == Stage::Recovered && !self.stages.contains_key(&stage);
+        let stage = if ended { Stage::Built } else { stage };
+        self.stages.get(&stage)?.get(&self.task)
+    }
+
+    /// Compares the result with the original model on every metric of the run's task.
     pub fn verdict(&self) -> Verdict {
-        let scores = |stage| self.stages.get(&stage).and_then(|s| s.get(&self.task));
+        let scores = |stage| self.scores(stage);
         let (Some(original), Some(recovered)) = (scores(Stage::Original), scores(Stage::Recovered))
         else {
             return Verdict::Unknown;

@@ -56,8 +56,8 @@ pub struct Finished {
 impl Finished {
     /// The recovered model's share of right answers on the test split.
     fn exact_match(&self) -> Option<f64> {
-        let scores = self.results.stages.get(&Stage::Recovered)?;
-        Some(scores.values().next()?.get("exact_match")?.value)
+        let scores = self.results.scores(Stage::Recovered)?;
+        Some(scores.get("exact_match")?.value)
     }
 }
 
@@ -248,6 +248,7 @@ impl Runner {
             &self.inputs,
             (r.task, &r.train, r.seed, r.train_examples),
             (r.eval_examples, r.calibration_tokens, r.max_length),
+            (&r.calibrate, &r.also),
             // What is observed beside the rest, and of which model.
             (
                 r.statistics(),

@@ -50,6 +50,9 @@ pub struct Settings {
     /// How many components of a factorised expert are trained, the last ones; 0 for all [default: as many as `rank`, for budget all]
     #[arg(long)]
     pub trained_rank: Option<usize>,
+    /// Steps of the fit of `mobe` [default: 1000]
+    #[arg(long)]
+    pub fit_steps: Option<usize>,
     /// How many of the chosen experts run in `compressed` [default: half of them]
     #[arg(long)]
     pub main_experts: Option<usize>,
@@ -59,10 +62,16 @@ pub struct Settings {
     /// Greatest relative distance of a layer's threshold from the mean [default: 0.2]
     #[arg(long)]
     pub max_delta: Option<f64>,
-    /// Training tokens to observe [default: 131072]
+    /// What to observe instead of the training data, with weights: built-in tasks and files of records, such as math,code=2,notes.jsonl=0.5
+    #[arg(long, value_name = "MIX")]
+    pub calibrate: Option<String>,
+    /// Further built-in tasks to score beside the run's own, with commas between them
+    #[arg(long, value_name = "TASKS")]
+    pub also: Option<String>,
+    /// Tokens to observe [default: 131072]
     #[arg(long)]
     pub calibration_tokens: Option<usize>,
-    /// Training steps of the recovery [default: 500]
+    /// Training steps of the recovery; 0 for none [default: 500]
     #[arg(long)]
     pub steps: Option<usize>,
     /// Sequences of a batch [default: 16]
@@ -189,9 +198,12 @@ impl Settings {
             sensitivity,
             ranks,
             trained_rank,
+            fit_steps,
             main_experts,
             alpha,
             max_delta,
+            calibrate,
+            also,
             calibration_tokens,
             steps,
             batch_size,

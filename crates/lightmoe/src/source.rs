@@ -3,7 +3,7 @@
 use crate::hub;
 use crate::preflight::Refused;
 use crate::recipe::Recipe;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use lightmoe_data::{Encoded, Example, Split, Task, encode, records};
 use lightmoe_eval::EvalOptions;
 use lightmoe_models::hub::{HubName, Want};
@@ -14,12 +14,7 @@ use std::path::{Path, PathBuf};
 /// The name of the model in the repository.
 pub const BUILT_IN: &str = "olmoe-nano";
 /// Fewer records than this cannot be split into training and test.
-const FEWEST_RECORDS: usize = 20;
-/// Fewer selections per expert than this say nothing about an expert.
-const FEWEST_SELECTIONS: usize = 16;
-/// Below this many, a warning.
-const FEW_SELECTIONS: usize = 100;
-
+pub(crate) const FEWEST_RECORDS: usize = 20;
 /// The folder of a model: a path, a name on the Hub, or the built-in model's name. What is wanted of
 /// a model on the Hub is downloaded if it is not there yet.
 ///
@@ -117,27 +112,7 @@ impl TaskData {
         let Some(path) = &recipe.train else {
             return built_in.context("no data: give `--task` or `--train`");
         };
-        let chat = |messages: &[records::Message]| {
-            let messages: Vec<ChatMessage> = messages
-                .iter()
-                .map(|m| ChatMessage {
-                    role: m.role.clone(),
-                    content: m.content.clone(),
-                })
-                .collect();
-            tokenizer.chat(&messages).map_err(|e| e.to_string())
-        };
-        let fits = |example: &Example| {
-            encode(
-                &tokenizer.inner,
-                tokenizer.eos,
-                example,
-                Some(recipe.max_length),
-            )
-            .map(|_| ())
-            .map_err(|e| e.to_string())
-        };
-        let records = records::read_jsonl(path, &chat, &fits)?;
+        let records = read_records(path, recipe, tokenizer)?;
         if let Some(task) = built_in {
             return Ok(Self {
                 train: records,
@@ -188,61 +163,54 @@ impl TaskData {
     /// # Errors
     /// If one has an answer that does not fit `max_length`.
     pub fn encoded(&self, tokenizer: &ModelTokenizer, max_length: usize) -> Result<Vec<Encoded>> {
+        Self::encode(&self.train, tokenizer, max_length)
+    }
+
+    /// Examples as tokens.
+    ///
+    /// # Errors
+    /// If one has an answer that does not fit `max_length`.
+    pub fn encode(
+        examples: &[Example],
+        tokenizer: &ModelTokenizer,
+        max_length: usize,
+    ) -> Result<Vec<Encoded>> {
         let encode = |e| encode(&tokenizer.inner, tokenizer.eos, e, Some(max_length));
-        Ok(self
-            .train
-            .iter()
-            .map(encode)
-            .collect::<lightmoe_data::Result<_>>()?)
+        let encoded = examples.iter().map(encode);
+        Ok(encoded.collect::<lightmoe_data::Result<_>>()?)
     }
 }
 
-/// What a model is observed on.
-pub struct Calibration {
-    /// Token ids.
-    pub samples: Vec<Vec<u32>>,
-    /// Where the answer of each sample begins, in tokens.
-    pub answers: Vec<usize>,
-}
-
-/// The first training sequences, up to `budget` tokens; the last one is cut to fit.
+/// The records of a file, messages rendered by the model's chat template.
 ///
 /// # Errors
-/// If they are too few to say anything about the experts.
-pub fn calibration(
-    encoded: &[Encoded],
-    budget: usize,
-    checkpoint: &Checkpoint,
-) -> Result<Calibration> {
-    let mut left = budget;
-    let mut samples = Vec::new();
-    let mut answers = Vec::new();
-    for e in encoded {
-        let take = e.tokens.len().min(left);
-        if take == 0 {
-            break;
-        }
-        samples.push(e.tokens[..take].to_vec());
-        answers.push(e.answer_start);
-        left -= take;
-    }
-    let moe = &checkpoint.config().moe;
-    let tokens = budget - left;
-    let selections = tokens * moe.top_k / moe.num_experts;
-    ensure!(
-        selections >= FEWEST_SELECTIONS,
-        "too little calibration text: {tokens} tokens choose each of {} experts {selections} times \
-         on average; give at least {} tokens of training data",
-        moe.num_experts,
-        FEWEST_SELECTIONS * moe.num_experts / moe.top_k
-    );
-    if selections < FEW_SELECTIONS {
-        tracing::warn!(
-            tokens,
-            "little calibration text: some experts will hardly be seen"
-        );
-    }
-    Ok(Calibration { samples, answers })
+/// If they cannot be read, or one has an answer that does not fit the longest sequence.
+pub(crate) fn read_records(
+    path: &Path,
+    recipe: &Recipe,
+    tokenizer: &ModelTokenizer,
+) -> Result<Vec<Example>> {
+    let chat = |messages: &[records::Message]| {
+        let messages: Vec<ChatMessage> = messages
+            .iter()
+            .map(|m| ChatMessage {
+                role: m.role.clone(),
+                content: m.content.clone(),
+            })
+            .collect();
+        tokenizer.chat(&messages).map_err(|e| e.to_string())
+    };
+    let fits = |example: &Example| {
+        encode(
+            &tokenizer.inner,
+            tokenizer.eos,
+            example,
+            Some(recipe.max_length),
+        )
+        .map(|_| ())
+        .map_err(|e| e.to_string())
+    };
+    Ok(records::read_jsonl(path, &chat, &fits)?)
 }
 
 /// A short name of a model's content: its JSON files and weights. Of a file above 256 MiB only the

@@ -1,10 +1,11 @@
 //! `lightmoe bench usage`: how good the built-in model is at each task, and how its experts share
 //! the work between tasks.
 
+use crate::calibration::Calibration;
 use crate::cli::UsageArgs;
 use crate::pipeline::{Observing, evaluate_stage, observe_samples};
 use crate::results::{Score, digits};
-use crate::source::{BUILT_IN, TaskData, calibration, open_model};
+use crate::source::{BUILT_IN, TaskData, open_model};
 use anyhow::Result;
 
 use lightmoe_compress::observations::Observations;
@@ -31,7 +32,8 @@ pub fn run(args: UsageArgs) -> Result<String> {
     let folder = tempfile::tempdir()?;
     for task in Task::ALL {
         let data = TaskData::built_in(task, 4000, ITEMS, 0);
-        let found = calibration(&data.encoded(&tokenizer, LENGTH)?, TOKENS, &checkpoint)?;
+        let encoded = data.encoded(&tokenizer, LENGTH)?;
+        let found = Calibration::first(&encoded, TOKENS).checked(&checkpoint)?;
         let path = folder.path().join("observations.safetensors");
         observe_samples(
             &checkpoint,

@@ -9,7 +9,7 @@ use crate::damage::LayerDamage;
 use crate::factor::{Gram, Metric, fitted, whitened};
 use crate::merge::merge;
 use crate::methods::{AdapterInit, BaseInit};
-use crate::mixture::fit;
+use crate::mixture::{self, fit};
 use crate::moments::{LayerMoments, Moments};
 use crate::observations::LayerObservations;
 use crate::plan::{LayerPlan, PlanSettings, SlotForm};
@@ -285,7 +285,8 @@ impl Layer<'_> {
             experts.iter().map(name).collect()
         };
         let shape = [config.moe.intermediate_size, config.hidden_size];
-        let fit = fit(&self.checkpoint.stack(&of(""), &shape)?, bases, rank)?;
+        let steps = self.settings.fit_steps.unwrap_or(mixture::STEPS);
+        let fit = fit(&self.checkpoint.stack(&of(""), &shape)?, bases, rank, steps)?;
         let (layer, loss) = (plan.layer, fit.loss);
         tracing::debug!(layer, projection, loss, "fitted by mixed bases");
         let basis = (0..bases).map(|m| names::basis(plan.layer, m, projection));

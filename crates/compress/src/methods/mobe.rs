@@ -117,6 +117,7 @@ pub(super) fn plan(
         kept_rank: adapters,
         groups: 0,
         trained_rank: Some(components),
+        fit_steps: Some(options.fit_steps),
         ..options.settings()
     };
     let mut plan = finish(config, MethodName::Mobe, settings, layers.collect());

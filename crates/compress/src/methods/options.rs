@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::MethodName;
 use super::compressed::main_experts;
+use crate::mixture;
 use crate::plan::PlanSettings;
 use crate::ranks::RankRule;
 use crate::size::adapter_parameters;
@@ -58,6 +59,8 @@ pub struct PlanOptions {
     /// How many components of a factorised expert train, the last ones; `None` for as many as `rank`, of
     /// `budget` for all; 0 for all.
     pub trained_rank: Option<usize>,
+    /// Steps of the fit of `mobe`.
+    pub fit_steps: usize,
     /// Seed of `random`, and of the search of `moei2`.
     pub seed: u64,
 }
@@ -74,6 +77,7 @@ impl Default for PlanOptions {
             ranks: RankRule::Budget,
             main_experts: None,
             trained_rank: None,
+            fit_steps: mixture::STEPS,
             seed: 0,
         }
     }
@@ -151,6 +155,7 @@ impl PlanOptions {
             adapters: AdapterInit::Fresh,
             base_rank: None,
             trained_rank: None,
+            fit_steps: None,
         }
     }
 

@@ -42,9 +42,12 @@ pub struct MethodsArgs {
     /// How many layers
     #[arg(long, default_value_t = 2)]
     pub layers: usize,
-    /// Methods, with commas between them [default: all; of mobe, the plan]
+    /// Methods, with commas between them [default: all]
     #[arg(long)]
     pub methods: Option<String>,
+    /// Steps of the fit of mobe, of which its recipe has 1000, one like the other
+    #[arg(long, default_value_t = 20)]
+    pub fit_steps: usize,
     /// Share of the parameters to save
     #[arg(long, default_value_t = 0.5)]
     pub ratio: f64,

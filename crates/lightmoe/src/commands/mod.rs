@@ -6,6 +6,7 @@ mod update;
 pub use model::{run_generate, run_inspect, run_logits, run_synthesize};
 pub use update::run_unpack;
 
+use crate::calibration::Calibration;
 use crate::cli::{
     BuildArgs, CompressArgs, EvalSplit, EvaluateArgs, ExportArgs, ObserveArgs, Pack, Packing,
     PlanArgs, PretrainArgs, RecipeArgs, RecoverArgs,
@@ -72,6 +73,11 @@ impl Opened {
         self.data.encoded(&self.tokenizer, self.recipe.max_length)
     }
 
+    fn calibration(&self) -> Result<Calibration> {
+        let encoded = self.encoded()?;
+        Calibration::of(&self.recipe, &encoded, &self.tokenizer, &self.checkpoint)
+    }
+
     fn fingerprint(&self) -> Result<String> {
         crate::fingerprint(&(&self.recipe, inputs(&self.recipe, self.checkpoint.dir())?))
     }
@@ -104,7 +110,7 @@ pub fn run_compress(args: CompressArgs) -> Result<String> {
     let opened = Opened::new(args.recipe)?;
     if args.dry_run {
         let (recipe, checkpoint) = (&opened.recipe, &opened.checkpoint);
-        return shown(preflight(recipe, checkpoint, &opened.encoded()?)?);
+        return shown(preflight(recipe, checkpoint, &opened.calibration()?)?);
     }
     let out = args
         .out
@@ -145,9 +151,9 @@ pub fn run_observe(args: ObserveArgs) -> Result<String> {
         observe_samples(&checkpoint, &samples, &what, &fingerprint, &args.out)?;
     } else {
         let opened = Opened::new(args.recipe)?;
-        let (encoded, fingerprint) = (opened.encoded()?, opened.fingerprint()?);
+        let (found, fingerprint) = (opened.calibration()?, opened.fingerprint()?);
         let (checkpoint, recipe) = (&opened.checkpoint, &opened.recipe);
-        observe_stage(checkpoint, &encoded, recipe, more, &fingerprint, &args.out)?;
+        observe_stage(checkpoint, &found, recipe, more, &fingerprint, &args.out)?;
     }
     Ok(format!("observations  {}", args.out.display()))
 }

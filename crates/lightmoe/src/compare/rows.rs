@@ -164,7 +164,7 @@ fn score(record: &Record, stage: Stage) -> Option<Value> {
 }
 
 fn metric(record: &Record, stage: Stage, metric: &str) -> Option<Value> {
-    let scores = record.results.stages.get(&stage)?.values().next()?;
+    let scores = record.results.scores(stage)?;
     scores.get(metric).map(|s| Value {
         value: s.value,
         stderr: s.stderr,

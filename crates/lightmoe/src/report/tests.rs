@@ -115,7 +115,6 @@ fn the_page_stands_alone() {
         "Results",
         "Coverage",
         "Thresholds",
-        "<h2>Damage",
         "Recovery",
         "0.554 ± 0.022",
     ] {

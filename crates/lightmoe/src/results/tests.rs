@@ -143,6 +143,17 @@ fn the_verdict_follows_from_the_scores() {
     }
     assert_eq!(results.verdict(), Verdict::Unknown);
 
-    results.stages.remove(&Stage::Recovered);
+    results.stages.remove(&Stage::Original);
     assert_eq!(results.verdict(), Verdict::Unknown);
+}
+
+/// Without a recovery, what was built is compared.
+#[test]
+fn a_run_may_end_with_what_was_built() {
+    let mut results = sample();
+    let built = results.stages[&Stage::Built].clone();
+    results.stages.remove(&Stage::Recovered);
+    let scores = results.scores(Stage::Recovered).unwrap();
+    assert_eq!(scores, &built[&results.task]);
+    assert_ne!(results.verdict(), Verdict::Unknown);
 }

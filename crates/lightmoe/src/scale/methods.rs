@@ -15,6 +15,7 @@ use crate::settings::Settings;
 use crate::tokens::TokenBatch;
 use anyhow::{Context, Result, ensure};
 use lightmoe_compress::methods::{MethodName, successor};
+use lightmoe_compress::mixture;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{BuildInputs, ObserveOptions, Statistics, observe};
@@ -31,8 +32,7 @@ struct Row {
     /// To observe what it wants to know.
     observe: Cost,
     plan: Cost,
-    /// `None` where it was left out.
-    build: Option<Cost>,
+    build: Cost,
     /// Seconds of processors for each second of plan and build.
     busy: f64,
     /// Its own arithmetic in plan and build.
@@ -66,8 +66,9 @@ impl Methods {
              product of {SIDE} x {SIDE} x {SIDE} ({:.0} GFLOP/s in f32, {:.0} in f64), \
              eigendecompositions at {:.2} s each, assignments of neurons at {:.3} s. *Bound* is a pass and \
              the own arithmetic, *ratio* is plan and build over it. The search of MoE-I² is not counted. \
-             Observing is done once for all methods that want the same statistics. Methods without a build \
-             were left out because of what they would take.\n\n",
+             Observing is done once for all methods that want the same \
+             statistics. Of the {} steps that the fit of MoBE has, it was given {}; each is as long as \
+             another.\n\n",
             today(),
             processor(),
             self.config.family,
@@ -80,6 +81,8 @@ impl Methods {
             self.rates.products[1] / 1e9,
             self.rates.decomposition,
             self.rates.assignment,
+            mixture::STEPS,
+            args.fit_steps,
         );
         let head = [
             "method",
@@ -96,19 +99,18 @@ impl Methods {
         let mut section = Section::new(head);
         for row in &self.rows {
             let bound = self.copy.seconds + self.rates.seconds(&row.work);
-            let made = row.build.map(|build| row.plan.seconds + build.seconds);
-            let or_none = |text: Option<String>| text.unwrap_or_else(|| "–".to_owned());
+            let made = row.plan.seconds + row.build.seconds;
             section.rows.push(vec![
                 row.method.to_string(),
                 format!("{:.1}", row.observe.seconds),
                 format!("{:.1}", row.plan.seconds),
-                or_none(row.build.map(|build| format!("{:.1}", build.seconds))),
+                format!("{:.1}", row.build.seconds),
                 format!("{:.2}", row.work.products.iter().sum::<f64>() / 1e12),
                 format!("{:.0}", row.work.decompositions),
                 format!("{:.0}", row.work.assignments),
                 format!("{bound:.1}"),
-                or_none(made.map(|made| format!("{:.2}", made / bound))),
-                or_none(made.map(|_| format!("{:.1}", row.busy))),
+                format!("{:.2}", made / bound),
+                format!("{:.1}", row.busy),
             ]);
         }
         lead + &markdown_table(&section)
@@ -185,6 +187,7 @@ fn row(
     let settings = Settings {
         method: Some(method.to_string()),
         ratio: Some(ratio),
+        fit_steps: Some(args.fit_steps),
         ..Settings::default()
     };
     let recipe = Recipe::resolve(settings, config)?;
@@ -216,14 +219,9 @@ fn row(
         observations: Some(&observations),
         seed: 0,
     };
-    let build = (method != MethodName::Mobe || args.methods.is_some())
-        .then(|| {
-            let (cost, ()) = timed(|| build_stage(&inputs, &built))?;
-            fs::remove_dir_all(&built)?;
-            Ok::<_, anyhow::Error>(cost)
-        })
-        .transpose()?;
-    let seconds = plan.seconds + build.map_or(0.0, |build| build.seconds);
+    let (build, ()) = timed(|| build_stage(&inputs, &built))?;
+    fs::remove_dir_all(&built)?;
+    let seconds = plan.seconds + build.seconds;
     Ok(Row {
         method,
         observe,

@@ -7,7 +7,7 @@ use candle_core::DType;
 use faer::{Mat, Side};
 use lightmoe_compress::methods::{AdapterInit, BaseInit, MethodName, moei2};
 use lightmoe_compress::plan::{Plan, SlotForm};
-use lightmoe_compress::{mixture, reception};
+use lightmoe_compress::reception;
 use lightmoe_models::ModelConfig;
 use rayon::prelude::*;
 use std::time::Instant;
@@ -31,6 +31,7 @@ impl Work {
             config.hidden_size as f64,
             config.moe.intermediate_size as f64,
         );
+        let fits = plan.settings.fit_steps.unwrap_or(0);
         let mut work = Self::default();
         for layer in &plan.layers {
             if let Some(shape) = layer.factored {
@@ -56,7 +57,7 @@ impl Work {
                     // Gate and up: the mixes, the products, and the gradients of both sides of each.
                     SlotForm::Mixed { bases, rank } => {
                         let step = 6.0 * rank as f64 * h * (f + bases as f64);
-                        work.products[0] += 2.0 * mixture::STEPS as f64 * step;
+                        work.products[0] += 2.0 * fits as f64 * step;
                     }
                     _ => {}
                 }

@@ -172,3 +172,44 @@ fn the_other_methods_run_to_the_end() {
         assert!(scores(&out, "recovered")["intent"].is_object());
     }
 }
+
+/// The planner, for bytes, on a mix of tasks and records, without a recovery.
+#[test]
+fn a_plan_by_bytes_needs_no_recovery() {
+    let folder = tempfile::tempdir().unwrap();
+    let records = folder.path().join("notes.jsonl");
+    let line = |i: usize| {
+        format!(
+            "{{\"prompt\": \"{i} + 1 =\", \"completion\": \"{}\"}}\n",
+            i + 1
+        )
+    };
+    fs::write(&records, (0..30).map(line).collect::<String>()).unwrap();
+    let mix = format!("math,code=2,{}=0.5", records.display());
+    let out = folder.path().join("out");
+    let call = || {
+        let mut call = tiny("compress");
+        call.args(["--method", "budget", "--bytes", "5MB", "--steps", "0"]);
+        call.args(["--calibrate", &mix, "--also", "math,code"]);
+        call.arg("--out").arg(&out);
+        call
+    };
+    call().ok();
+    let results = json(&out.join("results.json"));
+    let bytes = results["bytes"]["after"].as_u64().unwrap();
+    assert!((4_950_000..=5_000_000).contains(&bytes), "{bytes}");
+    let plan = json(&out.join("plan.json"));
+    assert_eq!(plan["damage"]["bytes"], bytes);
+    assert_eq!(results["parameters"]["trained"], 0);
+    assert!(results["stages"].get("recovered").is_none());
+    for task in ["intent", "math", "code"] {
+        assert!(scores(&out, "built")[task].is_object(), "{task}");
+    }
+    assert!(out.join("model/config.json").is_file() && !out.join("built").exists());
+    let page = fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(page.contains("<h2>Damage") && !page.contains("<h2>Recovery"));
+    // What was calibrated on is a part of the run.
+    fs::write(&records, (1..31).map(line).collect::<String>()).unwrap();
+    let message = call().arg("--resume").fails(1);
+    assert!(message.contains("data"), "{message}");
+}
