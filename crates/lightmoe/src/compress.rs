@@ -132,11 +132,15 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
         fingerprint,
     );
     results.save(&run.path("results.json"))?;
+    let curve = match recipe.steps {
+        0 => Vec::new(),
+        _ => Curve::read(&run.path("logs"))?,
+    };
     let page = report::render(
         &results,
         &plan,
         &coverage(&observations),
-        &Curve::read(&run.path("logs"))?,
+        &curve,
         &recipe.to_toml()?,
     )?;
     folder::write_file(&run.path("report.html"), page.as_bytes())?;

@@ -5,7 +5,6 @@ use crate::recipe::Recipe;
 use lightmoe_compress::methods::{Kind, MethodName, Target};
 use lightmoe_compress::size::{adapter_parameters, scale_parameters};
 use lightmoe_compress::{Estimate, estimate};
-use lightmoe_data::Encoded;
 use lightmoe_models::{BankLayout, Checkpoint, ModelConfig};
 use serde::Serialize;
 
