@@ -16,15 +16,15 @@
 //! defined by some tokens of the whole layer, which count as [`BORROWED_MASS`] tokens that chose them.
 //!
 //! A file a layer lies beside the observations, `damage-<l>.safetensors`, all f32: `output` `[H, H]`, the
-//! matrix `F`; `mass` `[E]`, the sums of weights; and for every expert `input.<e>` `[H, H]`,
-//! `hidden.<e>` `[F, F]`, `mean.<e>` `[F]` (sums of weighted hidden activations) and `slopes.<e>` `[4, F]`
-//! (sums of `j` and `j²` for gate, then for up).
+//! matrix `F`; and for every expert `mass.<e>` `[1]`, the sum of weights, `input.<e>` `[H, H]` and
+//! `hidden.<e>` `[F, F]`, of which the upper half is there, row by row, `mean.<e>` `[F]` (sums of weighted
+//! hidden activations) and `slopes.<e>` `[4, F]` (sums of `j` and `j²` for gate, then for up).
 
 use crate::Result;
 mod sums;
 
 use crate::beside;
-use crate::factor::{Gram, Metric, matrix, singular_values};
+use crate::factor::{DAMPING, Gram, Metric, matrix, singular_values};
 use candle_core::{Device, Tensor};
 use faer::Mat;
 use lightmoe_kernels::linear;
@@ -143,8 +143,8 @@ impl LayerDamage {
         Ok(Parts {
             mass,
             outer: self.output.between(d.transpose()),
-            input: read("input", &[h, h])?,
-            hidden: read("hidden", &[f, f])?,
+            input: unpacked(h, &read("input", &[triangle(h)])?),
+            hidden: unpacked(f, &read("hidden", &[triangle(f)])?),
             mean: mean(&read("mean", &[f])?),
             slopes: slopes.chunks_exact(f).map(<[f64]>::to_vec).collect(),
         })
@@ -156,8 +156,8 @@ struct Parts {
     mass: f64,
     /// `Dᵀ·F·D`: `[F, F]`
     outer: Mat<f64>,
-    input: Vec<f32>,
-    hidden: Vec<f32>,
+    input: Mat<f64>,
+    hidden: Mat<f64>,
     mean: Vec<f64>,
     /// Means of `j` and `j²`, of gate and of up.
     slopes: Vec<Vec<f64>>,
@@ -165,7 +165,7 @@ struct Parts {
 
 impl Parts {
     fn metrics(&self, output: &Gram) -> [Metric; 3] {
-        let (h, f) = (self.input.len().isqrt(), self.mean.len());
+        let f = self.mean.len();
         let moved = |slopes: &[Vec<f64>]| {
             let (mean, square) = (&slopes[0], &slopes[1]);
             let metric = Mat::from_fn(f, f, |i, j| {
@@ -177,7 +177,7 @@ impl Parts {
             });
             Metric {
                 out: Gram::damped(metric, HIDDEN_DAMPING),
-                input: Gram::new(h, &self.input),
+                input: Gram::damped(self.input.clone(), DAMPING),
             }
         };
         [
@@ -185,7 +185,7 @@ impl Parts {
             moved(&self.slopes[2..]),
             Metric {
                 out: output.clone(),
-                input: Gram::new(f, &self.hidden),
+                input: Gram::damped(self.hidden.clone(), DAMPING),
             },
         ]
     }
@@ -194,13 +194,23 @@ impl Parts {
     fn drop(&self) -> f64 {
         let f = self.mean.len();
         let of = |i: usize, j: usize| {
-            let covariance =
-                f64::from(self.hidden[i * f + j]) - self.mass * self.mean[i] * self.mean[j];
+            let covariance = self.hidden[(i, j)] - self.mass * self.mean[i] * self.mean[j];
             self.outer[(i, j)] * covariance
         };
         let rows = (0..f).map(|i| (0..f).map(|j| of(i, j)).sum::<f64>());
         rows.sum::<f64>().max(0.0)
     }
+}
+
+/// How many numbers the upper half of a symmetric matrix has, the diagonal included.
+fn triangle(n: usize) -> usize {
+    n * (n + 1) / 2
+}
+
+/// A symmetric matrix from its upper half, row by row.
+fn unpacked(n: usize, values: &[f32]) -> Mat<f64> {
+    let place = |i: usize, j: usize| i * (2 * n + 1 - i) / 2 + j - i;
+    Mat::from_fn(n, n, |i, j| f64::from(values[place(i.min(j), i.max(j))]))
 }
 
 /// `[n, n]` row-major as f64, made symmetric.

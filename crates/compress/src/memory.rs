@@ -63,6 +63,15 @@ pub fn moment_bytes(config: &ModelConfig) -> u64 {
     F32 * (config.moe.num_experts as u64 + 1) * (h * h + f * f)
 }
 
+/// Bytes of what errors of a layer's experts cost, halves of symmetric matrices, and of one more.
+pub fn damage_bytes(config: &ModelConfig) -> u64 {
+    let (h, f) = (
+        config.hidden_size as u64,
+        config.moe.intermediate_size as u64,
+    );
+    F32 * ((config.moe.num_experts as u64 + 1) * (h * (h + 1) + f * (f + 1)) / 2 + h * h)
+}
+
 /// Bytes that sampling the tokens of a layer takes.
 pub fn sample_bytes(config: &ModelConfig) -> u64 {
     F32 * (crate::samples::numbers(config) + crate::reception::numbers(config)) as u64

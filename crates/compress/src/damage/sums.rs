@@ -1,6 +1,6 @@
 //! The sums over tokens, while a layer is observed.
 
-use super::{BORROWED_MASS, Expert, LayerDamage, Spectra, file, widths};
+use super::{BORROWED_MASS, Expert, LayerDamage, Spectra, file, triangle, widths};
 use crate::Result;
 use crate::beside::{self, Block};
 use crate::observations::Damage;
@@ -17,9 +17,9 @@ const BORROWED: usize = 128;
 #[derive(Clone)]
 struct ExpertSums {
     mass: f64,
-    /// `[H, H]`
+    /// `[H, H]`, packed
     input: Tensor,
-    /// `[F, F]`
+    /// `[F, F]`, packed
     hidden: Tensor,
     /// `[F]`
     mean: Tensor,
@@ -35,7 +35,7 @@ impl ExpertSums {
         let roots = weights.sqrt()?;
         let gram = |t: &Tensor| {
             let t = t.broadcast_mul(&roots)?;
-            t.t()?.matmul(&t)
+            packed(&t.t()?.matmul(&t)?)
         };
         let sum = |t: &Tensor| t.broadcast_mul(&weights)?.sum(0);
         let (a, u) = (linear(x, gate)?, linear(x, up)?);
@@ -205,6 +205,8 @@ impl DamageSums {
             }
         };
         self.save(&output, folder, number, fingerprint)?;
+        // They are read expert by expert from here on.
+        drop(std::mem::take(&mut self.experts));
         let layer = LayerDamage::open(&self.config, folder, number, fingerprint)?;
         let experts = dense(bank)?;
         let found: Vec<(Spectra, f64)> = experts
@@ -237,8 +239,8 @@ impl DamageSums {
                 let values = sums.as_ref().map(|sums| pick(sums).clone());
                 tensors.push(block(format!("{what}.{expert}"), values, shape));
             };
-            push("input", |s| &s.input, &[h, h]);
-            push("hidden", |s| &s.hidden, &[f, f]);
+            push("input", |s| &s.input, &[triangle(h)]);
+            push("hidden", |s| &s.hidden, &[triangle(f)]);
             push("mean", |s| &s.mean, &[f]);
             push("slopes", |s| &s.slopes, &[4, f]);
             let mass = sums
@@ -248,6 +250,15 @@ impl DamageSums {
         }
         beside::save(file(folder, number), tensors, fingerprint)
     }
+}
+
+/// The upper half of a symmetric matrix `[n, n]`, row by row, `[n · (n + 1) / 2]`: these matrices are most
+/// of what is held of a layer.
+fn packed(m: &Tensor) -> candle_core::Result<Tensor> {
+    let n = m.dim(0)?;
+    let values = m.flatten_all()?.to_vec1::<f32>()?;
+    let rows = (0..n).flat_map(|i| values[i * n + i..(i + 1) * n].iter().copied());
+    Tensor::from_vec(rows.collect::<Vec<_>>(), triangle(n), m.device())
 }
 
 fn block(name: String, values: Option<Tensor>, shape: &[usize]) -> (String, Block) {

@@ -7,7 +7,7 @@
 mod back;
 mod sums;
 
-use crate::memory::{BACKWARD, batch_tokens, moment_bytes, sample_bytes};
+use crate::memory::{BACKWARD, batch_tokens, damage_bytes, moment_bytes, sample_bytes};
 use crate::observations::{LayerObservations, Observations, moments_folder};
 use crate::states::{Keep, States, StatesWriter, Values, Work};
 use crate::{Error, Result};
@@ -41,7 +41,8 @@ pub struct Statistics {
     /// A [sample](crate::samples) of tokens with what every expert gives for them, at most 16 MiB a
     /// layer, and some whole [sequences](crate::reception) for every third layer.
     pub samples: bool,
-    /// What errors of the experts [cost](crate::damage), as much memory and disk as `moments`.
+    /// What errors of the experts [cost](crate::damage), half as much memory and disk
+    /// as `moments`.
     pub damage: Option<Sensitivity>,
 }
 
@@ -182,10 +183,8 @@ pub fn observe(
     let begins = |&i: &usize| options.answers.get(i).copied().unwrap_or(1);
     let answers: Vec<usize> = numbers.iter().map(begins).collect();
     let beside = [
-        (
-            asked.moments || asked.damage.is_some(),
-            moment_bytes(config),
-        ),
+        (asked.moments, moment_bytes(config)),
+        (asked.damage.is_some(), damage_bytes(config)),
         (asked.samples, sample_bytes(config)),
     ];
     let beside = beside.iter().filter(|what| what.0).map(|what| what.1).sum();
