@@ -45,9 +45,13 @@ fn record(cell: Cell) -> Record {
         if cell.task == Some(Task::Translation) {
             metrics.insert("chrf".to_owned(), score(50.0 * metric, 1.0));
         }
-        *scores = BTreeMap::from([(task.clone(), metrics)]);
+        // A further task that was scored is not the row's.
+        let further = BTreeMap::from([("exact_match".to_owned(), score(0.123, 0.0))]);
+        *scores = BTreeMap::from([(task.clone(), metrics), ("a".to_owned(), further)]);
     }
+    results.task = task.clone();
     let mut validation = results.stages[&Stage::Recovered].clone();
+    validation.remove("a");
     for metrics in validation.values_mut() {
         let nll = (cell.lr.unwrap_or(0.004) - 0.004).abs();
         metrics.get_mut("answer_nll").unwrap().value = nll;
