@@ -266,6 +266,10 @@ fn what_cannot_be_planned_is_refused() {
     ] {
         assert!(message.contains(word), "`{message}` lacks `{word}`");
     }
+    let mut narrow = seen.clone();
+    narrow.layers[1].damage.as_mut().unwrap().up.truncate(8);
+    let message = ask(&narrow, Target::Ratio(0.4), budget);
+    assert!(message.contains("layer 1: the damages"), "{message}");
     let refused = plan(
         &config,
         &seen,

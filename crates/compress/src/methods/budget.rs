@@ -8,7 +8,7 @@ use lightmoe_models::config::ModelConfig;
 
 use super::svd::form;
 use super::{AdapterInit, MethodName, PlanModel, PlanOptions, Target, finish, order};
-use crate::observations::{Damage, Observations};
+use crate::observations::{Damage, LayerObservations, Observations};
 use crate::plan::{CurvePoint, LayerPlan, Plan, PlanDamage, PlanSettings, SlotForm};
 use crate::ranks::{Costs, Limit, Point, RankRule, curve, proportional, smoothed, spend, uniform};
 use crate::{Error, Result};
@@ -79,7 +79,7 @@ pub(super) fn plan(
                     proportional(&weights, costs, budget)?
                 }
             };
-            let damages = damages(observations)?;
+            let damages = damages(config, observations)?;
             let of = |(i, level): (usize, Option<usize>)| Choice {
                 form: form(level),
                 point: Point {
@@ -140,20 +140,30 @@ fn rest_bytes(model: &PlanModel<'_>, size: u64) -> u64 {
     whole.saturating_sub(counts.routed_experts * size)
 }
 
-fn damages(observations: &Observations) -> Result<Vec<&Damage>> {
-    let of = |layer: &crate::observations::LayerObservations| layer.damage.is_some();
-    if let Some(layer) = observations.layers.iter().find(|layer| !of(layer)) {
-        return Err(Error::Invalid(format!(
-            "`budget` plans by what errors of the experts cost, and layer {} was observed without; \
-             observe with `--damage fisher`",
-            layer.layer
-        )));
-    }
-    Ok(observations
-        .layers
-        .iter()
-        .filter_map(|layer| layer.damage.as_ref())
-        .collect())
+/// What was observed of every layer.
+fn damages<'a>(config: &ModelConfig, observations: &'a Observations) -> Result<Vec<&'a Damage>> {
+    let numbers = config.moe.num_experts * config.hidden_size.min(config.moe.intermediate_size);
+    let of = |layer: &'a LayerObservations| {
+        let found = layer.damage.as_ref().ok_or_else(|| {
+            Error::Invalid(format!(
+                "`budget` plans by what errors of the experts cost, and layer {} was observed \
+                 without; observe with `--damage fisher`",
+                layer.layer
+            ))
+        })?;
+        let all = [&found.gate, &found.up, &found.down];
+        if all.iter().any(|values| values.len() != numbers) {
+            return Err(Error::Invalid(format!(
+                "layer {}: the damages are not of {} experts with {} components each; observe this \
+                 model",
+                layer.layer,
+                config.moe.num_experts,
+                numbers / config.moe.num_experts.max(1)
+            )));
+        }
+        Ok(found)
+    };
+    observations.layers.iter().map(of).collect()
 }
 
 /// What each expert may become, from the smallest form on.
@@ -162,7 +172,7 @@ fn menus(config: &ModelConfig, observations: &Observations) -> Result<Vec<Vec<Ch
     let smaller = config.hidden_size.min(config.moe.intermediate_size);
     let step = (smaller / 64).clamp(1, WIDEST_STEP);
     let mut menus = Vec::new();
-    for damage in damages(observations)? {
+    for damage in damages(config, observations)? {
         for (expert, &drop) in damage.drop.iter().enumerate() {
             let losses = damage.of_ranks(expert);
             let constant = Choice {
