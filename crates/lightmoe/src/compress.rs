@@ -1,6 +1,7 @@
 //! `lightmoe compress`: all stages in a row, in one run folder.
 
 use crate::calibration::Calibration;
+use crate::keep::{Keep, keep_better};
 use crate::pipeline::{
     RecoverInputs, build_stage, evaluate_stage, observe_stage, plan_stage, recover_stage,
 };
@@ -105,6 +106,10 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
     let built = Checkpoint::open(&run.path(folder))?;
     evaluate(&mut run, Stage::Built, &built)?;
     if recipe.steps > 0 {
+        let target = match recipe.keep {
+            Keep::Recovered => "model",
+            Keep::Better => "recovered",
+        };
         run.stage("recover", |run| {
             let inputs = RecoverInputs {
                 original: &original,
@@ -118,8 +123,15 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
                 state: run.path("recovery"),
                 logs: run.path("logs"),
             };
-            recover_stage(inputs, recipe, &folders, &run.path("model"))
+            recover_stage(inputs, recipe, &folders, &run.path(target))
         })?;
+        if recipe.keep == Keep::Better {
+            run.stage("keep", |run| {
+                let paths = [folder, target, "model"].map(|name| run.path(name));
+                let [built, recovered, model] = &paths;
+                keep_better(built, recovered, model, &data, recipe.max_length)
+            })?;
+        }
         let recovered = Checkpoint::open(&run.path("model"))?;
         evaluate(&mut run, Stage::Recovered, &recovered)?;
     }

@@ -12,6 +12,7 @@ pub mod compeft;
 pub mod compress;
 pub mod hub;
 pub mod inspect;
+pub mod keep;
 pub mod machine;
 pub mod pipeline;
 pub mod preflight;

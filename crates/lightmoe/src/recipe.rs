@@ -2,6 +2,7 @@
 //! on the command line; the command line wins, then the file, then the defaults.
 
 use crate::calibration::Mix;
+use crate::keep::Keep;
 use crate::settings::Settings;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use lightmoe_compress::methods::{BaseInit, MethodName, PlanOptions, Target};
@@ -61,6 +62,8 @@ pub struct Recipe {
     pub also: Option<String>,
     pub calibration_tokens: usize,
     pub steps: usize,
+    #[serde(default = "recovered")]
+    pub keep: Keep,
     pub batch_size: usize,
     pub lr: f64,
     pub warmup: f64,
@@ -79,6 +82,10 @@ pub struct Recipe {
     pub seed: u64,
     pub device: String,
     pub dtype: String,
+}
+
+fn recovered() -> Keep {
+    Keep::Recovered
 }
 
 fn fisher() -> Sensitivity {
@@ -166,6 +173,15 @@ impl Recipe {
             also: s.also,
             calibration_tokens: s.calibration_tokens.unwrap_or(1 << 17),
             steps: s.steps.unwrap_or(500),
+            keep: named(
+                "keep",
+                s.keep,
+                match method {
+                    MethodName::Budget => Keep::Better,
+                    _ => Keep::Recovered,
+                },
+                "recovered, better",
+            )?,
             batch_size: s.batch_size.unwrap_or(16),
             lr: s
                 .lr

@@ -74,6 +74,9 @@ pub struct Settings {
     /// Training steps of the recovery; 0 for none [default: 500]
     #[arg(long)]
     pub steps: Option<usize>,
+    /// What a run ends with: recovered, or better (the built model where the recovered one is worse on the validation examples) [default: recovered, for budget better]
+    #[arg(long)]
+    pub keep: Option<String>,
     /// Sequences of a batch [default: 16]
     #[arg(long)]
     pub batch_size: Option<usize>,
@@ -206,6 +209,7 @@ impl Settings {
             also,
             calibration_tokens,
             steps,
+            keep,
             batch_size,
             lr,
             warmup,

@@ -9,13 +9,14 @@ use serde::Serialize;
 use crate::results::{Results, Stage, digits};
 
 /// The steps of a run in their order; a step of another name comes after them.
-const STEPS: [&str; 7] = [
+const STEPS: [&str; 8] = [
     "observe",
     "plan",
     "build",
     "evaluate_original",
     "evaluate_built",
     "recover",
+    "keep",
     "evaluate_recovered",
 ];
 

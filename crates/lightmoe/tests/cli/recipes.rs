@@ -213,3 +213,26 @@ fn a_plan_by_bytes_needs_no_recovery() {
     let message = call().arg("--resume").fails(1);
     assert!(message.contains("data"), "{message}");
 }
+
+/// What training made worse is not kept, and what it made better is.
+#[test]
+fn the_better_model_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    for (lr, kept) in [("1e-3", "recovered"), ("0.9", "built")] {
+        let out = folder.path().join(kept);
+        let mut call = tiny("compress");
+        call.args([
+            "--method", "budget", "--ratio", "0.4", "--steps", "6", "--lr", lr,
+        ]);
+        call.arg("--out").arg(&out).ok();
+        let weights = |name: &str| fs::read(out.join(name).join("model.safetensors")).unwrap();
+        assert_eq!(
+            weights("model") == weights("built"),
+            kept == "built",
+            "{lr}"
+        );
+        assert!(!out.join("recovered").exists());
+        let same = scores(&out, "recovered") == scores(&out, "built");
+        assert_eq!(same, kept == "built", "{lr}");
+    }
+}
