@@ -3,7 +3,8 @@
 //! To second order, errors `δ_t` of what a layer gives for the tokens `t` raise the model's loss by
 //! `½ Σ δ_tᵀ·F_t·δ_t`, where `F_t` is the Fisher matrix of the layer's output. We take it as a
 //! number a token times a matrix a layer, `w_t·F`, as K-FAC does (arXiv 1503.05671): both come from the
-//! gradients `G_t` of the loss on labels drawn from the model, `w_t = ½‖G_t‖²/N` for `N` predicted tokens
+//! gradients `G_t` of the loss on labels drawn from the model (at a temperature of 2, which counts what the
+//! model is sure of for more than the Fisher matrix does), `w_t = ½‖G_t‖²/N` for `N` predicted tokens
 //! and `F = Σ G·Gᵀ / Σ‖G‖²`. An expert whose gate for the token is `g` counts with `w_t·g²`; its errors
 //! are then measured
 //!

@@ -32,7 +32,7 @@ pub struct Estimate {
 
 /// Forecasts the outcome of saving the share `ratio` of all parameters by `method` with `options`; 0
 /// groups means adapters without bases. What trains is, for methods that neither replace nor keep, as
-/// much as adapters of the rank on all experts, but for rounding; `mcsmoe` trains all that is left.
+/// much as adapters of the rank on all experts, but for rounding; `mcsmoe` and `budget` train all that is left, unless a rank is given.
 ///
 /// # Errors
 /// [`Error::Invalid`] if the options cannot work for the model, or saying what can be reached if the
@@ -54,6 +54,14 @@ pub fn estimate(
     let adapters = (config.moe.num_experts * config.num_moe_layers()) as u64;
     let trained = match method {
         MethodName::Mcsmoe => mcsmoe::Shape::of(config, ratio)?.trained(config),
+        MethodName::Budget if options.trained_rank.unwrap_or(0) == 0 => {
+            let counts = config.parameters();
+            let saved = (ratio * counts.total() as f64).round() as u64;
+            counts.routed_experts.saturating_sub(saved)
+        }
+        MethodName::Budget | MethodName::Svd | MethodName::D2moe | MethodName::Moei2 => {
+            adapters * adapter_parameters(config, options.trained_rank.unwrap_or(options.rank))
+        }
         _ => adapters * adapter_parameters(config, options.rank),
     };
     let whole = PlanOptions {

@@ -12,6 +12,8 @@ const F32: u64 = 4;
 /// How often what a layer computes of a token is held while it is differentiated: the values, their
 /// gradients, and what the sums over an expert's tokens take.
 pub(crate) const BACKWARD: u64 = 3;
+/// Logits that are computed at a time on the way back.
+pub(crate) const LOGITS: usize = 1 << 24;
 
 /// The size of a batch, in tokens, that runs through any layer of the model within `max_memory`
 /// bytes: weights are f32, and so is what a layer computes of each token, of which there are `copies`;
@@ -27,7 +29,12 @@ pub fn batch_tokens(
     beside: u64,
     copies: u64,
 ) -> Result<usize> {
-    let weights = layer_bytes(config).max(embedding_bytes(config)) + PROGRAM + beside;
+    // On the way back, embedding and head are there together, and some logits with their gradients.
+    let ends = match copies {
+        1 => embedding_bytes(config),
+        _ => 2 * embedding_bytes(config) + 4 * F32 * LOGITS as u64,
+    };
+    let weights = (layer_bytes(config) + beside).max(ends) + PROGRAM;
     let of_token = copies * token_bytes(config);
     let needed = weights + longest as u64 * of_token;
     if needed > max_memory {
@@ -63,13 +70,16 @@ pub fn moment_bytes(config: &ModelConfig) -> u64 {
     F32 * (config.moe.num_experts as u64 + 1) * (h * h + f * f)
 }
 
-/// Bytes of what errors of a layer's experts cost, halves of symmetric matrices, and of one more.
+/// Bytes of what errors of a layer's experts cost, halves of symmetric matrices, and for each thread what
+/// is added to them.
 pub fn damage_bytes(config: &ModelConfig) -> u64 {
     let (h, f) = (
         config.hidden_size as u64,
         config.moe.intermediate_size as u64,
     );
-    F32 * ((config.moe.num_experts as u64 + 1) * (h * (h + 1) + f * (f + 1)) / 2 + h * h)
+    let halves = config.moe.num_experts as u64 * (h * (h + 1) + f * (f + 1)) / 2;
+    let threads = rayon::current_num_threads() as u64;
+    F32 * (halves + h * h + threads * 3 * h.max(f).pow(2))
 }
 
 /// Bytes that sampling the tokens of a layer takes.

@@ -84,6 +84,14 @@ fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
     }
 }
 
+/// Removes a file, if it is there.
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(io(path)(e)),
+        _ => Ok(()),
+    }
+}
+
 impl States {
     pub(crate) fn new(folder: &Path, hidden_size: usize, batches: &[Batch<'_>]) -> Self {
         let mut starts = vec![0];
@@ -149,7 +157,8 @@ impl States {
         let Some(layer) = self.last().filter(|_| same) else {
             return Ok(None);
         };
-        if !self.is_whole(Values::Hidden, layer) {
+        // On the way back they are removed layer by layer.
+        if !self.is_whole(Values::Hidden, layer) && self.returned()?.is_none() {
             return Ok(None);
         }
         let seen = Observations::load(&self.seen(OBSERVATIONS, layer))?;
@@ -225,14 +234,15 @@ impl States {
             Values::Gradient => (RETURNED, layer + 1),
         };
         seen.save(&self.seen(prefix, layer))?;
-        let values = (keep == Keep::Last).then(|| self.values(what, before));
-        for old in values.into_iter().chain([self.seen(prefix, before)]) {
-            match fs::remove_file(&old) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(&old)(e)),
-                _ => {}
-            }
+        if keep == Keep::Last {
+            self.forget(what, before)?;
         }
-        Ok(())
+        remove(&self.seen(prefix, before))
+    }
+
+    /// Removes the file of `layer`.
+    pub(crate) fn forget(&self, what: Values, layer: usize) -> Result<()> {
+        remove(&self.values(what, layer))
     }
 
     /// Removes the folder.

@@ -6,11 +6,11 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use common::{observations, observed, options, random_checkpoint, small};
 use lightmoe_compress::factor::{Gram, Metric, fitted, singular_values};
-use lightmoe_compress::methods::{MethodName, PlanOptions, Target, plan};
+use lightmoe_compress::methods::{MethodName, PlanOptions, Target, Weights, plan};
 use lightmoe_compress::observations::{Damage, Observations};
 use lightmoe_compress::plan::Plan;
 use lightmoe_compress::ranks::{Limit, Point, RankRule, spend};
-use lightmoe_compress::{BuildInputs, Sensitivity, Statistics, build};
+use lightmoe_compress::{BuildInputs, ObserveOptions, Sensitivity, Statistics, build, observe};
 use lightmoe_models::{Checkpoint, Decoder, LanguageModel, ModelConfig, Tokens};
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
@@ -83,6 +83,14 @@ fn log_probabilities(model: &Decoder, samples: &[Vec<u32>]) -> Vec<Vec<f64>> {
         }
     }
     rows
+}
+
+/// The mean divergence of `now` from `original` over the tokens, in nats.
+fn divergence(original: &[Vec<f64>], now: &[Vec<f64>]) -> f64 {
+    let of = |(p, q): (&Vec<f64>, &Vec<f64>)| -> f64 {
+        p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
+    };
+    original.iter().zip(now).map(of).sum::<f64>() / original.len() as f64
 }
 
 fn samples(seed: u64) -> Vec<Vec<u32>> {
@@ -312,6 +320,23 @@ fn bytes_are_those_of_the_file() {
     }
 }
 
+/// A configuration may be silent about the element type, or wrong; the weights are not.
+#[test]
+fn bytes_go_by_the_weights_where_they_are_at_hand() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = random_checkpoint(&small(2, 8), DType::F32, 3, &folder);
+    let seen = observed(&checkpoint, &samples(1), with(Sensitivity::Fisher), &folder);
+    let bytes = checkpoint.bytes() * 2 / 3;
+    let weights = Weights {
+        checkpoint: &checkpoint,
+        progress: &|_, _| true,
+    };
+    let plan = plan(weights, &seen, Target::Bytes(bytes), METHOD, &options(1, 0)).unwrap();
+    let built = built(&checkpoint, &plan, &seen, &folder);
+    assert_eq!(plan.damage.as_ref().unwrap().bytes, built.bytes());
+    assert!(built.bytes() <= bytes && built.bytes() > bytes * 9 / 10);
+}
+
 /// The expected damage of small errors is what the model loses by them: the divergence of its
 /// predictions, in nats a token.
 #[test]
@@ -325,11 +350,7 @@ fn the_expected_damage_is_that_of_the_model() {
         let plan = budgeted(config, &seen, Target::Ratio(share));
         let built = built(&checkpoint, &plan, &seen, &folder);
         let now = log_probabilities(&Decoder::load(&built).unwrap(), &samples);
-        let divergence = |(p, q): (&Vec<f64>, &Vec<f64>)| -> f64 {
-            p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
-        };
-        let rows = original.iter().zip(&now);
-        let measured = rows.map(divergence).sum::<f64>() / original.len() as f64;
+        let measured = divergence(&original, &now);
         let expected = plan.damage.as_ref().unwrap().predicted;
         let ratio = measured / expected;
         assert!(
@@ -339,28 +360,103 @@ fn the_expected_damage_is_that_of_the_model() {
     }
 }
 
-/// Where the same errors are given different forms, fitting by what they cost keeps the predictions best.
+/// Of the same size, ranks by damage keep the predictions better than the same rank everywhere, also where
+/// the damage is reckoned without gradients.
 #[test]
-fn fitted_ranks_keep_more_than_uniform_ones() {
+fn ranks_by_damage_keep_the_predictions_best() {
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = random_checkpoint(&small(3, 8), DType::F32, 7, &folder);
-    let config = checkpoint.config();
-    let seen = observed(
-        &checkpoint,
-        &samples(3),
-        with(Sensitivity::Relative),
-        &folder,
-    );
-    let predicted = |ranks| {
-        let options = PlanOptions {
-            ranks,
-            ..options(1, 0)
+    let (config, samples) = (checkpoint.config(), samples(3));
+    let original = log_probabilities(&Decoder::load(&checkpoint).unwrap(), &samples);
+    for how in [Sensitivity::Fisher, Sensitivity::Relative] {
+        let seen = observed(&checkpoint, &samples, with(how), &folder);
+        let lost = |ranks| {
+            let options = PlanOptions {
+                ranks,
+                ..options(1, 0)
+            };
+            let plan = plan(config, &seen, Target::Ratio(0.3), METHOD, &options).unwrap();
+            let built = built(&checkpoint, &plan, &seen, &folder);
+            let now = log_probabilities(&Decoder::load(&built).unwrap(), &samples);
+            divergence(&original, &now)
         };
-        let plan = plan(config, &seen, Target::Ratio(0.3), METHOD, &options).unwrap();
-        built(&checkpoint, &plan, &seen, &folder);
-        plan.damage.unwrap().predicted
+        let [budget, uniform, importance] =
+            [RankRule::Budget, RankRule::Uniform, RankRule::Importance].map(lost);
+        assert!(budget < uniform, "{how:?}: {budget}, {uniform}");
+        assert!(importance.is_finite());
+    }
+}
+
+/// What a sample is to predict is what counts, and it goes with its sample, whatever their order.
+#[test]
+fn answers_go_with_their_samples() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = random_checkpoint(&small(2, 8), DType::F32, 3, &folder);
+    // Of different lengths, by which they are sorted.
+    let mut samples: Vec<Vec<u32>> = samples(4).into_iter().take(16).collect();
+    for (i, sample) in samples.iter_mut().enumerate() {
+        sample.truncate(6 + i * 7 % 16);
+    }
+    let drop = |samples: &[Vec<u32>], answers: &[usize]| -> Vec<f64> {
+        let options = ObserveOptions {
+            fingerprint: "answers",
+            state: &folder.path().join("state"),
+            statistics: with(Sensitivity::Fisher),
+            answers,
+            successor: None,
+            max_memory: 1 << 32,
+        };
+        let seen = observe(&checkpoint, samples, &options, &mut |_, _| true).unwrap();
+        let seen = seen.save(&folder.path().join("seen.safetensors")).unwrap();
+        seen.layers[1].damage.as_ref().unwrap().drop.clone()
     };
-    assert!(predicted(RankRule::Budget) < predicted(RankRule::Uniform));
+    let all = drop(&samples, &[]);
+    assert_eq!(all, drop(&samples, &vec![1; samples.len()]));
+    let mut late: Vec<usize> = samples.iter().map(|s| s.len() - 1 - s.len() % 3).collect();
+    let ours = drop(&samples, &late);
+    let apart: f64 = all.iter().zip(&ours).map(|(a, b)| (a - b).abs()).sum();
+    assert!(apart > 0.1 * all.iter().sum::<f64>());
+    samples.reverse();
+    assert_ne!(ours, drop(&samples, &late));
+    late.reverse();
+    assert_eq!(ours, drop(&samples, &late));
+    // A sample without an answer says nothing, and one is needed.
+    let none = vec![usize::MAX; samples.len()];
+    let options = ObserveOptions {
+        fingerprint: "none",
+        state: &folder.path().join("none"),
+        statistics: with(Sensitivity::Fisher),
+        answers: &none,
+        successor: None,
+        max_memory: 1 << 32,
+    };
+    let refused = observe(&checkpoint, &samples, &options, &mut |_, _| true);
+    assert!(
+        refused
+            .unwrap_err()
+            .to_string()
+            .contains("no token to predict")
+    );
+}
+
+#[test]
+fn as_many_components_train_as_was_asked() {
+    let config = small(2, 8);
+    let seen = damaged(&config, 5);
+    let trained = |trained_rank| {
+        let options = PlanOptions {
+            trained_rank,
+            ..options(2, 0)
+        };
+        let plan = plan(&config, &seen, Target::Ratio(0.4), METHOD, &options);
+        plan.map(|plan| plan.parameters.trained)
+    };
+    let all = trained(None).unwrap();
+    assert_eq!(all, trained(Some(0)).unwrap());
+    let [one, two] = [1, 2].map(|rank| trained(Some(rank)).unwrap());
+    assert!(one < two && two < all, "{one}, {two}, {all}");
+    let message = trained(Some(17)).unwrap_err().to_string();
+    assert!(message.contains("`trained_rank` is 17"), "{message}");
 }
 
 /// A few tokens leave some experts without any: these are given what the layer saw, and become small

@@ -261,6 +261,10 @@ fn layers_that_were_merged_one_after_the_other_are_built_so() {
     assert_eq!(seen.layers[0], apart.layers[0]);
     assert_ne!(seen.layers[1], apart.layers[1]);
     let config = model.checkpoint.config();
+    // Bytes mean the ratio that leaves them.
+    let left = 2.0 * (1.0 - ratio) * config.parameters().total() as f64;
+    let by_bytes = Target::Bytes(left.round() as u64);
+    assert!(successor(method, config, by_bytes).is_some());
     let plan = plan(config, &seen, Target::Ratio(ratio), method, &options(1, 0)).unwrap();
     let merged = |slot: &&lightmoe_compress::plan::SlotPlan| {
         matches!(slot.form, SlotForm::Removed { into: Some(_) })

@@ -105,7 +105,16 @@ impl Calibration {
         for (source, weight) in &mix.0 {
             let examples = source.examples(recipe, tokenizer)?;
             let encoded = TaskData::encode(&examples, tokenizer, recipe.max_length)?;
-            let more = Self::first(&encoded, (budget as f64 * weight / whole) as usize);
+            let share = (budget as f64 * weight / whole) as usize;
+            let more = Self::first(&encoded, share);
+            if more.tokens() < share {
+                tracing::warn!(
+                    ?source,
+                    share,
+                    found = more.tokens(),
+                    "fewer tokens than its share"
+                );
+            }
             found.samples.extend(more.samples);
             found.answers.extend(more.answers);
         }

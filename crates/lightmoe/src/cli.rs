@@ -204,7 +204,7 @@ pub struct ObserveArgs {
     /// Record a sample of tokens with what every expert gives for them, as `moei2` needs it; in the folder `.moments` beside the observations
     #[arg(long)]
     pub samples: bool,
-    /// Record what errors of the experts cost the model, as `budget` needs it: fisher (by gradients) or relative (by the size of what they are added to); in the folder `.moments` beside the observations
+    /// Record what errors of the experts cost the model, as `budget` needs it: fisher (by gradients) or relative (by the size of what goes into their layer); in the folder `.moments` beside the observations
     #[arg(long, value_parser = sensitivity, value_name = "HOW")]
     pub damage: Option<Sensitivity>,
     /// The observations to write

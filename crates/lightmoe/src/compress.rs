@@ -1,7 +1,7 @@
 //! `lightmoe compress`: all stages in a row, in one run folder.
 
 use crate::calibration::Calibration;
-use crate::keep::{Keep, keep_better};
+use crate::keep::{Keep, Kept, keep_better};
 use crate::pipeline::{
     RecoverInputs, build_stage, evaluate_stage, observe_stage, plan_stage, recover_stage,
 };
@@ -19,6 +19,8 @@ use lightmoe_models::{Checkpoint, ModelTokenizer, folder};
 use lightmoe_train::{Curve, Folders};
 use std::path::{Path, PathBuf};
 
+/// Where it stands which model was kept.
+const KEPT: &str = "logs/keep.json";
 /// Steps between training checkpoints.
 pub const CHECKPOINT_EVERY: usize = 50;
 
@@ -53,8 +55,7 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
                 Some(&samples),
             )?;
             for task in recipe.also()? {
-                let (train, seed) = (0, recipe.seed);
-                let other = TaskData::built_in(task, train, recipe.eval_examples, seed);
+                let other = TaskData::built_in(task, 0, recipe.eval_examples, recipe.seed);
                 let name = format!("{}, {task}", stage.name());
                 scores.extend(evaluate_stage(
                     &name,
@@ -127,15 +128,19 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
         })?;
         if recipe.keep == Keep::Better {
             run.stage("keep", |run| {
-                let paths = [folder, target, "model"].map(|name| run.path(name));
-                let [built, recovered, model] = &paths;
-                keep_better(built, recovered, model, &data, recipe.max_length)
+                let paths = [folder, target, "model", KEPT].map(|name| run.path(name));
+                keep_better(
+                    paths.each_ref().map(PathBuf::as_path),
+                    &data,
+                    recipe.max_length,
+                )
             })?;
         }
         let recovered = Checkpoint::open(&run.path("model"))?;
         evaluate(&mut run, Stage::Recovered, &recovered)?;
     }
-    let results = results(
+    let kept = Kept::load(&run.path(KEPT))?;
+    let mut results = results(
         recipe,
         &run,
         &plan,
@@ -143,6 +148,7 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
         (&original, &Checkpoint::open(&run.path("model"))?),
         fingerprint,
     );
+    results.kept = kept;
     results.save(&run.path("results.json"))?;
     let curve = match recipe.steps {
         0 => Vec::new(),
@@ -160,7 +166,7 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
     Ok(results)
 }
 
-/// The folder of a run that names none: `runs/<task>-<method>-<ratio>`, with a number behind it when
+/// The folder of a run that names none: `runs/<task>-<method>-<amount>`, with a number behind it when
 /// that one is taken. To resume is to take the last such folder.
 pub fn default_out(recipe: &Recipe, resume: bool) -> PathBuf {
     let task = match (&recipe.task, &recipe.train) {
@@ -248,6 +254,7 @@ fn results(
             .iter()
             .map(|(n, d)| (n.clone(), d.peak_rss_bytes))
             .collect(),
+        kept: None,
         fingerprint,
     }
 }

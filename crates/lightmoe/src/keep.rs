@@ -1,10 +1,11 @@
 //! Which model a run ends with: the recovered one, or the better of that and the built one.
 
-use crate::pipeline::evaluate_stage;
+use crate::pipeline::answer_nll;
+use crate::results::Stage;
 use crate::source::TaskData;
 use anyhow::{Context, Result};
 use lightmoe_models::Checkpoint;
-use lightmoe_models::folder::PartialFolder;
+use lightmoe_models::folder::{PartialFolder, write_file};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::Path;
@@ -20,14 +21,40 @@ pub enum Keep {
     Better,
 }
 
-/// Puts the better of the models `built` and `recovered` in the place `model`.
+/// Which model was kept, and why.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Kept {
+    /// The state of the model that the run ended with.
+    pub model: Stage,
+    /// Mean answer NLL on the validation examples: of the built model.
+    pub built_nll: f64,
+    /// Of the recovered one.
+    pub recovered_nll: f64,
+}
+
+impl Kept {
+    /// Reads what [`keep_better`] wrote; `None` where nothing was to be chosen.
+    ///
+    /// # Errors
+    /// If the file is damaged.
+    pub fn load(record: &Path) -> Result<Option<Self>> {
+        if !record.exists() {
+            return Ok(None);
+        }
+        let text = fs::read(record)?;
+        let kept = serde_json::from_slice(&text);
+        kept.map(Some)
+            .with_context(|| format!("`{}` is damaged; run again", record.display()))
+    }
+}
+
+/// Puts the better of the models `built` and `recovered` in the place `model`, and writes the choice to
+/// `record`.
 ///
 /// # Errors
 /// If one cannot be scored or moved, or the work was stopped.
 pub fn keep_better(
-    built: &Path,
-    recovered: &Path,
-    model: &Path,
+    [built, recovered, model, record]: [&Path; 4],
     data: &TaskData,
     max_length: usize,
 ) -> Result<()> {
@@ -41,25 +68,27 @@ pub fn keep_better(
     if model.exists() {
         return forget(recovered);
     }
-    let nll = |path: &Path| -> Result<f64> {
-        let checkpoint = Checkpoint::open(path)?;
-        let examples = &data.validation;
-        let scores = evaluate_stage("validation", &checkpoint, data, examples, max_length, None)?;
-        let score = scores.get(&data.name).and_then(|s| s.get("answer_nll"));
-        Ok(score.context("the validation gave no answer NLL")?.value)
-    };
+    let nll =
+        |path: &Path| answer_nll(&Checkpoint::open(path)?, data, &data.validation, max_length);
     let (before, after) = (nll(built)?, nll(recovered)?);
-    tracing::info!(
-        built = before,
-        recovered = after,
-        "answer NLL on validation"
-    );
-    if after < before {
+    let kept = Kept {
+        model: if after < before {
+            Stage::Recovered
+        } else {
+            Stage::Built
+        },
+        built_nll: before,
+        recovered_nll: after,
+    };
+    write_file(record, &serde_json::to_vec_pretty(&kept)?)?;
+    if kept.model == Stage::Recovered {
         return fs::rename(recovered, model)
             .with_context(|| format!("cannot move the model to `{}`", model.display()));
     }
     let mut folder = PartialFolder::new(model)?;
-    for entry in fs::read_dir(built)? {
+    let entries = fs::read_dir(built)
+        .with_context(|| format!("cannot read the model `{}`", built.display()))?;
+    for entry in entries {
         let path = entry?.path();
         let target = folder.path().join(path.file_name().unwrap_or_default());
         fs::copy(&path, &target).with_context(|| format!("cannot copy `{}`", path.display()))?;

@@ -280,15 +280,23 @@ impl Recipe {
             self.fit_steps != Some(0),
             "`fit_steps` is 0; give at least 1"
         );
+        let by_damage = self.method == MethodName::Budget
+            && self.ranks == RankRule::Budget
+            && self.sensitivity == Sensitivity::Fisher;
         ensure!(
-            self.max_damage.is_none() || self.method == MethodName::Budget,
-            "`max_damage` is for the method `budget`, which alone knows it; give `ratio` or `bytes`"
+            self.max_damage.is_none() || by_damage,
+            "`max_damage` is for the method `budget` with the `ranks` budget and the `sensitivity` \
+             fisher, which alone know it; give `ratio` or `bytes`"
+        );
+        ensure!(
+            self.threshold.is_none() || self.method != MethodName::Budget,
+            "`budget` has no threshold; give `ratio`, `bytes` or `max_damage`"
         );
         ensure!(
             self.method != MethodName::Lora || self.rank > 0 || self.train_router,
             "`rank` is 0, so `lora` has nothing to train; give at least 1"
         );
-        let fades = self.annealing().beta(0, self.steps) > 0.0;
+        let fades = self.steps == 0 || self.annealing().beta(0, self.steps) > 0.0;
         ensure!(
             self.method != MethodName::Replace || self.groups > 0 || fades,
             "`replace` without a base cannot begin at β = 0: adapters that start at zero, with \
@@ -375,13 +383,15 @@ impl Recipe {
     /// If one is unknown.
     pub fn also(&self) -> Result<Vec<Task>> {
         let names = self.also.iter().flat_map(|names| names.split(','));
-        let tasks = names.map(|name| name.trim().parse());
-        let tasks: Vec<Task> = tasks.collect::<Result<_, _>>()?;
-        // Its own is scored anyway.
-        Ok(tasks
-            .into_iter()
-            .filter(|&t| Some(t) != self.task)
-            .collect())
+        let mut tasks = Vec::new();
+        for name in names {
+            let task: Task = name.trim().parse().context("in `also`")?;
+            // Its own is scored anyway.
+            if Some(task) != self.task && !tasks.contains(&task) {
+                tasks.push(task);
+            }
+        }
+        Ok(tasks)
     }
 
     /// How much is to be saved, as a folder may be named by it.

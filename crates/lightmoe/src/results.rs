@@ -44,6 +44,9 @@ pub struct Results {
     pub peak_rss_bytes: u64,
     /// Greatest resident memory while each step ran.
     pub peak_rss_by_stage: BTreeMap<String, u64>,
+    /// Which model was kept, where the better one was to be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<Kept>,
     /// Hash of all that the numbers depend on.
     pub fingerprint: String,
 }

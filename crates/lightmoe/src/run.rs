@@ -19,7 +19,7 @@ use std::time::Instant;
 pub struct Inputs {
     /// The model's content.
     pub model: String,
-    /// The training records' content.
+    /// The content of the records to train and calibrate on.
     pub data: String,
     /// The program's version.
     pub lightmoe: String,
@@ -33,7 +33,7 @@ impl Inputs {
     pub fn same_as(&self, earlier: &Self) -> Result<()> {
         let parts = [
             ("model", &earlier.model, &self.model),
-            ("training data", &earlier.data, &self.data),
+            ("training or calibration data", &earlier.data, &self.data),
             ("version of lightmoe", &earlier.lightmoe, &self.lightmoe),
         ];
         for (what, then, now) in parts {

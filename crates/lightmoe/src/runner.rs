@@ -252,7 +252,7 @@ impl Runner {
             // What is observed beside the rest, and of which model.
             (
                 r.statistics(),
-                r.method.is_sequential().then_some((r.method, r.ratio)),
+                r.method.is_sequential().then_some((r.method, r.amount())),
             ),
         ))?;
         let path = self.work.join("shared").join(name);

@@ -41,7 +41,7 @@ pub struct Settings {
     /// How the bases start: gate-weighted, random, or aligned (neurons in the order of the dominant's) [default: gate-weighted]
     #[arg(long)]
     pub base: Option<String>,
-    /// How `budget` learns what errors cost: fisher (by gradients, a second pass over the weights) or relative (by the size of what they are added to) [default: fisher]
+    /// How `budget` learns what errors cost: fisher (by gradients, a second pass over the weights) or relative (by the size of what goes into their layer) [default: fisher]
     #[arg(long)]
     pub sensitivity: Option<String>,
     /// How `svd` and `budget` share what there is: uniform, importance or budget (where it saves most loss) [default: budget]

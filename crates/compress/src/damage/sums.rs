@@ -10,7 +10,7 @@ use lightmoe_models::{Bank, ModelConfig, Routing};
 use rayon::prelude::*;
 use std::path::Path;
 
-/// Tokens of the layer that every expert is given beside those that chose it.
+/// At most so many tokens of the layer every expert is given beside those that chose it.
 const BORROWED: usize = 128;
 
 /// The weighted sums of one expert.
@@ -130,11 +130,14 @@ impl DamageSums {
             });
             self.gradient += f64::from(g.sqr()?.sum_all()?.to_scalar::<f32>()?);
         }
-        for &token in some.tokens {
-            if self.seen.is_multiple_of(self.stride) {
-                self.borrowed.push(x.narrow(0, token as usize, 1)?);
-            }
-            self.seen += 1;
+        let picked = some.tokens.iter().enumerate();
+        let picked = picked.filter(|(i, _)| (self.seen + i).is_multiple_of(self.stride));
+        let picked: Vec<u32> = picked.map(|(_, &token)| token).collect();
+        self.seen += some.tokens.len();
+        if !picked.is_empty() {
+            // Copied: a part of a tensor would keep all of it.
+            let rows = x.index_select(&Tensor::new(picked, &Device::Cpu)?, 0)?;
+            self.borrowed.push(rows);
         }
         let k = routing.chosen.len() / x.dim(0)?;
         let gates = routing.gates.detach().to_vec1::<f32>()?;

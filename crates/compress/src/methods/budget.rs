@@ -4,6 +4,7 @@
 //! The menu of an expert: its own matrices; factors of one rank, fitted to that cost, for all three; the
 //! mean of its outputs. Nothing but the observations is asked, so another budget takes a moment.
 
+use lightmoe_models::DType;
 use lightmoe_models::config::ModelConfig;
 
 use super::svd::form;
@@ -37,8 +38,7 @@ pub(super) fn plan(
     let importance: Vec<Vec<f64>> = observations.layers.iter().map(|l| l.importance()).collect();
     let menus = menus(config, observations)?;
     let experts = config.moe.num_experts;
-    let size = config.file_dtype().size_in_bytes() as u64;
-    let rest = rest_bytes(&model, size);
+    let (size, rest) = bytes_of(&model);
     let limit = match target {
         Target::Ratio(ratio) => {
             let left = (1.0 - ratio) * config.parameters().total() as f64;
@@ -131,13 +131,23 @@ pub(super) fn plan(
     Ok(plan)
 }
 
-/// Bytes of all but the routed experts.
-fn rest_bytes(model: &PlanModel<'_>, size: u64) -> u64 {
-    let counts = model.config.parameters();
-    // FP8 is written in another type.
-    let found = model.weights.filter(|_| model.config.fp8_block.is_none());
-    let whole = found.map_or(counts.total() * size, |weights| weights.checkpoint.bytes());
-    whole.saturating_sub(counts.routed_experts * size)
+/// Bytes of a parameter of the result, and of all that is no routed expert: by the weights where they are
+/// at hand, else by the element type that the configuration names.
+fn bytes_of(model: &PlanModel<'_>) -> (u64, u64) {
+    let (config, counts) = (model.config, model.config.parameters());
+    let of_type = |dtype: DType| dtype.size_in_bytes() as u64;
+    let Some(weights) = model.weights else {
+        let size = of_type(config.file_dtype());
+        return (size, (counts.total() - counts.routed_experts) * size);
+    };
+    let checkpoint = weights.checkpoint;
+    let size = of_type(checkpoint.dtype());
+    // What lies there in FP8, one byte a parameter, is written in a type of more; the scales go.
+    let whole = match config.fp8_block {
+        Some(_) => checkpoint.parameters() * size,
+        None => checkpoint.bytes(),
+    };
+    (size, whole.saturating_sub(counts.routed_experts * size))
 }
 
 /// What was observed of every layer.

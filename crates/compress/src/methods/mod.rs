@@ -34,14 +34,14 @@ pub fn successor(
     config: &ModelConfig,
     target: Target,
 ) -> Option<Box<Successor<'static>>> {
-    match (method, target) {
-        (MethodName::Ream, Target::Ratio(ratio)) => Some(Box::new(ream::successor(config, ratio))),
+    match (method, target.ratio(config)) {
+        (MethodName::Ream, Some(ratio)) => Some(Box::new(ream::successor(config, ratio))),
         _ => None,
     }
 }
 
-/// What a plan is for: a model's configuration, and its weights where they are at hand. Only `moei2`
-/// looks at them.
+/// What a plan is for: a model's configuration, and its weights where they are at hand. `moei2` looks at
+/// them, and `budget` at how many bytes they are.
 #[derive(Clone, Copy)]
 pub struct PlanModel<'a> {
     config: &'a ModelConfig,

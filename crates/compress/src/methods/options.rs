@@ -203,6 +203,11 @@ impl PlanOptions {
                 self.rank
             )));
         }
+        if let Some(trained) = self.trained_rank.filter(|&rank| rank > widest) {
+            return Err(Error::Invalid(format!(
+                "`trained_rank` is {trained}, and no factor has a rank above {widest}; lower it"
+            )));
+        }
         if self.groups > config.moe.num_experts {
             return Err(Error::Invalid(format!(
                 "{} groups for {} experts per layer; lower `groups`",

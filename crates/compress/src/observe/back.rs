@@ -7,6 +7,7 @@
 
 use super::Pass;
 use crate::damage::{DamageSums, WeightedTokens};
+use crate::memory::LOGITS;
 use crate::observations::Observations;
 use crate::states::{Keep, Values};
 use crate::{Error, Result};
@@ -20,8 +21,6 @@ use std::ops::Range;
 /// How much flatter than the model's own the distribution is that labels are drawn from, so that what
 /// the model is sure of is heard too.
 const TEMPERATURE: f64 = 2.0;
-/// Logits that are computed at a time.
-const LOGITS: usize = 1 << 24;
 
 /// What the way back goes along.
 pub(super) struct Way<'a> {
@@ -78,6 +77,7 @@ impl Way<'_> {
                 }
             }
             states.record(&seen, Values::Gradient, number, Keep::Last)?;
+            states.forget(Values::Hidden, number + 1)?;
             if !progress(layers - number) {
                 return Err(Error::Interrupted);
             }

@@ -25,8 +25,8 @@ pub enum Sensitivity {
     /// By the gradients of the loss on labels drawn from the model: a second pass over the weights, from
     /// the last layer to the first.
     Fisher,
-    /// By the size of the hidden state that the error is added to, every direction and every token alike:
-    /// a stand-in without gradients.
+    /// By the size of the hidden state that goes into the layer, every direction and every token alike: a
+    /// stand-in without gradients, whose numbers are no nats.
     Relative,
 }
 
@@ -41,8 +41,8 @@ pub struct Statistics {
     /// A [sample](crate::samples) of tokens with what every expert gives for them, at most 16 MiB a
     /// layer, and some whole [sequences](crate::reception) for every third layer.
     pub samples: bool,
-    /// What errors of the experts [cost](crate::damage), half as much memory and disk
-    /// as `moments`.
+    /// What errors of the experts [cost](crate::damage): half the memory and disk of `moments`, and for
+    /// gradients the hidden states of all layers on disk, `4·H` bytes a token and layer.
     pub damage: Option<Sensitivity>,
 }
 
@@ -87,11 +87,13 @@ pub struct ObserveOptions<'a> {
 #[derive(Debug)]
 pub struct Observed {
     states: States,
+    /// Whether something lies beside the observations.
+    beside: bool,
     /// The routing.
     pub observations: Observations,
     /// Reading and converting weights, in this run.
     pub read: Duration,
-    /// All that is done with a layer once it is read, in this run.
+    /// All that is done with a layer once it is read, in this run; all of the way back.
     pub compute: Duration,
 }
 
@@ -107,8 +109,9 @@ impl Observed {
             path: target.clone(),
             source,
         };
-        // Those of earlier observations at this path.
-        if target.is_dir() {
+        // Those of earlier observations at this path; if there are none of ours, a run that was killed
+        // here has moved them already.
+        if target.is_dir() && (found.is_dir() || !self.beside) {
             std::fs::remove_dir_all(&target).map_err(io)?;
         }
         if found.is_dir() {
@@ -219,7 +222,8 @@ pub fn observe(
     };
     let rotary = Rotary::new(config);
     let (mut read, mut compute) = (Duration::ZERO, Duration::ZERO);
-    let total = config.num_layers * if returns { 2 } else { 1 };
+    let back = config.num_layers - config.moe_layers().next().unwrap_or(config.num_layers);
+    let total = config.num_layers + if returns { back } else { 0 };
     for l in first..config.num_layers {
         let begin = Instant::now();
         let mut layer = Layer::load(checkpoint, l)?;
@@ -280,6 +284,7 @@ pub fn observe(
     }
     Ok(Observed {
         states,
+        beside: asked.moments || asked.samples || asked.damage.is_some(),
         observations: seen,
         read,
         compute,

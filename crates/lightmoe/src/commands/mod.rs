@@ -236,6 +236,11 @@ pub fn run_build(args: BuildArgs) -> Result<String> {
 /// What the stage brings.
 pub fn run_recover(args: RecoverArgs) -> Result<String> {
     let opened = Opened::new(args.recipe)?;
+    if opened.recipe.steps == 0 {
+        return Err(
+            Refused("`steps` is 0, so nothing would be recovered; give at least 1".into()).into(),
+        );
+    }
     let mut name = args.out.file_name().unwrap_or_default().to_owned();
     name.push(".recovery");
     let beside = args.out.with_file_name(name);

@@ -8,10 +8,12 @@ use std::fmt;
 use std::str::FromStr;
 
 /// Keys that the grid decides.
-const GRID: [(&str, &str); 9] = [
+const GRID: [(&str, &str); 11] = [
     ("model", "--model"),
     ("task", "--tasks"),
     ("train", "--recipe"),
+    ("calibrate", "--recipe"),
+    ("also", "--recipe"),
     ("method", "--methods"),
     ("ratio", "--ratios"),
     ("threshold", "--ratios"),

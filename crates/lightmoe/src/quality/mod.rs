@@ -95,6 +95,7 @@ pub fn run(args: QualityArgs) -> Result<String> {
             ..Raw::default()
         },
     };
+    anyhow::ensure!(args.steps > 0, "`--steps` is 0; give at least 1");
     if (&raw.model, raw.steps) != (&model, args.steps) {
         bail!(
             "`{}` holds cells of {} steps on model {}, not of {} steps on model {model}; remove it, \

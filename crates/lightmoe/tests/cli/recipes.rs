@@ -234,5 +234,9 @@ fn the_better_model_is_kept() {
         assert!(!out.join("recovered").exists());
         let same = scores(&out, "recovered") == scores(&out, "built");
         assert_eq!(same, kept == "built", "{lr}");
+        let record = &json(&out.join("results.json"))["kept"];
+        assert_eq!(record["model"], kept);
+        let better = record["recovered_nll"].as_f64() < record["built_nll"].as_f64();
+        assert_eq!(better, kept == "recovered");
     }
 }

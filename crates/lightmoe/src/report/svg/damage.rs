@@ -19,7 +19,11 @@ pub(crate) fn damage(describe: &str, damage: &PlanDamage) -> Option<String> {
     let (first, _) = *points.first()?;
     let (left, right, top, bottom) = (64.0, WIDTH - 12.0, 26.0, 246.0);
     let x = Scale::new((first, 1.0), left, right);
-    let y = Scale::new((low.floor(), high.ceil()), bottom, top);
+    let y = Scale::new(
+        (low.floor(), high.ceil().max(low.floor() + 1.0)),
+        bottom,
+        top,
+    );
     let mut out = open(WIDTH, 288.0, 520.0, describe);
     let decades = (y.high - y.low).max(1.0);
     let every = (decades / 6.0).ceil() as usize;
