@@ -26,10 +26,10 @@ pub enum Keep {
 pub struct Kept {
     /// The state of the model that the run ended with.
     pub model: Stage,
-    /// Mean answer NLL on the validation examples: of the built model.
-    pub built_nll: f64,
+    /// Mean answer NLL on the validation examples: of the built model; `None` if it gives no numbers.
+    pub built_nll: Option<f64>,
     /// Of the recovered one.
-    pub recovered_nll: f64,
+    pub recovered_nll: Option<f64>,
 }
 
 impl Kept {
@@ -68,8 +68,7 @@ pub fn keep_better(
     if model.exists() {
         return forget(recovered);
     }
-    let nll =
-        |path: &Path| answer_nll(&Checkpoint::open(path)?, data, &data.validation, max_length);
+    let nll = |path: &Path| answer_nll(&Checkpoint::open(path)?, &data.validation, max_length);
     let (before, after) = (nll(built)?, nll(recovered)?);
     let kept = Kept {
         model: if after < before {
@@ -77,8 +76,8 @@ pub fn keep_better(
         } else {
             Stage::Built
         },
-        built_nll: before,
-        recovered_nll: after,
+        built_nll: before.is_finite().then_some(before),
+        recovered_nll: after.is_finite().then_some(after),
     };
     write_file(record, &serde_json::to_vec_pretty(&kept)?)?;
     if kept.model == Stage::Recovered {

@@ -311,37 +311,6 @@ pub fn answer_nll(
     }
 }
 
-/// Mean answer NLL of `examples` of `data`, and nothing else.
-///
-/// # Errors
-/// If the model cannot be run, or the work was stopped.
-pub fn answer_nll(
-    checkpoint: &Checkpoint,
-    data: &TaskData,
-    examples: &[lightmoe_data::Example],
-    max_length: usize,
-) -> Result<f64> {
-    let model = load_model(checkpoint)?;
-    let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
-    let bar = Progress::new("validation", examples.len());
-    let options = EvalOptions {
-        metrics: Vec::new(),
-        ..data.eval_options(max_length)
-    };
-    let each = &mut |done, all| bar.of(done, all);
-    let (scores, _) = evaluate(&*model, &tokenizer, examples, &options, each).map_err(told)?;
-    let nll = scores.get("answer_nll").context("there is no answer NLL")?;
-    Ok(nll.value)
-}
-
-/// What the user is told when an evaluation ends early.
-fn told(error: lightmoe_eval::Error) -> anyhow::Error {
-    match stopped() {
-        true => anyhow::anyhow!(INTERRUPTED),
-        false => error.into(),
-    }
-}
-
 /// Stage evaluate: the scores of a model on the test (or validation) examples. Samples go to
 /// `samples`, if given.
 ///
@@ -361,7 +330,10 @@ pub fn evaluate_stage(
     let options = data.eval_options(max_length);
     let each = &mut |done, all| bar.of(done, all);
     let (scores, details) =
-        evaluate(&*model, &tokenizer, examples, &options, each).map_err(told)?;
+        evaluate(&*model, &tokenizer, examples, &options, each).map_err(|e| match stopped() {
+            true => anyhow::anyhow!(INTERRUPTED),
+            false => e.into(),
+        })?;
     if let Some(path) = samples {
         write_samples(path, &details)
             .with_context(|| format!("cannot write the samples to `{}`", path.display()))?;

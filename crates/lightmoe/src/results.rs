@@ -1,5 +1,6 @@
 //! `results.json`: what a run did to the model, in numbers, and the verdict drawn from them.
 
+use crate::keep::Kept;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
