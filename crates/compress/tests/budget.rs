@@ -435,7 +435,7 @@ fn answers_go_with_their_samples() {
         refused
             .unwrap_err()
             .to_string()
-            .contains("no token to predict")
+            .contains("token to predict")
     );
 }
 
