@@ -47,23 +47,33 @@ fn input(row: &Encoded) -> &[u32] {
 }
 
 /// Numbers of rows, longest first, so that a batch has at most `batch_tokens` tokens with padding,
-/// or one row.
-fn batches(rows: &[Encoded], batch_tokens: usize) -> Vec<Vec<usize>> {
+/// or one row. Rows of which the model reads the same are together and count once.
+pub(crate) fn batches(rows: &[Encoded], batch_tokens: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..rows.len()).collect();
-    order.sort_by_key(|&row| std::cmp::Reverse(rows[row].tokens.len()));
+    order.sort_by_key(|&row| (std::cmp::Reverse(rows[row].tokens.len()), input(&rows[row])));
     let mut batches: Vec<Vec<usize>> = Vec::new();
+    // Different inputs of the last batch.
+    let mut inputs = 0;
     for row in order {
         match batches.last_mut() {
-            Some(batch) if (batch.len() + 1) * input(&rows[batch[0]]).len() <= batch_tokens => {
+            Some(batch) if batch.last().is_some_and(|&l| input(&rows[l]) == input(&rows[row])) => {
                 batch.push(row);
             }
-            _ => batches.push(vec![row]),
+            Some(batch) if (inputs + 1) * input(&rows[batch[0]]).len() <= batch_tokens => {
+                inputs += 1;
+                batch.push(row);
+            }
+            _ => {
+                inputs = 1;
+                batches.push(vec![row]);
+            }
         }
     }
     batches
 }
 
-fn score_batch(
+/// Scores the rows `batch`, which [`batches`] put together.
+pub(crate) fn score_batch(
     model: &dyn LanguageModel,
     rows: &[Encoded],
     batch: &[usize],
@@ -75,18 +85,24 @@ fn score_batch(
         .unwrap_or(0);
     let mut ids = Vec::with_capacity(batch.len() * width);
     let (mut positions, mut targets) = (Vec::new(), Vec::new());
+    let mut last: Option<&[u32]> = None;
     for &row in batch {
-        let (row, first) = (&rows[row], ids.len());
+        let row = &rows[row];
+        if last != Some(input(row)) {
+            last = Some(input(row));
+            let end = ids.len() + width;
+            ids.extend_from_slice(input(row));
+            // The value of the padding does not matter: nothing on its left sees it.
+            ids.resize(end, 0);
+        }
+        let first = ids.len() - width + row.answer_start - 1;
         let answer = &row.tokens[row.answer_start..];
-        positions.extend((0..answer.len()).map(|i| (first + row.answer_start - 1 + i) as u32));
+        positions.extend((first..first + answer.len()).map(|at| at as u32));
         targets.extend_from_slice(answer);
-        ids.extend_from_slice(input(row));
-        // The value of the padding does not matter: nothing on its left sees it.
-        ids.resize(first + width, 0);
     }
     let tokens = Tokens {
+        rows: ids.len() / width.max(1),
         ids: &ids,
-        rows: batch.len(),
     };
     let hidden = model.forward(tokens, None, &mut |_, _, _| Ok(()))?;
     let mut scored = tokens_of(model, &hidden, &positions, &targets)?.into_iter();
@@ -241,12 +257,39 @@ mod tests {
         let rows: Vec<Encoded> = (0..50).map(|i| row(&mut rng, 9, 1 + i % 9)).collect();
         let all = batches(&rows, 24);
         for batch in &all {
-            let width = batch.iter().map(|&r| input(&rows[r]).len()).max().unwrap();
-            assert!(batch.len() == 1 || batch.len() * width <= 24);
+            let mut inputs: Vec<&[u32]> = batch.iter().map(|&r| input(&rows[r])).collect();
+            inputs.dedup();
+            let width = inputs.iter().map(|input| input.len()).max().unwrap();
+            assert!(inputs.len() == 1 || inputs.len() * width <= 24);
         }
         let mut seen = all.concat();
         seen.sort_unstable();
         assert_eq!(seen, (0..50).collect::<Vec<_>>());
-        assert_eq!(batches(&rows, 1).len(), 50);
+        let mut inputs: Vec<&[u32]> = rows.iter().map(input).collect();
+        inputs.sort_unstable();
+        inputs.dedup();
+        assert_eq!(batches(&rows, 1).len(), inputs.len());
+    }
+
+    #[test]
+    fn what_the_model_reads_the_same_is_read_once() {
+        let (model, mut rng) = (model(50), lightmoe_models::random::stream(5, "rows"));
+        let mut rows = vec![row(&mut rng, 50, 2), row(&mut rng, 50, 3)];
+        for last in 1..4 {
+            let mut twin = rows[0].clone();
+            *twin.tokens.last_mut().unwrap() = last;
+            rows.push(twin);
+        }
+        // The same tokens, but more of them are the answer.
+        rows.push(Encoded {
+            tokens: rows[0].tokens.clone(),
+            answer_start: rows[0].answer_start.saturating_sub(1).max(1),
+        });
+        assert_eq!(batches(&rows, 1).len(), 2);
+        let together = score(&model, &rows, 1, &mut |_| Ok(())).unwrap();
+        for (row, answer) in rows.iter().zip(&together) {
+            let alone = score(&model, std::slice::from_ref(row), 1, &mut |_| Ok(())).unwrap();
+            assert_eq!((&answer.nll, answer.greedy), (&alone[0].nll, alone[0].greedy));
+        }
     }
 }

@@ -20,6 +20,17 @@ pub struct GenerateOptions {
     pub eos: Option<u32>,
 }
 
+/// What to do after a new token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Go on.
+    Continue,
+    /// This prompt's answer is whole.
+    EndRow,
+    /// Return what there is.
+    Stop,
+}
+
 /// Continues `prompts`, all of one length, and returns the new tokens of each (up to and without
 /// `eos`). `each` sees every new token of the first prompt and may stop the work by `false`.
 pub fn generate(
@@ -27,6 +38,19 @@ pub fn generate(
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
     each: &mut dyn FnMut(u32) -> bool,
+) -> Result<Vec<Vec<u32>>> {
+    generate_rows(model, prompts, options, &mut |row, answer| match answer {
+        [.., token] if row == 0 && !each(*token) => Ok(Next::Stop),
+        _ => Ok(Next::Continue),
+    })
+}
+
+/// As [`generate`]; `each` sees the number of every prompt with a new token, and its answer so far.
+pub fn generate_rows(
+    model: &dyn LanguageModel,
+    prompts: &[Vec<u32>],
+    options: &GenerateOptions,
+    each: &mut dyn FnMut(usize, &[u32]) -> Result<Next>,
 ) -> Result<Vec<Vec<u32>>> {
     let len = prompts.first().map_or(0, Vec::len);
     if len == 0 || prompts.iter().any(|p| p.len() != len) {
@@ -66,8 +90,10 @@ pub fn generate(
             done[row] |= Some(token) == options.eos;
             if !done[row] {
                 out[row].push(token);
-                if row == 0 && !each(token) {
-                    return Ok(out);
+                match each(row, &out[row])? {
+                    Next::Continue => {}
+                    Next::EndRow => done[row] = true,
+                    Next::Stop => return Ok(out),
                 }
             }
             input.push(token);

@@ -14,6 +14,8 @@ pub struct ModelTokenizer {
     pub inner: Tokenizer,
     /// End of text.
     pub eos: u32,
+    /// Begin of text, if the tokenizer names one.
+    pub bos: Option<u32>,
     config: serde_json::Value,
     template: Option<String>,
 }
@@ -55,12 +57,15 @@ impl ModelTokenizer {
                  `eos_token_id` in config.json",
                 )
             })?;
+        let bos = config.get("bos_token").and_then(token_text);
+        let bos = bos.and_then(|t| inner.token_to_id(&t));
         let template = optional(&dir.join("chat_template.jinja"))?
             .or_else(|| config.get("chat_template")?.as_str().map(str::to_owned));
         Ok(Self {
             path,
             inner,
             eos,
+            bos,
             config,
             template,
         })
@@ -75,10 +80,34 @@ impl ModelTokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// Text to ids with what the tokenizer puts around a text; begins with [`Self::bos`] in any case.
+    pub fn encode_from_begin(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self
+            .inner
+            .encode(text, true)
+            .map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
+        let begin = self.bos.filter(|bos| encoding.get_ids().first() != Some(bos));
+        Ok(begin.into_iter().chain(encoding.get_ids().iter().copied()).collect())
+    }
+
+    /// The chat template, if the model has one.
+    pub fn template(&self) -> Option<&str> {
+        self.template.as_deref()
+    }
+
     /// Ids to text, special tokens left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.decoded(ids, true)
+    }
+
+    /// Ids to text, special tokens among it.
+    pub fn decode_all(&self, ids: &[u32]) -> Result<String> {
+        self.decoded(ids, false)
+    }
+
+    fn decoded(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         self.inner
-            .decode(ids, true)
+            .decode(ids, skip_special)
             .map_err(|e| Error::tokenizer(&self.path, format!("cannot decode the ids: {e}")))
     }
 

@@ -1,0 +1,397 @@
+//! From documents to what the model is asked, as lm-evaluation-harness does it.
+
+use super::config::{Choices, OutputType, TaskConfig};
+use super::docs::{Doc, read_docs};
+use super::fewshot::Examples;
+use super::python::text_of;
+use super::template::{Engine, Fields};
+use crate::records::Message;
+use crate::Result;
+use serde_json::Value;
+use std::path::PathBuf;
+
+/// How prompts are made.
+#[derive(Default)]
+pub struct PromptOptions<'a> {
+    /// Few-shot examples, instead of the task's own number; a task that says 0 keeps it.
+    pub num_fewshot: Option<usize>,
+    /// Only the first documents.
+    pub limit: Option<usize>,
+    /// Seed of the choice of few-shot examples, for each task anew.
+    pub seed: u32,
+    /// Text before the task's description.
+    pub system_instruction: Option<&'a str>,
+    /// Prompts become conversations.
+    pub chat: Option<Chat<'a>>,
+}
+
+/// How prompts become conversations.
+#[derive(Clone, Copy)]
+pub struct Chat<'a> {
+    /// Renders a conversation up to where the assistant is to speak.
+    pub render: &'a dyn Fn(&[Message]) -> Result<String, String>,
+    /// Where few-shot examples stand.
+    pub turns: Turns,
+}
+
+/// Where few-shot examples stand in a conversation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turns {
+    /// All in the user's one turn, before the question.
+    One,
+    /// Each in turns of user and assistant.
+    Each,
+}
+
+/// A document with its requests.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Item {
+    /// The document.
+    pub doc: Doc,
+    /// What the task says of the answer: a number of a choice, a text, or a list of texts.
+    pub target: Value,
+    /// Number of the right choice, if the choices are prompts.
+    pub right_prompt: Option<usize>,
+    /// The choices.
+    pub choices: Vec<String>,
+    /// What the model is asked: one request a choice, or one.
+    pub requests: Vec<Request>,
+    /// The text whose words and bytes perplexities are per.
+    pub counted: String,
+}
+
+/// What the model is asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Request {
+    /// The likelihood of a continuation.
+    Loglikelihood {
+        /// What stands before it.
+        context: String,
+        /// The text whose likelihood is wanted.
+        continuation: String,
+    },
+    /// The likelihood of a text.
+    Rolling {
+        /// The text.
+        text: String,
+    },
+    /// An answer.
+    Generate {
+        /// What stands before it.
+        context: String,
+    },
+}
+
+impl Request {
+    /// The first argument of the request.
+    pub fn context(&self) -> &str {
+        match self {
+            Self::Loglikelihood { context, .. } | Self::Generate { context } => context,
+            Self::Rolling { text } => text,
+        }
+    }
+}
+
+/// The items of a task.
+pub struct Prompts {
+    /// The items, in the order of the documents.
+    pub items: Vec<Item>,
+    /// Documents of the split, without the limit.
+    pub documents: usize,
+    /// Few-shot examples of each prompt.
+    pub num_fewshot: usize,
+}
+
+/// Reads the documents of a task and makes its requests. `folders` are where data may lie.
+///
+/// # Errors
+/// What [`read_docs`] brings; [`Error::Row`] for a document that the templates cannot be filled
+/// from; [`Error::Unusable`] if there are not enough few-shot examples.
+pub fn build_prompts(
+    task: &TaskConfig,
+    folders: &[PathBuf],
+    options: &PromptOptions<'_>,
+) -> Result<Prompts> {
+    let engine = Engine::new();
+    let builder = Builder {
+        task,
+        engine: &engine,
+        options,
+    };
+    let num_fewshot = match (task.num_fewshot, options.num_fewshot) {
+        (Some(0), _) => 0,
+        (own, given) => given.or(own).unwrap_or(0),
+    };
+    let split = task.eval_split().unwrap_or_default();
+    let docs = read_docs(task, split, folders, &engine)?;
+    let mut examples = match (num_fewshot, task.examples_split()) {
+        (0, _) | (_, None) => None,
+        (_, Some(split)) => {
+            let docs = read_docs(task, split, folders, &engine)?;
+            Some(Examples::new(task, docs, num_fewshot, options.seed))
+        }
+    };
+    let documents = docs.len();
+    let items = docs
+        .into_iter()
+        .take(options.limit.unwrap_or(usize::MAX))
+        .map(|doc| builder.item(doc, examples.as_mut()))
+        .collect::<Result<_>>()?;
+    Ok(Prompts {
+        items,
+        documents,
+        num_fewshot,
+    })
+}
+
+/// What a prompt says: a text, or the number of a choice.
+enum Text {
+    Words(String),
+    Choice(usize),
+}
+
+struct Builder<'a> {
+    task: &'a TaskConfig,
+    engine: &'a Engine,
+    options: &'a PromptOptions<'a>,
+}
+
+impl Builder<'_> {
+    fn item(&self, doc: Doc, examples: Option<&mut Examples>) -> Result<Item> {
+        let built = self.parts(&doc, examples)?;
+        let (target, right_prompt, choices, requests) = built;
+        let counted = match &self.task.doc_to_count {
+            Some(template) => self.written(template, &doc).map_err(|p| doc.fails(p))?,
+            None => text_of(&target),
+        };
+        Ok(Item {
+            doc,
+            target,
+            right_prompt,
+            choices,
+            requests,
+            counted,
+        })
+    }
+
+    #[allow(clippy::type_complexity, reason = "taken apart at once")]
+    fn parts(
+        &self,
+        doc: &Doc,
+        examples: Option<&mut Examples>,
+    ) -> Result<(Value, Option<usize>, Vec<String>, Vec<Request>)> {
+        let fails = |problem| doc.fails(problem);
+        let target = self.target(&doc.fields).map_err(fails)?;
+        let choices = self.choices(&doc.fields).map_err(fails)?;
+        if self.task.output_type() == OutputType::LoglikelihoodRolling {
+            let text = text_of(&target);
+            return Ok((target, None, choices, vec![Request::Rolling { text }]));
+        }
+        let text = self.prompt(&doc.fields).map_err(fails)?;
+        let examples = match examples {
+            Some(examples) => {
+                // In one turn the harness draws twice and uses the second.
+                if self.options.chat.is_some_and(|chat| chat.turns == Turns::One) {
+                    examples.choose(self.task, doc)?;
+                }
+                examples.choose(self.task, doc)?
+            }
+            None => Vec::new(),
+        };
+        let context = self.context(doc, &text, &examples)?;
+        let requests = match self.task.output_type() {
+            OutputType::MultipleChoice => {
+                let delimiter = match self.options.chat {
+                    Some(_) => "",
+                    None => self.task.target_delimiter(),
+                };
+                let pair = |choice: &String| -> Result<Request> {
+                    Ok(match &text {
+                        Text::Words(_) => Request::Loglikelihood {
+                            context: context.clone(),
+                            continuation: format!("{delimiter}{choice}"),
+                        },
+                        Text::Choice(_) => Request::Loglikelihood {
+                            context: format!("{context}{}", self.turn(choice).map_err(fails)?),
+                            continuation: format!("{delimiter}{}", text_of(&target)),
+                        },
+                    })
+                };
+                choices.iter().map(pair).collect::<Result<_>>()?
+            }
+            OutputType::GenerateUntil => vec![Request::Generate { context }],
+            OutputType::Loglikelihood | OutputType::LoglikelihoodRolling => {
+                vec![Request::Loglikelihood {
+                    context,
+                    continuation: text_of(&target),
+                }]
+            }
+        };
+        let right_prompt = match text {
+            Text::Choice(right) => Some(right),
+            Text::Words(_) => None,
+        };
+        Ok((target, right_prompt, choices, requests))
+    }
+
+    /// A choice that is a prompt, as a conversation where they are asked for.
+    fn turn(&self, choice: &str) -> Result<String, String> {
+        match self.options.chat {
+            Some(chat) => (chat.render)(&[message("user", choice.to_owned())]),
+            None => Ok(choice.to_owned()),
+        }
+    }
+
+    /// All that stands before the answer.
+    fn context(&self, doc: &Doc, text: &Text, examples: &[Doc]) -> Result<String> {
+        let fails = |problem| doc.fails(problem);
+        let description = self.task.description.as_deref().unwrap_or_default();
+        let description = self.engine.text(description, &doc.fields).map_err(fails)?;
+        let system = match (self.options.system_instruction, description.is_empty()) {
+            (Some(given), false) => {
+                format!("{given}{}{description}", self.task.fewshot_delimiter())
+            }
+            (Some(given), true) => given.to_owned(),
+            (None, _) => description,
+        };
+        let question = match text {
+            Text::Words(words) => words.as_str(),
+            // The choices themselves follow.
+            Text::Choice(_) => "",
+        };
+        let Some(chat) = self.options.chat else {
+            return Ok(format!("{system}{}{question}", self.shots(examples)?));
+        };
+        let mut messages = Vec::new();
+        if !system.is_empty() {
+            messages.push(message("system", system));
+        }
+        match chat.turns {
+            Turns::One => {
+                let content = self.shots(examples)? + question;
+                if !content.is_empty() {
+                    messages.push(message("user", content));
+                }
+            }
+            Turns::Each => {
+                for example in examples {
+                    let (question, answer) = self.shot(example)?;
+                    messages.push(message("user", question));
+                    messages.push(message("assistant", answer));
+                }
+                if matches!(text, Text::Words(_)) {
+                    messages.push(message("user", question.to_owned()));
+                }
+            }
+        }
+        if messages.is_empty() {
+            return Ok(String::new());
+        }
+        (chat.render)(&messages)
+            .or_else(|problem| {
+                // Some templates know no system role; the harness then leaves it out.
+                let others: Vec<Message> =
+                    messages.iter().filter(|m| m.role != "system").cloned().collect();
+                match others.len() == messages.len() {
+                    true => Err(problem),
+                    false => (chat.render)(&others),
+                }
+            })
+            .map_err(fails)
+    }
+
+    /// Few-shot examples as one text.
+    fn shots(&self, examples: &[Doc]) -> Result<String> {
+        let mut text = String::new();
+        for example in examples {
+            let (question, answer) = self.shot(example)?;
+            text.push_str(&question);
+            if !answer.is_empty() {
+                text.push_str(self.task.target_delimiter());
+                text.push_str(&answer);
+                text.push_str(self.task.fewshot_delimiter());
+            }
+        }
+        Ok(text)
+    }
+
+    /// Question and answer of an example.
+    fn shot(&self, example: &Doc) -> Result<(String, String)> {
+        let build = || {
+            let choices = self.choices(&example.fields)?;
+            let question = match self.prompt(&example.fields)? {
+                Text::Words(words) => words,
+                Text::Choice(right) => chosen(&choices, right as i64)?,
+            };
+            let answer = match self.target(&example.fields)? {
+                Value::Array(list) => list.first().map(text_of).unwrap_or_default(),
+                Value::Number(n) if self.task.doc_to_choice.is_some() => {
+                    chosen(&choices, n.as_i64().unwrap_or(-1))?
+                }
+                other => text_of(&other),
+            };
+            Ok((question, answer))
+        };
+        build().map_err(|problem: String| example.fails(problem))
+    }
+
+    fn prompt(&self, doc: &Fields) -> Result<Text, String> {
+        let template = self.task.doc_to_text.as_deref().unwrap_or_default();
+        Ok(match self.numbered(template, doc)? {
+            Value::Number(n) if self.task.doc_to_choice.is_some() => {
+                Text::Choice(n.as_u64().ok_or("`doc_to_text` is negative")? as usize)
+            }
+            other => Text::Words(text_of(&other)),
+        })
+    }
+
+    fn target(&self, doc: &Fields) -> Result<Value, String> {
+        let template = self.task.doc_to_target.as_deref().unwrap_or_default();
+        self.numbered(template, doc)
+    }
+
+    /// What a template says; digits are a number where there are choices, unless a field holds them.
+    fn numbered(&self, template: &str, doc: &Fields) -> Result<Value, String> {
+        let value = self.engine.value(template, doc)?;
+        if doc.contains_key(template) || value.is_array() {
+            return Ok(value);
+        }
+        let text = text_of(&value);
+        let is_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        Ok(match is_number && self.task.doc_to_choice.is_some() {
+            true => text.parse::<u64>().map_or(Value::String(text), Value::from),
+            false => Value::String(text),
+        })
+    }
+
+    fn choices(&self, doc: &Fields) -> Result<Vec<String>, String> {
+        let template = match &self.task.doc_to_choice {
+            None => return Ok(Vec::new()),
+            Some(Choices::Fixed(list)) => return Ok(list.clone()),
+            Some(Choices::Of(template)) => template,
+        };
+        match self.engine.value(template, doc)? {
+            Value::Array(list) if !list.is_empty() => Ok(list.iter().map(text_of).collect()),
+            other => Err(format!(
+                "`doc_to_choice` gives {other}, no list of choices; let it be a field's name or \
+                 one expression in {{{{ }}}}"
+            )),
+        }
+    }
+
+    fn written(&self, template: &str, doc: &Doc) -> Result<String, String> {
+        self.engine.value(template, &doc.fields).map(|value| text_of(&value))
+    }
+}
+
+fn chosen(choices: &[String], number: i64) -> Result<String, String> {
+    let choice = usize::try_from(number).ok().and_then(|n| choices.get(n));
+    choice.cloned().ok_or_else(|| format!("there is no choice {number} of {}", choices.len()))
+}
+
+fn message(role: &str, content: String) -> Message {
+    Message {
+        role: role.to_owned(),
+        content,
+    }
+}
