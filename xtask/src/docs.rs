@@ -22,16 +22,22 @@ pub fn run(arguments: &[String]) -> Outcome {
     for (page, arguments) in PAGES {
         let mut print = Command::new(&lightmoe);
         print.args(arguments);
-        let output = print.output().map_err(|e| shell::cannot_start(&print, &e))?;
+        let output = print
+            .output()
+            .map_err(|e| shell::cannot_start(&print, &e))?;
         if !output.status.success() {
             let message = String::from_utf8_lossy(&output.stderr);
             let command = arguments.join(" ");
-            return Err(format!("`lightmoe {command}` failed: {}", message.trim_end()));
+            return Err(format!(
+                "`lightmoe {command}` failed: {}",
+                message.trim_end()
+            ));
         }
         let page = shell::root().join(page);
         let shown = page.display();
         if !check {
-            fs::write(&page, &output.stdout).map_err(|e| format!("cannot write `{shown}` ({e})"))?;
+            fs::write(&page, &output.stdout)
+                .map_err(|e| format!("cannot write `{shown}` ({e})"))?;
             eprintln!("wrote {shown}");
         } else if fs::read(&page).is_ok_and(|old| old == output.stdout) {
             eprintln!("{shown} is up to date");

@@ -40,7 +40,10 @@ impl Folder {
 
     fn select(&self, name: &str) -> Result<Vec<Benchmark>, String> {
         let name = self.path(name).to_str().unwrap().to_owned();
-        Catalogue::built_in().unwrap().select(&[name]).map_err(|e| e.to_string())
+        Catalogue::built_in()
+            .unwrap()
+            .select(&[name])
+            .map_err(|e| e.to_string())
     }
 
     /// The first request of the first document of the task in `task.yaml`.
@@ -67,7 +70,10 @@ fn a_task_of_the_users_own_is_a_file() {
     // In a folder of the task's name, packed, and with a description.
     let described = format!("{TASK}description: 'About {{{{q}}}}: '\ntarget_delimiter: ''\n");
     let folder = Folder::new(&[("task.yaml", &described), ("mine/rows.jsonl", ROW)]);
-    assert_eq!(folder.requests().unwrap()[0], likelihood("About Who?: Q: Who?", "I"));
+    assert_eq!(
+        folder.requests().unwrap()[0],
+        likelihood("About Who?: Q: Who?", "I")
+    );
 }
 
 #[test]
@@ -80,18 +86,30 @@ fn what_is_wrong_with_a_task_is_said_with_file_and_line() {
     for (text, said) in [
         (with("doc_to_txt: q"), vec!["line 11", "doc_to_txt"]),
         (with("num_fewshot: many"), vec!["line 11"]),
-        (with("metric_list: [{metric: acc, weight: 2}]"), vec!["line 11", "weight"]),
+        (
+            with("metric_list: [{metric: acc, weight: 2}]"),
+            vec!["line 11", "weight"],
+        ),
         (with("task: [unclosed"), vec!["line 1"]),
-        (with("include: nowhere.yaml"), vec!["nowhere.yaml", "not beside it"]),
+        (
+            with("include: nowhere.yaml"),
+            vec!["nowhere.yaml", "not beside it"],
+        ),
         (with("include: task.yaml"), vec!["circle"]),
         (with("repeats: 3"), vec!["sampled"]),
         (with("stride: 4"), vec!["stride"]),
-        (with("generation_kwargs: {until: x, max_gen_toks: 0}"), vec!["max_gen_toks"]),
+        (
+            with("generation_kwargs: {until: x, max_gen_toks: 0}"),
+            vec!["max_gen_toks"],
+        ),
         (without("doc_to_choice"), vec!["doc_to_choice"]),
         (without("test_split"), vec!["test_split"]),
         (without("task"), vec!["name the task"]),
         (TASK.replace("mine", "a/b"), vec!["`a/b`"]),
-        (TASK.replace("multiple_choice", "guess"), vec!["line 6", "guess"]),
+        (
+            TASK.replace("multiple_choice", "guess"),
+            vec!["line 6", "guess"],
+        ),
     ] {
         let folder = Folder::new(&[("task.yaml", &text), ("rows.jsonl", ROW)]);
         let error = folder.requests().unwrap_err();
@@ -105,9 +123,18 @@ fn what_is_wrong_with_a_task_is_said_with_file_and_line() {
 fn what_is_wrong_with_a_row_is_said_with_file_line_and_field() {
     for (row, said) in [
         ("{\"q\": 1", vec!["line 2", "no JSON object"]),
-        (r#"{"right": 1, "options": ["I"]}"#, vec!["line 2", "`q`"]),
-        (r#"{"q": "a", "options": ["I"]}"#, vec!["line 2", "right"]),
-        (r#"{"q": "a", "right": 1, "options": 5}"#, vec!["line 2", "`doc_to_choice`", "5"]),
+        (
+            r#"{"right": 1, "options": ["I"]}"#,
+            vec!["line 2", "no field `q`"],
+        ),
+        (
+            r#"{"q": "a", "options": ["I"]}"#,
+            vec!["line 2", "right choice is \"right\""],
+        ),
+        (
+            r#"{"q": "a", "right": 1, "options": 5}"#,
+            vec!["line 2", "`doc_to_choice`", "5"],
+        ),
     ] {
         let rows = format!("{ROW}\n{row}\n");
         let error = Folder::new(&[("task.yaml", TASK), ("rows.jsonl", &rows)]).requests();
@@ -119,35 +146,61 @@ fn what_is_wrong_with_a_row_is_said_with_file_line_and_field() {
     let made = format!("{TASK}process_docs: {{q: q.text, right: right, options: options}}\n");
     let error = Folder::new(&[("task.yaml", &made), ("rows.jsonl", ROW)]).requests();
     let error = error.unwrap_err();
-    assert!(error.contains("line 1") && error.contains("field `q`"), "{error}");
+    assert!(
+        error.contains("line 1") && error.contains("field `q`"),
+        "{error}"
+    );
 }
 
 #[test]
 fn tables_and_labels_have_their_lines_counted() {
     let csv = TASK.replace("format: jsonl", "format: csv\n  columns: [q, right]");
-    let csv = csv.replace("rows.jsonl", "rows.csv").replace("doc_to_choice: options", "doc_to_choice: [a, b]");
+    let csv = csv
+        .replace("rows.jsonl", "rows.csv")
+        .replace("doc_to_choice: options", "doc_to_choice: [a, b]");
+    let csv = csv.replace("doc_to_target: right", "doc_to_target: '{{right}}'");
     let good = "\"Who,\nme?\",1\n";
     let folder = Folder::new(&[("task.yaml", &csv), ("rows.csv", good)]);
-    assert_eq!(folder.requests().unwrap()[0], likelihood("Q: Who,\nme?", " a"));
+    assert_eq!(
+        folder.requests().unwrap()[0],
+        likelihood("Q: Who,\nme?", " a")
+    );
     let folder = Folder::new(&[("task.yaml", &csv), ("rows.csv", &format!("{good}x,1,2\n"))]);
     let error = folder.requests().unwrap_err();
-    assert!(error.contains("line 3") && error.contains("3 columns, expected 2"), "{error}");
+    assert!(
+        error.contains("line 3") && error.contains("3 columns, expected 2"),
+        "{error}"
+    );
 
     let labelled = TASK.replace("  source", "  labels: {test: labels.lst}\n  source");
     let labelled = labelled.replace("doc_to_target: right", "doc_to_target: '{{label}}'");
     let files = |labels| {
-        Folder::new(&[("task.yaml", labelled.as_str()), ("rows.jsonl", ROW), ("labels.lst", labels)])
+        Folder::new(&[
+            ("task.yaml", labelled.as_str()),
+            ("rows.jsonl", ROW),
+            ("labels.lst", labels),
+        ])
     };
     assert_eq!(files("1\n").requests().unwrap().len(), 2);
     let error = files("1\n0\n").requests().unwrap_err();
-    assert!(error.contains("labels.lst") && error.contains("2 labels"), "{error}");
+    assert!(
+        error.contains("labels.lst") && error.contains("2 labels"),
+        "{error}"
+    );
 }
 
 #[test]
 fn missing_data_are_told_where_they_were_looked_for() {
     let folder = Folder::new(&[("task.yaml", TASK)]);
     let error = folder.requests().unwrap_err();
-    for part in ["rows.jsonl`", "rows.jsonl.gz`", "mine", "one JSON object a line", "Made by hand", "--data"] {
+    for part in [
+        "rows.jsonl`",
+        "rows.jsonl.gz`",
+        "mine",
+        "one JSON object a line",
+        "Made by hand",
+        "--data",
+    ] {
         assert!(error.contains(part), "{part}: {error}");
     }
     let task = folder.select("task.yaml").unwrap();
@@ -159,7 +212,10 @@ fn missing_data_are_told_where_they_were_looked_for() {
         ..PromptOptions::default()
     };
     let folders = [rows.0.path().to_owned()];
-    let error = build_prompts(task[0].tasks()[0], &folders, &more).err().unwrap().to_string();
+    let error = build_prompts(task[0].tasks()[0], &folders, &more)
+        .err()
+        .unwrap()
+        .to_string();
     assert!(error.contains("ask for fewer"), "{error}");
 }
 
@@ -179,9 +235,17 @@ fn folders_and_groups_bring_their_tasks() {
     assert_eq!(names, ["both", "three"]);
     assert_eq!(selected[0].tasks().len(), 21);
     let own: &TaskConfig = selected[0].tasks()[0];
-    assert_eq!((own.name(), own.doc_to_text.as_deref()), ("one", Some("Q: {{q}}")));
+    assert_eq!(
+        (own.name(), own.doc_to_text.as_deref()),
+        ("one", Some("Q: {{q}}"))
+    );
     let circle = Folder::new(&[("task.yaml", "group: a\ntask: [a]\n")]);
-    assert!(circle.select("task.yaml").unwrap_err().contains("member of itself"));
+    assert!(
+        circle
+            .select("task.yaml")
+            .unwrap_err()
+            .contains("member of itself")
+    );
 }
 
 #[test]
@@ -189,7 +253,10 @@ fn what_comes_with_the_program_is_whole() {
     let catalogue = Catalogue::built_in().unwrap();
     let count = |name: &str| {
         let selected = catalogue.select(&[name.to_owned()]).unwrap();
-        selected.iter().map(|benchmark| benchmark.tasks().len()).sum::<usize>()
+        selected
+            .iter()
+            .map(|benchmark| benchmark.tasks().len())
+            .sum::<usize>()
     };
     assert_eq!(count("mmlu"), 57);
     assert_eq!(count("ai2_arc"), 2);
@@ -198,8 +265,14 @@ fn what_comes_with_the_program_is_whole() {
         assert!(!task.version().is_null(), "{}", task.name());
         assert!(task.metric_list.is_some(), "{}", task.name());
     }
-    let error = catalogue.select(&["mmlu_law".into()]).unwrap_err().to_string();
-    assert!(error.contains("`mmlu_law`") && error.contains("lightmoe tasks"), "{error}");
+    let error = catalogue
+        .select(&["mmlu_law".into()])
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("`mmlu_law`") && error.contains("lightmoe tasks"),
+        "{error}"
+    );
     assert!(catalogue.select(&["absent.yaml".into()]).is_err());
     assert!(!Path::new("absent.yaml").exists());
 }

@@ -56,7 +56,11 @@ pub(crate) fn batches(rows: &[Encoded], batch_tokens: usize) -> Vec<Vec<usize>> 
     let mut inputs = 0;
     for row in order {
         match batches.last_mut() {
-            Some(batch) if batch.last().is_some_and(|&l| input(&rows[l]) == input(&rows[row])) => {
+            Some(batch)
+                if batch
+                    .last()
+                    .is_some_and(|&l| input(&rows[l]) == input(&rows[row])) =>
+            {
                 batch.push(row);
             }
             Some(batch) if (inputs + 1) * input(&rows[batch[0]]).len() <= batch_tokens => {
@@ -289,7 +293,10 @@ mod tests {
         let together = score(&model, &rows, 1, &mut |_| Ok(())).unwrap();
         for (row, answer) in rows.iter().zip(&together) {
             let alone = score(&model, std::slice::from_ref(row), 1, &mut |_| Ok(())).unwrap();
-            assert_eq!((&answer.nll, answer.greedy), (&alone[0].nll, alone[0].greedy));
+            assert_eq!(
+                (&answer.nll, answer.greedy),
+                (&alone[0].nll, alone[0].greedy)
+            );
         }
     }
 }

@@ -3,7 +3,9 @@
 use clap::Parser;
 use lightmoe::cli::{BenchCommand, Cli, Command, LogFormat};
 use lightmoe::preflight::Refused;
-use lightmoe::{benchmarks, commands, compare, machine, progress, quality, reference, scale, usage};
+use lightmoe::{
+    benchmarks, commands, compare, machine, progress, quality, reference, scale, usage,
+};
 use std::io::Write;
 use std::process::ExitCode;
 

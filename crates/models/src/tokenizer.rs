@@ -73,21 +73,12 @@ impl ModelTokenizer {
 
     /// Text to ids, special tokens not added.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode(text, false)
-            .map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
-        Ok(encoding.get_ids().to_vec())
+        self.encoded(text, false)
     }
 
-    /// Text to ids with what the tokenizer puts around a text; begins with [`Self::bos`] in any case.
-    pub fn encode_from_begin(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode(text, true)
-            .map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
-        let begin = self.bos.filter(|bos| encoding.get_ids().first() != Some(bos));
-        Ok(begin.into_iter().chain(encoding.get_ids().iter().copied()).collect())
+    /// Text to ids with what the tokenizer itself puts around a text.
+    pub fn encode_with_special(&self, text: &str) -> Result<Vec<u32>> {
+        self.encoded(text, true)
     }
 
     /// The chat template, if the model has one.
@@ -103,6 +94,14 @@ impl ModelTokenizer {
     /// Ids to text, special tokens among it.
     pub fn decode_all(&self, ids: &[u32]) -> Result<String> {
         self.decoded(ids, false)
+    }
+
+    fn encoded(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let encoding = self
+            .inner
+            .encode(text, add_special)
+            .map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
+        Ok(encoding.get_ids().to_vec())
     }
 
     fn decoded(&self, ids: &[u32], skip_special: bool) -> Result<String> {

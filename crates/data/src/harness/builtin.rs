@@ -3,15 +3,24 @@
 /// Each file's name and text.
 pub(super) const FILES: &[(&str, &str)] = &[
     ("_mmlu.yaml", include_str!("tasks/_mmlu.yaml")),
-    ("arc_challenge.yaml", include_str!("tasks/arc_challenge.yaml")),
+    (
+        "arc_challenge.yaml",
+        include_str!("tasks/arc_challenge.yaml"),
+    ),
     ("arc_easy.yaml", include_str!("tasks/arc_easy.yaml")),
     ("boolq.yaml", include_str!("tasks/boolq.yaml")),
     ("gsm8k.yaml", include_str!("tasks/gsm8k.yaml")),
     ("hellaswag.yaml", include_str!("tasks/hellaswag.yaml")),
     ("mmlu.yaml", include_str!("tasks/mmlu.yaml")),
-    ("mmlu_humanities.yaml", include_str!("tasks/mmlu_humanities.yaml")),
+    (
+        "mmlu_humanities.yaml",
+        include_str!("tasks/mmlu_humanities.yaml"),
+    ),
     ("mmlu_other.yaml", include_str!("tasks/mmlu_other.yaml")),
-    ("mmlu_social_sciences.yaml", include_str!("tasks/mmlu_social_sciences.yaml")),
+    (
+        "mmlu_social_sciences.yaml",
+        include_str!("tasks/mmlu_social_sciences.yaml"),
+    ),
     ("mmlu_stem.yaml", include_str!("tasks/mmlu_stem.yaml")),
     ("openbookqa.yaml", include_str!("tasks/openbookqa.yaml")),
     ("perplexity.yaml", include_str!("tasks/perplexity.yaml")),

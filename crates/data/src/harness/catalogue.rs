@@ -85,7 +85,9 @@ impl Source {
         match beside.filter(|path| path.is_file()) {
             Some(path) => Self::read(&path),
             None => Self::built_in(name).ok_or_else(|| {
-                self.problem(format!("it includes `{name}`, which is not beside it; check the name"))
+                self.problem(format!(
+                    "it includes `{name}`, which is not beside it; check the name"
+                ))
             }),
         }
     }
@@ -142,7 +144,10 @@ impl Catalogue {
     /// None in practice: a test reads all of it.
     pub fn built_in() -> Result<Self> {
         let mut catalogue = Self::default();
-        for (file, _) in FILES.iter().filter(|(file, _)| !is_template(Path::new(file))) {
+        for (file, _) in FILES
+            .iter()
+            .filter(|(file, _)| !is_template(Path::new(file)))
+        {
             if let Some(source) = Source::built_in(file) {
                 catalogue.add(&source)?;
             }
@@ -179,7 +184,10 @@ impl Catalogue {
         let mut selected: Vec<Benchmark> = Vec::new();
         for name in &wanted {
             for benchmark in all.named(name, DEPTH)? {
-                if !selected.iter().any(|other| other.name() == benchmark.name()) {
+                if !selected
+                    .iter()
+                    .any(|other| other.name() == benchmark.name())
+                {
                     selected.push(benchmark);
                 }
             }
@@ -196,7 +204,9 @@ impl Catalogue {
                 source,
             };
             let entries = fs::read_dir(path).map_err(read)?;
-            paths = entries.map(|e| Ok(e.map_err(read)?.path())).collect::<Result<_>>()?;
+            paths = entries
+                .map(|e| Ok(e.map_err(read)?.path()))
+                .collect::<Result<_>>()?;
             paths.retain(|path| is_yaml(path) && !is_template(path));
             paths.sort();
         }
@@ -205,10 +215,21 @@ impl Catalogue {
             names.push(self.add(&Source::read(path)?)?);
         }
         let is_member = |name: &String| {
-            let members = self.groups.iter().filter(|group| names.contains(&group.group));
-            members.flat_map(|group| &group.task).any(|m| m.name() == Some(name.as_str()))
+            let members = self
+                .groups
+                .iter()
+                .filter(|group| names.contains(&group.group));
+            members
+                .flat_map(|group| &group.task)
+                .any(|m| m.name() == Some(name.as_str()))
         };
-        Ok(names.iter().filter(|name| !is_member(name)).cloned().collect())
+        let outer: Vec<String> = names
+            .iter()
+            .filter(|name| !is_member(name))
+            .cloned()
+            .collect();
+        // Groups in a circle are all members; asking for them says so.
+        Ok(if outer.is_empty() { names } else { outer })
     }
 
     /// Adds a file in place of what bears the same name; the name.
@@ -259,7 +280,10 @@ impl Catalogue {
         if let Some(found) = self.tasks.iter().find(|task| task.name() == name) {
             return Ok(vec![task(found)]);
         }
-        let tagged = self.tasks.iter().filter(|task| task.tag.iter().any(|tag| tag == name));
+        let tagged = self
+            .tasks
+            .iter()
+            .filter(|task| task.tag.iter().any(|tag| tag == name));
         let tagged: Vec<Benchmark> = tagged.map(task).collect();
         match tagged.is_empty() {
             true => Err(Error::UnknownBenchmark { name: name.into() }),
@@ -274,5 +298,6 @@ fn is_yaml(path: &Path) -> bool {
 
 /// Files whose names begin with `_` are only there to be included.
 fn is_template(path: &Path) -> bool {
-    path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"_"))
+    path.file_name()
+        .is_some_and(|name| name.as_encoded_bytes().starts_with(b"_"))
 }

@@ -17,9 +17,14 @@ pub(super) fn check_task(task: &TaskConfig) -> Result<(), String> {
     }
     let needs = |key: &str, is_there: bool| match is_there {
         true => Ok(()),
-        false => Err(format!("`{name}` has no `{key}`, which its output type needs; add it")),
+        false => Err(format!(
+            "`{name}` has no `{key}`, which its output type needs; add it"
+        )),
     };
-    needs("test_split` or `validation_split", task.eval_split().is_some())?;
+    needs(
+        "test_split` or `validation_split",
+        task.eval_split().is_some(),
+    )?;
     needs("data_files", task.data_files.is_some())?;
     needs("doc_to_target", task.doc_to_target.is_some())?;
     if task.output_type() != OutputType::LoglikelihoodRolling {
@@ -29,7 +34,8 @@ pub(super) fn check_task(task: &TaskConfig) -> Result<(), String> {
         needs("doc_to_choice", task.doc_to_choice.is_some())?;
     }
     let generation = task.generation();
-    let sampled = generation.do_sample == Some(true) || generation.temperature.is_some_and(|t| t > 0.0);
+    let sampled =
+        generation.do_sample == Some(true) || generation.temperature.is_some_and(|t| t > 0.0);
     if sampled || task.repeats.is_some_and(|n| n != 1) {
         return Err(format!(
             "`{name}` asks for sampled answers; answers are greedy here, so leave out `repeats`, \
@@ -37,7 +43,9 @@ pub(super) fn check_task(task: &TaskConfig) -> Result<(), String> {
         ));
     }
     if generation.max_gen_toks == Some(0) {
-        return Err(format!("`{name}` has `max_gen_toks` 0; allow 1 token or more"));
+        return Err(format!(
+            "`{name}` has `max_gen_toks` 0; allow 1 token or more"
+        ));
     }
     match (task.stride, task.output_type()) {
         (None, _) => Ok(()),

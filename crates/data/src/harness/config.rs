@@ -16,7 +16,10 @@ pub struct TaskConfig {
     /// The name in tables.
     pub task_alias: Option<String>,
     /// Names under which several tasks can be asked for together.
-    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "one_or_many")]
+    #[serde(
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "one_or_many"
+    )]
     pub tag: Vec<String>,
     /// The data set's name on the Hub, for the record.
     pub dataset_path: Option<String>,
@@ -102,13 +105,20 @@ impl TaskConfig {
 
     /// The split to score on.
     pub fn eval_split(&self) -> Option<&str> {
-        self.test_split.as_deref().or(self.validation_split.as_deref())
+        self.test_split
+            .as_deref()
+            .or(self.validation_split.as_deref())
     }
 
     /// The split for few-shot examples.
     pub fn examples_split(&self) -> Option<&str> {
-        let given = self.fewshot_split.as_deref().or(self.training_split.as_deref());
-        given.or(self.validation_split.as_deref()).or(self.test_split.as_deref())
+        let given = self
+            .fewshot_split
+            .as_deref()
+            .or(self.training_split.as_deref());
+        given
+            .or(self.validation_split.as_deref())
+            .or(self.test_split.as_deref())
     }
 
     /// How answers are generated, `until` filled in.
@@ -140,7 +150,10 @@ impl TaskConfig {
 }
 
 pub(super) fn version(metadata: Option<&Map<String, Value>>) -> Value {
-    metadata.and_then(|m| m.get("version")).cloned().unwrap_or(Value::Null)
+    metadata
+        .and_then(|m| m.get("version"))
+        .cloned()
+        .unwrap_or(Value::Null)
 }
 
 /// What is absent is not written.
@@ -189,7 +202,11 @@ pub struct DataFiles {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub columns: Vec<String>,
     /// Folders below that of the data to look in besides it.
-    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "one_or_many")]
+    #[serde(
+        default,
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "one_or_many"
+    )]
     pub folders: Vec<String>,
     /// By split, a file's path, a template over `dataset_name`; the first of several that exists,
     /// with or without `.gz`.
@@ -344,7 +361,9 @@ pub struct MetricConfig {
 /// The name that results carry where a task has no filters.
 pub const NO_FILTER: &str = "none";
 
-pub(super) fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+pub(super) fn one_or_many<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<String>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum OneOrMany {

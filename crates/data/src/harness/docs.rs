@@ -48,7 +48,9 @@ pub fn read_docs(
         unusable("it has no `data_files`; say in which file each split lies".into())
     })?;
     let paths = files.splits.get(split).ok_or_else(|| {
-        unusable(format!("`data_files.splits` has no `{split}`, which the task reads; name its file"))
+        unusable(format!(
+            "`data_files.splits` has no `{split}`, which the task reads; name its file"
+        ))
     })?;
     let finder = Finder {
         task,
@@ -63,7 +65,8 @@ pub fn read_docs(
         add_labels(&finder.find(&labels.0)?, &mut rows)?;
     }
     let docs = rows.into_iter().enumerate();
-    docs.map(|(number, row)| document(task, row, number, &path, engine)).collect()
+    docs.map(|(number, row)| document(task, row, number, &path, engine))
+        .collect()
 }
 
 /// Puts a row into the fields of a document. Expressions see the row, `dataset_name` and `row_number`.
@@ -102,7 +105,9 @@ fn evaluated(value: &Value, row: &Fields, engine: &Engine) -> Result<Value, Stri
             Value::Array(list.collect::<Result<_, _>>()?)
         }
         Value::Object(map) => {
-            let pairs = map.iter().map(|(key, item)| Ok((key.clone(), evaluated(item, row, engine)?)));
+            let pairs = map
+                .iter()
+                .map(|(key, item)| Ok((key.clone(), evaluated(item, row, engine)?)));
             Value::Object(pairs.collect::<Result<_, String>>()?)
         }
         other => other.clone(),
@@ -125,7 +130,7 @@ impl Finder<'_> {
             if folder.is_file() {
                 return Ok(folder.clone());
             }
-            for place in self.places(folder) {
+            for place in self.places(folder)? {
                 for path in paths {
                     let path = place.join(self.filled(path)?);
                     let mut packed = path.clone().into_os_string();
@@ -152,21 +157,27 @@ impl Finder<'_> {
         })
     }
 
-    /// The folder itself, and those in it that bear the names of the task and its data.
-    fn places(&self, folder: &Path) -> Vec<PathBuf> {
-        let mut places = vec![folder.to_owned(), folder.join(self.task.name())];
-        places.extend(self.files.folders.iter().map(|name| folder.join(name)));
+    /// The folders that bear the names of the task and its data, and then the folder that they are in:
+    /// files of many benchmarks have the same names.
+    fn places(&self, folder: &Path) -> Result<Vec<PathBuf>> {
+        let mut places = vec![folder.join(self.task.name())];
+        for name in &self.files.folders {
+            places.push(folder.join(self.filled(name)?));
+        }
+        places.push(folder.to_owned());
         places.dedup();
-        places
+        Ok(places)
     }
 
     fn filled(&self, path: &str) -> Result<String> {
         let name = self.task.dataset_name.clone();
         let fields = Fields::from_iter([("dataset_name".to_owned(), Value::from(name))]);
-        self.engine.text(path, &fields).map_err(|problem| Error::Unusable {
-            task: self.task.name().to_owned(),
-            problem,
-        })
+        self.engine
+            .text(path, &fields)
+            .map_err(|problem| Error::Unusable {
+                task: self.task.name().to_owned(),
+                problem,
+            })
     }
 }
 

@@ -21,7 +21,10 @@ impl Examples {
             docs,
             random: Random::new(seed),
             count,
-            sampler: task.fewshot_config.as_ref().map_or_else(Sampler::default, |c| c.sampler),
+            sampler: task
+                .fewshot_config
+                .as_ref()
+                .map_or_else(Sampler::default, |c| c.sampler),
             // As the harness decides it: also where neither split is named.
             drawn: count + usize::from(task.fewshot_split == task.test_split),
         }

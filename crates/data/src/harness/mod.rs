@@ -15,6 +15,7 @@ mod prompt;
 pub mod python;
 mod rows;
 mod template;
+mod texts;
 
 pub use catalogue::{Benchmark, Catalogue};
 pub use config::{

@@ -1,12 +1,13 @@
 //! From documents to what the model is asked, as lm-evaluation-harness does it.
 
-use super::config::{Choices, OutputType, TaskConfig};
+use super::config::{OutputType, TaskConfig};
 use super::docs::{Doc, read_docs};
 use super::fewshot::Examples;
 use super::python::text_of;
-use super::template::{Engine, Fields};
-use crate::records::Message;
+use super::template::Engine;
+use super::texts::{Text, Texts, chosen, right_choices};
 use crate::Result;
+use crate::records::Message;
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -50,8 +51,8 @@ pub struct Item {
     pub doc: Doc,
     /// What the task says of the answer: a number of a choice, a text, or a list of texts.
     pub target: Value,
-    /// Number of the right choice, if the choices are prompts.
-    pub right_prompt: Option<usize>,
+    /// Numbers of the right choices, of which there is mostly one; none where there are no choices.
+    pub right: Vec<usize>,
     /// The choices.
     pub choices: Vec<String>,
     /// What the model is asked: one request a choice, or one.
@@ -115,7 +116,10 @@ pub fn build_prompts(
     let engine = Engine::new();
     let builder = Builder {
         task,
-        engine: &engine,
+        texts: Texts {
+            task,
+            engine: &engine,
+        },
         options,
     };
     let num_fewshot = match (task.num_fewshot, options.num_fewshot) {
@@ -144,30 +148,27 @@ pub fn build_prompts(
     })
 }
 
-/// What a prompt says: a text, or the number of a choice.
-enum Text {
-    Words(String),
-    Choice(usize),
-}
-
 struct Builder<'a> {
     task: &'a TaskConfig,
-    engine: &'a Engine,
+    texts: Texts<'a>,
     options: &'a PromptOptions<'a>,
 }
 
 impl Builder<'_> {
     fn item(&self, doc: Doc, examples: Option<&mut Examples>) -> Result<Item> {
         let built = self.parts(&doc, examples)?;
-        let (target, right_prompt, choices, requests) = built;
+        let (target, right, choices, requests) = built;
         let counted = match &self.task.doc_to_count {
-            Some(template) => self.written(template, &doc).map_err(|p| doc.fails(p))?,
+            Some(template) => self
+                .texts
+                .written(template, &doc.fields)
+                .map_err(|p| doc.fails(p))?,
             None => text_of(&target),
         };
         Ok(Item {
             doc,
             target,
-            right_prompt,
+            right,
             choices,
             requests,
             counted,
@@ -179,19 +180,24 @@ impl Builder<'_> {
         &self,
         doc: &Doc,
         examples: Option<&mut Examples>,
-    ) -> Result<(Value, Option<usize>, Vec<String>, Vec<Request>)> {
+    ) -> Result<(Value, Vec<usize>, Vec<String>, Vec<Request>)> {
         let fails = |problem| doc.fails(problem);
-        let target = self.target(&doc.fields).map_err(fails)?;
-        let choices = self.choices(&doc.fields).map_err(fails)?;
+        let target = self.texts.target(&doc.fields).map_err(fails)?;
+        let choices = self.texts.choices(&doc.fields).map_err(fails)?;
         if self.task.output_type() == OutputType::LoglikelihoodRolling {
             let text = text_of(&target);
-            return Ok((target, None, choices, vec![Request::Rolling { text }]));
+            return Ok((target, Vec::new(), choices, vec![Request::Rolling { text }]));
         }
-        let text = self.prompt(&doc.fields).map_err(fails)?;
+        let text = self.texts.prompt(&doc.fields).map_err(fails)?;
+        let right = right_choices(&text, &target, &choices).map_err(fails)?;
         let examples = match examples {
             Some(examples) => {
                 // In one turn the harness draws twice and uses the second.
-                if self.options.chat.is_some_and(|chat| chat.turns == Turns::One) {
+                if self
+                    .options
+                    .chat
+                    .is_some_and(|chat| chat.turns == Turns::One)
+                {
                     examples.choose(self.task, doc)?;
                 }
                 examples.choose(self.task, doc)?
@@ -227,11 +233,7 @@ impl Builder<'_> {
                 }]
             }
         };
-        let right_prompt = match text {
-            Text::Choice(right) => Some(right),
-            Text::Words(_) => None,
-        };
-        Ok((target, right_prompt, choices, requests))
+        Ok((target, right, choices, requests))
     }
 
     /// A choice that is a prompt, as a conversation where they are asked for.
@@ -246,7 +248,11 @@ impl Builder<'_> {
     fn context(&self, doc: &Doc, text: &Text, examples: &[Doc]) -> Result<String> {
         let fails = |problem| doc.fails(problem);
         let description = self.task.description.as_deref().unwrap_or_default();
-        let description = self.engine.text(description, &doc.fields).map_err(fails)?;
+        let description = self
+            .texts
+            .engine
+            .text(description, &doc.fields)
+            .map_err(fails)?;
         let system = match (self.options.system_instruction, description.is_empty()) {
             (Some(given), false) => {
                 format!("{given}{}{description}", self.task.fewshot_delimiter())
@@ -290,8 +296,11 @@ impl Builder<'_> {
         (chat.render)(&messages)
             .or_else(|problem| {
                 // Some templates know no system role; the harness then leaves it out.
-                let others: Vec<Message> =
-                    messages.iter().filter(|m| m.role != "system").cloned().collect();
+                let others: Vec<Message> = messages
+                    .iter()
+                    .filter(|m| m.role != "system")
+                    .cloned()
+                    .collect();
                 match others.len() == messages.len() {
                     true => Err(problem),
                     false => (chat.render)(&others),
@@ -318,12 +327,12 @@ impl Builder<'_> {
     /// Question and answer of an example.
     fn shot(&self, example: &Doc) -> Result<(String, String)> {
         let build = || {
-            let choices = self.choices(&example.fields)?;
-            let question = match self.prompt(&example.fields)? {
+            let choices = self.texts.choices(&example.fields)?;
+            let question = match self.texts.prompt(&example.fields)? {
                 Text::Words(words) => words,
                 Text::Choice(right) => chosen(&choices, right as i64)?,
             };
-            let answer = match self.target(&example.fields)? {
+            let answer = match self.texts.target(&example.fields)? {
                 Value::Array(list) => list.first().map(text_of).unwrap_or_default(),
                 Value::Number(n) if self.task.doc_to_choice.is_some() => {
                     chosen(&choices, n.as_i64().unwrap_or(-1))?
@@ -334,59 +343,6 @@ impl Builder<'_> {
         };
         build().map_err(|problem: String| example.fails(problem))
     }
-
-    fn prompt(&self, doc: &Fields) -> Result<Text, String> {
-        let template = self.task.doc_to_text.as_deref().unwrap_or_default();
-        Ok(match self.numbered(template, doc)? {
-            Value::Number(n) if self.task.doc_to_choice.is_some() => {
-                Text::Choice(n.as_u64().ok_or("`doc_to_text` is negative")? as usize)
-            }
-            other => Text::Words(text_of(&other)),
-        })
-    }
-
-    fn target(&self, doc: &Fields) -> Result<Value, String> {
-        let template = self.task.doc_to_target.as_deref().unwrap_or_default();
-        self.numbered(template, doc)
-    }
-
-    /// What a template says; digits are a number where there are choices, unless a field holds them.
-    fn numbered(&self, template: &str, doc: &Fields) -> Result<Value, String> {
-        let value = self.engine.value(template, doc)?;
-        if doc.contains_key(template) || value.is_array() {
-            return Ok(value);
-        }
-        let text = text_of(&value);
-        let is_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-        Ok(match is_number && self.task.doc_to_choice.is_some() {
-            true => text.parse::<u64>().map_or(Value::String(text), Value::from),
-            false => Value::String(text),
-        })
-    }
-
-    fn choices(&self, doc: &Fields) -> Result<Vec<String>, String> {
-        let template = match &self.task.doc_to_choice {
-            None => return Ok(Vec::new()),
-            Some(Choices::Fixed(list)) => return Ok(list.clone()),
-            Some(Choices::Of(template)) => template,
-        };
-        match self.engine.value(template, doc)? {
-            Value::Array(list) if !list.is_empty() => Ok(list.iter().map(text_of).collect()),
-            other => Err(format!(
-                "`doc_to_choice` gives {other}, no list of choices; let it be a field's name or \
-                 one expression in {{{{ }}}}"
-            )),
-        }
-    }
-
-    fn written(&self, template: &str, doc: &Doc) -> Result<String, String> {
-        self.engine.value(template, &doc.fields).map(|value| text_of(&value))
-    }
-}
-
-fn chosen(choices: &[String], number: i64) -> Result<String, String> {
-    let choice = usize::try_from(number).ok().and_then(|n| choices.get(n));
-    choice.cloned().ok_or_else(|| format!("there is no choice {number} of {}", choices.len()))
 }
 
 fn message(role: &str, content: String) -> Message {

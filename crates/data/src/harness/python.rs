@@ -61,7 +61,11 @@ pub fn substitute<'a>(
                 expanded.push_str(&format!("${{{digit}}}"));
             }
             ('\\', Some('g')) => {
-                let name: String = characters.by_ref().skip(2).take_while(|&c| c != '>').collect();
+                let name: String = characters
+                    .by_ref()
+                    .skip(2)
+                    .take_while(|&c| c != '>')
+                    .collect();
                 expanded.push_str(&format!("${{{name}}}"));
             }
             ('\\', Some('n')) => {
@@ -105,7 +109,10 @@ fn representation(value: &Value) -> String {
             let pair = |(key, value): (&String, &Value)| {
                 format!("{}: {}", quoted(key), representation(value))
             };
-            format!("{{{}}}", map.iter().map(pair).collect::<Vec<_>>().join(", "))
+            format!(
+                "{{{}}}",
+                map.iter().map(pair).collect::<Vec<_>>().join(", ")
+            )
         }
     }
 }
@@ -202,7 +209,10 @@ mod tests {
         // random.Random(1234).sample(range(n), k), one after the other from one generator.
         let mut random = Random::new(1234);
         assert_eq!(random.sample(10, 3), [7, 1, 0]);
-        assert_eq!(random.sample(1000, 8), [92, 932, 965, 961, 826, 596, 35, 687]);
+        assert_eq!(
+            random.sample(1000, 8),
+            [92, 932, 965, 961, 826, 596, 35, 687]
+        );
         assert_eq!(random.sample(80, 8), [10, 12, 45, 30, 2, 3, 75, 44]);
         assert_eq!(Random::new(0).resample(6), [5, 4, 2, 1, 3, 2]);
     }
@@ -225,6 +235,9 @@ mod tests {
     fn values_are_written_as_python_writes_them() {
         assert_eq!(text_of(&json!("it's")), "it's");
         let value = json!(["it's", "a\n\"b'", true, null, {"k": 1.0}]);
-        assert_eq!(text_of(&value), r#"["it's", 'a\n"b\'', True, None, {'k': 1.0}]"#);
+        assert_eq!(
+            text_of(&value),
+            r#"["it's", 'a\n"b\'', True, None, {'k': 1.0}]"#
+        );
     }
 }

@@ -110,6 +110,8 @@ fn table(
     let mut reader = csv::ReaderBuilder::new()
         .delimiter(delimiter)
         .quoting(quoting)
+        // Rows of another length are told of below.
+        .flexible(true)
         .has_headers(columns.is_empty())
         .from_reader(text.as_bytes());
     let row_error = |e: csv::Error| Error::Row {
@@ -118,7 +120,12 @@ fn table(
         problem: format!("no row of the table ({e})"),
     };
     let names: Vec<String> = match columns {
-        [] => reader.headers().map_err(row_error)?.iter().map(str::to_owned).collect(),
+        [] => reader
+            .headers()
+            .map_err(row_error)?
+            .iter()
+            .map(str::to_owned)
+            .collect(),
         given => given.to_vec(),
     };
     let mut rows = Vec::new();

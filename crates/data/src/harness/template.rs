@@ -5,6 +5,7 @@ use minijinja::value::{Serde, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::Map;
+use std::collections::HashSet;
 
 /// A document: its fields.
 pub type Fields = Map<String, serde_json::Value>;
@@ -44,9 +45,12 @@ impl Engine {
     pub fn expression(&self, expression: &str, doc: &Fields) -> Result<serde_json::Value, String> {
         let fail = |e: Error| format!("`{expression}` cannot be computed: {}", said(&e));
         let compiled = self.0.compile_expression(expression).map_err(fail)?;
-        let value = compiled.eval(Serde(doc)).map_err(fail)?;
+        let missing = |reason| lacking(compiled.undeclared_variables(false), doc).unwrap_or(reason);
+        let value = compiled.eval(Serde(doc)).map_err(|e| missing(fail(e)))?;
         if value.is_undefined() {
-            return Err(format!("`{expression}` names a field that the row does not have"));
+            return Err(missing(format!(
+                "`{expression}` names what the row does not have"
+            )));
         }
         serde_json::to_value(&value).map_err(|e| format!("`{expression}` is no value: {e}"))
     }
@@ -61,10 +65,24 @@ impl Engine {
             true => format!("{template}\n"),
             false => template.to_owned(),
         };
-        self.0
-            .render_str(&kept, Serde(doc))
-            .map_err(|e| format!("the template `{template}` fails: {}", said(&e)))
+        let fail = |e: Error| format!("the template `{template}` fails: {}", said(&e));
+        let compiled = self.0.template_from_str(&kept).map_err(fail)?;
+        compiled.render(Serde(doc)).map_err(|e| {
+            let names = compiled.undeclared_variables(false);
+            lacking(names, doc).unwrap_or_else(|| fail(e))
+        })
     }
+}
+
+/// Which fields a template wants that are not there.
+fn lacking(names: HashSet<String>, doc: &Fields) -> Option<String> {
+    let mut names: Vec<String> = names
+        .into_iter()
+        .filter(|name| !doc.contains_key(name))
+        .collect();
+    names.sort();
+    let names: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
+    (!names.is_empty()).then(|| format!("there is no field {}", names.join(", ")))
 }
 
 /// The message of an error with its cause, without the place in the template, which is short.
@@ -78,7 +96,9 @@ fn said(error: &Error) -> String {
 /// What stands between `{{` and `}}`, if the template is nothing else.
 fn sole_expression(template: &str) -> Option<&str> {
     let inner = template.strip_prefix("{{")?.strip_suffix("}}")?;
-    let is_one = !["{{", "}}", "{%", "{#"].iter().any(|mark| inner.contains(mark));
+    let is_one = !["{{", "}}", "{%", "{#"]
+        .iter()
+        .any(|mark| inner.contains(mark));
     is_one.then_some(inner)
 }
 
@@ -88,7 +108,10 @@ fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Resul
         let wanted = args.first().ok_or(ErrorKind::MissingArgument)?;
         let place = value.try_iter()?.position(|item| item == *wanted);
         return place.map(Value::from).ok_or_else(|| {
-            Error::new(ErrorKind::InvalidOperation, format!("`{wanted}` is not in the list"))
+            Error::new(
+                ErrorKind::InvalidOperation,
+                format!("`{wanted}` is not in the list"),
+            )
         });
     }
     unknown_method_callback(state, value, name, args)
@@ -110,7 +133,9 @@ fn write_python(out: &mut Output, state: &mut State, value: &Value) -> Result<()
 fn regex_replace(text: String, pattern: String, replacement: String) -> Result<String, Error> {
     let fail = |message| Error::new(ErrorKind::InvalidOperation, message);
     let regex = regex(&pattern).map_err(fail)?;
-    Ok(substitute(&regex, &replacement, &text).map_err(fail)?.into_owned())
+    Ok(substitute(&regex, &replacement, &text)
+        .map_err(fail)?
+        .into_owned())
 }
 
 #[cfg(test)]
@@ -134,15 +159,19 @@ mod tests {
         assert_eq!(value("{{choices.label.index('B')}}"), 1);
         assert_eq!(value("Q: {{question.strip()}}\nA:\n"), "Q: Who?\nA:\n");
         assert_eq!(value("{{flag}} {{choices.text}}"), "True ['a', 'b']");
-        assert_eq!(value("{{question|regex_replace('W(h)o', '\\\\1')}}!"), " h? !");
+        assert_eq!(
+            value("{{question|regex_replace('W(h)o', '\\\\1')}}!"),
+            " h? !"
+        );
         assert_eq!(value("{{label}}{{label}}"), "33");
     }
 
     #[test]
     fn what_is_missing_is_named() {
         let error = |template: &str| Engine::new().value(template, &doc()).unwrap_err();
-        assert!(error("{{answer}}").contains("`answer`"));
-        assert!(error("Q: {{answer}}").contains("answer"), "{}", error("Q: {{answer}}"));
+        assert!(error("{{answer}}").contains("no field `answer`"));
+        assert!(error("{{choices.answer}}").contains("choices.answer"));
+        assert!(error("Q: {{answer}}").contains("no field `answer`"));
         assert!(error("{{choices.label.index('C')}}").contains("not in the list"));
         assert!(error("{{ choices.").contains("choices."));
     }

@@ -18,6 +18,9 @@ pub(super) fn bootstrap(values: &[f64], statistic: &(impl Fn(&[f64]) -> f64 + Sy
             })
             .collect()
     };
-    let all: Vec<Vec<f64>> = (0..RESAMPLES / OF_ONE_SEED).into_par_iter().map(of_seed).collect();
+    let all: Vec<Vec<f64>> = (0..RESAMPLES / OF_ONE_SEED)
+        .into_par_iter()
+        .map(of_seed)
+        .collect();
     crate::score::deviation(&all.concat())
 }

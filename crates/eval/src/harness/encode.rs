@@ -10,7 +10,7 @@ pub enum BeginOfText {
     /// Nothing: the harness's default for models that are no Gemma.
     #[default]
     None,
-    /// The tokenizer's token for it (`add_bos_token` in the harness).
+    /// What the tokenizer puts around texts, mostly its token for it (`add_bos_token` in the harness).
     Token,
 }
 
@@ -26,7 +26,7 @@ impl Encoder<'_> {
     pub(super) fn text(&self, text: &str) -> Result<Vec<u32>> {
         Ok(match self.begin {
             BeginOfText::None => self.tokenizer.encode(text)?,
-            BeginOfText::Token => self.tokenizer.encode_from_begin(text)?,
+            BeginOfText::Token => self.tokenizer.encode_with_special(text)?,
         })
     }
 
@@ -47,7 +47,9 @@ impl Encoder<'_> {
             (tokens, self.text(context.trim_end())?.len())
         };
         if answer_start == 0 {
-            return Err(invalid("the context is nothing but white space; give it a text"));
+            return Err(invalid(
+                "the context is nothing but white space; give it a text",
+            ));
         }
         let answer = tokens.len().saturating_sub(answer_start);
         if answer == 0 {
@@ -85,7 +87,9 @@ impl Encoder<'_> {
             let end = tokens.len().min(done + count);
             // One token more than the model reads: the last one is only predicted.
             let window: Vec<u32> = match done {
-                0 => std::iter::once(self.prefix()).chain(tokens[..end].iter().copied()).collect(),
+                0 => std::iter::once(self.prefix())
+                    .chain(tokens[..end].iter().copied())
+                    .collect(),
                 _ => tokens[end - length - 1..end].to_vec(),
             };
             let answer_start = window.len() - (end - done);

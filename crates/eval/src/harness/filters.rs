@@ -45,7 +45,9 @@ impl Filters {
     /// [`Error::Invalid`] if a pattern takes too many steps.
     pub(super) fn apply(&self, number: usize, answer: &str) -> Result<String> {
         let steps = &self.0[number].1;
-        steps.iter().try_fold(answer.to_owned(), |text, step| step.apply(&text))
+        steps
+            .iter()
+            .try_fold(answer.to_owned(), |text, step| step.apply(&text))
     }
 }
 
@@ -96,19 +98,32 @@ fn selected(regex: &Regex, select: i64, text: &str) -> Result<Option<String>> {
     for captures in regex.captures_iter(text) {
         let captures =
             captures.map_err(|e| Error::Invalid(format!("a filter's pattern fails: {e}")))?;
-        let groups = captures.iter().skip(1).flatten().map(|group| group.as_str());
+        let groups = captures
+            .iter()
+            .skip(1)
+            .flatten()
+            .map(|group| group.as_str());
         found.push(match captures.len() {
             1 => captures.get(0).map(|whole| whole.as_str().to_owned()),
             // A pattern with one group gives the group, though it be empty.
-            2 => Some(captures.get(1).map_or(String::new(), |group| group.as_str().to_owned())),
-            _ => groups.filter(|group| !group.is_empty()).map(str::to_owned).next(),
+            2 => Some(
+                captures
+                    .get(1)
+                    .map_or(String::new(), |group| group.as_str().to_owned()),
+            ),
+            _ => groups
+                .filter(|group| !group.is_empty())
+                .map(str::to_owned)
+                .next(),
         });
     }
     let place = match usize::try_from(select) {
         Ok(place) => Some(place),
         Err(_) => found.len().checked_sub(select.unsigned_abs() as usize),
     };
-    let chosen = place.and_then(|place| found.into_iter().nth(place)).flatten();
+    let chosen = place
+        .and_then(|place| found.into_iter().nth(place))
+        .flatten();
     Ok(chosen.map(|text| text.trim().to_owned()))
 }
 
@@ -118,15 +133,20 @@ mod tests {
 
     #[test]
     fn patterns_select_as_the_harness_does() {
-        let select = |pattern: &str, n, text| {
-            selected(&python::regex(pattern).unwrap(), n, text).unwrap()
-        };
+        let select =
+            |pattern: &str, n, text| selected(&python::regex(pattern).unwrap(), n, text).unwrap();
         let number = r"#### (\-?[0-9\.\,]+)";
-        assert_eq!(select(number, 0, "so #### 1,2 #### 3").as_deref(), Some("1,2"));
+        assert_eq!(
+            select(number, 0, "so #### 1,2 #### 3").as_deref(),
+            Some("1,2")
+        );
         assert_eq!(select(number, 0, "so 12"), None);
         let any = r"(-?[$0-9.,]{2,})|(-?[0-9]+)";
         assert_eq!(select(any, -1, "first 12, then 7").as_deref(), Some("7"));
-        assert_eq!(select(any, 0, "first $12.50, then 7").as_deref(), Some("$12.50,"));
+        assert_eq!(
+            select(any, 0, "first $12.50, then 7").as_deref(),
+            Some("$12.50,")
+        );
         assert_eq!(select("(a)|(b)|c", 0, "c"), None);
         assert_eq!(select("a ?", -1, "a a ").as_deref(), Some("a"));
         assert_eq!(select("a", 5, "a"), None);

@@ -51,12 +51,16 @@ impl Journal {
             Err(e) if e.kind() == ErrorKind::NotFound => String::new(),
             Err(e) => return Err(io(e)),
         };
-        let mut lines = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
-        let header: Option<Header> = lines.next().and_then(|line| serde_json::from_str(line).ok());
+        let mut lines = text
+            .split_inclusive('\n')
+            .filter(|line| line.ends_with('\n'));
+        let header: Option<Header> = lines
+            .next()
+            .and_then(|line| serde_json::from_str(line).ok());
         let entries: Vec<Entry> = match header {
-            Some(header) if header.fingerprint == fingerprint => {
-                lines.map_while(|line| serde_json::from_str(line).ok()).collect()
-            }
+            Some(header) if header.fingerprint == fingerprint => lines
+                .map_while(|line| serde_json::from_str(line).ok())
+                .collect(),
             _ => Vec::new(),
         };
         let mut whole = serde_json::to_string(&Header {
@@ -92,9 +96,7 @@ impl Journal {
 
     /// Adds the scores of rows.
     pub(super) fn add_rows(&mut self, rows: &[usize], found: &Found) -> Result<()> {
-        let entry = |&row: &usize| {
-            found.rows[row].map(|score| Entry::Row { row, score })
-        };
+        let entry = |&row: &usize| found.rows[row].map(|score| Entry::Row { row, score });
         self.append(rows.iter().filter_map(entry).collect())
     }
 
@@ -112,10 +114,11 @@ impl Journal {
             return Ok(());
         };
         // One write a batch: a kill leaves whole lines but for the last.
-        file.write_all(lines_of(&entries)?.as_bytes()).map_err(|source| Error::Io {
-            path: path.clone(),
-            source,
-        })
+        file.write_all(lines_of(&entries)?.as_bytes())
+            .map_err(|source| Error::Io {
+                path: path.clone(),
+                source,
+            })
     }
 }
 

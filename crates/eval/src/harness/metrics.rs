@@ -68,9 +68,16 @@ pub(super) fn metrics(task: &TaskConfig) -> Result<Vec<Metric>> {
     let configs = match &task.metric_list {
         Some(list) => list.clone(),
         // Per token is ours, not the harness's.
-        None => defaults.iter().filter(|name| **name != "token_perplexity").map(plain).collect(),
+        None => defaults
+            .iter()
+            .filter(|name| **name != "token_perplexity")
+            .map(plain)
+            .collect(),
     };
-    configs.iter().map(|config| Metric::new(task, config)).collect()
+    configs
+        .iter()
+        .map(|config| Metric::new(task, config))
+        .collect()
 }
 
 fn plain(name: &&str) -> MetricConfig {
@@ -84,9 +91,12 @@ fn plain(name: &&str) -> MetricConfig {
 fn known(output: OutputType) -> &'static [&'static str] {
     match output {
         OutputType::Loglikelihood => &["perplexity", "acc"],
-        OutputType::LoglikelihoodRolling => {
-            &["word_perplexity", "byte_perplexity", "bits_per_byte", "token_perplexity"]
-        }
+        OutputType::LoglikelihoodRolling => &[
+            "word_perplexity",
+            "byte_perplexity",
+            "bits_per_byte",
+            "token_perplexity",
+        ],
         OutputType::MultipleChoice => &["acc", "acc_norm"],
         OutputType::GenerateUntil => &["exact_match"],
     }
@@ -96,7 +106,10 @@ impl Metric {
     fn new(task: &TaskConfig, config: &MetricConfig) -> Result<Self> {
         let name = config.metric.as_str();
         let invalid = |problem: String| {
-            Error::Invalid(format!("task `{}`, metric `{name}`: {problem}", task.name()))
+            Error::Invalid(format!(
+                "task `{}`, metric `{name}`: {problem}",
+                task.name()
+            ))
         };
         let names = known(task.output_type());
         if !names.contains(&name) {
@@ -119,12 +132,20 @@ impl Metric {
             }
         };
         let expected = aggregation.name();
-        if config.aggregation.as_deref().is_some_and(|given| given != expected) {
-            return Err(invalid(format!("its aggregation is `{expected}`; leave the key out")));
+        if config
+            .aggregation
+            .as_deref()
+            .is_some_and(|given| given != expected)
+        {
+            return Err(invalid(format!(
+                "its aggregation is `{expected}`; leave the key out"
+            )));
         }
         Ok(Self {
             name: name.to_owned(),
-            higher_is_better: config.higher_is_better.unwrap_or(aggregation == Aggregation::Mean),
+            higher_is_better: config
+                .higher_is_better
+                .unwrap_or(aggregation == Aggregation::Mean),
             kind,
             aggregation,
         })
@@ -144,7 +165,10 @@ impl Metric {
             }
             Aggregation::Perplexity => {
                 let perplexity = |values: &[f64]| (-Score::mean(values).value).exp();
-                (perplexity(&ones), (ones.len() > 1).then(|| bootstrap(&ones, &perplexity)))
+                (
+                    perplexity(&ones),
+                    (ones.len() > 1).then(|| bootstrap(&ones, &perplexity)),
+                )
             }
             Aggregation::WeightedPerplexity => ((-per_unit()).exp(), None),
             Aggregation::BitsPerByte => (-per_unit() / std::f64::consts::LN_2, None),
@@ -174,7 +198,10 @@ impl Value {
 
 impl Cleaning {
     fn new(config: &MetricConfig) -> std::result::Result<Self, String> {
-        let regexes = config.regexes_to_ignore.iter().map(|pattern| python::regex(pattern));
+        let regexes = config
+            .regexes_to_ignore
+            .iter()
+            .map(|pattern| python::regex(pattern));
         Ok(Self {
             regexes: regexes.collect::<std::result::Result<_, _>>()?,
             case: config.ignore_case,
@@ -194,7 +221,9 @@ impl Cleaning {
     fn cleaned(&self, text: &str) -> Result<String> {
         let mut text = text.to_owned();
         for regex in &self.regexes {
-            text = python::substitute(regex, "", &text).map_err(Error::Invalid)?.into_owned();
+            text = python::substitute(regex, "", &text)
+                .map_err(Error::Invalid)?
+                .into_owned();
         }
         if self.case {
             text = text.to_lowercase();

@@ -153,14 +153,17 @@ pub fn evaluate_tasks(
         report: progress,
     };
     let found = work.run(model, tokenizer, options, &mut journal, &mut progress)?;
-    let outcomes = tasks.iter().zip(&prepared).map(|(task, (metrics, filters, places))| {
-        let scorer = score::Scorer {
-            task: &task.task,
-            metrics,
-            filters,
-        };
-        outcome(&scorer, task, places, &found)
-    });
+    let outcomes = tasks
+        .iter()
+        .zip(&prepared)
+        .map(|(task, (metrics, filters, places))| {
+            let scorer = score::Scorer {
+                task: &task.task,
+                metrics,
+                filters,
+            };
+            outcome(&scorer, task, places, &found)
+        });
     Ok(Outcome {
         tasks: outcomes.collect::<Result<_>>()?,
         is_whole: found.is_whole(),

@@ -47,14 +47,18 @@ pub fn results(
     };
     tables.add(selected, 0);
     let by_task = |value: &dyn Fn(&TaskPrompts) -> Result<Json>| -> Result<Map<String, Json>> {
-        let pairs = tasks.iter().map(|t| Ok((t.task.name().to_owned(), value(t)?)));
+        let pairs = tasks
+            .iter()
+            .map(|t| Ok((t.task.name().to_owned(), value(t)?)));
         let mut map: Map<String, Json> = pairs.collect::<Result<_>>()?;
         map.sort_keys();
         Ok(map)
     };
     let direction = |task: &TaskConfig| -> Result<Map<String, Json>> {
         let metrics = metrics(task)?.into_iter();
-        Ok(metrics.map(|metric| (metric.name, metric.higher_is_better.into())).collect())
+        Ok(metrics
+            .map(|metric| (metric.name, metric.higher_is_better.into()))
+            .collect())
     };
     let mut directions = by_task(&|t| Ok(direction(&t.task)?.into()))?;
     for benchmark in selected {
@@ -65,8 +69,11 @@ pub fn results(
     let counts = by_task(&|t| {
         Ok(json!({"original": t.prompts.documents, "effective": t.prompts.items.len()}))
     })?;
-    let hashes: Map<String, Json> =
-        outcome.tasks.iter().map(|task| (task.name.clone(), json!(task.hash))).collect();
+    let hashes: Map<String, Json> = outcome
+        .tasks
+        .iter()
+        .map(|task| (task.name.clone(), json!(task.hash)))
+        .collect();
     let token = |id: Option<u32>| -> Result<Json> {
         Ok(match id {
             Some(id) => json!([tokenizer.decode_all(&[id])?, id.to_string()]),
@@ -100,22 +107,39 @@ pub fn results(
     put("model_name", facts.model.into());
     put("model_name_sanitized", sanitized(facts.model).into());
     put("system_instruction", facts.system_instruction.into());
-    put("system_instruction_sha", facts.system_instruction.map(hash_text).into());
+    put(
+        "system_instruction_sha",
+        facts.system_instruction.map(hash_text).into(),
+    );
     put("fewshot_as_multiturn", facts.fewshot_as_multiturn.into());
     put("chat_template", facts.chat_template.into());
-    put("chat_template_sha", facts.chat_template.map(hash_text).into());
-    put("total_evaluation_time_seconds", facts.seconds.to_string().into());
+    put(
+        "chat_template_sha",
+        facts.chat_template.map(hash_text).into(),
+    );
+    put(
+        "total_evaluation_time_seconds",
+        facts.seconds.to_string().into(),
+    );
     if !outcome.is_whole {
         let done: usize = outcome.tasks.iter().map(|task| task.documents).sum();
         let documents: usize = tasks.iter().map(|task| task.prompts.items.len()).sum();
-        put("partial", json!({"documents_done": done, "documents": documents}));
+        put(
+            "partial",
+            json!({"documents_done": done, "documents": documents}),
+        );
     }
     Ok(all)
 }
 
 /// Every character that is no letter, digit, `_`, `-` or `.` becomes `_`, runs of them one.
 fn sanitized(name: &str) -> String {
-    let is_bad = |c: char| matches!(c, '"' | '<' | '>' | ':' | '/' | '|' | '\\' | '?' | '*' | '[' | ']');
+    let is_bad = |c: char| {
+        matches!(
+            c,
+            '"' | '<' | '>' | ':' | '/' | '|' | '\\' | '?' | '*' | '[' | ']'
+        )
+    };
     let mut out = String::new();
     for c in name.chars() {
         match is_bad(c) {
@@ -194,8 +218,17 @@ impl Tables<'_> {
                 Benchmark::Task(task) => {
                     let alias = format!("{mark}{}", task.alias());
                     let mut row = Map::from_iter([("alias".to_owned(), alias.into())]);
-                    for score in self.of(&name).map(|t| t.scores.as_slice()).unwrap_or_default() {
-                        row.extend(entries(&score.metric, &score.filter, score.value, score.stderr));
+                    for score in self
+                        .of(&name)
+                        .map(|t| t.scores.as_slice())
+                        .unwrap_or_default()
+                    {
+                        row.extend(entries(
+                            &score.metric,
+                            &score.filter,
+                            score.value,
+                            score.stderr,
+                        ));
                     }
                     self.results.insert(name.clone(), row.into());
                     self.versions.insert(name.clone(), task.version());
@@ -219,10 +252,18 @@ impl Tables<'_> {
     }
 
     fn of(&self, task: &str) -> Option<&TaskOutcome> {
-        self.outcome.tasks.iter().find(|outcome| outcome.name == task && outcome.documents > 0)
+        self.outcome
+            .tasks
+            .iter()
+            .find(|outcome| outcome.name == task && outcome.documents > 0)
     }
 
-    fn group(&self, group: &GroupConfig, benchmark: &Benchmark, alias: String) -> Map<String, Json> {
+    fn group(
+        &self,
+        group: &GroupConfig,
+        benchmark: &Benchmark,
+        alias: String,
+    ) -> Map<String, Json> {
         let mut row = Map::from_iter([("alias".to_owned(), Json::from(alias))]);
         let Some(list) = &group.aggregate_metric_list else {
             row.insert(" ".into(), " ".into());
@@ -244,13 +285,20 @@ impl Tables<'_> {
 fn entries(metric: &str, filter: &str, value: f64, stderr: Option<f64>) -> [(String, Json); 2] {
     [
         (format!("{metric},{filter}"), value.into()),
-        (format!("{metric}_stderr,{filter}"), stderr.map_or("N/A".into(), Json::from)),
+        (
+            format!("{metric}_stderr,{filter}"),
+            stderr.map_or("N/A".into(), Json::from),
+        ),
     ]
 }
 
 /// The mean over tasks, by documents where the group says so, and the standard error of all documents
 /// together (pooled variance).
-fn pooled(metric: &GroupMetric, filter: &str, tasks: &[&TaskOutcome]) -> Option<(f64, Option<f64>)> {
+fn pooled(
+    metric: &GroupMetric,
+    filter: &str,
+    tasks: &[&TaskOutcome],
+) -> Option<(f64, Option<f64>)> {
     let of_metric = tasks.iter().filter_map(|task| {
         let mut scores = task.scores.iter();
         let score = scores.find(|s| s.metric == metric.metric && s.filter == filter)?;
@@ -259,10 +307,15 @@ fn pooled(metric: &GroupMetric, filter: &str, tasks: &[&TaskOutcome]) -> Option<
     let of_metric: Vec<_> = of_metric.collect();
     let weight = |size: f64| if metric.weight_by_size { size } else { 1.0 };
     let weights: f64 = of_metric.iter().map(|(_, size)| weight(*size)).sum();
-    let sum: f64 = of_metric.iter().map(|(score, size)| score.value * weight(*size)).sum();
+    let sum: f64 = of_metric
+        .iter()
+        .map(|(score, size)| score.value * weight(*size))
+        .sum();
     let sizes: f64 = of_metric.iter().map(|(_, size)| size).sum();
     let variances = of_metric.iter().map(|(score, size)| {
-        score.stderr.map(|stderr| (size - 1.0) * stderr.powi(2) * size)
+        score
+            .stderr
+            .map(|stderr| (size - 1.0) * stderr.powi(2) * size)
     });
     let variance: Option<f64> = variances.sum();
     let freedom = sizes - of_metric.len() as f64;

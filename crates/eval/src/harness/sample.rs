@@ -35,7 +35,11 @@ pub(super) fn sample(
     ];
     hashes.extend(of_sample.iter().map(String::as_str));
     let [doc_hash, prompt_hash, target_hash] = of_sample;
-    let names: Vec<&str> = scorer.metrics.iter().map(|metric| metric.name.as_str()).collect();
+    let names: Vec<&str> = scorer
+        .metrics
+        .iter()
+        .map(|metric| metric.name.as_str())
+        .collect();
     let fields = [
         ("doc_id", json!(scored.number)),
         ("doc", json!(item.doc.fields)),
@@ -49,9 +53,18 @@ pub(super) fn sample(
         ("prompt_hash", json!(prompt_hash)),
         ("target_hash", json!(target_hash)),
     ];
-    let values = names.iter().zip(&scored.values).map(|(name, value)| (*name, match value {
-        Value::One(value) => json!(value),
-        Value::Of(value, units) => json!([value, units]),
-    }));
-    Ok(fields.into_iter().chain(values).map(|(key, value)| (key.to_owned(), value)).collect())
+    let values = names.iter().zip(&scored.values).map(|(name, value)| {
+        (
+            *name,
+            match value {
+                Value::One(value) => json!(value),
+                Value::Of(value, units) => json!([value, units]),
+            },
+        )
+    });
+    Ok(fields
+        .into_iter()
+        .chain(values)
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect())
 }

@@ -54,7 +54,10 @@ impl Scorer<'_> {
             };
             let answer = answers.first().copied().unwrap_or_default();
             let filtered = self.filters.apply(chain, answer)?;
-            let values = self.metrics.iter().map(|metric| self.answer_value(metric, item, &filtered));
+            let values = self
+                .metrics
+                .iter()
+                .map(|metric| self.answer_value(metric, item, &filtered));
             return Ok(Some(Scored {
                 number,
                 responses: vec![Json::from(vec![answer])],
@@ -66,7 +69,10 @@ impl Scorer<'_> {
         let Some(scores) = scores.collect::<Option<Vec<RowScore>>>() else {
             return Ok(None);
         };
-        let values = self.metrics.iter().map(|metric| self.likelihood_value(metric, item, &scores));
+        let values = self
+            .metrics
+            .iter()
+            .map(|metric| self.likelihood_value(metric, item, &scores));
         let values = values.collect::<Result<Vec<Value>>>()?;
         // As Python writes them.
         let written = |score: &RowScore| match self.task.output_type() {
@@ -78,7 +84,10 @@ impl Scorer<'_> {
         };
         Ok(Some(Scored {
             number,
-            responses: scores.iter().map(|score| Json::from(vec![written(score)])).collect(),
+            responses: scores
+                .iter()
+                .map(|score| Json::from(vec![written(score)]))
+                .collect(),
             filtered: scores.iter().map(written).collect(),
             values,
         }))
@@ -86,12 +95,15 @@ impl Scorer<'_> {
 
     fn answer_value(&self, metric: &Metric, item: &Item, answer: &str) -> Result<Value> {
         let Kind::ExactMatch(cleaning) = &metric.kind else {
-            return Err(Error::Invalid(format!("metric `{}` needs likelihoods", metric.name)));
+            return Err(Error::Invalid(format!(
+                "metric `{}` needs likelihoods",
+                metric.name
+            )));
         };
-        let targets = match (&item.target, self.right(item)?) {
-            (_, Some(right)) => vec![item.choices[right].clone()],
-            (Json::Array(list), None) => list.iter().map(python::text_of).collect(),
-            (other, None) => vec![python::text_of(other)],
+        let targets = match (&item.target, item.right.as_slice()) {
+            (Json::Array(list), []) => list.iter().map(python::text_of).collect(),
+            (other, []) => vec![python::text_of(other)],
+            (_, right) => right.iter().map(|&n| item.choices[n].clone()).collect(),
         };
         for target in targets {
             if cleaning.is_same(answer, &target)? {
@@ -103,68 +115,38 @@ impl Scorer<'_> {
 
     fn likelihood_value(&self, metric: &Metric, item: &Item, scores: &[RowScore]) -> Result<Value> {
         let share = |is_right: bool| Value::One(f64::from(u8::from(is_right)));
+        let is_right =
+            |chosen: Option<usize>| share(chosen.is_some_and(|n| item.right.contains(&n)));
         let first = scores.first().copied().ok_or(Error::Empty)?;
         let is_choice = self.task.output_type() == OutputType::MultipleChoice;
         Ok(match &metric.kind {
             Kind::Accuracy if !is_choice => share(first.greedy),
-            Kind::Accuracy => share(self.is_right(item, highest(scores.iter().map(likelihood)))?),
+            Kind::Accuracy => is_right(highest(scores.iter().map(likelihood))),
             Kind::AccuracyByLength => {
                 // In characters, as the harness has it, whatever its documents say of bytes.
-                let lengths = item.choices.iter().map(|choice| choice.chars().count() as f64);
+                let lengths = item
+                    .choices
+                    .iter()
+                    .map(|choice| choice.chars().count() as f64);
                 let per_length = scores.iter().zip(lengths).map(|(s, n)| likelihood(s) / n);
-                share(self.is_right(item, highest(per_length))?)
+                is_right(highest(per_length))
             }
             Kind::Likelihood => Value::One(first.log_likelihood),
-            Kind::PerUnit(unit) => Value::Of(first.log_likelihood, match unit {
-                Unit::Words => words(&item.counted) as f64,
-                Unit::Bytes => item.counted.len() as f64,
-                Unit::Tokens => first.tokens as f64,
-            }),
+            Kind::PerUnit(unit) => Value::Of(
+                first.log_likelihood,
+                match unit {
+                    Unit::Words => words(&item.counted) as f64,
+                    Unit::Bytes => item.counted.len() as f64,
+                    Unit::Tokens => first.tokens as f64,
+                },
+            ),
             Kind::ExactMatch(_) => {
-                return Err(Error::Invalid(format!("metric `{}` needs an answer", metric.name)));
+                return Err(Error::Invalid(format!(
+                    "metric `{}` needs an answer",
+                    metric.name
+                )));
             }
         })
-    }
-
-    /// Whether choice `chosen` is right: one of several, if the target is a list.
-    fn is_right(&self, item: &Item, chosen: Option<usize>) -> Result<bool> {
-        if let Json::Array(list) = &item.target
-            && item.right_prompt.is_none()
-        {
-            let numbers = list.iter().map(|target| number_of(target, &item.choices));
-            return Ok(numbers.flatten().any(|right| Some(right) == chosen));
-        }
-        Ok(chosen.is_some() && chosen == self.right(item)?)
-    }
-
-    /// The right choice, where there are choices.
-    fn right(&self, item: &Item) -> Result<Option<usize>> {
-        if item.choices.is_empty() {
-            return Ok(None);
-        }
-        let right = match item.right_prompt {
-            Some(right) => Some(right).filter(|right| *right < item.choices.len()),
-            None => number_of(&item.target, &item.choices),
-        };
-        right.map(Some).ok_or_else(|| Error::Document {
-            path: item.doc.path.clone(),
-            line: item.doc.line,
-            message: format!(
-                "the right choice is {}, which is none of {} choices; correct the row, or \
-                 `doc_to_target` in the task",
-                item.target,
-                item.choices.len()
-            ),
-        })
-    }
-}
-
-/// The number of a choice that is given by number or by text.
-fn number_of(target: &Json, choices: &[String]) -> Option<usize> {
-    match target {
-        Json::Number(number) => number.as_u64().map(|n| n as usize).filter(|n| *n < choices.len()),
-        Json::Bool(number) => Some(usize::from(*number)).filter(|n| *n < choices.len()),
-        other => choices.iter().position(|choice| *choice == python::text_of(other)),
     }
 }
 
@@ -174,7 +156,9 @@ fn likelihood(score: &RowScore) -> f64 {
 
 /// The first of the highest.
 fn highest(values: impl Iterator<Item = f64>) -> Option<usize> {
-    let best = values.enumerate().reduce(|best, next| if next.1 > best.1 { next } else { best });
+    let best = values
+        .enumerate()
+        .reduce(|best, next| if next.1 > best.1 { next } else { best });
     best.map(|(number, _)| number)
 }
 

@@ -83,7 +83,8 @@ impl Work {
                     continuation,
                 } => self.rows.push(encoder.pair(context, continuation)?),
                 Request::Rolling { text } => {
-                    self.rows.extend(encoder.windows(text, stride.or(task.stride))?);
+                    self.rows
+                        .extend(encoder.windows(text, stride.or(task.stride))?);
                 }
                 Request::Generate { context } => {
                     self.prompts.push(Prompt {
@@ -118,10 +119,16 @@ impl Work {
         let mut add = |tokens: &[u32], start: usize| {
             hash.update((tokens.len() as u64).to_le_bytes());
             hash.update((start as u64).to_le_bytes());
-            tokens.iter().for_each(|token| hash.update(token.to_le_bytes()));
+            tokens
+                .iter()
+                .for_each(|token| hash.update(token.to_le_bytes()));
         };
-        self.rows.iter().for_each(|row| add(&row.tokens, row.answer_start));
-        self.prompts.iter().for_each(|prompt| add(&prompt.tokens, prompt.most));
+        self.rows
+            .iter()
+            .for_each(|row| add(&row.tokens, row.answer_start));
+        self.prompts
+            .iter()
+            .for_each(|prompt| add(&prompt.tokens, prompt.most));
         for prompt in &self.prompts {
             hash.update(prompt.until.join("\0"));
         }
@@ -227,8 +234,10 @@ impl Work {
         progress: &mut Progress<'_>,
     ) -> Result<Vec<String>> {
         let (until, most) = (&self.prompts[batch[0]].until, self.prompts[batch[0]].most);
-        let prompts: Vec<Vec<u32>> =
-            batch.iter().map(|&prompt| self.prompts[prompt].tokens.clone()).collect();
+        let prompts: Vec<Vec<u32>> = batch
+            .iter()
+            .map(|&prompt| self.prompts[prompt].tokens.clone())
+            .collect();
         let options = GenerateOptions {
             max_new_tokens: most,
             temperature: 0.0,
@@ -254,7 +263,9 @@ impl Work {
         let text = |tokens: Vec<u32>| -> Result<String> {
             let text = tokenizer.decode(&tokens)?;
             let cut = |text: &'_ str, end: &String| text.find(end.as_str()).unwrap_or(text.len());
-            let length = until.iter().fold(text.len(), |length, end| cut(&text[..length], end));
+            let length = until
+                .iter()
+                .fold(text.len(), |length, end| cut(&text[..length], end));
             Ok(text[..length].to_owned())
         };
         answers.into_iter().map(text).collect()

@@ -23,7 +23,14 @@ pub fn list(args: &TasksArgs) -> Result<String> {
     let selected = catalogue.select(&names).map_err(Refused::of)?;
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header(["task", "output type", "shots", "version", "metrics", "files"]);
+    table.set_header([
+        "task",
+        "output type",
+        "shots",
+        "version",
+        "metrics",
+        "files",
+    ]);
     add_rows(&mut table, &selected, 0);
     Ok(table.to_string())
 }
@@ -36,7 +43,10 @@ fn top(catalogue: &Catalogue) -> Vec<String> {
         let mut members = catalogue.groups().iter().flat_map(|group| &group.task);
         members.any(|member| member.name() == Some(name.as_str()))
     };
-    let mut names: Vec<String> = groups.chain(tasks).filter(|name| !is_member(name)).collect();
+    let mut names: Vec<String> = groups
+        .chain(tasks)
+        .filter(|name| !is_member(name))
+        .collect();
     names.sort();
     names
 }
@@ -88,7 +98,9 @@ fn output_type(task: &TaskConfig) -> String {
 
 fn metrics(task: &TaskConfig) -> String {
     let list = task.metric_list.iter().flatten();
-    list.map(|metric| metric.metric.as_str()).collect::<Vec<_>>().join(", ")
+    list.map(|metric| metric.metric.as_str())
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// The file of the split that is scored, and its labels.
@@ -98,9 +110,16 @@ fn files(task: &TaskConfig) -> String {
         let rows = data.splits.get(split).and_then(|paths| paths.0.first());
         let labels = data.labels.get(split).and_then(|paths| paths.0.first());
         let name = task.dataset_name.as_deref().unwrap_or_default();
-        rows.into_iter().chain(labels).map(|p| p.replace("{{dataset_name}}", name)).collect()
+        rows.into_iter()
+            .chain(labels)
+            .map(|p| p.replace("{{dataset_name}}", name))
+            .collect()
     };
-    task.data_files.as_ref().map(paths).unwrap_or_default().join(", ")
+    task.data_files
+        .as_ref()
+        .map(paths)
+        .unwrap_or_default()
+        .join(", ")
 }
 
 /// `docs/tasks.md`
@@ -124,14 +143,19 @@ fn page(catalogue: &Catalogue) -> Result<String> {
                 task.num_fewshot.unwrap_or(0),
                 metrics(task),
                 files(task),
-                task.data_files.as_ref().map_or("", |data| data.source.as_str()),
+                task.data_files
+                    .as_ref()
+                    .map_or("", |data| data.source.as_str()),
             ));
         }
     }
     page.push_str("\nGroups and what is in them:\n\n");
     for group in catalogue.groups() {
-        let members: Vec<String> =
-            group.task.iter().filter_map(|m| Some(format!("`{}`", m.name()?))).collect();
+        let members: Vec<String> = group
+            .task
+            .iter()
+            .filter_map(|m| Some(format!("`{}`", m.name()?)))
+            .collect();
         page.push_str(&format!("- `{}`: {}\n", group.group, members.join(", ")));
     }
     page.truncate(page.trim_end().len());

@@ -39,7 +39,9 @@ const FEWSHOT_SEED: u64 = 1234;
 /// `results.partial.json`.
 pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Result<String> {
     let begin = Instant::now();
-    let selected = Catalogue::built_in()?.select(&args.tasks).map_err(Refused::of)?;
+    let selected = Catalogue::built_in()?
+        .select(&args.tasks)
+        .map_err(Refused::of)?;
     if out.is_some_and(|out| out.exists() && !out.is_dir()) {
         let message = "with `--tasks`, `--out` is a folder, and a file has its name; give another";
         return Err(Refused(message.into()).into());
@@ -47,6 +49,11 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
     let name = settings.model.as_deref().unwrap_or(BUILT_IN);
     let checkpoint = open_model(name)?;
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
+    if args.add_bos_token && tokenizer.encode_with_special("a")? == tokenizer.encode("a")? {
+        let message = "the model's tokenizer.json puts nothing before a text; leave out \
+                       `--add-bos-token`, or add a post-processor to it";
+        return Err(Refused(message.into()).into());
+    }
     let seed = u32::try_from(settings.seed.unwrap_or(FEWSHOT_SEED));
     let seed = seed.map_err(|_| Refused("give a seed below 2^32".into()))?;
     let tasks = prompts(args, &selected, &tokenizer, seed)?;
@@ -60,7 +67,11 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
         stride: args.stride,
     };
     // Batches are part of it: their size moves likelihoods in the last digits.
-    let depends = (model_fingerprint(checkpoint.dir())?, env!("CARGO_PKG_VERSION"), args.batch_tokens);
+    let depends = (
+        model_fingerprint(checkpoint.dir())?,
+        env!("CARGO_PKG_VERSION"),
+        args.batch_tokens,
+    );
     let fingerprint = crate::fingerprint(&depends)?;
     let journal = out.map(|out| out.join(JOURNAL));
     let kept = journal.as_deref().map(|path| Kept {
@@ -69,9 +80,14 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
     });
     let model = load_model(&checkpoint)?;
     let bar = Progress::new("evaluate", 0);
-    let outcome = evaluate_tasks(&*model, &tokenizer, &tasks, &options, kept, &mut |done, all| {
-        bar.of(done, all)
-    })?;
+    let outcome = evaluate_tasks(
+        &*model,
+        &tokenizer,
+        &tasks,
+        &options,
+        kept,
+        &mut |done, all| bar.of(done, all),
+    )?;
     let facts = RunFacts {
         model: name,
         config: config(name, args, settings, seed),
@@ -180,8 +196,9 @@ fn write(out: &Path, results: &Map<String, Value>, outcome: &Outcome) -> Result<
     for left in [PARTIAL, JOURNAL] {
         let path = out.join(left);
         if path.exists() {
-            fs::remove_file(&path)
-                .with_context(|| format!("cannot remove `{}`, which is done with", path.display()))?;
+            fs::remove_file(&path).with_context(|| {
+                format!("cannot remove `{}`, which is done with", path.display())
+            })?;
         }
     }
     Ok(())
@@ -191,11 +208,16 @@ fn write(out: &Path, results: &Map<String, Value>, outcome: &Outcome) -> Result<
 fn table(results: &Map<String, Value>, out: Option<&Path>) -> String {
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header(["task", "version", "filter", "n-shot", "metric", "value", "stderr"]);
+    table.set_header([
+        "task", "version", "filter", "n-shot", "metric", "value", "stderr",
+    ]);
     let rows = results["results"].as_object().into_iter().flatten();
     for (name, row) in rows {
         let text = |value: &Value| match value {
-            Value::Number(number) => number.as_f64().map_or(String::new(), |n| format!("{n:.4}")),
+            Value::Number(number) => number.as_f64().map_or(String::new(), |n| match n < 1e6 {
+                true => format!("{n:.4}"),
+                false => format!("{n:.4e}"),
+            }),
             Value::String(text) => text.clone(),
             _ => String::new(),
         };
@@ -205,7 +227,8 @@ fn table(results: &Map<String, Value>, out: Option<&Path>) -> String {
         };
         let scores = row.as_object().into_iter().flatten();
         for (key, value) in scores {
-            let Some((metric, filter)) = key.split_once(',').filter(|(m, _)| !m.ends_with("_stderr"))
+            let Some((metric, filter)) =
+                key.split_once(',').filter(|(m, _)| !m.ends_with("_stderr"))
             else {
                 continue;
             };

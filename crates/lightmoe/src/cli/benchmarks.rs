@@ -13,7 +13,12 @@ pub struct BenchmarkArgs {
     #[arg(long, value_delimiter = ',', value_name = "NAME|FILE.yaml,...")]
     pub tasks: Vec<String>,
     /// Where the benchmarks' files lie, in their own form; several folders are searched in turn
-    #[arg(long, value_delimiter = ',', requires = "tasks", value_name = "DIR,...")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        requires = "tasks",
+        value_name = "DIR,..."
+    )]
     pub data: Vec<PathBuf>,
     /// Few-shot examples in a prompt [default: the task's own number]
     #[arg(long, requires = "tasks")]
@@ -33,7 +38,7 @@ pub struct BenchmarkArgs {
     /// Text before the task's description
     #[arg(long, requires = "tasks", value_name = "TEXT")]
     pub system_instruction: Option<String>,
-    /// Begin every text with the tokenizer's token for it
+    /// Let the tokenizer put its token for the begin of text before every text
     #[arg(long, requires = "tasks")]
     pub add_bos_token: bool,
     /// Tokens from one window of a text to the next, for perplexity [default: a whole window]
