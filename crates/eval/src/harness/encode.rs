@@ -38,32 +38,36 @@ impl Encoder<'_> {
     /// A continuation with what stands before it: white space at the end of the context belongs to
     /// the continuation, and both are encoded together, then parted where the context alone ends.
     pub(super) fn pair(&self, context: &str, continuation: &str) -> Result<Encoded> {
-        let (mut tokens, answer_start) = if context.is_empty() {
-            let mut tokens = vec![self.prefix()];
-            tokens.extend(self.text(continuation)?);
-            (tokens, 1)
-        } else {
-            let tokens = self.text(&format!("{context}{continuation}"))?;
-            (tokens, self.text(context.trim_end())?.len())
+        let (mut tokens, answer) = match context.is_empty() {
+            true => (vec![self.prefix()], self.text(continuation)?),
+            false => {
+                let before = self.text(context.trim_end())?;
+                let mut whole = self.text(&format!("{context}{continuation}"))?;
+                whole.drain(..before.len().min(whole.len()));
+                // The context keeps the tokens that it has alone, though the two be one word.
+                (before, whole)
+            }
         };
+        let answer_start = tokens.len();
         if answer_start == 0 {
             return Err(invalid(
                 "the context is nothing but white space; give it a text",
             ));
         }
-        let answer = tokens.len().saturating_sub(answer_start);
-        if answer == 0 {
+        if answer.is_empty() {
             return Err(invalid(
                 "the continuation adds no token to the context, so it has no likelihood; give it a \
                  text",
             ));
         }
-        if answer > self.max_length {
+        if answer.len() > self.max_length {
             return Err(invalid(&format!(
-                "the continuation has {answer} tokens, more than the {} that the model reads at once",
+                "the continuation has {} tokens, more than the {} that the model reads at once",
+                answer.len(),
                 self.max_length
             )));
         }
+        tokens.extend(answer);
         // The last token is only predicted.
         let surplus = tokens.len().saturating_sub(self.max_length + 1);
         tokens.drain(..surplus);
