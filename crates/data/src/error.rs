@@ -78,22 +78,8 @@ pub enum Error {
         name: String,
     },
     /// The data of a task are not there.
-    #[error(
-        "Task `{task}`: no file with the split `{split}` was found. It was looked for in {tried}. \
-         Expected {format}. {source_of_data} Then give the folder with `--data`."
-    )]
-    NoData {
-        /// The task.
-        task: String,
-        /// The split.
-        split: String,
-        /// Every path that was tried.
-        tried: String,
-        /// The form of the file.
-        format: String,
-        /// Where people get it.
-        source_of_data: String,
-    },
+    #[error("{0}")]
+    NoData(Box<MissingData>),
     /// A row of a data file cannot be used.
     #[error("`{}` line {line}: {problem}. Correct or remove the row.", path.display())]
     Row {
@@ -115,4 +101,23 @@ pub enum Error {
     /// Batches were asked of nothing, or of no size.
     #[error("Cannot make batches: {0}.")]
     Batch(&'static str),
+}
+
+/// Which data are not there, and how to come by them.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "Task `{task}`: no file with the split `{split}` was found. It was looked for in {tried}. \
+     Expected {format}. {origin} Then give the folder with `--data`."
+)]
+pub struct MissingData {
+    /// The task.
+    pub task: String,
+    /// The split.
+    pub split: String,
+    /// Every path that was tried.
+    pub tried: String,
+    /// The form of the file.
+    pub format: String,
+    /// Where people get it.
+    pub origin: String,
 }

@@ -29,7 +29,7 @@ mod words;
 
 pub use batch::{Batch, PackedStream, Sampler};
 pub use chrf::{chrf, corpus_chrf};
-pub use error::{Error, Result};
+pub use error::{Error, MissingData, Result};
 pub use example::{Encoded, Example, continuation, encode, render};
 pub use records::read_text;
 pub use task::{Metric, Split, Task};

@@ -3,7 +3,7 @@
 use super::config::{DataFiles, DataFormat, TaskConfig};
 use super::rows::{Row, add_labels, read_rows};
 use super::template::{Engine, Fields};
-use crate::{Error, Result};
+use crate::{Error, MissingData, Result};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -145,7 +145,7 @@ impl Finder<'_> {
             }
         }
         let tried: Vec<String> = tried.iter().map(|p| format!("`{}`", p.display())).collect();
-        Err(Error::NoData {
+        Err(Error::NoData(Box::new(MissingData {
             task: self.task.name().to_owned(),
             split: self.split.to_owned(),
             tried: match tried.is_empty() {
@@ -153,8 +153,8 @@ impl Finder<'_> {
                 false => tried.join(", "),
             },
             format: format_name(self.files),
-            source_of_data: self.files.source.clone(),
-        })
+            origin: self.files.source.clone(),
+        })))
     }
 
     /// The folders that bear the names of the task and its data, and then the folder that they are in:

@@ -123,6 +123,8 @@ pub fn build_prompts(
         options,
     };
     let num_fewshot = match (task.num_fewshot, options.num_fewshot) {
+        // Nothing stands before a text that is scored whole.
+        _ if task.output_type() == OutputType::LoglikelihoodRolling => 0,
         (Some(0), _) => 0,
         (own, given) => given.or(own).unwrap_or(0),
     };
