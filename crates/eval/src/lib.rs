@@ -10,6 +10,7 @@
 //! Invariant: the scores do not depend on how examples are batched (up to rounding of the model).
 
 mod answers;
+mod batches;
 mod error;
 pub mod harness;
 mod items;

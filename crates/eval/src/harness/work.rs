@@ -3,7 +3,8 @@
 use super::HarnessOptions;
 use super::encode::Encoder;
 use super::journal::Journal;
-use crate::likelihood::{Answer, batches, score_batch};
+use crate::batches::batches;
+use crate::likelihood::{Answer, score_batch};
 use crate::{Error, Progress, Result};
 use lightmoe_data::Encoded;
 use lightmoe_data::harness::{Prompts, Request, TaskConfig};
@@ -168,14 +169,14 @@ impl Work {
         found: &mut Found,
     ) -> Result<()> {
         for batch in batches(&self.rows, options.batch_tokens) {
-            if batch.iter().any(|&row| found.rows[row].is_none()) {
+            if batch.rows.iter().any(|&row| found.rows[row].is_none()) {
                 let scored = score_batch(model, &self.rows, &batch)?;
-                for (&row, answer) in batch.iter().zip(scored) {
+                for (&row, answer) in batch.rows.iter().zip(scored) {
                     found.rows[row] = Some(RowScore::of(&answer)?);
                 }
-                journal.add_rows(&batch, found)?;
+                journal.add_rows(&batch.rows, found)?;
             }
-            progress.advance(batch.len())?;
+            progress.advance(batch.rows.len())?;
         }
         Ok(())
     }
