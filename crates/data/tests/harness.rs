@@ -190,6 +190,38 @@ fn tables_and_labels_have_their_lines_counted() {
 }
 
 #[test]
+fn a_json_file_may_hold_all_splits() {
+    let json = TASK.replace("format: jsonl", "format: json\n  columns: [q, right]");
+    let json = json.replace("doc_to_choice: options", "doc_to_choice: [a, b]");
+    let requests = |rows: &str| {
+        let files = [("task.yaml", json.as_str()), ("rows.jsonl", rows)];
+        Folder::new(&files).requests()
+    };
+    let want = likelihood("Q: Who?", " a");
+    for rows in [
+        r#"[{"q": "Who?", "right": 1}]"#,
+        r#"{"train": [], "test": [["Who?", 1]]}"#,
+    ] {
+        assert_eq!(requests(rows).unwrap()[0], want);
+    }
+    for (rows, said) in [
+        (
+            r#"{"train": [["Who?", 1]]}"#,
+            "no split `test` among `train`",
+        ),
+        (r#"{"test": [["Who?", 1], ["Who?"]]}"#, "row 2"),
+        (r#"{"test": 5}"#, "no JSON array"),
+        ("[1", "line 1"),
+    ] {
+        let error = requests(rows).unwrap_err();
+        assert!(
+            error.contains("rows.jsonl") && error.contains(said),
+            "{said}: {error}"
+        );
+    }
+}
+
+#[test]
 fn missing_data_are_told_where_they_were_looked_for() {
     let folder = Folder::new(&[("task.yaml", TASK)]);
     let error = folder.requests().unwrap_err();

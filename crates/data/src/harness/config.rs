@@ -229,7 +229,8 @@ pub struct Paths(#[serde(deserialize_with = "one_or_many")] pub Vec<String>);
 pub enum DataFormat {
     /// One JSON object a line.
     Jsonl,
-    /// A JSON array of objects.
+    /// A JSON array of rows, or an object with one for each split; a row is an object, or a list of the
+    /// values of `columns`.
     Json,
     /// Comma-separated, quoted where needed; the first line names the columns unless `columns` does.
     Csv,

@@ -60,7 +60,7 @@ pub fn read_docs(
         engine,
     };
     let path = finder.find(&paths.0)?;
-    let mut rows = read_rows(&path, files)?;
+    let mut rows = read_rows(&path, split, files)?;
     if let Some(labels) = files.labels.get(split) {
         add_labels(&finder.find(&labels.0)?, &mut rows)?;
     }
@@ -184,7 +184,7 @@ impl Finder<'_> {
 fn format_name(files: &DataFiles) -> String {
     let format = match files.format {
         DataFormat::Jsonl => "one JSON object a line",
-        DataFormat::Json => "a JSON array of objects",
+        DataFormat::Json => "a JSON array of rows, or an object with one for each split",
         DataFormat::Csv => "comma-separated columns",
         DataFormat::Tsv => "tab-separated columns",
         DataFormat::Text => "plain text",

@@ -12,15 +12,15 @@ use std::path::Path;
 /// A row, and the 1-based line where it begins.
 pub(super) type Row = (usize, Fields);
 
-/// Reads the rows of a file; a file that ends in `.gz` is unpacked.
+/// Reads the rows of a split from a file; a file that ends in `.gz` is unpacked.
 ///
 /// # Errors
 /// [`Error::Read`], [`Error::Empty`] without rows, [`Error::Row`] for a row that is none.
-pub(super) fn read_rows(path: &Path, files: &DataFiles) -> Result<Vec<Row>> {
+pub(super) fn read_rows(path: &Path, split: &str, files: &DataFiles) -> Result<Vec<Row>> {
     let text = read_text(path)?;
     let rows = match files.format {
         DataFormat::Jsonl => json_lines(path, &text)?,
-        DataFormat::Json => json_array(path, &text)?,
+        DataFormat::Json => json_array(path, &text, split, &files.columns)?,
         DataFormat::Csv => table(path, &text, &files.columns, b',', true)?,
         DataFormat::Tsv => table(path, &text, &files.columns, b'\t', false)?,
         DataFormat::Text => vec![(1, field("text", text))],
@@ -90,14 +90,42 @@ fn json_lines(path: &Path, text: &str) -> Result<Vec<Row>> {
         .collect()
 }
 
-fn json_array(path: &Path, text: &str) -> Result<Vec<Row>> {
-    let rows: Vec<Fields> = serde_json::from_str(text).map_err(|e| Error::Row {
+/// An array of rows, or an object that has one for each split. A row is an object, or a list of the
+/// values of `columns`.
+fn json_array(path: &Path, text: &str, split: &str, columns: &[String]) -> Result<Vec<Row>> {
+    let fails = |line: usize, problem: String| Error::Row {
         path: path.into(),
-        line: e.line(),
-        problem: format!("no JSON array of objects ({e})"),
-    })?;
-    // The parser tells no line; the number of the row is the next best.
-    Ok((1..).zip(rows).collect())
+        line,
+        problem,
+    };
+    let mut all: Value =
+        serde_json::from_str(text).map_err(|e| fails(e.line(), format!("no JSON ({e})")))?;
+    if let Value::Object(splits) = &mut all {
+        let names: Vec<String> = splits.keys().map(|name| format!("`{name}`")).collect();
+        let missing = || format!("there is no split `{split}` among {}", names.join(", "));
+        all = splits.remove(split).ok_or_else(|| fails(1, missing()))?;
+    }
+    let Value::Array(rows) = all else {
+        return Err(fails(1, "the rows are no JSON array".into()));
+    };
+    // The parser tells no lines; the number of the row is the next best.
+    let numbered = (1..).zip(rows);
+    numbered
+        .map(|(number, row)| match row {
+            Value::Object(fields) => Ok((number, fields)),
+            Value::Array(values) if values.len() == columns.len() => {
+                Ok((number, columns.iter().cloned().zip(values).collect()))
+            }
+            _ => Err(fails(
+                number,
+                format!(
+                    "row {number} is neither an object nor a list of {} values ({})",
+                    columns.len(),
+                    columns.join(", ")
+                ),
+            )),
+        })
+        .collect()
 }
 
 fn table(

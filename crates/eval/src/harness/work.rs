@@ -16,6 +16,9 @@ use std::ops::Range;
 /// Most tokens of an answer, where the task does not say: the harness's number.
 const ANSWER_TOKENS: usize = 256;
 
+/// Prompts of a batch differ in length by so many tokens at most: what is longer is read token by token.
+const SPREAD: usize = 8;
+
 /// All that the model is to do.
 #[derive(Default)]
 pub(super) struct Work {
@@ -203,21 +206,21 @@ impl Work {
         Ok(())
     }
 
-    /// Prompts of one length and kind, longest first, at most `batch_tokens` tokens with the answers.
+    /// Prompts of one kind and about one length, longest first, at most `batch_tokens` tokens with the
+    /// answers.
     fn prompt_batches(&self, batch_tokens: usize) -> Vec<Vec<usize>> {
         let mut order: Vec<usize> = (0..self.prompts.len()).collect();
-        let key = |prompt: usize| {
-            let prompt = &self.prompts[prompt];
-            (Reverse(prompt.tokens.len()), prompt.most, &prompt.until)
-        };
-        order.sort_by_key(|&prompt| key(prompt));
+        let kind = |prompt: usize| (self.prompts[prompt].most, &self.prompts[prompt].until);
+        let length = |prompt: usize| self.prompts[prompt].tokens.len();
+        order.sort_by_key(|&prompt| (kind(prompt), Reverse(length(prompt))));
         let mut batches: Vec<Vec<usize>> = Vec::new();
         for prompt in order {
-            let tokens = self.prompts[prompt].tokens.len() + self.prompts[prompt].most;
             match batches.last_mut() {
                 Some(batch)
-                    if key(batch[0]) == key(prompt)
-                        && (batch.len() + 1) * tokens <= batch_tokens =>
+                    if kind(batch[0]) == kind(prompt)
+                        && length(batch[0]) - length(prompt) <= SPREAD
+                        && (batch.len() + 1) * (length(batch[0]) + kind(prompt).0)
+                            <= batch_tokens =>
                 {
                     batch.push(prompt);
                 }
@@ -247,8 +250,8 @@ impl Work {
             eos: Some(tokenizer.eos),
         };
         let mut interrupted = false;
-        let answers = generate_rows(model, &prompts, &options, &mut |row, tokens| {
-            if row == 0 && progress.advance(0).is_err() {
+        let answers = generate_rows(model, &prompts, &options, &mut |_, tokens| {
+            if progress.advance(0).is_err() {
                 interrupted = true;
                 return Ok(Next::Stop);
             }
