@@ -6,8 +6,8 @@ use super::fewshot::Examples;
 use super::python::text_of;
 use super::template::Engine;
 use super::texts::{Text, Texts, chosen, right_choices};
-use crate::Result;
 use crate::records::Message;
+use crate::{Error, Result};
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -138,6 +138,12 @@ pub fn build_prompts(
         }
     };
     let documents = docs.len();
+    if options.limit == Some(0) {
+        return Err(Error::Unusable {
+            task: task.name().to_owned(),
+            problem: "a limit of 0 documents leaves none; use 1 or more".into(),
+        });
+    }
     let items = docs
         .into_iter()
         .take(options.limit.unwrap_or(usize::MAX))
@@ -158,15 +164,26 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn item(&self, doc: Doc, examples: Option<&mut Examples>) -> Result<Item> {
-        let built = self.parts(&doc, examples)?;
-        let (target, right, choices, requests) = built;
+        let (texts, fields) = (&self.texts, &doc.fields);
+        let fails = |problem| doc.fails(problem);
+        let target = texts.target(fields).map_err(fails)?;
+        let choices = texts.choices(fields).map_err(fails)?;
         let counted = match &self.task.doc_to_count {
-            Some(template) => self
-                .texts
-                .written(template, &doc.fields)
-                .map_err(|p| doc.fails(p))?,
+            Some(template) => texts.written(template, fields).map_err(fails)?,
             None => text_of(&target),
         };
+        let (mut right, mut requests) = (Vec::new(), Vec::new());
+        if self.task.output_type() == OutputType::LoglikelihoodRolling {
+            let text = text_of(&target);
+            requests.push(Request::Rolling { text });
+        } else {
+            let text = texts.prompt(fields).map_err(fails)?;
+            right = right_choices(&text, &target, &choices).map_err(fails)?;
+            let context = self.context(&doc, &text, &self.examples(&doc, examples)?)?;
+            requests = self
+                .requests(&text, &target, &choices, context)
+                .map_err(fails)?;
+        }
         Ok(Item {
             doc,
             target,
@@ -177,65 +194,53 @@ impl Builder<'_> {
         })
     }
 
-    #[allow(clippy::type_complexity, reason = "taken apart at once")]
-    fn parts(
-        &self,
-        doc: &Doc,
-        examples: Option<&mut Examples>,
-    ) -> Result<(Value, Vec<usize>, Vec<String>, Vec<Request>)> {
-        let fails = |problem| doc.fails(problem);
-        let target = self.texts.target(&doc.fields).map_err(fails)?;
-        let choices = self.texts.choices(&doc.fields).map_err(fails)?;
-        if self.task.output_type() == OutputType::LoglikelihoodRolling {
-            let text = text_of(&target);
-            return Ok((target, Vec::new(), choices, vec![Request::Rolling { text }]));
+    fn examples(&self, doc: &Doc, examples: Option<&mut Examples>) -> Result<Vec<Doc>> {
+        let Some(examples) = examples else {
+            return Ok(Vec::new());
+        };
+        // In one turn the harness draws twice and uses the second.
+        if self
+            .options
+            .chat
+            .is_some_and(|chat| chat.turns == Turns::One)
+        {
+            examples.choose(self.task, doc)?;
         }
-        let text = self.texts.prompt(&doc.fields).map_err(fails)?;
-        let right = right_choices(&text, &target, &choices).map_err(fails)?;
-        let examples = match examples {
-            Some(examples) => {
-                // In one turn the harness draws twice and uses the second.
-                if self
-                    .options
-                    .chat
-                    .is_some_and(|chat| chat.turns == Turns::One)
-                {
-                    examples.choose(self.task, doc)?;
-                }
-                examples.choose(self.task, doc)?
-            }
-            None => Vec::new(),
+        examples.choose(self.task, doc)
+    }
+
+    fn requests(
+        &self,
+        text: &Text,
+        target: &Value,
+        choices: &[String],
+        context: String,
+    ) -> Result<Vec<Request>, String> {
+        let delimiter = match self.options.chat {
+            Some(_) => "",
+            None => self.task.target_delimiter(),
         };
-        let context = self.context(doc, &text, &examples)?;
-        let requests = match self.task.output_type() {
-            OutputType::MultipleChoice => {
-                let delimiter = match self.options.chat {
-                    Some(_) => "",
-                    None => self.task.target_delimiter(),
-                };
-                let pair = |choice: &String| -> Result<Request> {
-                    Ok(match &text {
-                        Text::Words(_) => Request::Loglikelihood {
-                            context: context.clone(),
-                            continuation: format!("{delimiter}{choice}"),
-                        },
-                        Text::Choice(_) => Request::Loglikelihood {
-                            context: format!("{context}{}", self.turn(choice).map_err(fails)?),
-                            continuation: format!("{delimiter}{}", text_of(&target)),
-                        },
-                    })
-                };
-                choices.iter().map(pair).collect::<Result<_>>()?
-            }
-            OutputType::GenerateUntil => vec![Request::Generate { context }],
+        let target = text_of(target);
+        let pair = |choice: &String| {
+            let (context, continuation) = match text {
+                Text::Words(_) => (context.clone(), choice.as_str()),
+                Text::Choice(_) => (format!("{context}{}", self.turn(choice)?), target.as_str()),
+            };
+            Ok(Request::Loglikelihood {
+                context,
+                continuation: format!("{delimiter}{continuation}"),
+            })
+        };
+        match self.task.output_type() {
+            OutputType::MultipleChoice => choices.iter().map(pair).collect(),
+            OutputType::GenerateUntil => Ok(vec![Request::Generate { context }]),
             OutputType::Loglikelihood | OutputType::LoglikelihoodRolling => {
-                vec![Request::Loglikelihood {
+                Ok(vec![Request::Loglikelihood {
                     context,
-                    continuation: text_of(&target),
-                }]
+                    continuation: target,
+                }])
             }
-        };
-        Ok((target, right, choices, requests))
+        }
     }
 
     /// A choice that is a prompt, as a conversation where they are asked for.

@@ -127,6 +127,11 @@ pub fn evaluate_tasks(
             options.batch_tokens
         )));
     }
+    if options.stride == Some(0) {
+        return Err(Error::Invalid(
+            "with a stride of 0 no window would ever be the last; use 1 or more".into(),
+        ));
+    }
     let encoder = Encoder {
         tokenizer,
         begin: options.begin,

@@ -132,7 +132,7 @@ pub fn results(
     Ok(all)
 }
 
-/// Every character that is no letter, digit, `_`, `-` or `.` becomes `_`, runs of them one.
+/// Characters that names of files may not hold become `__`, a run of them one.
 fn sanitized(name: &str) -> String {
     let is_bad = |c: char| {
         matches!(

@@ -151,6 +151,17 @@ fn what_cannot_be_run_is_refused() {
     refused("mmlu_law", &[], &["`mmlu_law`", "lightmoe tasks"]);
     refused("arc_easy", &["--seed", "9999999999"], &["2^32"]);
     refused("arc_easy", &["--add-bos-token"], &["--add-bos-token"]);
+    refused("arc_easy", &["--limit", "0"], &["limit of 0"]);
+    for (flag, said) in [
+        ("--stride", "stride of 0"),
+        ("--batch-tokens", "batches of 0"),
+    ] {
+        let message = benchmarks("arc_easy", &out).args([flag, "0"]).fails(1);
+        assert!(
+            message.contains(said) && names(&out).is_empty(),
+            "{message}"
+        );
+    }
     let task = folder.path().join("mine.yaml");
     fs::write(&task, "task: mine\noutput_typ: multiple_choice\n").unwrap();
     refused(
