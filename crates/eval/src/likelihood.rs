@@ -86,9 +86,9 @@ pub(crate) fn score_batch(
         targets.extend_from_slice(answer);
     }
     let mut cache = None;
-    if shared > 0 {
+    if let Some(rows) = beginnings.len().checked_div(shared) {
         let tokens = Tokens {
-            rows: beginnings.len() / shared,
+            rows,
             ids: &beginnings,
         };
         let mut read = model.cache();
