@@ -1,15 +1,17 @@
 //! `fixtures`: makes the parity fixtures again with PyTorch and compares every byte; then exports a
 //! compressed model and compares its logits with those that `transformers` computes of the export.
+//! `fixtures harness`: the same for what lm-evaluation-harness says of the built-in model.
 
 use std::env;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::{Outcome, binary, no_arguments, shell};
 
 const FOLDER: &str = "fixtures/parity";
+const HARNESS: &str = "fixtures/harness";
 const FAMILIES: [&str; 9] = [
     "olmoe",
     "mixtral",
@@ -26,18 +28,14 @@ const FILES: [&str; 3] = ["config.json", "model.safetensors", "reference.safeten
 
 /// Makes the fixtures in the target folder, so that the committed ones stay as they are.
 pub fn run(arguments: &[String]) -> Outcome {
-    no_arguments(arguments)?;
-    let python = env::var_os("PYTHON").unwrap_or_else(|| "python3".into());
-    let mut probe = Command::new(&python);
-    probe.args(["-c", "import torch, transformers, safetensors, numpy"]);
-    probe.stdout(Stdio::null()).stderr(Stdio::null());
-    if !shell::succeeds(&mut probe)? {
-        return Err(format!(
-            "`{}` has no torch, transformers, safetensors or numpy; install the versions that \
-             {FOLDER}/README.md names, or set PYTHON to a Python that has them",
-            python.to_string_lossy()
-        ));
+    match arguments.split_first() {
+        Some((first, rest)) if first == "harness" => {
+            no_arguments(rest)?;
+            return harness();
+        }
+        _ => no_arguments(arguments)?,
     }
+    let python = python("torch, transformers, safetensors, numpy", FOLDER)?;
     let root = shell::root();
     let made = shell::target().join("parity");
     let mut make = Command::new(&python);
@@ -47,11 +45,69 @@ pub fn run(arguments: &[String]) -> Outcome {
         return Err("make_parity.py failed; see the messages above".to_owned());
     }
     let committed = root.join(FOLDER);
-    let mut same = true;
     let of_families = FAMILIES
         .iter()
         .flat_map(|f| FILES.map(|file| Path::new(f).join(file)));
-    for path in of_families.chain([FUSED_NAMES.into()]) {
+    let same = compare(&made, &committed, of_families.chain([FUSED_NAMES.into()]))?;
+    let exported = check_export(&python)?;
+    Ok(shell::code(same && exported))
+}
+
+/// Lets lm-evaluation-harness score the built-in model again.
+fn harness() -> Outcome {
+    let python = python("lm_eval", HARNESS)?;
+    let committed = shell::root().join(HARNESS);
+    let made = shell::target().join("harness");
+    let mut make = Command::new(&python);
+    make.arg(committed.join("make_harness.py")).arg(&made);
+    // The harness writes much to the terminal.
+    make.stdout(Stdio::null()).stderr(Stdio::null());
+    if !shell::succeeds(&mut make)? {
+        return Err(format!(
+            "{HARNESS}/make_harness.py failed; run it by itself to see why"
+        ));
+    }
+    let mut files = Vec::new();
+    let mut folders = vec![PathBuf::from("data"), PathBuf::from("expected")];
+    while let Some(folder) = folders.pop() {
+        let path = committed.join(&folder);
+        let cannot = |e| format!("cannot read `{}` ({e})", path.display());
+        for entry in fs::read_dir(&path).map_err(cannot)? {
+            let name = folder.join(entry.map_err(cannot)?.file_name());
+            match committed.join(&name).is_dir() {
+                true => folders.push(name),
+                false => files.push(name),
+            }
+        }
+    }
+    files.sort();
+    Ok(shell::code(compare(&made, &committed, files.into_iter())?))
+}
+
+/// The Python of the variable PYTHON, if it has `modules`.
+fn python(modules: &str, folder: &str) -> Result<OsString, String> {
+    let python = env::var_os("PYTHON").unwrap_or_else(|| "python3".into());
+    let mut probe = Command::new(&python);
+    probe.args(["-c", &format!("import {modules}")]);
+    probe.stdout(Stdio::null()).stderr(Stdio::null());
+    match shell::succeeds(&mut probe)? {
+        true => Ok(python),
+        false => Err(format!(
+            "`{}` cannot import {modules}; install the versions that {folder}/README.md names, or set \
+             PYTHON to a Python that has them",
+            python.to_string_lossy()
+        )),
+    }
+}
+
+/// Whether the files are the same in both folders, byte by byte.
+fn compare(
+    made: &Path,
+    committed: &Path,
+    files: impl Iterator<Item = PathBuf>,
+) -> Result<bool, String> {
+    let mut same = true;
+    for path in files {
         let equal = read(&made.join(&path))? == read(&committed.join(&path))?;
         eprintln!(
             "  {:<9} {}",
@@ -67,8 +123,7 @@ pub fn run(arguments: &[String]) -> Outcome {
             made.display()
         );
     }
-    let exported = check_export(&python)?;
-    Ok(shell::code(same && exported))
+    Ok(same)
 }
 
 /// Compresses the built-in model with little training, exports it, and lets `transformers` judge.

@@ -63,8 +63,8 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "fixtures",
-        arguments: "",
-        about: "Make the PyTorch parity fixtures again and compare them with the committed ones",
+        arguments: "[harness]",
+        about: "Make the PyTorch parity fixtures again, or those of lm-evaluation-harness, and compare",
         run: fixtures::run,
     },
     Command {
@@ -76,7 +76,7 @@ const COMMANDS: &[Command] = &[
     Command {
         name: "docs",
         arguments: "[--check]",
-        about: "Write docs/reference.md from the command line's own reference, or compare",
+        about: "Write docs/reference.md and docs/tasks.md from what the program says of itself, or compare",
         run: docs::run,
     },
     Command {

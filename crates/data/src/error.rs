@@ -60,7 +60,64 @@ pub enum Error {
         /// The limit in tokens.
         limit: usize,
     },
+    /// A file of tasks cannot be understood.
+    #[error("Task file `{file}`: {problem}.")]
+    TaskFile {
+        /// The file.
+        file: String,
+        /// What is wrong, with the line where it is known, and what to do.
+        problem: String,
+    },
+    /// A task, group or tag that does not exist.
+    #[error(
+        "There is no task, group or tag `{name}`. `lightmoe tasks` lists those that come with the \
+         program; give the path of a YAML file, or of a folder of such files, for one of your own."
+    )]
+    UnknownBenchmark {
+        /// The name as given.
+        name: String,
+    },
+    /// The data of a task are not there.
+    #[error("{0}")]
+    NoData(Box<MissingData>),
+    /// A row of a data file cannot be used.
+    #[error("`{}` line {line}: {problem}. Correct or remove the row.", path.display())]
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// 1-based line number.
+        line: usize,
+        /// Which field is wrong, and how.
+        problem: String,
+    },
+    /// A task asks for what its data cannot give.
+    #[error("Task `{task}`: {problem}.")]
+    Unusable {
+        /// The task.
+        task: String,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
     /// Batches were asked of nothing, or of no size.
     #[error("Cannot make batches: {0}.")]
     Batch(&'static str),
+}
+
+/// Which data are not there, and how to come by them.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "Task `{task}`: no file with the split `{split}` was found. It was looked for in {tried}. \
+     Expected {format}. {origin} Then give the folder with `--data`."
+)]
+pub struct MissingData {
+    /// The task.
+    pub task: String,
+    /// The split.
+    pub split: String,
+    /// Every path that was tried.
+    pub tried: String,
+    /// The form of the file.
+    pub format: String,
+    /// Where people get it.
+    pub origin: String,
 }

@@ -1,6 +1,6 @@
 //! Text and records in, token sequences out.
 //!
-//! Two sources of data: files of the user's own ([`records`]), and five built-in
+//! Three sources of data: files of the user's own ([`records`]), benchmarks ([`harness`]), and five built-in
 //! [`Task`]s on which a small model is pre-trained ([`pretrain`]) and then adapted,
 //! with a [`tokenizer`] of their own. Both become [`Example`]s, [`encode`] makes
 //! token sequences of them, and [`Sampler`] and [`PackedStream`] make batches.
@@ -16,6 +16,7 @@ mod commonsense;
 mod error;
 mod example;
 mod filler;
+pub mod harness;
 mod intent;
 mod math;
 pub mod pretrain;
@@ -28,7 +29,7 @@ mod words;
 
 pub use batch::{Batch, PackedStream, Sampler};
 pub use chrf::{chrf, corpus_chrf};
-pub use error::{Error, Result};
+pub use error::{Error, MissingData, Result};
 pub use example::{Encoded, Example, continuation, encode, render};
 pub use records::read_text;
 pub use task::{Metric, Split, Task};

@@ -40,6 +40,30 @@ pub enum Error {
     /// The caller stopped the work; nothing was written.
     #[error("the evaluation was interrupted; run it again to score all examples")]
     Interrupted,
+    /// A document of a benchmark cannot be scored.
+    #[error("`{}` line {line}: {message}", path.display())]
+    Document {
+        /// The file.
+        path: std::path::PathBuf,
+        /// 1-based line.
+        line: usize,
+        /// What was expected of it, and what to do.
+        message: String,
+    },
+    /// The model gives no numbers.
+    #[error(
+        "the model's output is not a number; the checkpoint is damaged or its training went wrong: \
+         lower the learning rate and build it again"
+    )]
+    NoNumbers,
+    /// The journal of an evaluation cannot be used.
+    #[error("`{}` cannot be read or written; check the folder and its permissions", path.display())]
+    Io {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
     /// The samples cannot be written as JSON.
     #[error("the samples cannot be written as JSON: {0}; report it")]
     Json(#[from] serde_json::Error),

@@ -5,10 +5,14 @@
 //! if and only if, in one teacher-forced pass, every answer token has the highest logit. Only where
 //! a wrong answer must be read (a program that differs and yet is right, chrF) is it generated.
 //!
+//! [`harness`] runs the standard benchmarks, described by files, as lm-evaluation-harness does.
+//!
 //! Invariant: the scores do not depend on how examples are batched (up to rounding of the model).
 
 mod answers;
+mod batches;
 mod error;
+pub mod harness;
 mod items;
 mod likelihood;
 mod sample;

@@ -3,10 +3,12 @@
 //! Symbols: `B` rows of a batch, `T` tokens of its longest row, `H` hidden size, `A` answer tokens,
 //! `V` vocabulary.
 
+use crate::batches::{Batch, batches};
 use crate::{Error, Result};
 use candle_core::{D, Tensor};
 use lightmoe_data::Encoded;
 use lightmoe_kernels::cross_entropy;
+use lightmoe_models::config::RopeScaling;
 use lightmoe_models::{LanguageModel, Tokens};
 
 /// The most logits held at once (64 MiB of f32): answer rows go through the head in parts.
@@ -33,64 +35,74 @@ pub(crate) fn score(
     let mut answers = vec![Answer::default(); rows.len()];
     for batch in batches(rows, batch_tokens) {
         let scored = score_batch(model, rows, &batch)?;
-        for (&row, answer) in batch.iter().zip(scored) {
+        for (&row, answer) in batch.rows.iter().zip(scored) {
             answers[row] = answer;
         }
-        each(batch.len())?;
+        each(batch.rows.len())?;
     }
     Ok(answers)
 }
 
 /// What the model reads of a row: the last answer token is only predicted.
-fn input(row: &Encoded) -> &[u32] {
+pub(crate) fn input(row: &Encoded) -> &[u32] {
     &row.tokens[..row.tokens.len().saturating_sub(1)]
 }
 
-/// Numbers of rows, longest first, so that a batch has at most `batch_tokens` tokens with padding,
-/// or one row.
-fn batches(rows: &[Encoded], batch_tokens: usize) -> Vec<Vec<usize>> {
-    let mut order: Vec<usize> = (0..rows.len()).collect();
-    order.sort_by_key(|&row| std::cmp::Reverse(rows[row].tokens.len()));
-    let mut batches: Vec<Vec<usize>> = Vec::new();
-    for row in order {
-        match batches.last_mut() {
-            Some(batch) if (batch.len() + 1) * input(&rows[batch[0]]).len() <= batch_tokens => {
-                batch.push(row);
-            }
-            _ => batches.push(vec![row]),
-        }
-    }
-    batches
-}
-
-fn score_batch(
+/// Scores the rows of a batch. What its rows have in common is read first, once for each beginning,
+/// and then the rest of each row.
+pub(crate) fn score_batch(
     model: &dyn LanguageModel,
     rows: &[Encoded],
-    batch: &[usize],
+    batch: &Batch,
 ) -> Result<Vec<Answer>> {
-    let width = batch
-        .iter()
-        .map(|&row| input(&rows[row]).len())
-        .max()
-        .unwrap_or(0);
-    let mut ids = Vec::with_capacity(batch.len() * width);
+    let shared = match model.config().rope_scaling {
+        // Its angles depend on how long the whole row is.
+        RopeScaling::Long(_) => 0,
+        _ => batch.shared,
+    };
+    let longest = batch.rows.iter().map(|&row| input(&rows[row]).len()).max();
+    let width = longest.unwrap_or(0) - shared;
+    // Of the beginnings, and of the rests with the number of the beginning of each.
+    let (mut beginnings, mut ids, mut of_beginning) = (Vec::new(), Vec::new(), Vec::new());
     let (mut positions, mut targets) = (Vec::new(), Vec::new());
-    for &row in batch {
-        let (row, first) = (&rows[row], ids.len());
+    let mut last: Option<&[u32]> = None;
+    for &row in &batch.rows {
+        let row = &rows[row];
+        if last != Some(input(row)) {
+            let (beginning, rest) = input(row).split_at(shared);
+            if last.is_none_or(|last| last[..shared] != *beginning) {
+                beginnings.extend_from_slice(beginning);
+            }
+            last = Some(input(row));
+            of_beginning.push((beginnings.len() / shared.max(1)).saturating_sub(1) as u32);
+            let end = ids.len() + width;
+            ids.extend_from_slice(rest);
+            // The value of the padding does not matter: nothing on its left sees it.
+            ids.resize(end, 0);
+        }
+        let first = ids.len() - width + row.answer_start - 1 - shared;
         let answer = &row.tokens[row.answer_start..];
-        positions.extend((0..answer.len()).map(|i| (first + row.answer_start - 1 + i) as u32));
+        positions.extend((first..first + answer.len()).map(|at| at as u32));
         targets.extend_from_slice(answer);
-        ids.extend_from_slice(input(row));
-        // The value of the padding does not matter: nothing on its left sees it.
-        ids.resize(first + width, 0);
+    }
+    let mut cache = None;
+    if let Some(rows) = beginnings.len().checked_div(shared) {
+        let tokens = Tokens {
+            rows,
+            ids: &beginnings,
+        };
+        let mut read = model.cache();
+        model.forward(tokens, Some(&mut read), &mut |_, _, _| Ok(()))?;
+        cache = Some(read.select(&of_beginning)?);
     }
     let tokens = Tokens {
+        rows: of_beginning.len(),
         ids: &ids,
-        rows: batch.len(),
     };
-    let hidden = model.forward(tokens, None, &mut |_, _, _| Ok(()))?;
+    let hidden = model.forward(tokens, cache.as_mut(), &mut |_, _, _| Ok(()))?;
     let mut scored = tokens_of(model, &hidden, &positions, &targets)?.into_iter();
     Ok(batch
+        .rows
         .iter()
         .map(|&row| {
             let count = rows[row].tokens.len() - rows[row].answer_start;
@@ -236,17 +248,54 @@ mod tests {
     }
 
     #[test]
-    fn batches_hold_every_row_once_and_keep_to_their_size() {
-        let mut rng = lightmoe_models::random::stream(4, "rows");
-        let rows: Vec<Encoded> = (0..50).map(|i| row(&mut rng, 9, 1 + i % 9)).collect();
-        let all = batches(&rows, 24);
-        for batch in &all {
-            let width = batch.iter().map(|&r| input(&rows[r]).len()).max().unwrap();
-            assert!(batch.len() == 1 || batch.len() * width <= 24);
+    fn what_the_model_reads_the_same_is_read_once() {
+        let (model, mut rng) = (model(50), lightmoe_models::random::stream(5, "rows"));
+        let mut rows = vec![row(&mut rng, 50, 2), row(&mut rng, 50, 3)];
+        for last in 1..4 {
+            let mut twin = rows[0].clone();
+            *twin.tokens.last_mut().unwrap() = last;
+            rows.push(twin);
         }
-        let mut seen = all.concat();
-        seen.sort_unstable();
-        assert_eq!(seen, (0..50).collect::<Vec<_>>());
-        assert_eq!(batches(&rows, 1).len(), 50);
+        // The same tokens, but more of them are the answer.
+        rows.push(Encoded {
+            tokens: rows[0].tokens.clone(),
+            answer_start: rows[0].answer_start.saturating_sub(1).max(1),
+        });
+        assert_eq!(batches(&rows, 1).len(), 2);
+        let together = score(&model, &rows, 1, &mut |_| Ok(())).unwrap();
+        assert_as_alone(&model, &rows, &together);
+    }
+
+    #[test]
+    fn what_rows_have_in_common_is_read_once() {
+        let (model, mut rng) = (model(50), lightmoe_models::random::stream(6, "rows"));
+        // Three items of four choices, two of them behind contexts of about one length.
+        let mut rows = Vec::new();
+        for length in [20, 21, 33] {
+            let context: Vec<u32> = (0..length).map(|_| rng.random_range(1..50)).collect();
+            for choice in 1..5 {
+                let choice = (0..choice).map(|_| rng.random_range(1..50));
+                rows.push(Encoded {
+                    tokens: context.iter().copied().chain(choice).collect(),
+                    answer_start: length,
+                });
+            }
+        }
+        let shared: Vec<usize> = batches(&rows, 4096).iter().map(|b| b.shared).collect();
+        assert_eq!(shared, [32, 16]);
+        let together = score(&model, &rows, 4096, &mut |_| Ok(())).unwrap();
+        assert_as_alone(&model, &rows, &together);
+    }
+
+    #[track_caller]
+    fn assert_as_alone(model: &Decoder, rows: &[Encoded], together: &[Answer]) {
+        for (row, answer) in rows.iter().zip(together) {
+            let alone = score(model, std::slice::from_ref(row), 1, &mut |_| Ok(())).unwrap();
+            assert_eq!(answer.greedy, alone[0].greedy);
+            assert_eq!(answer.nll.len(), alone[0].nll.len());
+            for (a, b) in answer.nll.iter().zip(&alone[0].nll) {
+                assert!((a - b).abs() < 1e-5, "{a} {b}");
+            }
+        }
     }
 }

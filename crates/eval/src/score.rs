@@ -61,7 +61,7 @@ fn mean(values: &[f64]) -> f64 {
 }
 
 /// The standard deviation of a sample; 0 for fewer than two values.
-fn deviation(values: &[f64]) -> f64 {
+pub(crate) fn deviation(values: &[f64]) -> f64 {
     let mean = mean(values);
     let squares: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
     (squares / values.len().saturating_sub(1).max(1) as f64).sqrt()

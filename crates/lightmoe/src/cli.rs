@@ -1,6 +1,7 @@
 //! The command line.
 
 mod bench;
+mod benchmarks;
 
 use crate::settings::Settings;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -8,6 +9,7 @@ use lightmoe_compress::Sensitivity;
 use std::path::PathBuf;
 
 pub use bench::{BenchCommand, MethodsArgs, QualityArgs, ScaleArgs, UsageArgs};
+pub use benchmarks::{BenchmarkArgs, TasksArgs};
 
 /// Makes a Mixture-of-Experts language model smaller and keeps it working
 #[derive(Debug, Parser)]
@@ -82,8 +84,10 @@ pub enum Command {
     Build(BuildArgs),
     /// Train a built checkpoint
     Recover(RecoverArgs),
-    /// Score a model on a task
+    /// Score a model on a task, or on benchmarks
     Evaluate(EvaluateArgs),
+    /// List the benchmarks of `evaluate --tasks`
+    Tasks(TasksArgs),
     /// Write a compressed model for another program, or what recovery changed as a small file
     Export(ExportArgs),
     /// Put the update of `export --pack compeft` back on the model that it was made from
@@ -287,9 +291,13 @@ pub struct EvaluateArgs {
     /// Which examples
     #[arg(long, value_enum, default_value_t = EvalSplit::Test)]
     pub split: EvalSplit,
-    /// Scores to write, JSON; samples go beside it
+    /// Scores to write, JSON; samples go beside it. With `--tasks`, a folder, from which an interrupted
+    /// evaluation goes on
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
+    /// Benchmarks
+    #[command(flatten)]
+    pub benchmarks: BenchmarkArgs,
 }
 
 /// Which held-out examples.

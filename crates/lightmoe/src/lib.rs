@@ -4,6 +4,7 @@
 //! within it only `main`, [`progress`], the streaming of [`commands::run_generate`] and [`hub`],
 //! which reads the Hub's variables, do.
 
+pub mod benchmarks;
 pub mod calibration;
 pub mod cli;
 pub mod commands;

@@ -3,7 +3,9 @@
 use clap::Parser;
 use lightmoe::cli::{BenchCommand, Cli, Command, LogFormat};
 use lightmoe::preflight::Refused;
-use lightmoe::{commands, compare, machine, progress, quality, reference, scale, usage};
+use lightmoe::{
+    benchmarks, commands, compare, machine, progress, quality, reference, scale, usage,
+};
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -42,6 +44,7 @@ fn run(command: Command) -> anyhow::Result<String> {
         Command::Build(args) => commands::run_build(args),
         Command::Recover(args) => commands::run_recover(args),
         Command::Evaluate(args) => commands::run_evaluate(args),
+        Command::Tasks(args) => benchmarks::list(&args),
         Command::Export(args) => commands::run_export(args),
         Command::Unpack(args) => commands::run_unpack(args),
         Command::Inspect(args) => commands::run_inspect(args),

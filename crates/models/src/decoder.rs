@@ -35,6 +35,23 @@ impl<'a> Tokens<'a> {
 #[derive(Debug, Clone)]
 pub struct Cache(Vec<LayerCache>);
 
+impl Cache {
+    /// The cache of some rows, in the order given; a row may be taken more than once, to go on from the
+    /// same beginning in several ways.
+    ///
+    /// # Errors
+    /// If there is no such row.
+    pub fn select(&self, rows: &[u32]) -> Result<Self> {
+        let rows = Tensor::new(rows, &Device::Cpu)?;
+        Ok(Self(
+            self.0
+                .iter()
+                .map(|layer| layer.select(&rows))
+                .collect::<Result<_>>()?,
+        ))
+    }
+}
+
 /// What [`LanguageModel::forward`] shows of each layer: its number, its input `[B, T, H]`, and its
 /// routing where it has experts.
 pub type Observer<'a> = dyn FnMut(usize, &Tensor, Option<&Routing>) -> Result<()> + 'a;

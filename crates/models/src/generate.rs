@@ -20,26 +20,52 @@ pub struct GenerateOptions {
     pub eos: Option<u32>,
 }
 
-/// Continues `prompts`, all of one length, and returns the new tokens of each (up to and without
-/// `eos`). `each` sees every new token of the first prompt and may stop the work by `false`.
+/// What to do after a new token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Go on.
+    Continue,
+    /// This prompt's answer is whole.
+    EndRow,
+    /// Return what there is.
+    Stop,
+}
+
+/// Continues `prompts` and returns the new tokens of each (up to and without `eos`). `each` sees every
+/// new token of the first prompt and may stop the work by `false`. Prompts of about one length take
+/// the least time: they are read together up to the shortest one's end.
 pub fn generate(
     model: &dyn LanguageModel,
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
     each: &mut dyn FnMut(u32) -> bool,
 ) -> Result<Vec<Vec<u32>>> {
-    let len = prompts.first().map_or(0, Vec::len);
-    if len == 0 || prompts.iter().any(|p| p.len() != len) {
+    generate_rows(model, prompts, options, &mut |row, answer| match answer {
+        [.., token] if row == 0 && !each(*token) => Ok(Next::Stop),
+        _ => Ok(Next::Continue),
+    })
+}
+
+/// As [`generate`]; `each` sees the number of every prompt with a new token, and its answer so far.
+///
+/// # Errors
+/// For an empty prompt and one that fills the context, and what the model and `each` bring.
+pub fn generate_rows(
+    model: &dyn LanguageModel,
+    prompts: &[Vec<u32>],
+    options: &GenerateOptions,
+    each: &mut dyn FnMut(usize, &[u32]) -> Result<Next>,
+) -> Result<Vec<Vec<u32>>> {
+    let context = model.config().max_position_embeddings;
+    let shortest = prompts.iter().map(Vec::len).min().unwrap_or(0);
+    if shortest == 0 {
         return Err(Error::Invalid(
-            "generation needs prompts of one length and at least one token; sort them by length"
-                .into(),
+            "generation needs prompts of at least one token; give a text".into(),
         ));
     }
-    let room = model.config().max_position_embeddings.saturating_sub(len);
-    if room == 0 {
+    if let Some(full) = prompts.iter().map(Vec::len).find(|len| *len >= context) {
         return Err(Error::Invalid(format!(
-            "a prompt of {len} tokens fills the context of {}; shorten it",
-            model.config().max_position_embeddings
+            "a prompt of {full} tokens fills the context of {context}; shorten it"
         )));
     }
     let sampling = match (options.temperature, options.top_p) {
@@ -48,34 +74,60 @@ pub fn generate(
         (temperature, None) => Sampling::All { temperature },
     };
     let mut sampler = LogitsProcessor::from_sampling(options.seed, sampling);
-    let rows = prompts.len();
-    let mut out = vec![Vec::new(); rows];
-    let mut done = vec![false; rows];
+    let mut out = vec![Vec::new(); prompts.len()];
+    let mut active: Vec<u32> = match options.max_new_tokens {
+        0 => Vec::new(),
+        _ => (0..prompts.len() as u32).collect(),
+    };
     let mut cache = model.cache();
-    let mut input: Vec<u32> = prompts.concat();
-    let mut width = len;
-    for _ in 0..options.max_new_tokens.min(room) {
+    let mut input: Vec<u32> = prompts
+        .iter()
+        .flat_map(|p| &p[..shortest])
+        .copied()
+        .collect();
+    // Tokens that every row has been read up to.
+    let mut read = shortest;
+    while !active.is_empty() {
+        let (rows, width) = (active.len(), input.len() / active.len());
         let tokens = Tokens { ids: &input, rows };
         let hidden = model.forward(tokens, Some(&mut cache), &mut |_, _, _| Ok(()))?;
         let last: Vec<u32> = (1..=rows).map(|r| (r * width - 1) as u32).collect();
         let logits =
             model.logits(&hidden.index_select(&Tensor::new(last, hidden.device())?, 0)?)?;
         input.clear();
-        for row in 0..rows {
-            let token = sampler.sample(&logits.get(row)?)?;
-            done[row] |= Some(token) == options.eos;
-            if !done[row] {
-                out[row].push(token);
-                if row == 0 && !each(token) {
-                    return Ok(out);
-                }
+        let mut staying = Vec::with_capacity(rows);
+        for (place, &row) in (0..).zip(&active) {
+            let row = row as usize;
+            // A longer prompt is still read while shorter ones have their answers begun.
+            if let Some(&token) = prompts[row].get(read) {
+                input.push(token);
+                staying.push(place);
+                continue;
             }
-            input.push(token);
+            let token = sampler.sample(&logits.get(place as usize)?)?;
+            if Some(token) == options.eos {
+                continue;
+            }
+            out[row].push(token);
+            let is_whole = match each(row, &out[row])? {
+                Next::Continue => out[row].len() == options.max_new_tokens || read + 1 == context,
+                Next::EndRow => true,
+                Next::Stop => return Ok(out),
+            };
+            if !is_whole {
+                input.push(token);
+                staying.push(place);
+            }
         }
-        if done.iter().all(|&d| d) {
-            break;
+        read += 1;
+        // Whole answers take no more time.
+        if staying.len() < rows && !staying.is_empty() {
+            cache = cache.select(&staying)?;
         }
-        width = 1;
+        active = staying
+            .iter()
+            .map(|&place| active[place as usize])
+            .collect();
     }
     Ok(out)
 }

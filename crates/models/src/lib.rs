@@ -46,7 +46,7 @@ pub use decoder::{
     Cache, Decoder, Embedding, Ends, LanguageModel, Observer, StreamedDecoder, Tokens,
 };
 pub use error::{Error, Result};
-pub use generate::{GenerateOptions, generate};
+pub use generate::{GenerateOptions, Next, generate, generate_rows};
 pub use index::parse_index;
 pub use layer::{Layer, LayerObserver, ParameterKind, Visitor};
 pub use layout::{BankLayout, FactoredBases, LayerLayout, SlotLayout};

@@ -14,6 +14,8 @@ pub struct ModelTokenizer {
     pub inner: Tokenizer,
     /// End of text.
     pub eos: u32,
+    /// Begin of text, if the tokenizer names one.
+    pub bos: Option<u32>,
     config: serde_json::Value,
     template: Option<String>,
 }
@@ -55,12 +57,15 @@ impl ModelTokenizer {
                  `eos_token_id` in config.json",
                 )
             })?;
+        let bos = config.get("bos_token").and_then(token_text);
+        let bos = bos.and_then(|t| inner.token_to_id(&t));
         let template = optional(&dir.join("chat_template.jinja"))?
             .or_else(|| config.get("chat_template")?.as_str().map(str::to_owned));
         Ok(Self {
             path,
             inner,
             eos,
+            bos,
             config,
             template,
         })
@@ -68,17 +73,40 @@ impl ModelTokenizer {
 
     /// Text to ids, special tokens not added.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode(text, false)
-            .map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
-        Ok(encoding.get_ids().to_vec())
+        self.encoded(text, false)
+    }
+
+    /// Text to ids with what the tokenizer itself puts around a text.
+    pub fn encode_with_special(&self, text: &str) -> Result<Vec<u32>> {
+        self.encoded(text, true)
+    }
+
+    /// The chat template, if the model has one.
+    pub fn template(&self) -> Option<&str> {
+        self.template.as_deref()
     }
 
     /// Ids to text, special tokens left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.decoded(ids, true)
+    }
+
+    /// Ids to text, special tokens among it.
+    pub fn decode_all(&self, ids: &[u32]) -> Result<String> {
+        self.decoded(ids, false)
+    }
+
+    fn encoded(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let encoding = self
+            .inner
+            .encode(text, add_special)
+            .map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    fn decoded(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         self.inner
-            .decode(ids, true)
+            .decode(ids, skip_special)
             .map_err(|e| Error::tokenizer(&self.path, format!("cannot decode the ids: {e}")))
     }
 

@@ -6,6 +6,7 @@ mod update;
 pub use model::{run_generate, run_inspect, run_logits, run_synthesize};
 pub use update::run_unpack;
 
+use crate::benchmarks;
 use crate::calibration::Calibration;
 use crate::cli::{
     BuildArgs, CompressArgs, EvalSplit, EvaluateArgs, ExportArgs, ObserveArgs, Pack, Packing,
@@ -266,6 +267,10 @@ pub fn run_recover(args: RecoverArgs) -> Result<String> {
 /// # Errors
 /// What the stage brings.
 pub fn run_evaluate(args: EvaluateArgs) -> Result<String> {
+    if !args.benchmarks.tasks.is_empty() {
+        let settings = settings(args.recipe)?;
+        return benchmarks::run(&args.benchmarks, &settings, args.out.as_deref());
+    }
     let opened = Opened::new(args.recipe)?;
     let examples = match args.split {
         EvalSplit::Test => &opened.data.test,

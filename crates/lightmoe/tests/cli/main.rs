@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod artefacts;
+mod benchmarks;
 mod compare;
 mod damage;
 mod factored;

@@ -31,6 +31,14 @@ impl LayerCache {
         Ok((a, b))
     }
 
+    /// The cached tokens of some rows, in the order given; a row may be taken more than once.
+    pub(crate) fn select(&self, rows: &Tensor) -> Result<Self> {
+        Ok(Self(match &self.0 {
+            Some((a, b)) => Some((a.index_select(rows, 0)?, b.index_select(rows, 0)?)),
+            None => None,
+        }))
+    }
+
     /// Number of cached positions.
     pub fn len(&self) -> usize {
         self.0.as_ref().map_or(0, |(a, _)| a.dims()[1])

@@ -1,0 +1,27 @@
+//! Benchmarks as lm-evaluation-harness describes them: tasks as YAML files in its vocabulary, their
+//! data read from a folder in each benchmark's own form, and the requests that follow from both.
+//!
+//! The texts of the prompts, the versions and the way few-shot examples are drawn are those of
+//! lm-evaluation-harness 0.4.9; `fixtures/harness` holds them against it.
+
+mod builtin;
+mod catalogue;
+mod check;
+mod config;
+mod docs;
+mod fewshot;
+mod group;
+mod prompt;
+pub mod python;
+mod rows;
+mod template;
+mod texts;
+
+pub use catalogue::{Benchmark, Catalogue};
+pub use config::{
+    Choices, DataFiles, DataFormat, FilterChain, FilterStep, GenerationConfig, MetricConfig,
+    NO_FILTER, OutputType, TaskConfig,
+};
+pub use docs::Doc;
+pub use group::{GroupConfig, GroupMetric};
+pub use prompt::{Chat, Item, PromptOptions, Prompts, Request, Turns, build_prompts};

@@ -1,0 +1,200 @@
+//! The rows of a data file in a benchmark's own form.
+
+use super::config::{DataFiles, DataFormat};
+use super::template::Fields;
+use crate::{Error, Result};
+use flate2::read::MultiGzDecoder;
+use serde_json::Value;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+/// A row, and the 1-based line where it begins.
+pub(super) type Row = (usize, Fields);
+
+/// Reads the rows of a split from a file; a file that ends in `.gz` is unpacked.
+///
+/// # Errors
+/// [`Error::Read`], [`Error::Empty`] without rows, [`Error::Row`] for a row that is none.
+pub(super) fn read_rows(path: &Path, split: &str, files: &DataFiles) -> Result<Vec<Row>> {
+    let text = read_text(path)?;
+    let rows = match files.format {
+        DataFormat::Jsonl => json_lines(path, &text)?,
+        DataFormat::Json => json_array(path, &text, split, &files.columns)?,
+        DataFormat::Csv => table(path, &text, &files.columns, b',', true)?,
+        DataFormat::Tsv => table(path, &text, &files.columns, b'\t', false)?,
+        DataFormat::Text => vec![(1, field("text", text))],
+        DataFormat::Wikitext => articles(&text),
+    };
+    match rows.is_empty() {
+        true => Err(Error::Empty { path: path.into() }),
+        false => Ok(rows),
+    }
+}
+
+/// Puts the lines of a file of labels into the field `label` of the rows.
+///
+/// # Errors
+/// [`Error::Row`] if there is not one label a row.
+pub(super) fn add_labels(path: &Path, rows: &mut [Row]) -> Result<()> {
+    let text = read_text(path)?;
+    let labels: Vec<&str> = text.lines().collect();
+    if labels.len() != rows.len() {
+        return Err(Error::Row {
+            path: path.into(),
+            line: labels.len().min(rows.len()) + 1,
+            problem: format!("{} labels are there for {} rows", labels.len(), rows.len()),
+        });
+    }
+    for ((_, row), label) in rows.iter_mut().zip(labels) {
+        row.insert("label".into(), label.trim().into());
+    }
+    Ok(())
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    let mut text = String::new();
+    let mut read = || {
+        let mut file = File::open(path)?;
+        match path.extension().is_some_and(|e| e == "gz") {
+            true => MultiGzDecoder::new(file).read_to_string(&mut text),
+            false => file.read_to_string(&mut text),
+        }
+    };
+    match read() {
+        Ok(_) => Ok(text),
+        Err(source) => Err(Error::Read {
+            path: path.into(),
+            source,
+        }),
+    }
+}
+
+fn field(name: &str, text: String) -> Fields {
+    Fields::from_iter([(name.to_owned(), Value::String(text))])
+}
+
+fn json_lines(path: &Path, text: &str) -> Result<Vec<Row>> {
+    // Not `lines`: a JSON text may hold U+2028 and the like, and only `\n` ends a line.
+    let lines = (1..).zip(text.split('\n'));
+    lines
+        .filter(|(_, line)| !line.trim().is_empty())
+        .map(|(line, text)| match serde_json::from_str(text) {
+            Ok(row) => Ok((line, row)),
+            Err(e) => Err(Error::Row {
+                path: path.into(),
+                line,
+                problem: format!("no JSON object ({e})"),
+            }),
+        })
+        .collect()
+}
+
+/// An array of rows, or an object that has one for each split. A row is an object, or a list of the
+/// values of `columns`.
+fn json_array(path: &Path, text: &str, split: &str, columns: &[String]) -> Result<Vec<Row>> {
+    let fails = |line: usize, problem: String| Error::Row {
+        path: path.into(),
+        line,
+        problem,
+    };
+    let mut all: Value =
+        serde_json::from_str(text).map_err(|e| fails(e.line(), format!("no JSON ({e})")))?;
+    if let Value::Object(splits) = &mut all {
+        let names: Vec<String> = splits.keys().map(|name| format!("`{name}`")).collect();
+        let missing = || format!("there is no split `{split}` among {}", names.join(", "));
+        all = splits.remove(split).ok_or_else(|| fails(1, missing()))?;
+    }
+    let Value::Array(rows) = all else {
+        return Err(fails(1, "the rows are no JSON array".into()));
+    };
+    // The parser tells no lines; the number of the row is the next best.
+    let numbered = (1..).zip(rows);
+    numbered
+        .map(|(number, row)| match row {
+            Value::Object(fields) => Ok((number, fields)),
+            Value::Array(values) if values.len() == columns.len() => {
+                Ok((number, columns.iter().cloned().zip(values).collect()))
+            }
+            _ => Err(fails(
+                number,
+                format!(
+                    "row {number} is neither an object nor a list of {} values ({})",
+                    columns.len(),
+                    columns.join(", ")
+                ),
+            )),
+        })
+        .collect()
+}
+
+fn table(
+    path: &Path,
+    text: &str,
+    columns: &[String],
+    delimiter: u8,
+    quoting: bool,
+) -> Result<Vec<Row>> {
+    let mut reader = csv::ReaderBuilder::new()
+        .delimiter(delimiter)
+        .quoting(quoting)
+        // Rows of another length are told of below.
+        .flexible(true)
+        .has_headers(columns.is_empty())
+        .from_reader(text.as_bytes());
+    let row_error = |e: csv::Error| Error::Row {
+        path: path.into(),
+        line: e.position().map_or(1, |p| p.line() as usize),
+        problem: format!("no row of the table ({e})"),
+    };
+    let names: Vec<String> = match columns {
+        [] => reader
+            .headers()
+            .map_err(row_error)?
+            .iter()
+            .map(str::to_owned)
+            .collect(),
+        given => given.to_vec(),
+    };
+    let mut rows = Vec::new();
+    for record in reader.records() {
+        let record = record.map_err(row_error)?;
+        let line = record.position().map_or(1, |p| p.line() as usize);
+        if record.len() != names.len() {
+            return Err(Error::Row {
+                path: path.into(),
+                line,
+                problem: format!(
+                    "{} columns, expected {}: {}",
+                    record.len(),
+                    names.len(),
+                    names.join(", ")
+                ),
+            });
+        }
+        let fields = names.iter().cloned().zip(record.iter().map(Value::from));
+        rows.push((line, fields.collect()));
+    }
+    Ok(rows)
+}
+
+/// Articles of WikiText: each begins with a line `= Title =` (not `= = Section = =`); what stands
+/// before the first one is dropped if it is blank.
+fn articles(text: &str) -> Vec<Row> {
+    let (mut rows, mut page, mut begin) = (Vec::new(), Vec::new(), 1);
+    for (number, line) in (1..).zip(text.split('\n')) {
+        let marks = line.replace("= = =", "===").replace("= =", "==");
+        let marks = marks.trim();
+        if marks.starts_with("= ") && marks.ends_with(" =") {
+            let article = page.join("\n");
+            if !article.trim().is_empty() {
+                rows.push((begin, field("page", article)));
+            }
+            page.clear();
+            begin = number;
+        }
+        page.push(line);
+    }
+    rows.push((begin, field("page", page.join("\n"))));
+    rows
+}

@@ -1,0 +1,228 @@
+//! Benchmarks scored as lm-evaluation-harness scores them, with results in its layout.
+//!
+//! Requests of all tasks run together, sorted by length and batched by tokens. What is finished is
+//! kept in a journal, so that an interrupted evaluation goes on and ends with the same numbers.
+
+mod boot;
+mod encode;
+mod filters;
+mod journal;
+mod metrics;
+mod results;
+mod sample;
+mod score;
+mod work;
+
+pub use encode::BeginOfText;
+pub use results::{RunFacts, results};
+
+use crate::{Error, Progress, Result};
+use encode::Encoder;
+use filters::Filters;
+use journal::Journal;
+use lightmoe_data::harness::{Prompts, TaskConfig};
+use lightmoe_models::{LanguageModel, ModelTokenizer};
+use metrics::{Value, metrics};
+use serde_json::{Map, Value as Json};
+use sha2::{Digest, Sha256};
+use std::path::Path;
+use work::{Found, Place, Work};
+
+/// How benchmarks are run.
+#[derive(Debug, Clone)]
+pub struct HarnessOptions {
+    /// The most tokens of a batch, padding and answers included; a longer request is alone.
+    pub batch_tokens: usize,
+    /// Most tokens that the model reads at once [default: `max_position_embeddings`].
+    pub max_length: Option<usize>,
+    /// What stands before a text.
+    pub begin: BeginOfText,
+    /// Tokens from one window of a text to the next, instead of the task's own.
+    pub stride: Option<usize>,
+}
+
+impl Default for HarnessOptions {
+    fn default() -> Self {
+        Self {
+            batch_tokens: 8192,
+            max_length: None,
+            begin: BeginOfText::None,
+            stride: None,
+        }
+    }
+}
+
+/// A task and its requests.
+pub struct TaskPrompts {
+    /// The task.
+    pub task: TaskConfig,
+    /// The requests.
+    pub prompts: Prompts,
+}
+
+/// Where finished requests are kept.
+pub struct Kept<'a> {
+    /// The file.
+    pub path: &'a Path,
+    /// What the numbers depend on besides the requests: the model and the options.
+    pub fingerprint: &'a str,
+}
+
+/// What came of all tasks.
+pub struct Outcome {
+    /// By task, in the order given.
+    pub tasks: Vec<TaskOutcome>,
+    /// Whether every request was done; otherwise the work was interrupted.
+    pub is_whole: bool,
+    /// Most tokens that the model read at once.
+    pub max_length: usize,
+}
+
+/// What came of a task.
+pub struct TaskOutcome {
+    /// The name.
+    pub name: String,
+    /// By metric and chain of filters.
+    pub scores: Vec<TaskScore>,
+    /// Documents that were scored.
+    pub documents: usize,
+    /// What became of each document, in the harness's form.
+    pub samples: Vec<Map<String, Json>>,
+    /// A hash over documents, prompts and targets.
+    pub hash: String,
+}
+
+/// One metric under one chain of filters.
+pub struct TaskScore {
+    /// The metric.
+    pub metric: String,
+    /// The chain.
+    pub filter: String,
+    /// The value.
+    pub value: f64,
+    /// Its standard error, where the harness knows one.
+    pub stderr: Option<f64>,
+}
+
+/// Runs the tasks on `model`. `progress` sees how many requests are done, of how many; its `false`
+/// stops the work, and what is there is scored.
+///
+/// # Errors
+/// [`Error::Invalid`] for metrics, filters and options that cannot work, [`Error::Document`] for a
+/// document that cannot be scored, [`Error::NoNumbers`], and what the model and the journal bring.
+pub fn evaluate_tasks(
+    model: &dyn LanguageModel,
+    tokenizer: &ModelTokenizer,
+    tasks: &[TaskPrompts],
+    options: &HarnessOptions,
+    kept: Option<Kept<'_>>,
+    progress: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<Outcome> {
+    let context = model.config().max_position_embeddings;
+    let max_length = options.max_length.unwrap_or(context);
+    if options.batch_tokens == 0 || max_length == 0 || max_length > context {
+        return Err(Error::Invalid(format!(
+            "batches of {} tokens and texts of {max_length} cannot be; use 1 or more, and texts of at \
+             most the {context} that the model reads",
+            options.batch_tokens
+        )));
+    }
+    if options.stride == Some(0) {
+        return Err(Error::Invalid(
+            "with a stride of 0 no window would ever be the last; use 1 or more".into(),
+        ));
+    }
+    let encoder = Encoder {
+        tokenizer,
+        begin: options.begin,
+        max_length,
+    };
+    // All that can be wrong with a task is found before the model runs.
+    let mut work = Work::default();
+    let mut prepared = Vec::new();
+    for TaskPrompts { task, prompts } in tasks {
+        let (metrics, filters) = (metrics(task)?, Filters::new(task)?);
+        let places = work.add(task, prompts, &encoder, options.stride)?;
+        prepared.push((metrics, filters, places));
+    }
+    let mut journal = match kept {
+        Some(kept) => {
+            let fingerprint = format!("{}-{}", kept.fingerprint, work.fingerprint());
+            Journal::open(kept.path, &fingerprint)?
+        }
+        None => Journal::default(),
+    };
+    let mut progress = Progress {
+        done: 0,
+        total: 0,
+        report: progress,
+    };
+    let found = work.run(model, tokenizer, options, &mut journal, &mut progress)?;
+    let outcomes = tasks
+        .iter()
+        .zip(&prepared)
+        .map(|(task, (metrics, filters, places))| {
+            let scorer = score::Scorer {
+                task: &task.task,
+                metrics,
+                filters,
+            };
+            outcome(&scorer, task, places, &found)
+        });
+    Ok(Outcome {
+        tasks: outcomes.collect::<Result<_>>()?,
+        is_whole: found.is_whole(),
+        max_length,
+    })
+}
+
+fn outcome(
+    scorer: &score::Scorer<'_>,
+    task: &TaskPrompts,
+    places: &[Vec<Place>],
+    found: &Found,
+) -> Result<TaskOutcome> {
+    let items = &task.prompts.items;
+    let (mut scores, mut samples, mut documents) = (Vec::new(), Vec::new(), 0);
+    let mut hashes = String::new();
+    for (chain, filter) in scorer.chains().into_iter().enumerate() {
+        let mut scored = Vec::new();
+        for (numbered, places) in items.iter().enumerate().zip(places) {
+            scored.extend(scorer.score(numbered, places, found, chain)?);
+        }
+        documents = scored.len();
+        for (number, metric) in scorer.metrics.iter().enumerate() {
+            let values: Vec<Value> = scored.iter().map(|scored| scored.values[number]).collect();
+            if values.is_empty() {
+                continue;
+            }
+            let (value, stderr) = metric.aggregate(&values);
+            scores.push(TaskScore {
+                metric: metric.name.clone(),
+                filter: filter.to_owned(),
+                value,
+                stderr,
+            });
+        }
+        for scored in scored {
+            let item = &items[scored.number];
+            samples.push(sample::sample(scorer, item, scored, filter, &mut hashes)?);
+        }
+    }
+    Ok(TaskOutcome {
+        name: task.task.name().to_owned(),
+        scores,
+        documents,
+        samples,
+        hash: hash_text(&hashes),
+    })
+}
+
+/// SHA-256 of a text, in hexadecimal digits.
+pub(crate) fn hash_text(text: &str) -> String {
+    hex(&Sha256::digest(text.as_bytes()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,326 @@
+//! The requests of all tasks as rows of tokens, and what came of each.
+
+use super::HarnessOptions;
+use super::encode::Encoder;
+use super::journal::Journal;
+use crate::batches::batches;
+use crate::likelihood::{Answer, score_batch};
+use crate::{Error, Progress, Result};
+use lightmoe_data::Encoded;
+use lightmoe_data::harness::{Prompts, Request, TaskConfig};
+use lightmoe_models::{GenerateOptions, LanguageModel, ModelTokenizer, Next, generate_rows};
+use sha2::{Digest, Sha256};
+use std::cmp::Reverse;
+use std::ops::Range;
+
+/// Most tokens of an answer, where the task does not say: the harness's number.
+const ANSWER_TOKENS: usize = 256;
+
+/// Prompts of a batch differ in length by so many tokens at most: what is longer is read token by token.
+const SPREAD: usize = 8;
+
+/// All that the model is to do.
+#[derive(Default)]
+pub(super) struct Work {
+    rows: Vec<Encoded>,
+    prompts: Vec<Prompt>,
+}
+
+/// A prompt whose answer is generated.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Prompt {
+    tokens: Vec<u32>,
+    /// Texts that end the answer.
+    until: Vec<String>,
+    /// Most tokens of the answer.
+    most: usize,
+}
+
+/// Where the results of a request are.
+pub(super) enum Place {
+    /// Rows whose likelihoods are added up.
+    Rows(Range<usize>),
+    /// A prompt.
+    Prompt(usize),
+}
+
+/// What is known so far, by row and by prompt.
+pub(super) struct Found {
+    pub(super) rows: Vec<Option<RowScore>>,
+    pub(super) answers: Vec<Option<String>>,
+}
+
+/// The score of a row.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+pub(super) struct RowScore {
+    /// Log-likelihood of the answer in nats.
+    pub(super) log_likelihood: f64,
+    /// Whether greedy decoding gives it.
+    pub(super) greedy: bool,
+    /// Its tokens.
+    pub(super) tokens: usize,
+}
+
+impl Work {
+    /// Adds the requests of a task; their places, by item.
+    ///
+    /// # Errors
+    /// [`Error::Example`] for a request that has no tokens to score or does not fit the model.
+    pub(super) fn add(
+        &mut self,
+        task: &TaskConfig,
+        prompts: &Prompts,
+        encoder: &Encoder<'_>,
+        stride: Option<usize>,
+    ) -> Result<Vec<Vec<Place>>> {
+        let generation = task.generation();
+        let most = generation.max_gen_toks.unwrap_or(ANSWER_TOKENS);
+        let mut until = generation.until;
+        // The end token as text, which generation never returns, ends an answer written out, too.
+        until.push(encoder.tokenizer.decode_all(&[encoder.tokenizer.eos])?);
+        until.retain(|text| !text.is_empty());
+        let mut place = |request: &Request| -> Result<Place> {
+            let begin = self.rows.len();
+            match request {
+                Request::Loglikelihood {
+                    context,
+                    continuation,
+                } => self.rows.push(encoder.pair(context, continuation)?),
+                Request::Rolling { text } => {
+                    self.rows
+                        .extend(encoder.windows(text, stride.or(task.stride))?);
+                }
+                Request::Generate { context } => {
+                    self.prompts.push(Prompt {
+                        tokens: encoder.prompt(context, most)?,
+                        until: until.clone(),
+                        most,
+                    });
+                    return Ok(Place::Prompt(self.prompts.len() - 1));
+                }
+            }
+            Ok(Place::Rows(begin..self.rows.len()))
+        };
+        let items = prompts.items.iter();
+        items
+            .map(|item| {
+                let places = item.requests.iter().map(&mut place);
+                places.collect::<Result<_>>().map_err(|e| match e {
+                    Error::Invalid(message) => Error::Document {
+                        path: item.doc.path.clone(),
+                        line: item.doc.line,
+                        message,
+                    },
+                    other => other,
+                })
+            })
+            .collect()
+    }
+
+    /// A hash of all requests: results of one work are of no use to another.
+    pub(super) fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        let mut add = |tokens: &[u32], start: usize| {
+            hash.update((tokens.len() as u64).to_le_bytes());
+            hash.update((start as u64).to_le_bytes());
+            tokens
+                .iter()
+                .for_each(|token| hash.update(token.to_le_bytes()));
+        };
+        self.rows
+            .iter()
+            .for_each(|row| add(&row.tokens, row.answer_start));
+        self.prompts
+            .iter()
+            .for_each(|prompt| add(&prompt.tokens, prompt.most));
+        for prompt in &self.prompts {
+            hash.update(prompt.until.join("\0"));
+        }
+        super::hex(&hash.finalize())
+    }
+
+    /// Does what the journal does not know yet, batch by batch: whole batches alone are left out, so
+    /// that a resumed run computes what an undisturbed one would.
+    ///
+    /// # Errors
+    /// What the model and the journal bring; not an interruption, after which `Found` has gaps.
+    pub(super) fn run(
+        &self,
+        model: &dyn LanguageModel,
+        tokenizer: &ModelTokenizer,
+        options: &HarnessOptions,
+        journal: &mut Journal,
+        progress: &mut Progress<'_>,
+    ) -> Result<Found> {
+        let mut found = journal.found(self.rows.len(), self.prompts.len());
+        progress.total = self.rows.len() + self.prompts.len();
+        let ended = self
+            .score(model, options, journal, progress, &mut found)
+            .and_then(|()| self.generate(model, tokenizer, options, journal, progress, &mut found));
+        match ended {
+            Ok(()) | Err(Error::Interrupted) => Ok(found),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn score(
+        &self,
+        model: &dyn LanguageModel,
+        options: &HarnessOptions,
+        journal: &mut Journal,
+        progress: &mut Progress<'_>,
+        found: &mut Found,
+    ) -> Result<()> {
+        for batch in batches(&self.rows, options.batch_tokens) {
+            if batch.rows.iter().any(|&row| found.rows[row].is_none()) {
+                let scored = score_batch(model, &self.rows, &batch)?;
+                for (&row, answer) in batch.rows.iter().zip(scored) {
+                    found.rows[row] = Some(RowScore::of(&answer)?);
+                }
+                journal.add_rows(&batch.rows, found)?;
+            }
+            progress.advance(batch.rows.len())?;
+        }
+        Ok(())
+    }
+
+    fn generate(
+        &self,
+        model: &dyn LanguageModel,
+        tokenizer: &ModelTokenizer,
+        options: &HarnessOptions,
+        journal: &mut Journal,
+        progress: &mut Progress<'_>,
+        found: &mut Found,
+    ) -> Result<()> {
+        for batch in self.prompt_batches(options.batch_tokens) {
+            if batch.iter().any(|&prompt| found.answers[prompt].is_none()) {
+                let answers = self.answer(model, tokenizer, &batch, progress)?;
+                for (&prompt, answer) in batch.iter().zip(answers) {
+                    found.answers[prompt] = Some(answer);
+                }
+                journal.add_answers(&batch, found)?;
+            }
+            progress.advance(batch.len())?;
+        }
+        Ok(())
+    }
+
+    /// Prompts of one kind and about one length, longest first, at most `batch_tokens` tokens with the
+    /// answers.
+    fn prompt_batches(&self, batch_tokens: usize) -> Vec<Vec<usize>> {
+        let mut order: Vec<usize> = (0..self.prompts.len()).collect();
+        let kind = |prompt: usize| (self.prompts[prompt].most, &self.prompts[prompt].until);
+        let length = |prompt: usize| self.prompts[prompt].tokens.len();
+        order.sort_by_key(|&prompt| (kind(prompt), Reverse(length(prompt))));
+        let mut batches: Vec<Vec<usize>> = Vec::new();
+        for prompt in order {
+            match batches.last_mut() {
+                Some(batch)
+                    if kind(batch[0]) == kind(prompt)
+                        && length(batch[0]) - length(prompt) <= SPREAD
+                        && (batch.len() + 1) * (length(batch[0]) + kind(prompt).0)
+                            <= batch_tokens =>
+                {
+                    batch.push(prompt);
+                }
+                _ => batches.push(vec![prompt]),
+            }
+        }
+        batches
+    }
+
+    fn answer(
+        &self,
+        model: &dyn LanguageModel,
+        tokenizer: &ModelTokenizer,
+        batch: &[usize],
+        progress: &mut Progress<'_>,
+    ) -> Result<Vec<String>> {
+        let (until, most) = (&self.prompts[batch[0]].until, self.prompts[batch[0]].most);
+        let prompts: Vec<Vec<u32>> = batch
+            .iter()
+            .map(|&prompt| self.prompts[prompt].tokens.clone())
+            .collect();
+        let options = GenerateOptions {
+            max_new_tokens: most,
+            temperature: 0.0,
+            top_p: None,
+            seed: 0,
+            eos: Some(tokenizer.eos),
+        };
+        let mut interrupted = false;
+        let answers = generate_rows(model, &prompts, &options, &mut |_, tokens| {
+            if progress.advance(0).is_err() {
+                interrupted = true;
+                return Ok(Next::Stop);
+            }
+            let text = tokenizer.decode_all(tokens)?;
+            Ok(match until.iter().any(|end| text.contains(end.as_str())) {
+                true => Next::EndRow,
+                false => Next::Continue,
+            })
+        })?;
+        if interrupted {
+            return Err(Error::Interrupted);
+        }
+        let text = |tokens: Vec<u32>| -> Result<String> {
+            let text = tokenizer.decode(&tokens)?;
+            let cut = |text: &'_ str, end: &String| text.find(end.as_str()).unwrap_or(text.len());
+            let length = until
+                .iter()
+                .fold(text.len(), |length, end| cut(&text[..length], end));
+            Ok(text[..length].to_owned())
+        };
+        answers.into_iter().map(text).collect()
+    }
+}
+
+impl RowScore {
+    fn of(answer: &Answer) -> Result<Self> {
+        let log_likelihood = -answer.nll.iter().sum::<f64>();
+        match log_likelihood.is_finite() {
+            true => Ok(Self {
+                log_likelihood,
+                greedy: answer.greedy,
+                tokens: answer.nll.len(),
+            }),
+            false => Err(Error::NoNumbers),
+        }
+    }
+}
+
+impl Found {
+    /// The log-likelihood at a place, if all of it is known.
+    pub(super) fn score(&self, place: &Place) -> Option<RowScore> {
+        let Place::Rows(range) = place else {
+            return None;
+        };
+        let start = RowScore {
+            log_likelihood: 0.0,
+            greedy: true,
+            tokens: 0,
+        };
+        self.rows[range.clone()].iter().try_fold(start, |sum, row| {
+            let row = (*row)?;
+            Some(RowScore {
+                log_likelihood: sum.log_likelihood + row.log_likelihood,
+                greedy: sum.greedy && row.greedy,
+                tokens: sum.tokens + row.tokens,
+            })
+        })
+    }
+
+    /// The answer at a place, if it is known.
+    pub(super) fn answer(&self, place: &Place) -> Option<&str> {
+        match place {
+            Place::Prompt(prompt) => self.answers[*prompt].as_deref(),
+            Place::Rows(_) => None,
+        }
+    }
+
+    /// Whether nothing is missing.
+    pub(super) fn is_whole(&self) -> bool {
+        self.rows.iter().all(Option::is_some) && self.answers.iter().all(Option::is_some)
+    }
+}

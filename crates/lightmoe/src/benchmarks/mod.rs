@@ -1,0 +1,248 @@
+//! `evaluate --tasks`: benchmarks as lm-evaluation-harness runs them; and `tasks`, which lists them.
+
+mod list;
+
+pub use list::list;
+
+use crate::cli::BenchmarkArgs;
+use crate::pipeline::load_model;
+use crate::preflight::Refused;
+use crate::progress::{Progress, stopped};
+use crate::settings::Settings;
+use crate::source::{BUILT_IN, model_fingerprint, open_model};
+use anyhow::{Context, Result, bail};
+use comfy_table::{Table, presets};
+use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns, build_prompts};
+use lightmoe_data::records::Message;
+use lightmoe_eval::harness::{
+    BeginOfText, HarnessOptions, Kept, Outcome, RunFacts, TaskPrompts, evaluate_tasks, results,
+};
+use lightmoe_models::{ChatMessage, ModelTokenizer, folder};
+use serde_json::{Map, Value, json};
+use std::fs;
+use std::path::Path;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+/// What an evaluation leaves.
+const RESULTS: &str = "results.json";
+/// The same, after an interruption.
+const PARTIAL: &str = "results.partial.json";
+/// Finished requests of an evaluation that goes on.
+const JOURNAL: &str = "requests.jsonl";
+/// The harness's seed of few-shot examples.
+const FEWSHOT_SEED: u64 = 1234;
+
+/// Runs benchmarks and writes `results.json` and `samples_<task>.jsonl`; returns a table.
+///
+/// # Errors
+/// [`Refused`] for tasks and data that cannot be used; if the work was stopped, with what was done in
+/// `results.partial.json`.
+pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Result<String> {
+    let begin = Instant::now();
+    let selected = Catalogue::built_in()?
+        .select(&args.tasks)
+        .map_err(Refused::of)?;
+    if out.is_some_and(|out| out.exists() && !out.is_dir()) {
+        let message = "with `--tasks`, `--out` is a folder, and a file has its name; give another";
+        return Err(Refused(message.into()).into());
+    }
+    let name = settings.model.as_deref().unwrap_or(BUILT_IN);
+    let checkpoint = open_model(name)?;
+    let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
+    if args.add_bos_token && tokenizer.encode_with_special("a")? == tokenizer.encode("a")? {
+        let message = "the model's tokenizer.json puts nothing before a text; leave out \
+                       `--add-bos-token`, or add a post-processor to it";
+        return Err(Refused(message.into()).into());
+    }
+    let seed = u32::try_from(settings.seed.unwrap_or(FEWSHOT_SEED));
+    let seed = seed.map_err(|_| Refused("give a seed below 2^32".into()))?;
+    let tasks = prompts(args, &selected, &tokenizer, seed)?;
+    let options = HarnessOptions {
+        batch_tokens: args.batch_tokens,
+        max_length: settings.max_length,
+        begin: match args.add_bos_token {
+            true => BeginOfText::Token,
+            false => BeginOfText::None,
+        },
+        stride: args.stride,
+    };
+    // Batches are part of it: their size moves likelihoods in the last digits.
+    let depends = (
+        model_fingerprint(checkpoint.dir())?,
+        env!("CARGO_PKG_VERSION"),
+        args.batch_tokens,
+    );
+    let fingerprint = crate::fingerprint(&depends)?;
+    let journal = out.map(|out| out.join(JOURNAL));
+    let kept = journal.as_deref().map(|path| Kept {
+        path,
+        fingerprint: &fingerprint,
+    });
+    let model = load_model(&checkpoint)?;
+    let bar = Progress::new("evaluate", 0);
+    let outcome = evaluate_tasks(
+        &*model,
+        &tokenizer,
+        &tasks,
+        &options,
+        kept,
+        &mut |done, all| bar.of(done, all),
+    )?;
+    let facts = RunFacts {
+        model: name,
+        config: config(name, args, settings, seed),
+        system_instruction: args.system_instruction.as_deref(),
+        chat_template: tokenizer.template().filter(|_| args.apply_chat_template),
+        fewshot_as_multiturn: args.fewshot_as_multiturn,
+        date: SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64(),
+        seconds: begin.elapsed().as_secs_f64(),
+        version: env!("CARGO_PKG_VERSION"),
+    };
+    let results = results(&selected, &tasks, &outcome, &tokenizer, facts)?;
+    if let Some(out) = out {
+        write(out, &results, &outcome)?;
+    }
+    if !outcome.is_whole {
+        bail!(match out {
+            Some(out) => format!(
+                "interrupted; `{}` has the scores so far, and the same command goes on",
+                out.join(PARTIAL).display()
+            ),
+            None => "interrupted; with `--out` the same command would go on".into(),
+        });
+    }
+    Ok(table(&results, out))
+}
+
+/// The requests of every task that was asked for, once each.
+fn prompts(
+    args: &BenchmarkArgs,
+    selected: &[Benchmark],
+    tokenizer: &ModelTokenizer,
+    seed: u32,
+) -> Result<Vec<TaskPrompts>> {
+    if args.apply_chat_template && tokenizer.template().is_none() {
+        let message = "the model has no chat template; leave out `--apply-chat-template`";
+        return Err(Refused(message.into()).into());
+    }
+    let render = |messages: &[Message]| {
+        let messages: Vec<ChatMessage> = messages
+            .iter()
+            .map(|m| ChatMessage {
+                role: m.role.clone(),
+                content: m.content.clone(),
+            })
+            .collect();
+        tokenizer.chat(&messages).map_err(|e| e.to_string())
+    };
+    let options = PromptOptions {
+        num_fewshot: args.num_fewshot,
+        limit: args.limit,
+        seed,
+        system_instruction: args.system_instruction.as_deref(),
+        chat: args.apply_chat_template.then_some(Chat {
+            render: &render,
+            turns: match args.fewshot_as_multiturn {
+                true => Turns::Each,
+                false => Turns::One,
+            },
+        }),
+    };
+    let mut tasks: Vec<TaskPrompts> = Vec::new();
+    for task in selected.iter().flat_map(Benchmark::tasks) {
+        if stopped() {
+            bail!("interrupted while reading the data; run the same command again");
+        }
+        if !tasks.iter().any(|other| other.task.name() == task.name()) {
+            tasks.push(TaskPrompts {
+                prompts: build_prompts(task, &args.data, &options).map_err(Refused::of)?,
+                task: task.clone(),
+            });
+        }
+    }
+    Ok(tasks)
+}
+
+/// What the harness records of the call.
+fn config(name: &str, args: &BenchmarkArgs, settings: &Settings, seed: u32) -> Map<String, Value> {
+    let config = json!({
+        "model": "lightmoe",
+        "model_args": format!("pretrained={name}"),
+        "batch_tokens": args.batch_tokens,
+        "max_length": settings.max_length,
+        "add_bos_token": args.add_bos_token,
+        "stride": args.stride,
+        "limit": args.limit,
+        "bootstrap_iters": 100_000,
+        "fewshot_seed": seed,
+    });
+    config.as_object().cloned().unwrap_or_default()
+}
+
+fn write(out: &Path, results: &Map<String, Value>, outcome: &Outcome) -> Result<()> {
+    let text = serde_json::to_string_pretty(results)? + "\n";
+    if !outcome.is_whole {
+        return Ok(folder::write_file(&out.join(PARTIAL), text.as_bytes())?);
+    }
+    for task in &outcome.tasks {
+        let mut lines = Vec::new();
+        for sample in &task.samples {
+            serde_json::to_writer(&mut lines, sample)?;
+            lines.push(b'\n');
+        }
+        folder::write_file(&out.join(format!("samples_{}.jsonl", task.name)), &lines)?;
+    }
+    folder::write_file(&out.join(RESULTS), text.as_bytes())?;
+    for left in [PARTIAL, JOURNAL] {
+        let path = out.join(left);
+        if path.exists() {
+            fs::remove_file(&path).with_context(|| {
+                format!("cannot remove `{}`, which is done with", path.display())
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// The table that the harness prints.
+fn table(results: &Map<String, Value>, out: Option<&Path>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header([
+        "task", "version", "filter", "n-shot", "metric", "value", "stderr",
+    ]);
+    let rows = results["results"].as_object().into_iter().flatten();
+    for (name, row) in rows {
+        let text = |value: &Value| match value {
+            Value::Number(number) => number.as_f64().map_or(String::new(), |n| match n < 1e6 {
+                true => format!("{n:.4}"),
+                false => format!("{n:.4e}"),
+            }),
+            Value::String(text) => text.clone(),
+            _ => String::new(),
+        };
+        let whole = |key: &str| match &results[key][name] {
+            Value::Null => String::new(),
+            value => value.to_string(),
+        };
+        let scores = row.as_object().into_iter().flatten();
+        for (key, value) in scores {
+            let Some((metric, filter)) =
+                key.split_once(',').filter(|(m, _)| !m.ends_with("_stderr"))
+            else {
+                continue;
+            };
+            table.add_row([
+                text(&row["alias"]),
+                whole("versions"),
+                filter.to_owned(),
+                whole("n-shot"),
+                metric.to_owned(),
+                text(value),
+                text(&row[&format!("{metric}_stderr,{filter}")]),
+            ]);
+        }
+    }
+    let place = out.map(|out| format!("\n\nresults  {}", out.join(RESULTS).display()));
+    format!("{table}{}", place.unwrap_or_default())
+}
