@@ -181,6 +181,24 @@ impl TaskData {
     }
 }
 
+/// A conversation as the model's chat template has it.
+///
+/// # Errors
+/// What is wrong with it, in the words of the template.
+pub(crate) fn rendered(
+    tokenizer: &ModelTokenizer,
+    messages: &[records::Message],
+) -> std::result::Result<String, String> {
+    let messages: Vec<ChatMessage> = messages
+        .iter()
+        .map(|m| ChatMessage {
+            role: m.role.clone(),
+            content: m.content.clone(),
+        })
+        .collect();
+    tokenizer.chat(&messages).map_err(|e| e.to_string())
+}
+
 /// The records of a file, messages rendered by the model's chat template.
 ///
 /// # Errors
@@ -190,16 +208,7 @@ pub(crate) fn read_records(
     recipe: &Recipe,
     tokenizer: &ModelTokenizer,
 ) -> Result<Vec<Example>> {
-    let chat = |messages: &[records::Message]| {
-        let messages: Vec<ChatMessage> = messages
-            .iter()
-            .map(|m| ChatMessage {
-                role: m.role.clone(),
-                content: m.content.clone(),
-            })
-            .collect();
-        tokenizer.chat(&messages).map_err(|e| e.to_string())
-    };
+    let chat = |messages: &[records::Message]| rendered(tokenizer, messages);
     let fits = |example: &Example| {
         encode(
             &tokenizer.inner,

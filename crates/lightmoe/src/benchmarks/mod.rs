@@ -9,7 +9,7 @@ use crate::pipeline::load_model;
 use crate::preflight::Refused;
 use crate::progress::{Progress, stopped};
 use crate::settings::Settings;
-use crate::source::{BUILT_IN, model_fingerprint, open_model};
+use crate::source::{BUILT_IN, model_fingerprint, open_model, rendered};
 use anyhow::{Context, Result, bail};
 use comfy_table::{Table, presets};
 use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns, build_prompts};
@@ -17,7 +17,7 @@ use lightmoe_data::records::Message;
 use lightmoe_eval::harness::{
     BeginOfText, HarnessOptions, Kept, Outcome, RunFacts, TaskPrompts, evaluate_tasks, results,
 };
-use lightmoe_models::{ChatMessage, ModelTokenizer, folder};
+use lightmoe_models::{ModelTokenizer, folder};
 use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::Path;
@@ -125,16 +125,7 @@ fn prompts(
         let message = "the model has no chat template; leave out `--apply-chat-template`";
         return Err(Refused(message.into()).into());
     }
-    let render = |messages: &[Message]| {
-        let messages: Vec<ChatMessage> = messages
-            .iter()
-            .map(|m| ChatMessage {
-                role: m.role.clone(),
-                content: m.content.clone(),
-            })
-            .collect();
-        tokenizer.chat(&messages).map_err(|e| e.to_string())
-    };
+    let render = |messages: &[Message]| rendered(tokenizer, messages);
     let options = PromptOptions {
         num_fewshot: args.num_fewshot,
         limit: args.limit,
