@@ -21,11 +21,11 @@
 //! `hidden.<e>` `[F, F]`, of which the upper half is there, row by row, `mean.<e>` `[F]` (sums of weighted
 //! hidden activations) and `slopes.<e>` `[4, F]` (sums of `j` and `j²` for gate, then for up).
 
-use crate::Result;
 mod sums;
 
+use crate::Result;
 use crate::beside;
-use crate::factor::{DAMPING, Gram, Metric, matrix, singular_values};
+use crate::factor::{DAMPING, Gram, Metric, matrix, singular_values, symmetric};
 use candle_core::{Device, Tensor};
 use faer::Mat;
 use lightmoe_kernels::linear;
@@ -33,7 +33,7 @@ use lightmoe_models::{ModelConfig, TensorFile};
 use std::path::{Path, PathBuf};
 pub(crate) use sums::{DamageSums, WeightedTokens};
 
-/// As how many tokens that chose the expert they count together.
+/// As how many tokens that chose an expert those count together that it borrows from the whole layer.
 pub const BORROWED_MASS: f64 = 16.0;
 /// What is added to the diagonal of `F`, as a share of its mean.
 const OUTPUT_DAMPING: f64 = 0.05;
@@ -78,7 +78,7 @@ impl LayerDamage {
         let widths = widths(config);
         let values = file.values("output", &[widths[0]; 2])?;
         Ok(Self {
-            output: Gram::damped(square(widths[0], &values), OUTPUT_DAMPING),
+            output: Gram::damped(symmetric(widths[0], &values), OUTPUT_DAMPING),
             file,
             widths,
         })
@@ -212,11 +212,4 @@ fn triangle(n: usize) -> usize {
 fn unpacked(n: usize, values: &[f32]) -> Mat<f64> {
     let place = |i: usize, j: usize| i * (2 * n + 1 - i) / 2 + j - i;
     Mat::from_fn(n, n, |i, j| f64::from(values[place(i.min(j), i.max(j))]))
-}
-
-/// `[n, n]` row-major as f64, made symmetric.
-fn square(n: usize, values: &[f32]) -> Mat<f64> {
-    Mat::from_fn(n, n, |i, j| {
-        0.5 * (f64::from(values[i * n + j]) + f64::from(values[j * n + i]))
-    })
 }

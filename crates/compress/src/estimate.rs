@@ -32,7 +32,8 @@ pub struct Estimate {
 
 /// Forecasts the outcome of saving the share `ratio` of all parameters by `method` with `options`; 0
 /// groups means adapters without bases. What trains is, for methods that neither replace nor keep, as
-/// much as adapters of the rank on all experts, but for rounding; `mcsmoe` and `budget` train all that is left, unless a rank is given.
+/// much as adapters of the rank on all experts, but for rounding; `mcsmoe` trains all that is left, and so
+/// does `budget` unless a rank is given.
 ///
 /// # Errors
 /// [`Error::Invalid`] if the options cannot work for the model, or saying what can be reached if the

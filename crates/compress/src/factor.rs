@@ -29,15 +29,7 @@ pub struct Gram(Option<Mat<f64>>);
 impl Gram {
     /// Of the sums `values`, row-major; all zeros count as the identity: every direction alike.
     pub fn new(n: usize, values: &[f32]) -> Self {
-        let mean = (0..n).map(|i| f64::from(values[i * n + i])).sum::<f64>() / n as f64;
-        if mean <= 0.0 {
-            return Self::identity();
-        }
-        Self(Some(Mat::from_fn(n, n, |i, j| {
-            // Sums in f32 are not quite symmetric.
-            let value = 0.5 * (f64::from(values[i * n + j]) + f64::from(values[j * n + i]));
-            value + if i == j { DAMPING * mean } else { 0.0 }
-        })))
+        Self::damped(symmetric(n, values), DAMPING)
     }
 
     /// Of no inputs: every direction alike.
@@ -74,6 +66,13 @@ impl Gram {
         let factor = factor.map_err(|_| failed("Cholesky factor"))?;
         Ok(Some(factor.L().to_owned()))
     }
+}
+
+/// `[n, n]` row-major as f64: sums in f32 are not quite symmetric.
+pub(crate) fn symmetric(n: usize, values: &[f32]) -> Mat<f64> {
+    Mat::from_fn(n, n, |i, j| {
+        0.5 * (f64::from(values[i * n + j]) + f64::from(values[j * n + i]))
+    })
 }
 
 /// A matrix as the product of two.

@@ -121,6 +121,8 @@ impl Calibration {
         found.checked(checkpoint)
     }
 
+    /// Itself, if it says enough; little text is warned of.
+    ///
     /// # Errors
     /// [`Refused`] if there is too little to say anything about the experts.
     pub fn checked(self, checkpoint: &Checkpoint) -> Result<Self> {
@@ -165,7 +167,10 @@ impl Source {
         }
     }
 
-    /// The text of the records, of which a run depends.
+    /// The text of the records, on which a run depends; `None` for a built-in task.
+    ///
+    /// # Errors
+    /// If it cannot be read.
     pub fn text(&self) -> Result<Option<String>> {
         match self {
             Self::Task(_) => Ok(None),

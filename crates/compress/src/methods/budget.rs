@@ -4,14 +4,14 @@
 //! The menu of an expert: its own matrices; factors of one rank, fitted to that cost, for all three; the
 //! mean of its outputs. Nothing but the observations is asked, so another budget takes a moment.
 
-use lightmoe_models::DType;
 use lightmoe_models::config::ModelConfig;
+use lightmoe_models::{BankLayout, DType, Manifest};
 
-use super::svd::form;
-use super::{AdapterInit, MethodName, PlanModel, PlanOptions, Target, finish, order};
+use super::svd::{by_rule, form};
+use super::{AdapterInit, MethodName, PlanModel, PlanOptions, Target, finish};
 use crate::observations::{Damage, LayerObservations, Observations};
 use crate::plan::{CurvePoint, LayerPlan, Plan, PlanDamage, PlanSettings, SlotForm};
-use crate::ranks::{Costs, Limit, Point, RankRule, curve, proportional, smoothed, spend, uniform};
+use crate::ranks::{Costs, Limit, Point, RankRule, curve, spend};
 use crate::{Error, Result};
 
 /// Ranks are multiples of a sixty-fourth of the smaller side of an expert, but of no more than this, so
@@ -38,7 +38,7 @@ pub(super) fn plan(
     let importance: Vec<Vec<f64>> = observations.layers.iter().map(|l| l.importance()).collect();
     let menus = menus(config, observations)?;
     let experts = config.moe.num_experts;
-    let (size, rest) = bytes_of(&model);
+    let (size, rest) = bytes_of(&model)?;
     let limit = match target {
         Target::Ratio(ratio) => {
             let left = (1.0 - ratio) * config.parameters().total() as f64;
@@ -58,27 +58,24 @@ pub(super) fn plan(
         .iter()
         .map(|menu| menu.iter().map(|choice| choice.point).collect())
         .collect();
-    let chosen: Vec<Choice> = match (options.ranks, limit) {
-        (RankRule::Budget, limit) => {
-            let places = spend(&points, limit)?;
-            menus.iter().zip(places).map(|(menu, i)| menu[i]).collect()
-        }
-        (_, Limit::Loss(_)) => {
+    let costs = Costs::of_expert(config);
+    let ruled = match limit {
+        Limit::Cost(budget) => by_rule(options.ranks, &importance, costs, budget)?,
+        Limit::Loss(_) if options.ranks == RankRule::Budget => None,
+        Limit::Loss(_) => {
             return Err(Error::Invalid(
                 "the damage of ranks that follow a rule of their own cannot be limited; give a ratio \
                  or bytes, or the rule `budget`"
                     .to_owned(),
             ));
         }
-        (rule, Limit::Cost(budget)) => {
-            let costs = Costs::of_expert(config);
-            let levels = match rule {
-                RankRule::Uniform => uniform(&order(&importance.concat()), costs, budget)?,
-                _ => {
-                    let weights: Vec<f64> = importance.iter().flat_map(|i| smoothed(i)).collect();
-                    proportional(&weights, costs, budget)?
-                }
-            };
+    };
+    let chosen: Vec<Choice> = match ruled {
+        None => {
+            let places = spend(&points, limit)?;
+            menus.iter().zip(places).map(|(menu, i)| menu[i]).collect()
+        }
+        Some(levels) => {
             let damages = damages(config, observations)?;
             let of = |(i, level): (usize, Option<usize>)| Choice {
                 form: form(level),
@@ -131,23 +128,29 @@ pub(super) fn plan(
     Ok(plan)
 }
 
-/// Bytes of a parameter of the result, and of all that is no routed expert: by the weights where they are
-/// at hand, else by the element type that the configuration names.
-fn bytes_of(model: &PlanModel<'_>) -> (u64, u64) {
+/// Bytes of a parameter of the result, and of all that is no routed expert: as `build` will write them where
+/// the weights are at hand, else by the element type that the configuration names.
+fn bytes_of(model: &PlanModel<'_>) -> Result<(u64, u64)> {
     let (config, counts) = (model.config, model.config.parameters());
     let of_type = |dtype: DType| dtype.size_in_bytes() as u64;
     let Some(weights) = model.weights else {
         let size = of_type(config.file_dtype());
-        return (size, (counts.total() - counts.routed_experts) * size);
+        return Ok((size, (counts.total() - counts.routed_experts) * size));
     };
     let checkpoint = weights.checkpoint;
-    let size = of_type(checkpoint.dtype());
-    // What lies there in FP8, one byte a parameter, is written in a type of more; the scales go.
-    let whole = match config.fp8_block {
-        Some(_) => checkpoint.parameters() * size,
-        None => checkpoint.bytes(),
-    };
-    (size, whole.saturating_sub(counts.routed_experts * size))
+    let most = checkpoint.dtype();
+    let mut manifest = Manifest::of(config, &BankLayout::dense(config))?;
+    checkpoint.keep_types(&mut manifest)?;
+    let numbers = |shape: &[usize]| shape.iter().product::<usize>() as u64;
+    let own = manifest.tensors.iter().map(|(name, shape)| {
+        let dtype = manifest.types.get(name).copied().unwrap_or(most);
+        numbers(shape) * of_type(dtype)
+    });
+    let extras = checkpoint.extras()?;
+    let carried = extras.iter().map(|e| numbers(&e.shape) * of_type(e.dtype));
+    let whole = own.chain(carried).sum::<u64>();
+    let size = of_type(most);
+    Ok((size, whole.saturating_sub(counts.routed_experts * size)))
 }
 
 /// What was observed of every layer.

@@ -22,14 +22,10 @@ pub(super) fn plan(
     let costs = Costs::of_expert(config);
     let saved = to_save(config, ratio).round() as u64;
     let budget = (slots as u64 * costs.dense).saturating_sub(saved);
-    let levels = match options.ranks {
-        RankRule::Uniform => uniform(&order(&importance.concat()), costs, budget),
-        RankRule::Importance => {
-            let weights: Vec<f64> = importance.iter().flat_map(|i| smoothed(i)).collect();
-            proportional(&weights, costs, budget)
-        }
-        RankRule::Budget => least_loss(&losses(observations, experts)?, costs, budget),
-    }?;
+    let levels = match by_rule(options.ranks, &importance, costs, budget)? {
+        Some(levels) => levels,
+        None => least_loss(&losses(observations, experts)?, costs, budget)?,
+    };
     let planned = observations.layers.iter().zip(&importance);
     let layers = planned
         .zip(levels.chunks(experts))
@@ -50,6 +46,24 @@ pub(super) fn plan(
     let mut plan = finish(config, MethodName::Svd, settings, layers.collect());
     plan.ratio.target = Some(ratio);
     Ok(plan)
+}
+
+/// How experts share a budget by their `importance`, which is known layer by layer; `None` where the rule
+/// asks for losses.
+pub(super) fn by_rule(
+    rule: RankRule,
+    importance: &[Vec<f64>],
+    costs: Costs,
+    budget: u64,
+) -> Result<Option<Vec<Level>>> {
+    match rule {
+        RankRule::Uniform => uniform(&order(&importance.concat()), costs, budget).map(Some),
+        RankRule::Importance => {
+            let weights: Vec<f64> = importance.iter().flat_map(|i| smoothed(i)).collect();
+            proportional(&weights, costs, budget).map(Some)
+        }
+        RankRule::Budget => Ok(None),
+    }
 }
 
 /// What an expert becomes.

@@ -17,6 +17,7 @@ use lightmoe_models::random::stream;
 use lightmoe_models::{Bank, Checkpoint, Ends, Layer, LayerObserver, Routing};
 use rand::Rng;
 use std::ops::Range;
+use std::path::Path;
 
 /// How much flatter than the model's own the distribution is that labels are drawn from, so that what
 /// the model is sure of is heard too.
@@ -28,7 +29,7 @@ pub(super) struct Way<'a> {
     /// Where the answer of each sample begins, in the order of the batches.
     pub(super) answers: &'a [usize],
     /// Folder for what is observed.
-    pub(super) folder: &'a std::path::Path,
+    pub(super) folder: &'a Path,
 }
 
 /// Gives the experts of one layer their weights as it runs.
@@ -58,6 +59,14 @@ impl Way<'_> {
     ) -> Result<Observations> {
         let (states, layers) = (pass.states, pass.config.num_layers);
         let first = pass.config.moe_layers().next().unwrap_or(layers);
+        let predicted = self.predicted(pass);
+        if predicted == 0 {
+            return Err(Error::Invalid(
+                "no sample has a token to predict, so nothing says what errors cost; give samples with \
+                 an answer, or of two tokens and more"
+                    .to_owned(),
+            ));
+        }
         let mut next = layers;
         if let Some((done, found)) = states.returned()? {
             (next, seen) = (done, found);
@@ -68,7 +77,7 @@ impl Way<'_> {
             let layer = Layer::load(self.checkpoint, number)?;
             let tokens = seen.tokens as usize;
             let mut sums = layer.bank().map(|_| DamageSums::new(pass.config, tokens));
-            self.layer(pass, &layer, number, sums.as_mut())?;
+            self.layer(pass, &layer, number, predicted, sums.as_mut())?;
             if let (Some(sums), Some(bank)) = (sums, layer.bank()) {
                 let damage = sums.finish(bank, self.folder, number, &seen.fingerprint)?;
                 let own = seen.layers.iter_mut().find(|own| own.layer == number);
@@ -85,13 +94,21 @@ impl Way<'_> {
         Ok(seen)
     }
 
+    /// How many tokens of all samples are predicted.
+    fn predicted(&self, pass: &Pass<'_>) -> usize {
+        let samples = pass.batches.iter().flat_map(|batch| batch.samples);
+        let of =
+            |(sample, &answer): (&&Vec<u32>, &usize)| predicted_places(sample.len(), answer).len();
+        samples.zip(self.answers).map(of).sum()
+    }
+
     /// The gradients by what comes out of the last layer.
     fn head(&self, pass: &Pass<'_>) -> Result<()> {
         let ends = Ends::load(self.checkpoint)?;
         let layers = pass.config.num_layers;
         let chunk = (LOGITS / pass.config.vocab_size.max(1)).max(1);
         let mut writer = pass.states.writer(Values::Gradient, layers)?;
-        let (mut sample, mut predicted) = (0, 0);
+        let mut sample = 0;
         for (i, batch) in pass.batches.iter().enumerate() {
             let hidden = pass.states.read(Values::Hidden, layers, i, batch)?;
             let hidden = hidden.flatten_to(1)?;
@@ -99,7 +116,6 @@ impl Way<'_> {
             for row in 0..batch.samples.len() {
                 let mut random = stream(0, &format!("labels/{sample}"));
                 let places = predicted_places(batch.samples[row].len(), self.answers[sample]);
-                predicted += places.len();
                 let first = row * batch.width + places.start;
                 for start in (0..places.len()).step_by(chunk) {
                     let count = chunk.min(places.len() - start);
@@ -116,33 +132,21 @@ impl Way<'_> {
             let shape = (batch.samples.len(), batch.width, pass.config.hidden_size);
             writer.push(&gradient.reshape(shape)?)?;
         }
-        if predicted == 0 {
-            return Err(Error::Invalid(
-                "no sample has a token to predict, so nothing says what errors cost; give samples with \
-                 an answer, or of two tokens and more"
-                    .to_owned(),
-            ));
-        }
         writer.close()
     }
 
-    /// The gradients by what goes into a layer, from those by what comes out of it; the experts' sums see
-    /// it run.
+    /// The gradients by what goes into a layer, from those by what comes out of it, of the loss on
+    /// `predicted` tokens; the experts' sums see it run.
     fn layer(
         &self,
         pass: &Pass<'_>,
         layer: &Layer,
         number: usize,
+        predicted: usize,
         mut sums: Option<&mut DamageSums>,
     ) -> Result<()> {
         let mut writer = pass.states.writer(Values::Gradient, number)?;
-        let predicted = pass
-            .batches
-            .iter()
-            .flat_map(|batch| batch.samples)
-            .zip(self.answers)
-            .map(|(sample, &answer)| predicted_places(sample.len(), answer).len());
-        let half = 0.5 / predicted.sum::<usize>().max(1) as f64;
+        let half = 0.5 / predicted as f64;
         for (i, batch) in pass.batches.iter().enumerate() {
             let x = Var::from_tensor(&pass.states.read(Values::Hidden, number, i, batch)?)?;
             let gradient = pass.states.read(Values::Gradient, number + 1, i, batch)?;

@@ -68,7 +68,7 @@ impl Methods {
              the own arithmetic, *ratio* is plan and build over it. The search of MoE-I² is not counted. \
              Observing is done once for all methods that want the same \
              statistics. Of the {} steps that the fit of MoBE has, it was given {}; each is as long as \
-             another.\n\n",
+             another, and what comes before and behind them is not counted, so its ratio says little.\n\n",
             today(),
             processor(),
             self.config.family,

@@ -250,24 +250,27 @@ fn observe_keeps_to_its_memory() {
             safetensors::tensor::TensorView::new(safetensors::Dtype::I32, vec![16, 512], &ids);
         let file = safetensors::serialize([("input_ids", view.unwrap())], None).unwrap();
         fs::write(path("ids.safetensors"), file).unwrap();
-        let observe = |limit: &str| {
+        let observe = |limit: &str, more: &[&str]| {
             let mut call = command("observe");
             call.args(["--max-memory", limit])
+                .args(more)
                 .arg("--model")
                 .arg(path("model"));
             call.arg("--tokens").arg(path("ids.safetensors"));
             call.arg("--out").arg(path("seen.safetensors"));
             call
         };
-        for mib in [300, 450] {
-            let peak = peak_of(&mut observe(&format!("{mib}MiB")));
+        // Through the model, and through it and back.
+        let back: &[&str] = &["--damage", "fisher"];
+        for (mib, more) in [(300, &[][..]), (450, &[]), (650, back), (900, back)] {
+            let peak = peak_of(&mut observe(&format!("{mib}MiB"), more));
             assert!(peak > 20 << 20, "{peak} bytes: not measured");
             assert!(
                 peak <= mib << 20,
                 "{peak} bytes with at most {mib} MiB: {config}"
             );
         }
-        let message = observe("100MiB").fails(1);
+        let message = observe("100MiB", &[]).fails(1);
         assert!(message.contains("--max-memory"), "{message}");
     }
 }
