@@ -15,10 +15,12 @@ mod error;
 pub mod harness;
 mod items;
 mod likelihood;
+mod load;
 mod sample;
 mod score;
 
 pub use error::{Error, Result};
+pub use load::{LayerLoad, expert_load};
 pub use sample::{Sample, write_samples};
 pub use score::{Score, Scores};
 

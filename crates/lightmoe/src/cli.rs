@@ -2,6 +2,7 @@
 
 mod bench;
 mod benchmarks;
+mod report;
 
 use crate::settings::Settings;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -10,6 +11,7 @@ use std::path::PathBuf;
 
 pub use bench::{BenchCommand, MethodsArgs, QualityArgs, ScaleArgs, UsageArgs};
 pub use benchmarks::{BenchmarkArgs, TasksArgs};
+pub use report::ReportArgs;
 
 /// Makes a Mixture-of-Experts language model smaller and keeps it working
 #[derive(Debug, Parser)]
@@ -86,6 +88,8 @@ pub enum Command {
     Recover(RecoverArgs),
     /// Score a model on a task, or on benchmarks
     Evaluate(EvaluateArgs),
+    /// Write the page of a finished run again: among other runs, or by other thresholds
+    Report(ReportArgs),
     /// List the benchmarks of `evaluate --tasks`
     Tasks(TasksArgs),
     /// Write a compressed model for another program, or what recovery changed as a small file
@@ -295,6 +299,10 @@ pub struct EvaluateArgs {
     /// evaluation goes on
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
+    /// Scores of the original on the same examples, as `--out` wrote them: with thresholds, what is
+    /// printed holds the verdict beside the `scores`
+    #[arg(long, value_name = "FILE.json")]
+    pub against: Option<PathBuf>,
     /// Benchmarks
     #[command(flatten)]
     pub benchmarks: BenchmarkArgs,

@@ -11,6 +11,7 @@ pub mod commands;
 pub mod compare;
 pub mod compeft;
 pub mod compress;
+pub mod contrast;
 pub mod hub;
 pub mod inspect;
 pub mod keep;
@@ -32,6 +33,7 @@ pub mod source;
 mod spread;
 pub mod tokens;
 pub mod usage;
+pub mod verdict;
 
 use sha2::{Digest, Sha256};
 

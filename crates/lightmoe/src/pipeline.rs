@@ -30,7 +30,7 @@ use std::ffi::OsString;
 use std::path::Path;
 
 /// What the user is told when a run ends early by request.
-const INTERRUPTED: &str =
+pub(crate) const INTERRUPTED: &str =
     "interrupted; run the same command again to go on, `compress` with `--resume`";
 
 /// Stage observe: what the recipe's method needs to know of its calibration tokens → `target`,
@@ -277,12 +277,17 @@ fn train_options(recipe: &Recipe, fingerprint: &str, checkpoint_every: usize) ->
 /// # Errors
 /// If it cannot be read.
 pub fn load_model(checkpoint: &Checkpoint) -> Result<Box<dyn LanguageModel + '_>> {
-    // Weights are f32 in memory; caches and activations want some room beside them.
-    let needed = checkpoint.parameters().saturating_mul(4).saturating_mul(5) / 4;
-    Ok(match needed <= machine::max_memory() {
+    Ok(match fits_memory(checkpoint) {
         true => Box::new(Decoder::load(checkpoint)?),
         false => Box::new(StreamedDecoder::new(checkpoint)?),
     })
+}
+
+/// Whether a model fits the memory that may be used.
+pub(crate) fn fits_memory(checkpoint: &Checkpoint) -> bool {
+    // Weights are f32 in memory; caches and activations want some room beside them.
+    let needed = checkpoint.parameters().saturating_mul(4).saturating_mul(5) / 4;
+    needed <= machine::max_memory()
 }
 
 /// The mean NLL of the answers to `examples`, in nats per answer token; infinite if the model gives

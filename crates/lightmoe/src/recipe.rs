@@ -6,6 +6,7 @@ mod check;
 use crate::calibration::Mix;
 use crate::keep::Keep;
 use crate::settings::Settings;
+use crate::verdict::Thresholds;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use lightmoe_compress::methods::{BaseInit, MethodName, PlanOptions, Target};
 use lightmoe_compress::ranks::RankRule;
@@ -81,9 +82,17 @@ pub struct Recipe {
     pub train_examples: usize,
     pub eval_examples: usize,
     pub max_length: usize,
+    #[serde(default = "contrast_tokens")]
+    pub contrast_tokens: usize,
     pub seed: u64,
     pub device: String,
     pub dtype: String,
+    #[serde(default, skip_serializing_if = "Thresholds::is_empty")]
+    pub verdict: Thresholds,
+}
+
+fn contrast_tokens() -> usize {
+    8192
 }
 
 fn recovered() -> Keep {
@@ -210,9 +219,11 @@ impl Recipe {
             train_examples: s.train_examples.unwrap_or(8000),
             eval_examples: s.eval_examples.unwrap_or(500),
             max_length,
+            contrast_tokens: s.contrast_tokens.unwrap_or_else(contrast_tokens),
             seed: s.seed.unwrap_or(0),
             device: s.device.unwrap_or_else(|| "auto".into()),
             dtype: s.dtype.unwrap_or_else(|| "auto".into()),
+            verdict: s.verdict,
         };
         recipe.check()?;
         Ok(recipe)

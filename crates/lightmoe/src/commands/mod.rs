@@ -1,9 +1,11 @@
 //! One function a subcommand; they return what is to be printed.
 
 mod model;
+mod report;
 mod update;
 
 pub use model::{run_generate, run_inspect, run_logits, run_synthesize};
+pub use report::run_report;
 pub use update::run_unpack;
 
 use crate::benchmarks;
@@ -24,6 +26,7 @@ use crate::report::table;
 use crate::settings::Settings;
 use crate::source::{BUILT_IN, TaskData, model_fingerprint, model_folder, open_model};
 use crate::tokens::TokenBatch;
+use crate::verdict::Measured;
 use anyhow::{Context, Result, anyhow};
 use lightmoe_compress::methods::{Kind, MethodName};
 use lightmoe_compress::observations::Observations;
@@ -45,6 +48,14 @@ fn settings(args: RecipeArgs) -> Result<Settings> {
         .transpose()
         .map_err(Refused::of)?;
     Ok(args.settings.or(file.unwrap_or_default()))
+}
+
+/// How standard output takes colours.
+fn paint() -> table::Paint {
+    match std::io::stdout().is_terminal() {
+        true => table::coloured,
+        false => table::plain,
+    }
 }
 
 /// The model, recipe, tokenizer and data that most stages begin with.
@@ -120,7 +131,7 @@ pub fn run_compress(args: CompressArgs) -> Result<String> {
     if args.json {
         return results.to_json();
     }
-    let table = table::terminal(&results, std::io::stdout().is_terminal());
+    let table = table::terminal(&results, paint());
     Ok(format!(
         "{table}\n\nmodel   {}\nreport  {}",
         out.join("model").display(),
@@ -271,6 +282,7 @@ pub fn run_evaluate(args: EvaluateArgs) -> Result<String> {
         let settings = settings(args.recipe)?;
         return benchmarks::run(&args.benchmarks, &settings, args.out.as_deref());
     }
+    let original = args.against.as_deref().map(report::scores_of).transpose()?;
     let opened = Opened::new(args.recipe)?;
     let examples = match args.split {
         EvalSplit::Test => &opened.data.test,
@@ -292,7 +304,17 @@ pub fn run_evaluate(args: EvaluateArgs) -> Result<String> {
     if let Some(path) = &args.out {
         folder::write_file(path, (text.clone() + "\n").as_bytes())?;
     }
-    Ok(text)
+    match original {
+        None => Ok(text),
+        Some(original) => {
+            let measured = Measured {
+                original: Some(&original),
+                result: Some(&scores),
+                bytes: opened.checkpoint.bytes(),
+            };
+            report::judged(&measured, &opened.recipe.verdict)
+        }
+    }
 }
 
 /// An element type of files; `None` for the model's own.

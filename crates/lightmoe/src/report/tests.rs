@@ -1,5 +1,8 @@
 use super::*;
+use crate::contrast::{Answer, AnswerPair, LoadPair};
 use crate::results::tests::sample;
+use crate::settings::Settings;
+use crate::verdict::{Thresholds, judge};
 use lightmoe_compress::methods::{MethodName, PlanOptions};
 use lightmoe_compress::plan::{CurvePoint, ModelSummary, Parameters, Ratio, SlotForm, SlotPlan};
 
@@ -94,13 +97,90 @@ fn curve() -> Vec<Point> {
     (0..300).map(point).collect()
 }
 
-fn page(results: &Results, recipe: &str) -> String {
-    render(results, &plan(), &coverage(), &curve(), recipe).unwrap()
+/// Every layer's load, one answer that is the same and one that is not.
+fn contrast() -> Contrast {
+    let load = |layer: usize| {
+        let tokens = |shift: usize| (0..32).map(move |e| ((e * 7 + layer + shift) % 19) as u64);
+        LoadPair {
+            layer,
+            original: tokens(0).collect(),
+            result: tokens(3).collect(),
+        }
+    };
+    let answer = |text: &str| Answer {
+        text: text.to_owned(),
+        whole: true,
+    };
+    let pair = |result: &str| AnswerPair {
+        prompt: "How many stones?".to_owned(),
+        target: "12".to_owned(),
+        original: answer("it is 12"),
+        result: answer(result),
+    };
+    Contrast {
+        schema_version: 1,
+        task: "math".to_owned(),
+        examples: 40,
+        tokens: 1234,
+        load: (0..6).map(load).collect(),
+        answers: vec![pair("it is 12"), pair("it is 13")],
+    }
+}
+
+/// The recipe of the sample.
+fn recipe(settings: &str) -> Recipe {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/olmoe-nano");
+    let config = Path::new(folder).join("config.json");
+    let config = lightmoe_models::ModelConfig::from_file(&config).unwrap();
+    Recipe::resolve(Settings::parse(settings).unwrap(), &config).unwrap()
+}
+
+fn sibling(name: &str, bytes: u64, score: f64) -> Sibling {
+    let mut results = sample();
+    results.bytes.after = bytes;
+    let tasks = results.stages.get_mut(&Stage::Recovered).unwrap();
+    let scores = tasks.get_mut("math").unwrap();
+    scores.get_mut("exact_match").unwrap().value = score;
+    Sibling {
+        name: name.to_owned(),
+        results,
+    }
+}
+
+/// All that a page can show.
+fn evidence() -> Evidence {
+    let mut other = sibling("other", 1, 1.0);
+    other.results.task = "code".to_owned();
+    Evidence {
+        run: PathBuf::from("runs/mine"),
+        results: sample(),
+        inputs: None,
+        plan: plan(),
+        recipe: recipe("seed = 7"),
+        coverage: coverage(),
+        curve: curve(),
+        contrast: Some(contrast()),
+        siblings: vec![
+            sibling("better", 6_000_000, 0.56),
+            sibling("worse", 8_000_000, 0.5),
+            other,
+        ],
+    }
+}
+
+fn judged(mut evidence: Evidence, thresholds: &str) -> Evidence {
+    let thresholds: Thresholds = toml::from_str(thresholds).unwrap();
+    evidence.results.verdict = judge(&evidence.results.measured(), &thresholds).unwrap();
+    evidence
+}
+
+fn page(evidence: &Evidence) -> String {
+    render(evidence).unwrap()
 }
 
 #[test]
 fn the_page_stands_alone() {
-    let page = page(&sample(), "[model]\npath = \"tiny-olmoe\"\n");
+    let page = page(&judged(evidence(), "min_score = 0.97"));
     for outside in [
         "http://", "https://", "<script", "<link", "<img", "@import", "url(", "src=",
     ] {
@@ -111,11 +191,15 @@ fn the_page_stands_alone() {
         "a number is not finite"
     );
     for part in [
-        "Go:",
-        "Results",
-        "Coverage",
-        "Thresholds",
-        "Recovery",
+        "Go</span>",
+        "<h2>Scores",
+        "<h2>Among other runs",
+        "<h2>Load of the experts",
+        "<h2>Coverage",
+        "<h2>Thresholds",
+        "<h2>Recovery",
+        "<h2>Answers",
+        "lightmoe compress --recipe runs/mine/recipe.toml --out runs/mine-again",
         "0.554 ± 0.022",
     ] {
         assert!(page.contains(part), "{part}");
@@ -126,42 +210,115 @@ fn the_page_stands_alone() {
 }
 
 #[test]
-fn every_expert_appears_in_both_grids() {
-    let page = page(&sample(), "");
+fn every_expert_appears_in_every_grid() {
+    let page = page(&evidence());
     for layer in 0..6 {
         for expert in 0..32 {
             let name = format!("<title>Layer {layer}, expert {expert}: ");
-            assert_eq!(page.matches(&name).count(), 2, "{name}");
+            assert_eq!(page.matches(&name).count(), 4, "{name}");
         }
     }
-    let silent: usize = coverage()
-        .iter()
-        .map(|c| c.tokens_per_expert.iter().filter(|&&t| t == 0).count())
-        .sum();
-    assert!(silent > 0);
+}
+
+/// Crossed where nothing came, struck through where little did; the table has both.
+#[test]
+fn experts_that_saw_little_are_flagged() {
+    let coverage = coverage();
+    let tokens = || coverage.iter().flat_map(|c| &c.tokens_per_expert);
+    let silent = tokens().filter(|&&t| t == 0).count();
+    let few = tokens().filter(|&&t| t < coverage::FEW).count();
+    assert!(silent > 0 && few > silent);
+    let mut evidence = evidence();
+    evidence.contrast = None;
+    let page = page(&evidence);
+    // One more of each in the legend.
     assert_eq!(page.matches("class=\"silent\"").count(), silent + 1);
+    let strokes = page.matches("class=\"cross\"").count();
+    assert_eq!(strokes, 2 * silent + (few - silent) + 2);
+    assert!(page.contains(&format!("{few} of 192 experts saw fewer than 100")));
+}
+
+#[test]
+fn the_verdict_is_the_thresholds_and_none_without_them() {
+    let plain = page(&evidence());
+    assert!(plain.contains("No thresholds, no verdict"));
+    assert!(!plain.contains("class=\"word\""));
+    let missed = page(&judged(evidence(), "min_score = 0.98\nmax_bytes = '8MB'"));
+    for part in [
+        "verdict No-go",
+        "<td>at least 0.980</td><td>0.972 ± 0.108</td><td>missed, within the error</td>",
+        "<td>weights on disk</td><td>at most 7.63 MiB</td><td>6.76 MiB</td><td>met</td>",
+    ] {
+        assert!(missed.contains(part), "{part}");
+    }
+}
+
+/// The frontier, this run's mark, and the runs that cannot be compared.
+#[test]
+fn runs_are_held_against_each_other() {
+    let page = page(&evidence());
+    for part in [
+        "1 more in the folder is on another model or task",
+        "<th scope=\"row\">mine (this run)</th>",
+        "<title>better: 5.72 MiB, exact_match 0.560 ± 0.022</title>",
+    ] {
+        assert!(page.contains(part), "{part}");
+    }
+    // `better` and the original are beaten by none; this run and `worse` by `better`.
+    assert_eq!(page.matches("<td>yes</td></tr>").count(), 2);
+    assert_eq!(page.matches("class=\"dot recovered\"").count(), 4);
+}
+
+/// In the folder of runs: finished ones, sorted, without the run itself and what cannot be read.
+#[test]
+fn finished_runs_are_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for name in ["b", "a", "mine", "damaged", "unfinished"] {
+        std::fs::create_dir(at(name)).unwrap();
+    }
+    for name in ["b", "a", "mine"] {
+        sample().save(&at(name).join("results.json")).unwrap();
+    }
+    std::fs::write(at("damaged").join("results.json"), "{").unwrap();
+    std::fs::write(at("file"), "").unwrap();
+    let found = runs::siblings(folder.path(), &at("mine"));
+    let names: Vec<_> = found.iter().map(|s| s.name.as_str()).collect();
+    assert_eq!(names, ["a", "b"]);
+    assert!(runs::siblings(&at("gone"), &at("mine")).is_empty());
+    assert_eq!(beside(Path::new("mine")), Path::new("."));
+    assert_eq!(beside(Path::new("runs/mine")), Path::new("runs"));
 }
 
 #[test]
 fn names_are_escaped() {
-    let mut results = sample();
+    let mut evidence = evidence();
+    let results = &mut evidence.results;
     results.model = "<script>alert(1)</script>".to_owned();
     for tasks in results.stages.values_mut() {
         let scores = tasks.get_mut("math").unwrap();
         let score = scores["exact_match"];
         scores.insert("<b>\"&".to_owned(), score);
     }
-    let page = page(&results, "</pre><script>");
+    evidence.recipe.model = "</pre><script>".to_owned();
+    evidence.run = PathBuf::from("runs/<script>");
+    let pair = &mut evidence.contrast.as_mut().unwrap().answers[1];
+    pair.prompt = "<script>".to_owned();
+    pair.result.text = "it is <script>".to_owned();
+    let page = page(&evidence);
     assert!(!page.contains("<script") && !page.contains("<b>\""));
     assert!(page.contains("&lt;script&gt;alert(1)"));
+    assert!(page.contains("<mark>&lt;script&gt;</mark>"), "{page}");
 }
 
 #[test]
 fn what_was_not_done_is_left_out() {
-    let mut results = sample();
-    results.stages.clear();
-    results.ratio.target = None;
-    let mut plan = plan();
+    let mut evidence = evidence();
+    evidence.results.stages.clear();
+    evidence.results.ratio.target = None;
+    (evidence.coverage, evidence.curve) = (Vec::new(), Vec::new());
+    evidence.contrast = None;
+    let plan = &mut evidence.plan;
     plan.p_hat = None;
     for layer in &mut plan.layers {
         (layer.threshold, layer.router_norm) = (None, None);
@@ -170,24 +327,27 @@ fn what_was_not_done_is_left_out() {
         }
         layer.groups = 0;
     }
-    let page = render(&results, &plan, &[], &[], "").unwrap();
+    let page = page(&evidence);
     for part in [
-        "Coverage",
-        "Thresholds",
+        "<h2>Coverage",
+        "<h2>Thresholds",
+        "<h2>Among",
+        "<h2>Load",
+        "<h2>Answers",
         "<h2>Damage",
-        "Recovery",
-        "asked for",
+        "<h2>Recovery",
+        "% asked for",
         "dominant of",
     ] {
         assert!(!page.contains(part), "{part}");
     }
-    assert!(page.contains("Undecided:"));
 }
 
 /// Ranks stand in the squares, and the size that was chosen on the curve of all.
 #[test]
 fn a_plan_by_damage_is_drawn() {
-    let mut plan = plan();
+    let mut evidence = evidence();
+    let plan = &mut evidence.plan;
     let point = |bytes, damage| CurvePoint { bytes, damage };
     plan.damage = Some(PlanDamage {
         bytes: 500,
@@ -202,7 +362,7 @@ fn a_plan_by_damage_is_drawn() {
         };
         slot.damage = Some(0.25e-3);
     }
-    let page = render(&sample(), &plan, &[], &[], "").unwrap();
+    let page = render(&evidence).unwrap();
     for part in [
         "<h2>Damage",
         "50.0%: 1.00e-3 nats",
@@ -213,20 +373,20 @@ fn a_plan_by_damage_is_drawn() {
         assert!(page.contains(part), "{part}");
     }
     // Nothing to draw where no size costs anything.
-    let free = plan.damage.as_mut().unwrap();
+    let free = evidence.plan.damage.as_mut().unwrap();
     free.predicted = 0.0;
     free.curve = vec![point(200, 0.0), point(1000, 0.0)];
-    let page = render(&sample(), &plan, &[], &[], "").unwrap();
+    let page = render(&evidence).unwrap();
     assert!(!page.contains("<h2>Damage"));
 }
 
 #[test]
 fn a_curve_that_breaks_off_is_drawn_as_far_as_it_goes() {
-    let mut curve = curve();
-    for point in &mut curve[200..] {
+    let mut evidence = evidence();
+    for point in &mut evidence.curve[200..] {
         point.loss = f64::NAN;
     }
-    let page = render(&sample(), &plan(), &[], &curve, "").unwrap();
+    let page = page(&evidence);
     assert!(page.contains("polyline class=\"loss\""));
     assert!(!page.contains("NaN,") && !page.contains(",NaN"));
 }

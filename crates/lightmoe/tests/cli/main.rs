@@ -11,6 +11,7 @@ mod models;
 mod pretrain;
 mod recipes;
 mod refusals;
+mod report;
 mod resume;
 mod stages;
 mod support;
