@@ -2,6 +2,7 @@
 
 mod bench;
 mod benchmarks;
+mod divergence;
 mod report;
 
 use crate::settings::Settings;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 
 pub use bench::{BenchCommand, MethodsArgs, QualityArgs, ScaleArgs, UsageArgs};
 pub use benchmarks::{BenchmarkArgs, TasksArgs};
+pub use divergence::{DivergenceArgs, TextArgs};
 pub use report::ReportArgs;
 
 /// Makes a Mixture-of-Experts language model smaller and keeps it working
@@ -88,6 +90,8 @@ pub enum Command {
     Recover(RecoverArgs),
     /// Score a model on a task, or on benchmarks
     Evaluate(EvaluateArgs),
+    /// Measure how far a compressed model's predictions are from the original's
+    Divergence(DivergenceArgs),
     /// Write the page of a finished run again: among other runs, or by other thresholds
     Report(ReportArgs),
     /// List the benchmarks of `evaluate --tasks`

@@ -1,7 +1,7 @@
 //! The original and the result of a run on the same test items: the load of every expert, and what
 //! both answer. For the report alone; nothing is decided by it.
 
-use crate::pipeline::{INTERRUPTED, fits_memory, load_model};
+use crate::pipeline::{INTERRUPTED, fit, load_model};
 use crate::progress::{Progress, stopped};
 use crate::recipe::Recipe;
 use crate::source::TaskData;
@@ -116,7 +116,7 @@ pub fn contrast_stage(
     let within = within.count();
     // An item that is longer than all that is asked for is still one to look at.
     rows.truncate(within.max(1));
-    let speaks = fits_memory(original) && fits_memory(result);
+    let speaks = fit(&[original]) && fit(&[result]);
     let look = |what: &str, checkpoint| look(what, checkpoint, &rows, &tokenizer, speaks);
     let (before, before_answers) = look("original", original)?;
     let (after, after_answers) = look("result", result)?;

@@ -277,17 +277,33 @@ fn train_options(recipe: &Recipe, fingerprint: &str, checkpoint_every: usize) ->
 /// # Errors
 /// If it cannot be read.
 pub fn load_model(checkpoint: &Checkpoint) -> Result<Box<dyn LanguageModel + '_>> {
-    Ok(match fits_memory(checkpoint) {
+    load(checkpoint, fit(&[checkpoint]))
+}
+
+/// Two models to run side by side: in memory if both fit there, else read layer by layer.
+///
+/// # Errors
+/// If one cannot be read.
+pub fn load_pair<'a>(
+    one: &'a Checkpoint,
+    other: &'a Checkpoint,
+) -> Result<(Box<dyn LanguageModel + 'a>, Box<dyn LanguageModel + 'a>)> {
+    let fit = fit(&[one, other]);
+    Ok((load(one, fit)?, load(other, fit)?))
+}
+
+/// Whether all of the models fit into memory at once.
+pub(crate) fn fit(checkpoints: &[&Checkpoint]) -> bool {
+    let parameters: u64 = checkpoints.iter().map(|c| c.parameters()).sum();
+    // Weights are f32 in memory; caches and activations want some room beside them.
+    parameters.saturating_mul(4).saturating_mul(5) / 4 <= machine::max_memory()
+}
+
+fn load(checkpoint: &Checkpoint, in_memory: bool) -> Result<Box<dyn LanguageModel + '_>> {
+    Ok(match in_memory {
         true => Box::new(Decoder::load(checkpoint)?),
         false => Box::new(StreamedDecoder::new(checkpoint)?),
     })
-}
-
-/// Whether a model fits the memory that may be used.
-pub(crate) fn fits_memory(checkpoint: &Checkpoint) -> bool {
-    // Weights are f32 in memory; caches and activations want some room beside them.
-    let needed = checkpoint.parameters().saturating_mul(4).saturating_mul(5) / 4;
-    needed <= machine::max_memory()
 }
 
 /// The mean NLL of the answers to `examples`, in nats per answer token; infinite if the model gives

@@ -1,9 +1,11 @@
 //! One function a subcommand; they return what is to be printed.
 
+mod divergence;
 mod model;
 mod report;
 mod update;
 
+pub use divergence::run_divergence;
 pub use model::{run_generate, run_inspect, run_logits, run_synthesize};
 pub use report::run_report;
 pub use update::run_unpack;
