@@ -1,7 +1,8 @@
 //! `lightmoe compress`: all stages in a row, in one run folder.
 
 use crate::calibration::Calibration;
-use crate::contrast::contrast_stage;
+use crate::contrast::{contrast_rows, contrast_stage};
+use crate::divergence::{DIVERGENCE, DivergenceFile, Named, Text, divergence_stage};
 use crate::keep::{Keep, Kept, keep_better};
 use crate::machine::Environment;
 use crate::pipeline::{
@@ -18,12 +19,16 @@ use anyhow::Result;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::{Parameters, Plan};
 use lightmoe_compress::{BuildInputs, Statistics};
+use lightmoe_eval::divergence::Swaps;
 use lightmoe_models::{Checkpoint, ModelTokenizer};
 use lightmoe_train::Folders;
 use std::path::{Path, PathBuf};
 
 /// Where it stands which model was kept.
 const KEPT: &str = "logs/keep.json";
+/// Tokens of a batch on which the predictions of both models are compared: a hidden state for every
+/// layer is held.
+const DIVERGENCE_BATCH: usize = 2048;
 /// Steps between training checkpoints.
 pub const CHECKPOINT_EVERY: usize = 50;
 
@@ -149,6 +154,23 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
             let target = run.path(report::CONTRAST);
             contrast_stage(&original, &result, &data, recipe, &target)
         })?;
+        run.stage("divergence", |run| {
+            let named = |name, checkpoint| Named { name, checkpoint };
+            let text = Text {
+                name: data.name.clone(),
+                rows: contrast_rows(&data, &tokenizer, recipe)?,
+            };
+            divergence_stage(
+                named(&recipe.model, &original),
+                // By its place in the folder, so that the same run leaves the same bytes elsewhere.
+                named("model", &result),
+                &[text],
+                Swaps::EachLayer,
+                DIVERGENCE_BATCH,
+                Some(&run.path(DIVERGENCE)),
+            )
+            .map(drop)
+        })?;
     }
     let kept = Kept::load(&run.path(KEPT))?;
     let mut results = results(
@@ -160,6 +182,7 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
         fingerprint,
     );
     results.kept = kept;
+    results.divergence = DivergenceFile::of_run(out)?.and_then(|file| file.first());
     results.verdict = judge(&results.measured(), &recipe.verdict)?;
     results.save(&run.path("results.json"))?;
     report::write(out, &report::beside(out), &out.join("report.html"))?;
@@ -256,6 +279,7 @@ fn results(
             .map(|(n, d)| (n.clone(), d.peak_rss_bytes))
             .collect(),
         kept: None,
+        divergence: None,
         verdict: None,
         environment: Some(Environment::here()),
         fingerprint,

@@ -94,6 +94,27 @@ impl Contrast {
     }
 }
 
+/// The first test items of a run, up to the `contrast_tokens` of its recipe.
+///
+/// # Errors
+/// If one has an answer that does not fit the longest sequence.
+pub fn contrast_rows(
+    data: &TaskData,
+    tokenizer: &ModelTokenizer,
+    recipe: &Recipe,
+) -> Result<Vec<Encoded>> {
+    let mut rows = TaskData::encode(&data.test, tokenizer, recipe.max_length)?;
+    let mut tokens = 0;
+    let within = rows.iter().take_while(|row| {
+        tokens += row.tokens.len();
+        tokens <= recipe.contrast_tokens
+    });
+    let within = within.count();
+    // An item that is longer than all that is asked for is still one to look at.
+    rows.truncate(within.max(1));
+    Ok(rows)
+}
+
 /// Stage contrast: reads the test items of `recipe`, up to its `contrast_tokens`, with both models →
 /// `target`.
 ///
@@ -107,15 +128,7 @@ pub fn contrast_stage(
     target: &Path,
 ) -> Result<()> {
     let tokenizer = ModelTokenizer::load(original.dir(), original.config().eos_token_id)?;
-    let mut rows = TaskData::encode(&data.test, &tokenizer, recipe.max_length)?;
-    let mut tokens = 0;
-    let within = rows.iter().take_while(|row| {
-        tokens += row.tokens.len();
-        tokens <= recipe.contrast_tokens
-    });
-    let within = within.count();
-    // An item that is longer than all that is asked for is still one to look at.
-    rows.truncate(within.max(1));
+    let rows = contrast_rows(data, &tokenizer, recipe)?;
     let speaks = fit(&[original]) && fit(&[result]);
     let look = |what: &str, checkpoint| look(what, checkpoint, &rows, &tokenizer, speaks);
     let (before, before_answers) = look("original", original)?;

@@ -10,6 +10,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 pub use lightmoe_compress::plan::{Parameters, Ratio};
+use lightmoe_eval::divergence::Distance;
 use serde::{Deserialize, Serialize};
 
 /// Version of the layout of `results.json`.
@@ -50,6 +51,10 @@ pub struct Results {
     /// Which model was kept, where the better one was to be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept: Option<Kept>,
+    /// How far the result's predictions are from the original's on test items; `divergence.json` says
+    /// more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub divergence: Option<Distance>,
     /// What follows from the thresholds of the recipe, if it sets any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verdict: Option<Verdict>,
@@ -222,6 +227,7 @@ impl Results {
         Measured {
             original: self.stages.get(&Stage::Original),
             result: self.ended(),
+            kl: self.divergence.map(|distance| distance.kl),
             bytes: self.bytes.after,
         }
     }

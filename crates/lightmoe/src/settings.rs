@@ -123,7 +123,7 @@ pub struct Settings {
     /// Longest sequence in tokens [default: 512, at most the model's context]
     #[arg(long)]
     pub max_length: Option<usize>,
-    /// Test tokens on which the report shows the original beside the result: the load of every expert, and with it some answers; 0 for none [default: 8192]
+    /// Test tokens on which the original and the result are held beside each other for the report: the load of every expert, the divergence by layer, some answers; 0 for none [default: 8192]
     #[arg(long)]
     pub contrast_tokens: Option<usize>,
     /// Seed of every random choice [default: 0]

@@ -2,6 +2,7 @@
 
 use crate::results::{Score, TaskScores, lower_is_better};
 use anyhow::{Result, anyhow, ensure};
+use lightmoe_eval::divergence::Estimate;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -17,6 +18,10 @@ pub struct Thresholds {
     #[arg(long, value_name = "NATS")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_nll_increase: Option<f64>,
+    /// For the verdict: the most that the predictions may differ from the original's, as the mean of KL(original ‖ result) in nats a token
+    #[arg(long, value_name = "NATS")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_kl: Option<f64>,
     /// For the verdict: the most bytes of weights, such as 6GiB
     #[arg(long, value_name = "SIZE")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -34,6 +39,7 @@ impl Thresholds {
         Self {
             min_score: self.min_score.or(other.min_score),
             max_nll_increase: self.max_nll_increase.or(other.max_nll_increase),
+            max_kl: self.max_kl.or(other.max_kl),
             max_bytes: self.max_bytes.or(other.max_bytes),
         }
     }
@@ -46,6 +52,7 @@ impl Thresholds {
         let numbers = [
             ("min_score", self.min_score),
             ("max_nll_increase", self.max_nll_increase),
+            ("max_kl", self.max_kl),
         ];
         for (key, value) in numbers {
             ensure!(
@@ -102,9 +109,9 @@ impl Word {
     /// What it says, in a sentence.
     pub fn sentence(self) -> &'static str {
         match self {
-            Self::Go => "every threshold of the recipe is met",
-            Self::NoGo => "a threshold of the recipe is missed",
-            Self::Undecided => "a threshold of the recipe could not be measured",
+            Self::Go => "every threshold is met",
+            Self::NoGo => "a threshold is missed",
+            Self::Undecided => "a threshold could not be measured",
         }
     }
 }
@@ -116,6 +123,9 @@ pub struct Check {
     pub threshold: String,
     /// What it asks for.
     pub limit: f64,
+    /// The original's score, where the limit is a share of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub original: Option<f64>,
     /// What it is about: a task with its metric, or the weights.
     pub of: String,
     /// The number held against it; `None` where there is none.
@@ -146,25 +156,32 @@ enum Side {
     AtMost,
 }
 
+/// A number and what it is held against.
+#[derive(Clone, Copy)]
+struct Held {
+    limit: f64,
+    original: Option<f64>,
+    /// With its standard error, if it has one.
+    number: Option<(f64, Option<f64>)>,
+}
+
 impl Check {
-    fn new(
-        (threshold, side): (&str, Side),
-        limit: f64,
-        of: String,
-        number: Option<(f64, Option<f64>)>,
-    ) -> Self {
-        let outcome = match (number, side) {
+    fn new((threshold, side): (&str, Side), of: String, held: Held) -> Self {
+        let limit = held.limit;
+        let outcome = match (held.number, side) {
             (None, _) => Outcome::Unmeasured,
             (Some((value, _)), Side::AtLeast) if value >= limit => Outcome::Met,
             (Some((value, _)), Side::AtMost) if value <= limit => Outcome::Met,
             _ => Outcome::Missed,
         };
+        let error = held.number.and_then(|number| number.1);
         Self {
             threshold: threshold.to_owned(),
             limit,
+            original: held.original,
             of,
-            measured: number.map(|n| n.0),
-            margin: number.and_then(|n| n.1),
+            measured: held.number.map(|number| number.0),
+            margin: error.map(|error| 2.0 * error),
             outcome,
         }
     }
@@ -197,9 +214,13 @@ impl Check {
     /// What it asks for, as it is read.
     pub fn asked(&self) -> String {
         let limit = self.show(self.limit);
-        match self.threshold.starts_with("min") {
-            true => format!("at least {limit}"),
-            false => format!("at most {limit}"),
+        match self.original {
+            Some(original) if original > 0.0 => {
+                let percent = 100.0 * self.limit / original;
+                format!("at least {limit} ({percent:.1}% of {original:.3})")
+            }
+            Some(_) => format!("at least {limit}"),
+            None => format!("at most {limit}"),
         }
     }
 
@@ -219,7 +240,7 @@ impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (of, threshold) = (&self.of, &self.threshold);
         let (number, asked) = (self.number(), self.asked());
-        write!(f, "{of}: {threshold} {asked}, {number}: {}", self.word())
+        write!(f, "{of}: {number}, {asked} by {threshold}: {}", self.word())
     }
 }
 
@@ -230,6 +251,9 @@ pub struct Measured<'a> {
     pub original: Option<&'a TaskScores>,
     /// Scores of the result, on the same items.
     pub result: Option<&'a TaskScores>,
+    /// Mean KL divergence of the result's predictions from the original's, nats a token, if it was
+    /// measured.
+    pub kl: Option<Estimate>,
     /// Bytes of the result's weights.
     pub bytes: u64,
 }
@@ -244,22 +268,43 @@ pub fn judge(measured: &Measured<'_>, thresholds: &Thresholds) -> Result<Option<
         return Ok(None);
     }
     let mut checks = Vec::new();
-    if let Some(limit) = thresholds.min_score {
+    if let Some(share) = thresholds.min_score {
         let key = ("min_score", Side::AtLeast);
-        checks.extend(on_scores(measured, key, limit, false, &kept));
+        checks.extend(on_scores(measured, key, false, &|before, after| Held {
+            limit: share * before.value,
+            original: Some(before.value),
+            number: after.map(|after| {
+                let error = after.stderr.hypot(share * before.stderr);
+                (after.value, Some(error))
+            }),
+        }));
     }
     if let Some(limit) = thresholds.max_nll_increase {
         let key = ("max_nll_increase", Side::AtMost);
-        checks.extend(on_scores(measured, key, limit, true, &risen));
+        checks.extend(on_scores(measured, key, true, &|before, after| Held {
+            limit,
+            original: None,
+            number: after.map(|after| {
+                let error = after.stderr.hypot(before.stderr);
+                (after.value - before.value, Some(error))
+            }),
+        }));
+    }
+    let mut add = |key: &str, of: &str, limit: f64, number| {
+        let held = Held {
+            limit,
+            original: None,
+            number,
+        };
+        checks.push(Check::new((key, Side::AtMost), of.to_owned(), held));
+    };
+    if let Some(limit) = thresholds.max_kl {
+        let number = measured.kl.map(|kl| (kl.value, kl.stderr));
+        add("max_kl", "predictions", limit, number);
     }
     if let Some(limit) = thresholds.bytes()? {
-        let bytes = measured.bytes as f64;
-        checks.push(Check::new(
-            ("max_bytes", Side::AtMost),
-            limit as f64,
-            "weights on disk".to_owned(),
-            Some((bytes, None)),
-        ));
+        let number = Some((measured.bytes as f64, None));
+        add("max_bytes", "weights on disk", limit as f64, number);
     }
     let any = |outcome| checks.iter().any(|check| check.outcome == outcome);
     let word = match (any(Outcome::Missed), any(Outcome::Unmeasured)) {
@@ -270,64 +315,41 @@ pub fn judge(measured: &Measured<'_>, thresholds: &Thresholds) -> Result<Option<
     Ok(Some(Verdict { word, checks }))
 }
 
-/// How a number is made of the original's score and the result's: the number and its standard error.
-type Made<'a> = &'a dyn Fn(Score, Score) -> Option<(f64, f64)>;
-
-/// A check for every metric of every task of which less, or more, is better; one without a number where
-/// nothing was scored.
+/// A check for every metric of every task of which less, or more, is better, of the original's score and
+/// the result's; one without a number where nothing was scored.
 fn on_scores(
     measured: &Measured<'_>,
     key: (&str, Side),
-    limit: f64,
     lower: bool,
-    made: Made<'_>,
+    hold: &dyn Fn(Score, Option<Score>) -> Held,
 ) -> Vec<Check> {
-    let scores = measured
-        .original
-        .into_iter()
-        .flatten()
-        .flat_map(|(task, metrics)| {
-            let metrics = metrics.iter().map(move |(m, &score)| (task, m, score));
-            metrics.filter(move |(_, metric, _)| lower_is_better(metric) == lower)
-        });
+    let tasks = measured.original.into_iter().flatten();
+    let scores = tasks.flat_map(|(task, metrics)| {
+        let metrics = metrics.iter().map(move |(m, &score)| (task, m, score));
+        metrics.filter(move |(_, metric, _)| lower_is_better(metric) == lower)
+    });
     let mut checks: Vec<Check> = scores
         .map(|(task, metric, before)| {
-            let after = measured
-                .result
-                .and_then(|r| r.get(task)?.get(metric).copied());
-            let number = after.and_then(|after| {
-                let (value, error) = made(before, after)?;
-                // One item has no standard error.
-                let margin = (before.n > 1 && after.n > 1).then_some(2.0 * error);
-                Some((value, margin))
-            });
-            Check::new(key, limit, format!("{task} · {metric}"), number)
+            let after = measured.result;
+            let after = after.and_then(|r| r.get(task)?.get(metric).copied());
+            let mut held = hold(before, after);
+            // One item has no standard error.
+            if before.n < 2 || after.is_some_and(|after| after.n < 2) {
+                held.number = held.number.map(|(value, _)| (value, None));
+            }
+            Check::new(key, format!("{task} · {metric}"), held)
         })
         .collect();
     if checks.is_empty() {
-        checks.push(Check::new(key, limit, "scores".to_owned(), None));
+        let nothing = Score {
+            value: 0.0,
+            stderr: 0.0,
+            n: 0,
+        };
+        let held = hold(nothing, None);
+        checks.push(Check::new(key, "scores".to_owned(), held));
     }
     checks
-}
-
-/// The share of a score that is left, by the delta method; nothing is a share of 0.
-fn kept(before: Score, after: Score) -> Option<(f64, f64)> {
-    if before.value <= 0.0 {
-        return None;
-    }
-    let share = after.value / before.value;
-    Some((
-        share,
-        (after.stderr / before.value).hypot(share * before.stderr / before.value),
-    ))
-}
-
-/// How much a score rose.
-fn risen(before: Score, after: Score) -> Option<(f64, f64)> {
-    Some((
-        after.value - before.value,
-        after.stderr.hypot(before.stderr),
-    ))
 }
 
 #[cfg(test)]

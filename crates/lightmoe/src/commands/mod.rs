@@ -312,6 +312,7 @@ pub fn run_evaluate(args: EvaluateArgs) -> Result<String> {
             let measured = Measured {
                 original: Some(&original),
                 result: Some(&scores),
+                kl: None,
                 bytes: opened.checkpoint.bytes(),
             };
             report::judged(&measured, &opened.recipe.verdict)

@@ -72,7 +72,10 @@ pub(super) fn experts<'a>(
             SlotForm::Mixed { bases, rank } => {
                 title += &format!("mixed from {bases} bases, rank {rank}");
             }
-            SlotForm::Constant => title += "its mean output",
+            SlotForm::Constant => {
+                title += "its mean output";
+                text = "μ".to_owned();
+            }
             SlotForm::Removed { into: None } => title += "removed",
             SlotForm::Removed { into: Some(into) } => {
                 title += &format!("merged into expert {into}");
@@ -141,7 +144,7 @@ pub(super) fn legend(plan: &Plan) -> Vec<Swatch> {
     for (class, label) in [
         ("alone", "replaced, no shared base"),
         ("mixed", "mixed from the layer's bases"),
-        ("constant", "its mean output"),
+        ("constant", "μ: its mean output"),
         ("removed", "removed; a number: merged into that expert"),
     ] {
         if slots().any(|s| class_of(s.form) == class) {

@@ -4,6 +4,7 @@
 mod answers;
 mod coverage;
 mod curves;
+mod divergence;
 mod grids;
 mod load;
 mod reproduce;
@@ -23,6 +24,7 @@ use minijinja::Environment;
 use serde::Serialize;
 
 use crate::contrast::Contrast;
+use crate::divergence::DivergenceFile;
 use crate::recipe::Recipe;
 use crate::results::{Results, Score, Stage, digits, lower_is_better};
 use crate::run::Inputs;
@@ -62,6 +64,8 @@ pub struct Evidence {
     pub curve: Vec<Point>,
     /// The original beside the result, where that was looked at.
     pub contrast: Option<Contrast>,
+    /// How far the result's predictions are from the original's, where that was measured.
+    pub divergence: Option<DivergenceFile>,
     /// Other runs to stand among.
     pub siblings: Vec<Sibling>,
 }
@@ -95,6 +99,7 @@ impl Evidence {
                 true => Some(Contrast::load(&at(CONTRAST))?),
                 false => None,
             },
+            divergence: DivergenceFile::of_run(run)?,
             siblings: runs::siblings(runs, run),
             recipe,
         })
@@ -129,6 +134,7 @@ struct Page<'a> {
     replaced: usize,
     layers: Section,
     load: Option<load::Shown>,
+    divergence: Option<divergence::Shown>,
     coverage: Option<coverage::Shown>,
     curve: Option<String>,
     steps: usize,
@@ -210,6 +216,7 @@ pub fn render(evidence: &Evidence) -> Result<String> {
         replaced,
         layers: grids::layers(plan, &few),
         load: contrast.as_ref().and_then(load::shown),
+        divergence: evidence.divergence.as_ref().and_then(divergence::shown),
         coverage: coverage::shown(coverage, plan),
         curve: curves::picture(curve),
         steps: curve.len(),
@@ -241,21 +248,19 @@ pub(crate) fn page_of(template: &str, values: impl Serialize) -> Result<String> 
 }
 
 fn advice(results: &Results) -> Advice {
-    let mut checks = Section::new(["threshold", "on", "asked for", "measured", "outcome"]);
+    let mut checks = Section::new(["threshold", "outcome", "measured", "asked for", "on"]);
     let verdict = results.verdict.as_ref();
     let of = |verdict: &Verdict| verdict.checks.clone();
     let all = verdict.map(of).unwrap_or_default();
     checks.rows = all
         .iter()
         .map(|check| {
-            let outcome = check.word().to_owned();
-            let on = check.of.clone();
             vec![
                 check.threshold.clone(),
-                on,
-                check.asked(),
+                check.word().to_owned(),
                 check.number(),
-                outcome,
+                check.asked(),
+                check.of.clone(),
             ]
         })
         .collect();

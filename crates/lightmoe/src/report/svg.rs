@@ -83,7 +83,9 @@ pub(super) fn grid(describe: &str, rows: &[Row]) -> String {
         left + pitch * columns as f64,
         top + pitch * rows.len() as f64,
     );
-    let mut out = open(width, height, left + 11.0 * columns as f64, describe);
+    // Numbers inside stay legible; a narrow window scrolls.
+    let least = (left + 18.0 * columns as f64).min(width);
+    let mut out = open(width, height, least, describe);
     let every = if columns > 40 { 8 } else { 4 };
     for column in (0..columns).step_by(every) {
         let x = left + pitch * (column as f64 + 0.5) - gap / 2.0;
@@ -197,12 +199,12 @@ pub(super) fn bars(
     values: &[(usize, Option<f64>)],
     reference: Option<(f64, &str)>,
 ) -> String {
-    let (width, left, top, bottom) = (HALF, 44.0, 22.0, 170.0);
+    let (width, left, top, bottom) = (HALF, 50.0, 22.0, 170.0);
     let given = values.iter().filter_map(|v| v.1);
     let (_, high) = extent(given.chain(reference.map(|r| r.0)).chain([0.0]));
     let y = Scale::new((0.0, high * 1.06), bottom, top);
     let mut out = open(width, 206.0, 300.0, describe);
-    let (ticks, digits) = y.ticks(4.0);
+    let (ticks, digits) = y.ticks(5.0);
     for tick in ticks {
         line(&mut out, "rule", (left, y.at(tick)), (width, y.at(tick)));
         let label = format!("{tick:.digits$}");
@@ -260,7 +262,7 @@ pub(super) fn whiskers(describe: &str, scores: &[Whisker]) -> String {
     let x = Scale::new((low - room, high + room), left, right);
     let bottom = top + pitch * scores.len() as f64;
     let mut out = open(width, bottom + 22.0, 300.0, describe);
-    let (ticks, digits) = x.ticks(4.0);
+    let (ticks, digits) = x.ticks(6.0);
     for tick in ticks {
         line(&mut out, "rule", (x.at(tick), top), (x.at(tick), bottom));
         let label = format!("{tick:.digits$}");

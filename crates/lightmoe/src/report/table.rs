@@ -14,7 +14,7 @@ pub(crate) const NO_THRESHOLDS: &str = "No verdict: the recipe sets no threshold
                                         `--min-score 0.97`, to `report` or to the run";
 
 /// The steps of a run in their order; a step of another name comes after them.
-const STEPS: [&str; 9] = [
+const STEPS: [&str; 10] = [
     "observe",
     "plan",
     "build",
@@ -24,6 +24,7 @@ const STEPS: [&str; 9] = [
     "keep",
     "evaluate_recovered",
     "contrast",
+    "divergence",
 ];
 
 /// A table: the first column names the row, the others hold its numbers.
@@ -308,7 +309,7 @@ mod tests {
         results.verdict = judge(&results.measured(), &thresholds).unwrap();
         let text = terminal(&results, coloured);
         assert!(text.contains("\x1b[1;32mGo\x1b[0m"), "{text}");
-        assert!(text.contains("math · exact_match: min_score"), "{text}");
+        assert!(text.contains("math · exact_match: 0.554"), "{text}");
     }
 
     #[test]

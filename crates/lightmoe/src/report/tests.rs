@@ -5,6 +5,7 @@ use crate::settings::Settings;
 use crate::verdict::{Thresholds, judge};
 use lightmoe_compress::methods::{MethodName, PlanOptions};
 use lightmoe_compress::plan::{CurvePoint, ModelSummary, Parameters, Ratio, SlotForm, SlotPlan};
+use serde_json::json;
 
 /// A plan of 6 layers with 32 experts: of each five experts, two are kept.
 fn plan() -> Plan {
@@ -127,6 +128,31 @@ fn contrast() -> Contrast {
     }
 }
 
+/// A model that strays, the later the layer the less.
+fn divergence() -> DivergenceFile {
+    let estimate = |value: f64| json!({"value": value, "stderr": 0.1 * value});
+    let distance = |kl: f64| json!({"kl": estimate(kl), "top1_agreement": estimate(1.0 - kl), "nll_increase": estimate(kl)});
+    let layers: Vec<_> = (0..6)
+        .map(|layer| {
+            let mut of_layer = distance(0.06 / f64::from(layer + 1));
+            of_layer["layer"] = json!(layer);
+            of_layer
+        })
+        .collect();
+    let model = json!({"name": "m", "fingerprint": "f"});
+    let text = json!({
+        "name": "math", "fingerprint": "f", "rows": 40, "tokens": 160,
+        "whole": distance(0.125), "layers": layers,
+        "kl_quantiles": {"median": 0.01, "p99": 2.5, "max": 3.25},
+        "perplexity": {"original": 2.0, "compressed": 2.2, "ratio": 1.1, "ratio_stderr": 0.01},
+    });
+    let file = json!({
+        "schema_version": 1, "lightmoe_version": "0.1.0", "original": model, "compressed": model,
+        "texts": [text],
+    });
+    serde_json::from_value(file).unwrap()
+}
+
 /// The recipe of the sample.
 fn recipe(settings: &str) -> Recipe {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/olmoe-nano");
@@ -160,6 +186,7 @@ fn evidence() -> Evidence {
         coverage: coverage(),
         curve: curve(),
         contrast: Some(contrast()),
+        divergence: Some(divergence()),
         siblings: vec![
             sibling("better", 6_000_000, 0.56),
             sibling("worse", 8_000_000, 0.5),
@@ -195,11 +222,14 @@ fn the_page_stands_alone() {
         "<h2>Scores",
         "<h2>Among other runs",
         "<h2>Load of the experts",
+        "<h2>Divergence",
+        "<title>Layer 1: 0.0300</title>",
+        "<td>0.1250 ± 0.0125</td>",
         "<h2>Coverage",
         "<h2>Thresholds",
         "<h2>Recovery",
         "<h2>Answers",
-        "lightmoe compress --recipe runs/mine/recipe.toml --out runs/mine-again",
+        "lightmoe compress --recipe runs&#x2f;mine&#x2f;recipe.toml --out runs&#x2f;mine-again",
         "0.554 ± 0.022",
     ] {
         assert!(page.contains(part), "{part}");
@@ -246,8 +276,9 @@ fn the_verdict_is_the_thresholds_and_none_without_them() {
     let missed = page(&judged(evidence(), "min_score = 0.98\nmax_bytes = '8MB'"));
     for part in [
         "verdict No-go",
-        "<td>at least 0.980</td><td>0.972 ± 0.108</td><td>missed, within the error</td>",
-        "<td>weights on disk</td><td>at most 7.63 MiB</td><td>6.76 MiB</td><td>met</td>",
+        "<td>missed, within the error</td><td>0.554 ± 0.062</td>\
+         <td>at least 0.559 (98.0% of 0.570)</td>",
+        "<td>met</td><td>6.76 MiB</td><td>at most 7.63 MiB</td><td>weights on disk</td>",
     ] {
         assert!(missed.contains(part), "{part}");
     }
@@ -317,7 +348,7 @@ fn what_was_not_done_is_left_out() {
     evidence.results.stages.clear();
     evidence.results.ratio.target = None;
     (evidence.coverage, evidence.curve) = (Vec::new(), Vec::new());
-    evidence.contrast = None;
+    (evidence.contrast, evidence.divergence) = (None, None);
     let plan = &mut evidence.plan;
     plan.p_hat = None;
     for layer in &mut plan.layers {
@@ -333,6 +364,7 @@ fn what_was_not_done_is_left_out() {
         "<h2>Thresholds",
         "<h2>Among",
         "<h2>Load",
+        "<h2>Divergence",
         "<h2>Answers",
         "<h2>Damage",
         "<h2>Recovery",

@@ -34,22 +34,40 @@ fn every_threshold_decides() {
 }
 
 #[test]
-fn the_margin_is_that_of_the_share_and_says_what_is_close() {
+fn the_margin_is_that_of_both_scores_and_says_what_is_close() {
     let verdict = judge(&sample().measured(), &thresholds("min_score = 0.9")).unwrap();
     let [check] = &verdict.unwrap().checks[..] else {
         panic!("one metric of which more is better");
     };
-    // 2 · 0.97193 · sqrt((0.022 / 0.554)² + (0.022 / 0.570)²)
-    assert!((check.margin.unwrap() - 0.107_646).abs() < 1e-5, "{check}");
+    // 2 · sqrt(0.022² + (0.9 · 0.022)²)
+    assert!((check.margin.unwrap() - 0.059_195).abs() < 1e-5, "{check}");
     assert_eq!(
         check.to_string(),
-        "math · exact_match: min_score at least 0.900, 0.972 ± 0.108: met, within the error"
+        "math · exact_match: 0.554 ± 0.059, at least 0.513 (90.0% of 0.570) by min_score: met, \
+         within the error"
     );
     let verdict = judge(&sample().measured(), &thresholds("min_score = 0.5")).unwrap();
     assert!(!verdict.unwrap().checks[0].is_close());
 }
 
-/// What was not scored, or is a share of nothing, is neither met nor missed.
+/// What the divergence stage measured, and nothing where it did not run.
+#[test]
+fn the_divergence_decides() {
+    let mut results = sample();
+    assert_eq!(word(&results, "max_kl = 0.1"), Word::Undecided);
+    let estimate = serde_json::json!({"value": 0.1, "stderr": 0.02});
+    let distance = serde_json::json!({
+        "kl": estimate, "top1_agreement": estimate, "nll_increase": estimate
+    });
+    results.divergence = serde_json::from_value(distance).unwrap();
+    assert_eq!(word(&results, "max_kl = 0.1"), Word::Go);
+    assert_eq!(word(&results, "max_kl = 0.09"), Word::NoGo);
+    let verdict = judge(&results.measured(), &thresholds("max_kl = 0.2")).unwrap();
+    let check = &verdict.unwrap().checks[0];
+    assert_eq!((check.margin, check.is_close()), (Some(0.04), false));
+}
+
+/// What was not scored is neither met nor missed; of nothing nothing can be lost.
 #[test]
 fn what_is_not_measured_is_not_decided() {
     let mut results = sample();
@@ -57,11 +75,12 @@ fn what_is_not_measured_is_not_decided() {
         let metrics = tasks.get_mut("math").unwrap();
         metrics.get_mut("exact_match").unwrap().value = 0.0;
     }
+    assert_eq!(word(&results, "min_score = 0.9"), Word::Go);
+    let recovered = results.stages.get_mut(&Stage::Recovered).unwrap();
+    recovered.get_mut("math").unwrap().remove("exact_match");
     assert_eq!(word(&results, "min_score = 0.9"), Word::Undecided);
-    assert_eq!(
-        word(&results, "min_score = 0.9\nmax_bytes = '1MB'"),
-        Word::NoGo
-    );
+    let two = "min_score = 0.9\nmax_bytes = '1MB'";
+    assert_eq!(word(&results, two), Word::NoGo);
     results.stages.clear();
     assert_eq!(word(&results, "max_nll_increase = 1.0"), Word::Undecided);
 }

@@ -170,6 +170,21 @@ fn both_models_read_the_same_items() {
     }
 }
 
+/// The same numbers as of the command by itself.
+#[test]
+fn the_divergence_of_a_run_is_that_of_the_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("d.json");
+    let mut call = tiny("divergence");
+    call.args(["--against", "olmoe-nano", "--by-layer", "--model"]);
+    call.arg(base().join("model")).arg("--out").arg(&out).ok();
+    let ours = json(&base().join("divergence.json"));
+    assert_eq!(ours["texts"], json(&out)["texts"]);
+    let kl = &json(&base().join("results.json"))["divergence"]["kl"];
+    assert_eq!(kl, &ours["texts"][0]["whole"]["kl"]);
+    assert!(kl["value"].as_f64().unwrap() > 0.0);
+}
+
 /// The commands are taken from the page and run as they stand there.
 #[test]
 fn the_commands_of_the_page_make_the_run_again() {
