@@ -7,7 +7,9 @@ use crate::calibration::Mix;
 use crate::keep::Keep;
 use crate::settings::Settings;
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use lightmoe_compress::methods::{BaseInit, MethodName, PlanOptions, Target};
+use lightmoe_compress::methods::{
+    AdapterInit, BaseInit, MethodName, PlanOptions, Selection, Target,
+};
 use lightmoe_compress::ranks::RankRule;
 use lightmoe_compress::size::equal_trainable_rank;
 use lightmoe_compress::{Sensitivity, Statistics, mixture};
@@ -46,7 +48,11 @@ pub struct Recipe {
     pub max_damage: Option<f64>,
     pub rank: usize,
     pub groups: usize,
+    #[serde(default)]
+    pub select: Selection,
     pub base: BaseInit,
+    #[serde(default)]
+    pub adapters: AdapterInit,
     #[serde(default = "fisher")]
     pub sensitivity: Sensitivity,
     pub ranks: RankRule,
@@ -153,11 +159,18 @@ impl Recipe {
             max_damage: s.max_damage,
             rank,
             groups,
+            select: named("select", s.select, Selection::Gate, "gate, reap, damage")?,
             base: named(
                 "base",
                 s.base,
                 BaseInit::GateWeighted,
-                "gate-weighted, random, aligned",
+                "gate-weighted, reap-weighted, fisher-weighted, aligned, least-squares, random",
+            )?,
+            adapters: named(
+                "adapters",
+                s.adapters,
+                AdapterInit::Fresh,
+                "fresh, whitened, fitted, truncated",
             )?,
             sensitivity: named("sensitivity", s.sensitivity, fisher(), "fisher, relative")?,
             ranks: named(
@@ -225,7 +238,9 @@ impl Recipe {
             groups: self.groups,
             alpha: self.alpha,
             max_delta: self.max_delta,
+            select: self.select,
             base: self.base,
+            adapters: self.adapters,
             ranks: self.ranks,
             main_experts: self.main_experts,
             trained_rank: self.trained_rank,
@@ -236,7 +251,7 @@ impl Recipe {
 
     /// What its method needs to be observed beside routing and outputs.
     pub fn statistics(&self) -> Statistics {
-        let of_method = self.method.statistics();
+        let of_method = self.plan_options().statistics(self.method);
         Statistics {
             damage: of_method.damage.map(|_| self.sensitivity),
             ..of_method
