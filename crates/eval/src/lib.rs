@@ -5,16 +5,20 @@
 //! if and only if, in one teacher-forced pass, every answer token has the highest logit. Only where
 //! a wrong answer must be read (a program that differs and yet is right, chrF) is it generated.
 //!
-//! [`harness`] runs the standard benchmarks, described by files, as lm-evaluation-harness does.
+//! [`harness`] runs the standard benchmarks, described by files, as lm-evaluation-harness does;
+//! [`divergence`] says how far a compressed model's predictions are from the original's,
+//! and [`paired`] what two evaluations of the same items differ by.
 //!
 //! Invariant: the scores do not depend on how examples are batched (up to rounding of the model).
 
 mod answers;
 mod batches;
+pub mod divergence;
 mod error;
 pub mod harness;
 mod items;
 mod likelihood;
+pub mod paired;
 mod sample;
 mod score;
 

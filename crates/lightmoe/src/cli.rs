@@ -2,6 +2,7 @@
 
 mod bench;
 mod benchmarks;
+mod divergence;
 
 use crate::settings::Settings;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -10,6 +11,7 @@ use std::path::PathBuf;
 
 pub use bench::{BenchCommand, MethodsArgs, QualityArgs, ScaleArgs, UsageArgs};
 pub use benchmarks::{BenchmarkArgs, TasksArgs};
+pub use divergence::{DivergenceArgs, TextArgs};
 
 /// Makes a Mixture-of-Experts language model smaller and keeps it working
 #[derive(Debug, Parser)]
@@ -86,6 +88,8 @@ pub enum Command {
     Recover(RecoverArgs),
     /// Score a model on a task, or on benchmarks
     Evaluate(EvaluateArgs),
+    /// Measure how far a compressed model's predictions are from the original's
+    Divergence(DivergenceArgs),
     /// List the benchmarks of `evaluate --tasks`
     Tasks(TasksArgs),
     /// Write a compressed model for another program, or what recovery changed as a small file

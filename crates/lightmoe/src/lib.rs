@@ -11,6 +11,7 @@ pub mod commands;
 pub mod compare;
 pub mod compeft;
 pub mod compress;
+pub mod divergence;
 pub mod hub;
 pub mod inspect;
 pub mod keep;

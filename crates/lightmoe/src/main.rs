@@ -44,6 +44,7 @@ fn run(command: Command) -> anyhow::Result<String> {
         Command::Build(args) => commands::run_build(args),
         Command::Recover(args) => commands::run_recover(args),
         Command::Evaluate(args) => commands::run_evaluate(args),
+        Command::Divergence(args) => commands::run_divergence(args),
         Command::Tasks(args) => benchmarks::list(&args),
         Command::Export(args) => commands::run_export(args),
         Command::Unpack(args) => commands::run_unpack(args),

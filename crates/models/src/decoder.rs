@@ -169,6 +169,19 @@ impl Ends {
         Ok(out)
     }
 
+    /// Embeds ids, as [`Embedding::embed`] does.
+    ///
+    /// # Errors
+    /// Ids beyond the vocabulary, an empty batch.
+    pub fn embed(&self, tokens: Tokens<'_>) -> Result<Tensor> {
+        self.embedding.embed(tokens)
+    }
+
+    /// The angles of the positions, for [`Layer::forward`].
+    pub fn rotary(&self) -> &Rotary {
+        &self.rotary
+    }
+
     /// Logits of what comes out of the last layer, `[T, H]` → `[T, V]`.
     ///
     /// # Errors

@@ -4,16 +4,18 @@
 //! kept in a journal, so that an interrupted evaluation goes on and ends with the same numbers.
 
 mod boot;
-mod encode;
+pub(crate) mod encode;
 mod filters;
 mod journal;
 mod metrics;
+mod reference;
 mod results;
 mod sample;
 mod score;
 mod work;
 
 pub use encode::BeginOfText;
+pub use reference::reference_rows;
 pub use results::{RunFacts, results};
 
 use crate::{Error, Progress, Result};

@@ -7,7 +7,7 @@ use crate::batches::batches;
 use crate::likelihood::{Answer, score_batch};
 use crate::{Error, Progress, Result};
 use lightmoe_data::Encoded;
-use lightmoe_data::harness::{Prompts, Request, TaskConfig};
+use lightmoe_data::harness::{Item, Prompts, Request, TaskConfig};
 use lightmoe_models::{GenerateOptions, LanguageModel, ModelTokenizer, Next, generate_rows};
 use sha2::{Digest, Sha256};
 use std::cmp::Reverse;
@@ -105,14 +105,9 @@ impl Work {
         items
             .map(|item| {
                 let places = item.requests.iter().map(&mut place);
-                places.collect::<Result<_>>().map_err(|e| match e {
-                    Error::Invalid(message) => Error::Document {
-                        path: item.doc.path.clone(),
-                        line: item.doc.line,
-                        message,
-                    },
-                    other => other,
-                })
+                places
+                    .collect::<Result<_>>()
+                    .map_err(|e| of_document(item, e))
             })
             .collect()
     }
@@ -273,6 +268,18 @@ impl Work {
             Ok(text[..length].to_owned())
         };
         answers.into_iter().map(text).collect()
+    }
+}
+
+/// What is wrong with a request, with the document that it was made of.
+pub(super) fn of_document(item: &Item, error: Error) -> Error {
+    match error {
+        Error::Invalid(message) => Error::Document {
+            path: item.doc.path.clone(),
+            line: item.doc.line,
+            message,
+        },
+        other => other,
     }
 }
 

@@ -30,7 +30,7 @@ const PARTIAL: &str = "results.partial.json";
 /// Finished requests of an evaluation that goes on.
 const JOURNAL: &str = "requests.jsonl";
 /// The harness's seed of few-shot examples.
-const FEWSHOT_SEED: u64 = 1234;
+const FEWSHOT_SEED: u32 = 1234;
 
 /// Runs benchmarks and writes `results.json` and `samples_<task>.jsonl`; returns a table.
 ///
@@ -54,8 +54,7 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
                        `--add-bos-token`, or add a post-processor to it";
         return Err(Refused(message.into()).into());
     }
-    let seed = u32::try_from(settings.seed.unwrap_or(FEWSHOT_SEED));
-    let seed = seed.map_err(|_| Refused("give a seed below 2^32".into()))?;
+    let seed = fewshot_seed(settings)?;
     let tasks = prompts(args, &selected, &tokenizer, seed)?;
     let options = HarnessOptions {
         batch_tokens: args.batch_tokens,
@@ -114,8 +113,17 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
     Ok(table(&results, out))
 }
 
+/// The seed of the few-shot examples.
+///
+/// # Errors
+/// [`Refused`] for one that the harness's random numbers do not take.
+pub(crate) fn fewshot_seed(settings: &Settings) -> Result<u32> {
+    let seed = settings.seed.map_or(Ok(FEWSHOT_SEED), u32::try_from);
+    seed.map_err(|_| Refused("give a seed below 2^32".into()).into())
+}
+
 /// The requests of every task that was asked for, once each.
-fn prompts(
+pub(crate) fn prompts(
     args: &BenchmarkArgs,
     selected: &[Benchmark],
     tokenizer: &ModelTokenizer,

@@ -4,7 +4,7 @@ use clap::Args;
 use std::path::PathBuf;
 
 /// Benchmarks, for `evaluate --tasks`
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Benchmarks")]
 pub struct BenchmarkArgs {
     /// Run benchmarks as lm-evaluation-harness does, instead of the recipe's task: names that

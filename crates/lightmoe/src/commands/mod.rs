@@ -1,8 +1,10 @@
 //! One function a subcommand; they return what is to be printed.
 
+mod divergence;
 mod model;
 mod update;
 
+pub use divergence::run_divergence;
 pub use model::{run_generate, run_inspect, run_logits, run_synthesize};
 pub use update::run_unpack;
 

@@ -5,6 +5,7 @@ mod artefacts;
 mod benchmarks;
 mod compare;
 mod damage;
+mod divergence;
 mod factored;
 mod hub;
 mod models;
