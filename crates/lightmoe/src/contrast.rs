@@ -202,13 +202,7 @@ fn answer(
     if prompts.iter().any(Vec::is_empty) {
         return Ok(Vec::new());
     }
-    let options = GenerateOptions {
-        max_new_tokens: ANSWER_TOKENS,
-        temperature: 0.0,
-        top_p: None,
-        seed: 0,
-        eos: Some(tokenizer.eos),
-    };
+    let options = GenerateOptions::greedy(ANSWER_TOKENS, vec![tokenizer.eos]);
     let made = generate_rows(model, &prompts, &options, &mut |_, _| {
         Ok(match stopped() {
             true => Next::Stop,

@@ -2,13 +2,18 @@
 //! on the command line; the command line wins, then the file, then the defaults.
 
 mod check;
+mod file;
+
+pub(crate) use file::differences;
 
 use crate::calibration::Mix;
 use crate::keep::Keep;
 use crate::settings::Settings;
 use crate::verdict::Thresholds;
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use lightmoe_compress::methods::{BaseInit, MethodName, PlanOptions, Target};
+use lightmoe_compress::methods::{
+    AdapterInit, BaseInit, MethodName, PlanOptions, Selection, Target,
+};
 use lightmoe_compress::ranks::RankRule;
 use lightmoe_compress::size::equal_trainable_rank;
 use lightmoe_compress::{Sensitivity, Statistics, mixture};
@@ -17,7 +22,7 @@ use lightmoe_models::ModelConfig;
 use lightmoe_train::{Annealing, AnnealingShape, Decay, LearningRate};
 use serde::{Deserialize, Serialize};
 use std::fmt::Display;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 /// The paper's learning rate (§4.1), at the hidden size of OLMoE-1B-7B.
@@ -47,7 +52,11 @@ pub struct Recipe {
     pub max_damage: Option<f64>,
     pub rank: usize,
     pub groups: usize,
+    #[serde(default)]
+    pub select: Selection,
     pub base: BaseInit,
+    #[serde(default)]
+    pub adapters: AdapterInit,
     #[serde(default = "fisher")]
     pub sensitivity: Sensitivity,
     pub ranks: RankRule,
@@ -162,11 +171,18 @@ impl Recipe {
             max_damage: s.max_damage,
             rank,
             groups,
+            select: named("select", s.select, Selection::Gate, "gate, reap, damage")?,
             base: named(
                 "base",
                 s.base,
                 BaseInit::GateWeighted,
-                "gate-weighted, random, aligned",
+                "gate-weighted, reap-weighted, fisher-weighted, aligned, least-squares, random",
+            )?,
+            adapters: named(
+                "adapters",
+                s.adapters,
+                AdapterInit::Fresh,
+                "fresh, whitened, fitted, truncated",
             )?,
             sensitivity: named("sensitivity", s.sensitivity, fisher(), "fisher, relative")?,
             ranks: named(
@@ -236,7 +252,9 @@ impl Recipe {
             groups: self.groups,
             alpha: self.alpha,
             max_delta: self.max_delta,
+            select: self.select,
             base: self.base,
+            adapters: self.adapters,
             ranks: self.ranks,
             main_experts: self.main_experts,
             trained_rank: self.trained_rank,
@@ -247,7 +265,7 @@ impl Recipe {
 
     /// What its method needs to be observed beside routing and outputs.
     pub fn statistics(&self) -> Statistics {
-        let of_method = self.method.statistics();
+        let of_method = self.plan_options().statistics(self.method);
         Statistics {
             damage: of_method.damage.map(|_| self.sensitivity),
             ..of_method
@@ -327,70 +345,4 @@ impl Recipe {
             final_share: 0.0,
         }
     }
-
-    /// The recipe as TOML.
-    ///
-    /// # Errors
-    /// If it cannot be written as TOML.
-    pub fn to_toml(&self) -> Result<String> {
-        toml::to_string_pretty(self).context("the recipe cannot be written as TOML")
-    }
-
-    /// Reads a resolved recipe.
-    ///
-    /// # Errors
-    /// If it cannot be read or is none.
-    pub fn load(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read the recipe `{}`", path.display()))?;
-        Self::parse(&text).with_context(|| format!("in the recipe `{}`", path.display()))
-    }
-
-    /// Reads the text of a resolved recipe.
-    ///
-    /// # Errors
-    /// If it is none.
-    pub fn parse(text: &str) -> Result<Self> {
-        Ok(toml::from_str(text)?)
-    }
-
-    /// Refuses another recipe than this one, naming each key that differs.
-    ///
-    /// # Errors
-    /// If they differ.
-    pub fn same_as(&self, earlier: &Self) -> Result<()> {
-        let differences = differences(self, earlier)?;
-        if !differences.is_empty() {
-            bail!(
-                "the run in this folder had another recipe: {differences}; give the same settings to \
-                 resume, or another `--out`"
-            );
-        }
-        Ok(())
-    }
-}
-
-/// The keys that differ between two objects, with both values, as part of a sentence.
-///
-/// # Errors
-/// If one cannot be written as JSON.
-pub(crate) fn differences(now: &impl Serialize, then: &impl Serialize) -> Result<String> {
-    let (now, then) = (serde_json::to_value(now)?, serde_json::to_value(then)?);
-    let keys = |v: &serde_json::Value| -> Vec<String> {
-        v.as_object()
-            .map(|m| m.keys().cloned().collect())
-            .unwrap_or_default()
-    };
-    let mut all = keys(&then);
-    all.extend(keys(&now).into_iter().filter(|k| then.get(k).is_none()));
-    let show = |v: Option<&serde_json::Value>| v.map_or("unset".into(), ToString::to_string);
-    let differences: Vec<String> = all
-        .iter()
-        .filter(|k| now.get(k) != then.get(k))
-        .map(|k| {
-            let (then, now) = (show(then.get(k)), show(now.get(k)));
-            format!("`{k}` was {then} and is now {now}")
-        })
-        .collect();
-    Ok(differences.join(", "))
 }

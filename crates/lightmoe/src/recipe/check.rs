@@ -3,7 +3,7 @@
 use super::Recipe;
 use anyhow::{Result, ensure};
 use lightmoe_compress::Sensitivity;
-use lightmoe_compress::methods::MethodName;
+use lightmoe_compress::methods::{AdapterInit, MethodName};
 use lightmoe_compress::ranks::RankRule;
 
 impl Recipe {
@@ -92,7 +92,10 @@ impl Recipe {
         );
         let fades = self.steps == 0 || self.annealing().beta(0, self.steps) > 0.0;
         ensure!(
-            self.method != MethodName::Replace || self.groups > 0 || fades,
+            self.method != MethodName::Replace
+                || self.groups > 0
+                || self.adapters != AdapterInit::Fresh
+                || fades,
             "`replace` without a base cannot begin at β = 0: adapters that start at zero, with \
              nothing beside them, get no gradient; use `annealing` linear or exponential with \
              `end_ratio` above 0, or `groups` 1"

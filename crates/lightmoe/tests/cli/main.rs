@@ -14,6 +14,7 @@ mod recipes;
 mod refusals;
 mod report;
 mod resume;
+mod speak;
 mod stages;
 mod support;
 mod updates;
