@@ -2,6 +2,7 @@
 
 mod bench;
 mod benchmarks;
+mod compare_results;
 mod divergence;
 
 use crate::settings::Settings;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 
 pub use bench::{BenchCommand, MethodsArgs, QualityArgs, ScaleArgs, UsageArgs};
 pub use benchmarks::{BenchmarkArgs, TasksArgs};
+pub use compare_results::CompareResultsArgs;
 pub use divergence::{DivergenceArgs, TextArgs};
 
 /// Makes a Mixture-of-Experts language model smaller and keeps it working
@@ -90,6 +92,8 @@ pub enum Command {
     Evaluate(EvaluateArgs),
     /// Measure how far a compressed model's predictions are from the original's
     Divergence(DivergenceArgs),
+    /// Compare two evaluations of the same items: paired differences, and which items changed
+    CompareResults(CompareResultsArgs),
     /// List the benchmarks of `evaluate --tasks`
     Tasks(TasksArgs),
     /// Write a compressed model for another program, or what recovery changed as a small file
