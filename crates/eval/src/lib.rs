@@ -21,6 +21,7 @@ mod likelihood;
 pub mod paired;
 mod sample;
 mod score;
+mod side_by_side;
 
 pub use error::{Error, Result};
 pub use sample::{Sample, write_samples};
@@ -70,7 +71,7 @@ impl EvalOptions {
 struct Progress<'a> {
     done: usize,
     total: usize,
-    report: &'a mut dyn FnMut(usize, usize) -> bool,
+    report: &'a mut (dyn FnMut(usize, usize) -> bool + Send),
 }
 
 impl Progress<'_> {
@@ -109,7 +110,7 @@ pub fn evaluate(
     tokenizer: &ModelTokenizer,
     examples: &[Example],
     options: &EvalOptions,
-    progress: &mut dyn FnMut(usize, usize) -> bool,
+    progress: &mut (dyn FnMut(usize, usize) -> bool + Send),
 ) -> Result<(Scores, Vec<Sample>)> {
     if options.batch_tokens == 0 {
         return Err(Error::Invalid(

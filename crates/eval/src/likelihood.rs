@@ -4,12 +4,14 @@
 //! `V` vocabulary.
 
 use crate::batches::{Batch, batches};
+use crate::side_by_side::{lock, side_by_side};
 use crate::{Error, Result};
 use candle_core::{D, Tensor};
 use lightmoe_data::Encoded;
 use lightmoe_kernels::cross_entropy;
 use lightmoe_models::config::RopeScaling;
 use lightmoe_models::{LanguageModel, Tokens};
+use std::sync::Mutex;
 
 /// The most logits held at once (64 MiB of f32): answer rows go through the head in parts.
 const LOGITS: usize = 1 << 24;
@@ -30,16 +32,20 @@ pub(crate) fn score(
     model: &dyn LanguageModel,
     rows: &[Encoded],
     batch_tokens: usize,
-    each: &mut dyn FnMut(usize) -> Result<()>,
+    each: &mut (dyn FnMut(usize) -> Result<()> + Send),
 ) -> Result<Vec<Answer>> {
+    let batches = batches(rows, batch_tokens);
     let mut answers = vec![Answer::default(); rows.len()];
-    for batch in batches(rows, batch_tokens) {
-        let scored = score_batch(model, rows, &batch)?;
+    let shared = Mutex::new((&mut answers, each));
+    side_by_side(model, batches.len(), &|number| {
+        let batch = &batches[number];
+        let scored = score_batch(model, rows, batch)?;
+        let (answers, each) = &mut *lock(&shared);
         for (&row, answer) in batch.rows.iter().zip(scored) {
             answers[row] = answer;
         }
-        each(batch.rows.len())?;
-    }
+        each(batch.rows.len())
+    })?;
     Ok(answers)
 }
 
@@ -214,13 +220,7 @@ mod tests {
     }
 
     fn greedy(model: &Decoder, row: &Encoded) -> Vec<u32> {
-        let options = GenerateOptions {
-            max_new_tokens: row.tokens.len() - row.answer_start,
-            temperature: 0.0,
-            top_p: None,
-            seed: 0,
-            eos: None,
-        };
+        let options = GenerateOptions::greedy(row.tokens.len() - row.answer_start, Vec::new());
         let prompt = vec![row.tokens[..row.answer_start].to_vec()];
         generate(model, &prompt, &options, &mut |_| true)
             .unwrap()

@@ -1,8 +1,8 @@
 //! The pipeline of stages and what it tells its user.
 //!
 //! Invariant: this is the only crate that prints, reads the environment or ends the process, and
-//! within it only `main`, [`progress`], the streaming of [`commands::run_generate`] and [`hub`],
-//! which reads the Hub's variables, do.
+//! within it only `main`, [`progress`], the text of [`speak`], the turns of
+//! [`commands::run_chat`] and [`hub`], which reads the Hub's variables, do.
 
 pub mod benchmarks;
 pub mod calibration;
@@ -31,6 +31,7 @@ pub mod runner;
 pub mod scale;
 pub mod settings;
 pub mod source;
+pub mod speak;
 mod spread;
 pub mod tokens;
 pub mod usage;

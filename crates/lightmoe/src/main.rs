@@ -17,7 +17,9 @@ fn main() -> ExitCode {
     if let Some(bytes) = cli.max_memory {
         machine::set_max_memory(bytes);
     }
-    let outcome = progress::catch_interrupts().and_then(|()| run(cli.command));
+    let outcome = progress::catch_interrupts()
+        .map_err(anyhow::Error::from)
+        .and_then(|()| run(cli.command));
     let (text, code) = match outcome {
         Ok(text) => (text, ExitCode::SUCCESS),
         Err(error) => {
@@ -51,6 +53,7 @@ fn run(command: Command) -> anyhow::Result<String> {
         Command::Unpack(args) => commands::run_unpack(args),
         Command::Inspect(args) => commands::run_inspect(args),
         Command::Generate(args) => commands::run_generate(args),
+        Command::Chat(args) => commands::run_chat(args),
         Command::Logits(args) => commands::run_logits(args),
         Command::Synthesize(args) => commands::run_synthesize(args),
         Command::Pretrain(args) => commands::run_pretrain(args),

@@ -9,7 +9,7 @@ use crate::recipe::Recipe;
 use crate::results::{Score, TaskScores};
 use crate::source::TaskData;
 use anyhow::{Context, Result, bail};
-use lightmoe_compress::methods::{Kind, PlanModel, Weights};
+use lightmoe_compress::methods::{AdapterInit, Kind, PlanModel, Weights};
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{
@@ -182,6 +182,7 @@ pub fn recover_stage(
         base_rank: plan.settings.base_rank,
         trained_rank: plan.settings.trained_rank,
         anneal: annealing.beta(0, recipe.steps) > 0.0,
+        adapters_fade_in: plan.settings.adapters != AdapterInit::Fresh,
         seed: recipe.seed,
     };
     prepare_recovery(&mut model, inputs.original, &recovery)?;

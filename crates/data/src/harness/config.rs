@@ -3,6 +3,7 @@
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// One task. What a file leaves out is absent, so that a file can be laid over one that it includes;
 /// the methods name the defaults, which are the harness's.
@@ -21,11 +22,12 @@ pub struct TaskConfig {
         deserialize_with = "one_or_many"
     )]
     pub tag: Vec<String>,
-    /// The data set's name on the Hub, for the record.
+    /// The data set's name on the Hub, in whose cache it is looked for.
     pub dataset_path: Option<String>,
     /// Its part.
     pub dataset_name: Option<String>,
-    /// Where the rows of each split lie in the folder of the data; not in the harness.
+    /// Where the rows of each split lie in the folder of the data; not in the harness. Without it, the
+    /// files are those of the data set's repository.
     pub data_files: Option<DataFiles>,
     /// Split for few-shot examples, if `fewshot_split` names none.
     pub training_split: Option<String>,
@@ -130,6 +132,18 @@ impl TaskConfig {
         generation
     }
 
+    /// Names of the data set on the Hub, the one that it has now first.
+    pub fn repositories(&self) -> Vec<&str> {
+        let moved = self
+            .data_files
+            .as_ref()
+            .and_then(|files| files.repository.as_deref());
+        moved
+            .into_iter()
+            .chain(self.dataset_path.as_deref())
+            .collect()
+    }
+
     /// `metadata.version`.
     pub fn version(&self) -> Value {
         version(self.metadata.as_ref())
@@ -214,6 +228,9 @@ pub struct DataFiles {
     /// By split, a file with one label a line, which become the field `label`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, Paths>,
+    /// The data set's name on the Hub, where it has moved from `dataset_path`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repository: Option<String>,
     /// Where people get the files.
     pub source: String,
 }
@@ -236,10 +253,28 @@ pub enum DataFormat {
     Csv,
     /// Tab-separated, without quoting; the same.
     Tsv,
+    /// Parquet, which is read as well where a task names another form.
+    Parquet,
     /// The whole file is the field `text` of one row.
     Text,
     /// WikiText: a row's field `page` is an article, which begins with a line `= Title =`.
     Wikitext,
+}
+
+impl DataFormat {
+    /// What the name of a file says, packed or not.
+    pub(super) fn of(path: &Path) -> Option<Self> {
+        let name = path.file_name()?.to_str()?;
+        let name = name.strip_suffix(".gz").unwrap_or(name);
+        Some(match name.rsplit_once('.')?.1 {
+            "parquet" => Self::Parquet,
+            "jsonl" => Self::Jsonl,
+            "json" => Self::Json,
+            "csv" => Self::Csv,
+            "tsv" => Self::Tsv,
+            _ => return None,
+        })
+    }
 }
 
 /// How few-shot examples are chosen.

@@ -118,7 +118,7 @@ pub fn evaluate_tasks(
     tasks: &[TaskPrompts],
     options: &HarnessOptions,
     kept: Option<Kept<'_>>,
-    progress: &mut dyn FnMut(usize, usize) -> bool,
+    progress: &mut (dyn FnMut(usize, usize) -> bool + Send),
 ) -> Result<Outcome> {
     let context = model.config().max_position_embeddings;
     let max_length = options.max_length.unwrap_or(context);

@@ -1,5 +1,6 @@
 //! `evaluate --tasks`: benchmarks as lm-evaluation-harness runs them; and `tasks`, which lists them.
 
+mod data;
 mod list;
 
 pub use list::list;
@@ -12,7 +13,8 @@ use crate::settings::Settings;
 use crate::source::{BUILT_IN, model_fingerprint, open_model, rendered};
 use anyhow::{Context, Result, bail};
 use comfy_table::{Table, presets};
-use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns, build_prompts};
+use data::{Download, prompts_of};
+use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns};
 use lightmoe_data::records::Message;
 use lightmoe_eval::harness::{
     BeginOfText, HarnessOptions, Kept, Outcome, RunFacts, TaskPrompts, evaluate_tasks, results,
@@ -146,6 +148,11 @@ pub(crate) fn prompts(
                 false => Turns::One,
             },
         }),
+        repository: None,
+    };
+    let download = match args.download {
+        true => Download::Missing,
+        false => Download::Never,
     };
     let mut tasks: Vec<TaskPrompts> = Vec::new();
     for task in selected.iter().flat_map(Benchmark::tasks) {
@@ -154,7 +161,7 @@ pub(crate) fn prompts(
         }
         if !tasks.iter().any(|other| other.task.name() == task.name()) {
             tasks.push(TaskPrompts {
-                prompts: build_prompts(task, &args.data, &options).map_err(Refused::of)?,
+                prompts: prompts_of(task, &args.data, download, &options)?,
                 task: task.clone(),
             });
         }

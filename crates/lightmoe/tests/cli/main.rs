@@ -14,6 +14,7 @@ mod pretrain;
 mod recipes;
 mod refusals;
 mod resume;
+mod speak;
 mod stages;
 mod support;
 mod updates;
