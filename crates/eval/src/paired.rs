@@ -2,13 +2,15 @@
 //! changed.
 //!
 //! Items that both models find hard make scores vary together, so the difference is known better than
-//! either score: its standard error is that of the items' differences. Intervals are 95 %, the
-//! difference ± 1.96 standard errors, but of the bootstrap, which takes quantiles of the resamples.
+//! either score: its standard error is that of the items' differences. Intervals are 95 %: the
+//! difference ± 1.96 standard errors; of the bootstrap, quantiles of the resamples; where items are
+//! right or wrong, Bonett and Price's, which does not shrink to nothing where no item changed.
 //!
 //! Sources: McNemar, "Note on the sampling error of the difference between correlated proportions or
 //! percentages" (1947), in the exact form; Efron and Tibshirani, *An Introduction to the Bootstrap*
 //! (1993), chapter 13; Koehn, "Statistical significance tests for machine translation evaluation"
-//! (2004), for scores of a corpus.
+//! (2004), for scores of a corpus; Bonett and Price, "Adjusted Wald confidence interval for a difference
+//! of binomial proportions based on paired data" (2012).
 
 use crate::score::deviation;
 use lightmoe_models::random::stream;
@@ -170,6 +172,15 @@ impl Difference {
         (weights > 0.0).then_some(Self { uncertainty, ..new })
     }
 
+    /// The same with the interval of the flips among `n` items, for shares of right ones.
+    pub fn with_flips(self, flips: Flips, n: usize) -> Self {
+        let (low, high) = flips.interval(n);
+        Self {
+            uncertainty: self.uncertainty.map(|of| Uncertainty { low, high, ..of }),
+            ..self
+        }
+    }
+
     /// Whether the interval leaves out 0.
     pub fn is_clear(&self) -> bool {
         self.uncertainty
@@ -187,6 +198,20 @@ pub struct Flips {
 }
 
 impl Flips {
+    /// 95 % interval of the difference of the shares of right ones among `n` items: as if one item more
+    /// had flipped either way.
+    fn interval(self, n: usize) -> (f64, f64) {
+        let n = n as f64 + 2.0;
+        let (lost, gained) = ((self.lost + 1) as f64 / n, (self.gained + 1) as f64 / n);
+        let difference = gained - lost;
+        let stderr = ((lost + gained - difference * difference) / n).sqrt();
+        let reach = NORMAL_95 * stderr;
+        (
+            (difference - reach).max(-1.0),
+            (difference + reach).min(1.0),
+        )
+    }
+
     /// The probability of at least so uneven flips if every flipped item were as likely to flip either
     /// way: McNemar's test in its exact form, two-sided.
     pub fn p_value(self) -> f64 {
@@ -283,6 +308,21 @@ mod tests {
         let found = Difference::pooled(&[(1.0, rough), (1.0, one)]).unwrap();
         assert_eq!(found.uncertainty.unwrap().by, Basis::Independent);
         assert_eq!(Difference::pooled(&[]), None);
+    }
+
+    #[test]
+    fn the_interval_of_flips_by_hand() {
+        // Of ten items one lost, three gained: 2/12 and 4/12, 1/6 ± 1.96 sqrt((1/2 - 1/36)/12).
+        let (low, high) = Flips { lost: 1, gained: 3 }.interval(10);
+        let reach = NORMAL_95 * ((0.5f64 - 1.0 / 36.0) / 12.0).sqrt();
+        close(low, 1.0 / 6.0 - reach);
+        close(high, 1.0 / 6.0 + reach);
+        // Nothing flipped, and yet nothing is certain.
+        let none = Difference::of_means(&[1.0, 0.0], &[1.0, 0.0]).with_flips(Flips::default(), 2);
+        let of = none.uncertainty.unwrap();
+        close(of.high, NORMAL_95 * (0.5f64 / 4.0).sqrt());
+        close(of.low, -of.high);
+        assert_eq!(of.stderr, 0.0);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod bench;
 mod benchmarks;
+mod compare_results;
 mod divergence;
 mod report;
 mod speak;
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 
 pub use bench::{BenchCommand, MethodsArgs, QualityArgs, ScaleArgs, UsageArgs};
 pub use benchmarks::{BenchmarkArgs, TasksArgs};
+pub use compare_results::CompareResultsArgs;
 pub use divergence::{DivergenceArgs, TextArgs};
 pub use report::ReportArgs;
 pub use speak::{ChatArgs, GenerateArgs, SpeakArgs};
@@ -94,6 +96,8 @@ pub enum Command {
     Evaluate(EvaluateArgs),
     /// Measure how far a compressed model's predictions are from the original's
     Divergence(DivergenceArgs),
+    /// Compare two evaluations of the same items: paired differences, and which items changed
+    CompareResults(CompareResultsArgs),
     /// Write the page of a finished run again: among other runs, or by other thresholds
     Report(ReportArgs),
     /// List the benchmarks of `evaluate --tasks`

@@ -17,6 +17,7 @@ pub mod hub;
 pub mod inspect;
 pub mod keep;
 pub mod machine;
+pub mod paired;
 pub mod pipeline;
 pub mod preflight;
 pub mod pretrain;

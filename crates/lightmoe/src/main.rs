@@ -4,7 +4,7 @@ use clap::Parser;
 use lightmoe::cli::{BenchCommand, Cli, Command, LogFormat};
 use lightmoe::preflight::Refused;
 use lightmoe::{
-    benchmarks, commands, compare, machine, progress, quality, reference, scale, usage,
+    benchmarks, commands, compare, machine, paired, progress, quality, reference, scale, usage,
 };
 use std::io::Write;
 use std::process::ExitCode;
@@ -47,6 +47,7 @@ fn run(command: Command) -> anyhow::Result<String> {
         Command::Recover(args) => commands::run_recover(args),
         Command::Evaluate(args) => commands::run_evaluate(args),
         Command::Divergence(args) => commands::run_divergence(args),
+        Command::CompareResults(args) => paired::run(&args),
         Command::Report(args) => commands::run_report(args),
         Command::Tasks(args) => benchmarks::list(&args),
         Command::Export(args) => commands::run_export(args),

@@ -97,7 +97,7 @@ pub fn divergence(
     rows: &[Encoded],
     swaps: Swaps,
     batch_tokens: usize,
-    progress: &mut dyn FnMut(usize, usize) -> bool,
+    progress: &mut (dyn FnMut(usize, usize) -> bool + Send),
 ) -> Result<Divergence> {
     if rows.is_empty() {
         return Err(Error::Empty);

@@ -39,7 +39,8 @@ pub struct TextArgs {
     /// The right answers of benchmarks, as `evaluate` takes them, each by itself, instead
     #[arg(long, value_delimiter = ',', value_name = "NAME|FILE.yaml,...")]
     pub tasks: Vec<String>,
-    /// Where the benchmarks' files lie, in their own form; several folders are searched in turn
+    /// Where the benchmarks' files lie, in their own form or as Parquet; several folders are searched in
+    /// turn, and then the Hugging Face Hub's cache
     #[arg(
         long,
         value_delimiter = ',',
@@ -47,6 +48,9 @@ pub struct TextArgs {
         value_name = "DIR,..."
     )]
     pub data: Vec<PathBuf>,
+    /// Download what is in no folder and not in the cache from the Hugging Face Hub
+    #[arg(long, requires = "tasks")]
+    pub download: bool,
     /// Few-shot examples in a prompt [default: the task's own number]
     #[arg(long, requires = "tasks")]
     pub num_fewshot: Option<usize>,

@@ -112,6 +112,7 @@ fn benchmarks(
     let of_tasks = BenchmarkArgs {
         tasks: args.tasks.clone(),
         data: args.data.clone(),
+        download: args.download,
         num_fewshot: args.num_fewshot,
         limit: args.limit,
         ..BenchmarkArgs::default()

@@ -9,6 +9,7 @@ mod divergence;
 mod factored;
 mod hub;
 mod models;
+mod paired;
 mod pretrain;
 mod recipes;
 mod refusals;
