@@ -58,12 +58,10 @@ fn of_folder(task: &TaskConfig, folder: &Path) -> Result<Vec<Item>, String> {
 
 /// The items of a task in a repository.
 fn of_repository(task: &TaskConfig, folder: &Path) -> Result<Vec<Item>, String> {
-    let repository = Repository {
-        folder: folder.to_owned(),
-        name: "org/own".into(),
-    };
     let options = PromptOptions {
-        repository: Some(&repository),
+        repositories: &[Repository {
+            folder: folder.to_owned(),
+        }],
         ..PromptOptions::default()
     };
     let prompts = build_prompts(task, &[], &options).map_err(|e| e.to_string())?;
@@ -225,7 +223,7 @@ fn what_is_not_there_is_said_with_every_place() {
     let task = folder.own_task();
     let error = of_repository(&task, folder.path()).unwrap_err();
     let cache = folder.path().display().to_string();
-    for part in ["`test`", "`org/own`", &cache, "--data", "--download"] {
+    for part in ["`test`", "Hub's cache", &cache, "--data", "--download"] {
         assert!(error.contains(part), "{part}: {error}");
     }
     let error = of_folder(&task, folder.path()).unwrap_err();

@@ -140,7 +140,7 @@ fn prompts(
                 false => Turns::One,
             },
         }),
-        repository: None,
+        repositories: &[],
     };
     let download = match args.download {
         true => Download::Missing,
