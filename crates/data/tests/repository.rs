@@ -211,7 +211,7 @@ fn damaged_files_are_named_with_their_column() {
     let folder = Folder::new(&[("test.parquet", &fixture("main/test-00000-of-00001.parquet"))]);
     let error = of_folder(&folder.own_task(), folder.path()).unwrap_err();
     assert!(
-        error.contains("row 1") && error.contains("`text`"),
+        error.contains("row 1") && error.contains("`number`"),
         "{error}"
     );
 }
