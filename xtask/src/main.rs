@@ -3,6 +3,7 @@
 
 mod bench;
 mod binary;
+mod browser;
 mod docs;
 mod fixtures;
 mod fuzz;
@@ -54,6 +55,12 @@ const COMMANDS: &[Command] = &[
         arguments: "kernels|quality|usage|scale [ARGUMENTS]",
         about: "Time the kernels, compare the methods, show the built-in model, or run a full-size one",
         run: bench::run,
+    },
+    Command {
+        name: "browser",
+        arguments: "[RUN|PAGE]...",
+        about: "Open the report and the comparison in headless Chromium, without a network, and check them",
+        run: browser::run,
     },
     Command {
         name: "gpu",

@@ -45,6 +45,7 @@ const SKIPPED: &[(&str, &str)] = &[
     ("the comparison of methods", "cargo xtask bench quality"),
     ("the timing of kernels", "cargo xtask bench kernels"),
     ("the CUDA kernels on a GPU", "cargo xtask gpu"),
+    ("the pages in a browser", "cargo xtask browser"),
     ("fuzzing", "cargo xtask fuzz"),
 ];
 

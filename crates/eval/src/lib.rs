@@ -18,12 +18,14 @@ mod error;
 pub mod harness;
 mod items;
 mod likelihood;
+mod load;
 pub mod paired;
 mod sample;
 mod score;
 mod side_by_side;
 
 pub use error::{Error, Result};
+pub use load::{LayerLoad, expert_load};
 pub use sample::{Sample, write_samples};
 pub use score::{Score, Scores};
 

@@ -4,6 +4,7 @@ mod bench;
 mod benchmarks;
 mod compare_results;
 mod divergence;
+mod report;
 mod speak;
 
 use crate::settings::Settings;
@@ -15,6 +16,7 @@ pub use bench::{BenchCommand, MethodsArgs, QualityArgs, ScaleArgs, UsageArgs};
 pub use benchmarks::{BenchmarkArgs, TasksArgs};
 pub use compare_results::CompareResultsArgs;
 pub use divergence::{DivergenceArgs, TextArgs};
+pub use report::ReportArgs;
 pub use speak::{ChatArgs, GenerateArgs, SpeakArgs};
 
 /// Makes a Mixture-of-Experts language model smaller and keeps it working
@@ -96,6 +98,8 @@ pub enum Command {
     Divergence(DivergenceArgs),
     /// Compare two evaluations of the same items: paired differences, and which items changed
     CompareResults(CompareResultsArgs),
+    /// Write the page of a finished run again: among other runs, or by other thresholds
+    Report(ReportArgs),
     /// List the benchmarks of `evaluate --tasks`
     Tasks(TasksArgs),
     /// Write a compressed model for another program, or what recovery changed as a small file
@@ -307,6 +311,10 @@ pub struct EvaluateArgs {
     /// evaluation goes on
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
+    /// Scores of the original on the same examples, as `--out` wrote them: with thresholds, what is
+    /// printed holds the verdict beside the `scores`
+    #[arg(long, value_name = "FILE.json")]
+    pub against: Option<PathBuf>,
     /// Benchmarks
     #[command(flatten)]
     pub benchmarks: BenchmarkArgs,

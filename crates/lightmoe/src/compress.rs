@@ -1,26 +1,34 @@
 //! `lightmoe compress`: all stages in a row, in one run folder.
 
 use crate::calibration::Calibration;
+use crate::contrast::{contrast_rows, contrast_stage};
+use crate::divergence::{DIVERGENCE, DivergenceFile, Named, Text, divergence_stage};
 use crate::keep::{Keep, Kept, keep_better};
+use crate::machine::Environment;
 use crate::pipeline::{
     RecoverInputs, build_stage, evaluate_stage, observe_stage, plan_stage, recover_stage,
 };
 use crate::preflight::{Refused, preflight};
 use crate::recipe::Recipe;
-use crate::report::{self, LayerCoverage};
+use crate::report;
 use crate::results::{Bytes, Results, SCHEMA_VERSION, Stage};
 use crate::run::{Inputs, Run};
 use crate::source::{TaskData, model_fingerprint, open_model};
+use crate::verdict::judge;
 use anyhow::Result;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::{Parameters, Plan};
 use lightmoe_compress::{BuildInputs, Statistics};
-use lightmoe_models::{Checkpoint, ModelTokenizer, folder};
-use lightmoe_train::{Curve, Folders};
+use lightmoe_eval::divergence::Swaps;
+use lightmoe_models::{Checkpoint, ModelTokenizer};
+use lightmoe_train::Folders;
 use std::path::{Path, PathBuf};
 
 /// Where it stands which model was kept.
 const KEPT: &str = "logs/keep.json";
+/// Tokens of a batch on which the predictions of both models are compared: a hidden state for every
+/// layer is held.
+const DIVERGENCE_BATCH: usize = 2048;
 /// Steps between training checkpoints.
 pub const CHECKPOINT_EVERY: usize = 50;
 
@@ -136,8 +144,33 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
                 )
             })?;
         }
-        let recovered = Checkpoint::open(&run.path("model"))?;
-        evaluate(&mut run, Stage::Recovered, &recovered)?;
+    }
+    let result = Checkpoint::open(&run.path("model"))?;
+    if recipe.steps > 0 {
+        evaluate(&mut run, Stage::Recovered, &result)?;
+    }
+    if recipe.contrast_tokens > 0 {
+        run.stage("contrast", |run| {
+            let target = run.path(report::CONTRAST);
+            contrast_stage(&original, &result, &data, recipe, &target)
+        })?;
+        run.stage("divergence", |run| {
+            let named = |name, checkpoint| Named { name, checkpoint };
+            let text = Text {
+                name: data.name.clone(),
+                rows: contrast_rows(&data, &tokenizer, recipe)?,
+            };
+            divergence_stage(
+                named(&recipe.model, &original),
+                // By its place in the folder, so that the same run leaves the same bytes elsewhere.
+                named("model", &result),
+                &[text],
+                Swaps::EachLayer,
+                DIVERGENCE_BATCH,
+                Some(&run.path(DIVERGENCE)),
+            )
+            .map(drop)
+        })?;
     }
     let kept = Kept::load(&run.path(KEPT))?;
     let mut results = results(
@@ -145,23 +178,14 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
         &run,
         &plan,
         &data.name,
-        (&original, &Checkpoint::open(&run.path("model"))?),
+        (&original, &result),
         fingerprint,
     );
     results.kept = kept;
+    results.divergence = DivergenceFile::of_run(out)?.and_then(|file| file.first());
+    results.verdict = judge(&results.measured(), &recipe.verdict)?;
     results.save(&run.path("results.json"))?;
-    let curve = match recipe.steps {
-        0 => Vec::new(),
-        _ => Curve::read(&run.path("logs"))?,
-    };
-    let page = report::render(
-        &results,
-        &plan,
-        &coverage(&observations),
-        &curve,
-        &recipe.to_toml()?,
-    )?;
-    folder::write_file(&run.path("report.html"), page.as_bytes())?;
+    report::write(out, &report::beside(out), &out.join("report.html"))?;
     remove_training_state(&run.path("recovery"))?;
     Ok(results)
 }
@@ -255,20 +279,11 @@ fn results(
             .map(|(n, d)| (n.clone(), d.peak_rss_bytes))
             .collect(),
         kept: None,
+        divergence: None,
+        verdict: None,
+        environment: Some(Environment::here()),
         fingerprint,
     }
-}
-
-fn coverage(observations: &Observations) -> Vec<LayerCoverage> {
-    observations
-        .layers
-        .iter()
-        .map(|layer| LayerCoverage {
-            layer: layer.layer,
-            tokens_per_expert: layer.selections.clone(),
-            share: layer.importance(),
-        })
-        .collect()
 }
 
 /// The optimiser's state has served; the model and the curve stay.

@@ -5,7 +5,7 @@ use crate::pipeline::load_pair;
 use crate::preflight::Refused;
 use crate::progress::{Progress, stopped};
 use crate::source::model_fingerprint;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use comfy_table::{CellAlignment, Table, presets};
 use lightmoe_data::Encoded;
 use lightmoe_eval::divergence::{Distance, Divergence, Estimate, ModelPair, Swaps, divergence};
@@ -15,6 +15,9 @@ use std::path::Path;
 
 /// Version of the layout of `divergence.json`.
 pub const SCHEMA_VERSION: u32 = 1;
+
+/// Where a run keeps the file.
+pub const DIVERGENCE: &str = "divergence.json";
 
 /// The whole of `divergence.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,6 +32,35 @@ pub struct DivergenceFile {
     pub compressed: ModelFacts,
     /// By text.
     pub texts: Vec<TextDivergence>,
+}
+
+impl DivergenceFile {
+    /// That of the run in the folder `run`, if there is one.
+    ///
+    /// # Errors
+    /// If it is damaged or of another version.
+    pub fn of_run(run: &Path) -> Result<Option<Self>> {
+        let path = run.join(DIVERGENCE);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("cannot read `{}`", path.display()))?;
+        let file: Self = serde_json::from_str(&text)
+            .with_context(|| format!("`{}` is damaged; remove it", path.display()))?;
+        ensure!(
+            file.schema_version == SCHEMA_VERSION,
+            "`{}` has schema version {}, expected {SCHEMA_VERSION}; remove it",
+            path.display(),
+            file.schema_version
+        );
+        Ok(Some(file))
+    }
+
+    /// The whole compressed model on the first text.
+    pub fn first(&self) -> Option<Distance> {
+        self.texts.first().map(|text| text.divergence.whole)
+    }
 }
 
 /// Which model it was.

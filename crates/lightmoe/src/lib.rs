@@ -11,6 +11,7 @@ pub mod commands;
 pub mod compare;
 pub mod compeft;
 pub mod compress;
+pub mod contrast;
 pub mod divergence;
 pub mod hub;
 pub mod inspect;
@@ -35,6 +36,7 @@ pub mod speak;
 mod spread;
 pub mod tokens;
 pub mod usage;
+pub mod verdict;
 
 use sha2::{Digest, Sha256};
 

@@ -1,6 +1,7 @@
-//! What a measurement depends on and costs: the day, the processor, the process's resident memory
+//! What a measurement depends on and costs: the day, the machine, the process's resident memory
 //! (the last two as Linux reports them); and how much memory the work may take.
 
+use serde::{Deserialize, Serialize};
 use std::sync::OnceLock;
 
 static MAX_MEMORY: OnceLock<u64> = OnceLock::new();
@@ -31,15 +32,46 @@ pub fn today() -> String {
     jiff::Timestamp::now().strftime("%Y-%m-%d").to_string()
 }
 
+/// What ran and where.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Environment {
+    /// The commit that the program was built from, with `-dirty` behind it where files differed from
+    /// it; `None` where it was not built in a repository.
+    pub git_hash: Option<String>,
+    /// Operating system and architecture: `linux x86_64`.
+    pub system: String,
+    /// The processor's name.
+    pub processor: String,
+    /// Its cores that the process may use.
+    pub cores: usize,
+    /// Memory of the machine, in bytes; zero where it is unknown.
+    pub memory_bytes: u64,
+}
+
+impl Environment {
+    /// That of this process.
+    pub fn here() -> Self {
+        let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+        let name = read("/proc/cpuinfo")
+            .lines()
+            .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+            .map_or("an unknown processor".to_owned(), |(_, name)| {
+                name.trim().to_owned()
+            });
+        Self {
+            git_hash: option_env!("LIGHTMOE_GIT_HASH").map(str::to_owned),
+            system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            processor: name,
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            memory_bytes: kib(&read("/proc/meminfo"), "MemTotal:").unwrap_or(0),
+        }
+    }
+}
+
 /// The processor's name and the number of its cores that this process may use.
 pub fn processor() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map_or("an unknown processor", |(_, name)| name.trim());
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    format!("{name}, {cores} cores")
+    let here = Environment::here();
+    format!("{}, {} cores", here.processor, here.cores)
 }
 
 /// The highest resident memory since the last [`reset_peak`], in bytes; zero where it is unknown.

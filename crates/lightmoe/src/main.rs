@@ -48,6 +48,7 @@ fn run(command: Command) -> anyhow::Result<String> {
         Command::Evaluate(args) => commands::run_evaluate(args),
         Command::Divergence(args) => commands::run_divergence(args),
         Command::CompareResults(args) => paired::run(&args),
+        Command::Report(args) => commands::run_report(args),
         Command::Tasks(args) => benchmarks::list(&args),
         Command::Export(args) => commands::run_export(args),
         Command::Unpack(args) => commands::run_unpack(args),

@@ -30,7 +30,7 @@ use std::ffi::OsString;
 use std::path::Path;
 
 /// What the user is told when a run ends early by request.
-const INTERRUPTED: &str =
+pub(crate) const INTERRUPTED: &str =
     "interrupted; run the same command again to go on, `compress` with `--resume`";
 
 /// Stage observe: what the recipe's method needs to know of its calibration tokens → `target`,
@@ -294,7 +294,7 @@ pub fn load_pair<'a>(
 }
 
 /// Whether all of the models fit into memory at once.
-fn fit(checkpoints: &[&Checkpoint]) -> bool {
+pub(crate) fn fit(checkpoints: &[&Checkpoint]) -> bool {
     let parameters: u64 = checkpoints.iter().map(|c| c.parameters()).sum();
     // Weights are f32 in memory; caches and activations want some room beside them.
     parameters.saturating_mul(4).saturating_mul(5) / 4 <= machine::max_memory()

@@ -2,10 +2,14 @@
 //! on the command line; the command line wins, then the file, then the defaults.
 
 mod check;
+mod file;
+
+pub(crate) use file::differences;
 
 use crate::calibration::Mix;
 use crate::keep::Keep;
 use crate::settings::Settings;
+use crate::verdict::Thresholds;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use lightmoe_compress::methods::{
     AdapterInit, BaseInit, MethodName, PlanOptions, Selection, Target,
@@ -18,7 +22,7 @@ use lightmoe_models::ModelConfig;
 use lightmoe_train::{Annealing, AnnealingShape, Decay, LearningRate};
 use serde::{Deserialize, Serialize};
 use std::fmt::Display;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 /// The paper's learning rate (§4.1), at the hidden size of OLMoE-1B-7B.
@@ -87,9 +91,17 @@ pub struct Recipe {
     pub train_examples: usize,
     pub eval_examples: usize,
     pub max_length: usize,
+    #[serde(default = "contrast_tokens")]
+    pub contrast_tokens: usize,
     pub seed: u64,
     pub device: String,
     pub dtype: String,
+    #[serde(default, skip_serializing_if = "Thresholds::is_empty")]
+    pub verdict: Thresholds,
+}
+
+fn contrast_tokens() -> usize {
+    8192
 }
 
 fn recovered() -> Keep {
@@ -223,9 +235,11 @@ impl Recipe {
             train_examples: s.train_examples.unwrap_or(8000),
             eval_examples: s.eval_examples.unwrap_or(500),
             max_length,
+            contrast_tokens: s.contrast_tokens.unwrap_or_else(contrast_tokens),
             seed: s.seed.unwrap_or(0),
             device: s.device.unwrap_or_else(|| "auto".into()),
             dtype: s.dtype.unwrap_or_else(|| "auto".into()),
+            verdict: s.verdict,
         };
         recipe.check()?;
         Ok(recipe)
@@ -331,70 +345,4 @@ impl Recipe {
             final_share: 0.0,
         }
     }
-
-    /// The recipe as TOML.
-    ///
-    /// # Errors
-    /// If it cannot be written as TOML.
-    pub fn to_toml(&self) -> Result<String> {
-        toml::to_string_pretty(self).context("the recipe cannot be written as TOML")
-    }
-
-    /// Reads a resolved recipe.
-    ///
-    /// # Errors
-    /// If it cannot be read or is none.
-    pub fn load(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read the recipe `{}`", path.display()))?;
-        Self::parse(&text).with_context(|| format!("in the recipe `{}`", path.display()))
-    }
-
-    /// Reads the text of a resolved recipe.
-    ///
-    /// # Errors
-    /// If it is none.
-    pub fn parse(text: &str) -> Result<Self> {
-        Ok(toml::from_str(text)?)
-    }
-
-    /// Refuses another recipe than this one, naming each key that differs.
-    ///
-    /// # Errors
-    /// If they differ.
-    pub fn same_as(&self, earlier: &Self) -> Result<()> {
-        let differences = differences(self, earlier)?;
-        if !differences.is_empty() {
-            bail!(
-                "the run in this folder had another recipe: {differences}; give the same settings to \
-                 resume, or another `--out`"
-            );
-        }
-        Ok(())
-    }
-}
-
-/// The keys that differ between two objects, with both values, as part of a sentence.
-///
-/// # Errors
-/// If one cannot be written as JSON.
-pub(crate) fn differences(now: &impl Serialize, then: &impl Serialize) -> Result<String> {
-    let (now, then) = (serde_json::to_value(now)?, serde_json::to_value(then)?);
-    let keys = |v: &serde_json::Value| -> Vec<String> {
-        v.as_object()
-            .map(|m| m.keys().cloned().collect())
-            .unwrap_or_default()
-    };
-    let mut all = keys(&then);
-    all.extend(keys(&now).into_iter().filter(|k| then.get(k).is_none()));
-    let show = |v: Option<&serde_json::Value>| v.map_or("unset".into(), ToString::to_string);
-    let differences: Vec<String> = all
-        .iter()
-        .filter(|k| now.get(k) != then.get(k))
-        .map(|k| {
-            let (then, now) = (show(then.get(k)), show(now.get(k)));
-            format!("`{k}` was {then} and is now {now}")
-        })
-        .collect();
-    Ok(differences.join(", "))
 }

@@ -1,6 +1,8 @@
-//! `results.json`: what a run did to the model, in numbers, and the verdict drawn from them.
+//! `results.json`: what a run did to the model, in numbers.
 
 use crate::keep::Kept;
+use crate::machine::Environment;
+use crate::verdict::{Measured, Verdict};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
@@ -8,6 +10,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 pub use lightmoe_compress::plan::{Parameters, Ratio};
+use lightmoe_eval::divergence::Distance;
 use serde::{Deserialize, Serialize};
 
 /// Version of the layout of `results.json`.
@@ -48,6 +51,16 @@ pub struct Results {
     /// Which model was kept, where the better one was to be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept: Option<Kept>,
+    /// How far the result's predictions are from the original's on test items; `divergence.json` says
+    /// more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub divergence: Option<Distance>,
+    /// What follows from the thresholds of the recipe, if it sets any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<Verdict>,
+    /// Where the run ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub environment: Option<Environment>,
     /// Hash of all that the numbers depend on.
     pub fingerprint: String,
 }
@@ -193,78 +206,46 @@ impl fmt::Display for Comparison {
     }
 }
 
-/// The advice that the scores on the run's own task support.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Verdict {
-    /// No metric got worse by more than two standard errors.
-    Go(Vec<Comparison>),
-    /// At least one did.
-    NoGo(Vec<Comparison>),
-    /// The original or the recovered model was not scored on at least two items of the task.
-    Unknown,
-}
-
-impl Verdict {
-    /// `Go`, `No-go` or `Undecided`.
-    pub fn word(&self) -> &'static str {
-        match self {
-            Self::Go(_) => "Go",
-            Self::NoGo(_) => "No-go",
-            Self::Unknown => "Undecided",
-        }
-    }
-
-    /// The verdict as a sentence.
-    pub fn sentence(&self) -> &'static str {
-        match self {
-            Self::Go(_) => "no loss of more than two standard errors was measured",
-            Self::NoGo(_) => "a loss of more than two standard errors was measured",
-            Self::Unknown => {
-                "the original and the recovered model were not both scored on enough items"
-            }
-        }
-    }
-
-    /// The comparisons behind it.
-    pub fn comparisons(&self) -> &[Comparison] {
-        match self {
-            Self::Go(list) | Self::NoGo(list) => list,
-            Self::Unknown => &[],
-        }
-    }
-}
-
 impl Results {
+    /// The scores of what the run ended with: of the built model, where there was no recovery.
+    pub fn ended(&self) -> Option<&TaskScores> {
+        let recovered = self.stages.get(&Stage::Recovered);
+        recovered.or_else(|| self.stages.get(&Stage::Built))
+    }
+
     /// The scores of a stage on the run's task. A run without recovery ends with what was built.
     pub fn scores(&self, stage: Stage) -> Option<&BTreeMap<String, Score>> {
-        let ended = stage == Stage::Recovered && !self.stages.contains_key(&stage);
-        let stage = if ended { Stage::Built } else { stage };
-        self.stages.get(&stage)?.get(&self.task)
+        let tasks = match stage {
+            Stage::Recovered => self.ended(),
+            _ => self.stages.get(&stage),
+        };
+        tasks?.get(&self.task)
+    }
+
+    /// What a verdict is drawn from.
+    pub fn measured(&self) -> Measured<'_> {
+        Measured {
+            original: self.stages.get(&Stage::Original),
+            result: self.ended(),
+            kl: self.divergence.map(|distance| distance.kl),
+            bytes: self.bytes.after,
+        }
     }
 
     /// Compares the result with the original model on every metric of the run's task.
-    pub fn verdict(&self) -> Verdict {
+    pub fn comparisons(&self) -> Vec<Comparison> {
         let scores = |stage| self.scores(stage);
         let (Some(original), Some(recovered)) = (scores(Stage::Original), scores(Stage::Recovered))
         else {
-            return Verdict::Unknown;
+            return Vec::new();
         };
-        let comparisons: Vec<_> = original
-            .iter()
-            .filter_map(|(metric, &before)| {
-                // One item has no standard error, so nothing follows from it.
-                let after = *recovered.get(metric)?;
-                let enough = before.n > 1 && after.n > 1;
-                enough.then(|| Comparison::new(metric, before, after))
-            })
-            .collect();
-        if comparisons.is_empty() {
-            Verdict::Unknown
-        } else if comparisons.iter().any(|c| c.outcome == Outcome::Worse) {
-            Verdict::NoGo(comparisons)
-        } else {
-            Verdict::Go(comparisons)
-        }
+        let compared = original.iter().filter_map(|(metric, &before)| {
+            // One item has no standard error, so nothing follows from it.
+            let after = *recovered.get(metric)?;
+            let enough = before.n > 1 && after.n > 1;
+            enough.then(|| Comparison::new(metric, before, after))
+        });
+        compared.collect()
     }
 
     /// The file's text: indented JSON.

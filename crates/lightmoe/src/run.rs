@@ -26,6 +26,18 @@ pub struct Inputs {
 }
 
 impl Inputs {
+    /// What the run in the folder `dir` depended on; `None` where its `run.json` is gone.
+    ///
+    /// # Errors
+    /// If the file is damaged.
+    pub fn of(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join("run.json");
+        Ok(match path.exists() {
+            true => Some(State::load(&path)?.inputs),
+            false => None,
+        })
+    }
+
     /// Refuses other inputs than these, naming what differs.
     ///
     /// # Errors
@@ -64,6 +76,19 @@ struct State {
     stages: BTreeMap<String, Done>,
 }
 
+impl State {
+    fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read `{}`", path.display()))?;
+        serde_json::from_str(&text).with_context(|| {
+            format!(
+                "`{}` is damaged; remove the folder and start again",
+                path.display()
+            )
+        })
+    }
+}
+
 /// An open run folder.
 pub struct Run {
     dir: PathBuf,
@@ -86,14 +111,7 @@ impl Run {
                 stages: BTreeMap::new(),
             };
             if state_path.exists() {
-                let text = std::fs::read_to_string(&state_path)
-                    .with_context(|| format!("cannot read `{}`", state_path.display()))?;
-                state = serde_json::from_str(&text).with_context(|| {
-                    format!(
-                        "`{}` is damaged; remove the folder and start again",
-                        state_path.display()
-                    )
-                })?;
+                state = State::load(&state_path)?;
             }
             inputs.same_as(&state.inputs)?;
             return Ok(Self {

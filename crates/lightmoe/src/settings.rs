@@ -1,5 +1,6 @@
 //! What a user may set, on the command line or in a recipe file, before any choice is made.
 
+use crate::verdict::Thresholds;
 use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -128,6 +129,9 @@ pub struct Settings {
     /// Longest sequence in tokens [default: 512, at most the model's context]
     #[arg(long)]
     pub max_length: Option<usize>,
+    /// Test tokens on which the original and the result are held beside each other for the report: the load of every expert, the divergence by layer, some answers; 0 for none [default: 8192]
+    #[arg(long)]
+    pub contrast_tokens: Option<usize>,
     /// Seed of every random choice [default: 0]
     #[arg(long)]
     pub seed: Option<u64>,
@@ -137,6 +141,10 @@ pub struct Settings {
     /// Element type of the work: auto or f32; files keep the model's own [default: auto]
     #[arg(long)]
     pub dtype: Option<String>,
+    /// What the result must meet: in a recipe file the keys of the table `verdict`
+    #[command(flatten)]
+    #[serde(default, skip_serializing_if = "Thresholds::is_empty")]
+    pub verdict: Thresholds,
 }
 
 /// Takes each key from the first side that has it.
@@ -233,9 +241,11 @@ impl Settings {
             train_examples,
             eval_examples,
             max_length,
+            contrast_tokens,
             seed,
             device,
             dtype,
+            verdict,
         )
     }
 }

@@ -2,24 +2,27 @@
 
 mod chat;
 mod divergence;
+mod evaluate;
 mod model;
+mod report;
 mod update;
 
 pub use chat::run_chat;
 pub use divergence::run_divergence;
+pub use evaluate::run_evaluate;
 pub use model::{run_generate, run_inspect, run_logits, run_synthesize};
+pub use report::run_report;
 pub use update::run_unpack;
 
-use crate::benchmarks;
 use crate::calibration::Calibration;
 use crate::cli::{
-    BuildArgs, CompressArgs, EvalSplit, EvaluateArgs, ExportArgs, ObserveArgs, Pack, Packing,
-    PlanArgs, PretrainArgs, RecipeArgs, RecoverArgs,
+    BuildArgs, CompressArgs, ExportArgs, ObserveArgs, Pack, Packing, PlanArgs, PretrainArgs,
+    RecipeArgs, RecoverArgs,
 };
 use crate::compress::{CHECKPOINT_EVERY, compress, default_out, inputs};
 use crate::pipeline::{
-    Observing, RecoverInputs, build_stage, evaluate_stage, observe_samples, observe_stage,
-    plan_stage, recover_stage,
+    Observing, RecoverInputs, build_stage, observe_samples, observe_stage, plan_stage,
+    recover_stage,
 };
 use crate::preflight::{Forecast, Refused, forecast, preflight};
 use crate::pretrain::{PretrainRecipe, pretrain};
@@ -35,9 +38,7 @@ use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{BuildInputs, Statistics};
 use lightmoe_export::{Card, ExportKind, ExportOptions, export};
 use lightmoe_models::hub::Want;
-use lightmoe_models::{
-    BankLayout, Checkpoint, DType, ExpertPacking, ModelConfig, ModelTokenizer, folder,
-};
+use lightmoe_models::{BankLayout, Checkpoint, DType, ExpertPacking, ModelConfig, ModelTokenizer};
 use lightmoe_train::Folders;
 use std::io::IsTerminal;
 use std::path::Path;
@@ -49,6 +50,14 @@ fn settings(args: RecipeArgs) -> Result<Settings> {
         .transpose()
         .map_err(Refused::of)?;
     Ok(args.settings.or(file.unwrap_or_default()))
+}
+
+/// How standard output takes colours.
+fn paint() -> table::Paint {
+    match std::io::stdout().is_terminal() {
+        true => table::coloured,
+        false => table::plain,
+    }
 }
 
 /// The model, recipe, tokenizer and data that most stages begin with.
@@ -124,7 +133,7 @@ pub fn run_compress(args: CompressArgs) -> Result<String> {
     if args.json {
         return results.to_json();
     }
-    let table = table::terminal(&results, std::io::stdout().is_terminal());
+    let table = table::terminal(&results, paint());
     Ok(format!(
         "{table}\n\nmodel   {}\nreport  {}",
         out.join("model").display(),
@@ -264,39 +273,6 @@ pub fn run_recover(args: RecoverArgs) -> Result<String> {
     };
     recover_stage(inputs, &opened.recipe, &folders, &args.out)?;
     Ok(format!("model  {}", args.out.display()))
-}
-
-/// `evaluate`
-///
-/// # Errors
-/// What the stage brings.
-pub fn run_evaluate(args: EvaluateArgs) -> Result<String> {
-    if !args.benchmarks.tasks.is_empty() {
-        let settings = settings(args.recipe)?;
-        return benchmarks::run(&args.benchmarks, &settings, args.out.as_deref());
-    }
-    let opened = Opened::new(args.recipe)?;
-    let examples = match args.split {
-        EvalSplit::Test => &opened.data.test,
-        EvalSplit::Validation => &opened.data.validation,
-    };
-    let samples = args
-        .out
-        .as_ref()
-        .map(|path| path.with_extension("samples.jsonl"));
-    let scores = evaluate_stage(
-        "evaluate",
-        &opened.checkpoint,
-        &opened.data,
-        examples,
-        opened.recipe.max_length,
-        samples.as_deref(),
-    )?;
-    let text = serde_json::to_string_pretty(&scores)?;
-    if let Some(path) = &args.out {
-        folder::write_file(path, (text.clone() + "\n").as_bytes())?;
-    }
-    Ok(text)
 }
 
 /// An element type of files; `None` for the model's own.

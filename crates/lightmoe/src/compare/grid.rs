@@ -59,6 +59,8 @@ impl Cell {
             ratio: self.ratio,
             seed: Some(self.seed),
             lr: self.lr,
+            // The folder of a cell goes, and its report with it.
+            contrast_tokens: Some(0),
             ..Settings::default()
         };
         let settings = own.or(self.method.settings.clone()).or(common.clone());

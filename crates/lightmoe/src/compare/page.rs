@@ -7,12 +7,17 @@ use super::rows::{
 };
 use super::table::{notes, overview, section};
 use crate::report::page_of;
+use crate::report::svg::HALF;
 use crate::report::svg::scatter::{Dot, scatter};
 use crate::report::table::Section;
 use anyhow::Result;
 use serde::Serialize;
 
-const TEMPLATE: &str = include_str!("compare.html.jinja");
+/// The template, behind what all pages have in common.
+const TEMPLATE: &str = concat!(
+    include_str!("../report/macros.html.jinja"),
+    include_str!("compare.html.jinja")
+);
 /// Colours in the page's style; a method beyond them takes the first again, and its number tells it
 /// apart.
 const COLOURS: usize = 8;
@@ -112,7 +117,7 @@ fn pictures(block: &Block, labels: &[&str]) -> Vec<Picture> {
             block.task
         );
         let axes = (format!("{name} left, %"), "score");
-        let svg = scatter(&describe, (&axes.0, axes.1), &dots, untuned)?;
+        let svg = scatter(&describe, HALF, (&axes.0, axes.1), &dots, untuned)?;
         Some(Picture { name, svg })
     };
     sizes.into_iter().filter_map(picture).collect()

@@ -151,6 +151,8 @@ impl Cell {
             base: (self.method == Method::RandomBase).then(|| "random".to_owned()),
             annealing: (self.method == Method::NoAnnealing).then(|| "none".to_owned()),
             seed: Some(self.seed),
+            // The folder of a cell goes, and its report with it.
+            contrast_tokens: Some(0),
             ..Settings::default()
         }
     }

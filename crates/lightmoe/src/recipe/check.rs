@@ -27,9 +27,10 @@ impl Recipe {
             ("eval_examples", self.eval_examples),
             ("max_length", self.max_length),
             ("calibration_tokens", self.calibration_tokens),
+            ("contrast_tokens", self.contrast_tokens),
         ];
         for (key, value) in counts {
-            let none = key == "steps";
+            let none = ["steps", "contrast_tokens"].contains(&key);
             ensure!(value > 0 || none, "`{key}` is 0; give at least 1");
             ensure!(
                 u32::try_from(value).is_ok(),
@@ -68,6 +69,7 @@ impl Recipe {
         self.bytes()?;
         self.calibrate()?;
         self.also()?;
+        self.verdict.check()?;
         ensure!(
             self.fit_steps != Some(0),
             "`fit_steps` is 0; give at least 1"

@@ -3,9 +3,9 @@
 use lightmoe_compress::plan::{LayerPlan, Plan, SlotForm, SlotPlan};
 use serde::Serialize;
 
-use super::LayerCoverage;
-use super::svg::{self, Cell, Row};
-use super::table::thousands;
+use super::coverage::LayerCoverage;
+use super::svg::{self, Cell, Mark, Row};
+use super::table::{Section, thousands};
 
 /// Colours for groups; a group beyond them takes the first again, and its number tells it apart.
 const COLOURS: usize = 8;
@@ -15,18 +15,6 @@ const COLOURS: usize = 8;
 pub(super) struct Swatch {
     class: String,
     label: String,
-}
-
-/// A row of the table of layers.
-#[derive(Serialize)]
-pub(super) struct LayerRow {
-    layer: usize,
-    kept: usize,
-    replaced: usize,
-    groups: String,
-    silent: String,
-    threshold: String,
-    norm: String,
 }
 
 fn class_of(form: SlotForm) -> String {
@@ -84,10 +72,14 @@ pub(super) fn experts<'a>(
             SlotForm::Mixed { bases, rank } => {
                 title += &format!("mixed from {bases} bases, rank {rank}");
             }
-            SlotForm::Constant => title += "its mean output",
+            SlotForm::Constant => {
+                title += "its mean output";
+                text = "μ".to_owned();
+            }
             SlotForm::Removed { into: None } => title += "removed",
             SlotForm::Removed { into: Some(into) } => {
-                title += &format!("merged into expert {into}")
+                title += &format!("merged into expert {into}");
+                text = into.to_string();
             }
         }
         title += &format!(", score {:.4}", slot.score);
@@ -102,7 +94,7 @@ pub(super) fn experts<'a>(
             class,
             opacity,
             text,
-            crossed: false,
+            mark: Mark::None,
             title,
         }
     };
@@ -118,6 +110,19 @@ pub(super) fn experts<'a>(
         "Experts by layer: {replaced} of {experts} are replaced; the table below counts them"
     );
     svg::grid(&describe, &rows)
+}
+
+/// A square whose fill tells a `part` of the fullest one's number, and nothing by a cross. The fill grows
+/// with the square root, so that rare experts stay visible.
+pub(super) fn heat(part: f64, mark: Mark, title: String) -> Cell {
+    let none = part == 0.0;
+    Cell {
+        class: if none { "silent" } else { "heat" }.to_owned(),
+        opacity: if none { 1.0 } else { 0.05 + 0.95 * part.sqrt() },
+        text: String::new(),
+        mark: if none { Mark::Cross } else { mark },
+        title,
+    }
 }
 
 /// Only the kinds of expert that occur.
@@ -139,8 +144,8 @@ pub(super) fn legend(plan: &Plan) -> Vec<Swatch> {
     for (class, label) in [
         ("alone", "replaced, no shared base"),
         ("mixed", "mixed from the layer's bases"),
-        ("constant", "its mean output"),
-        ("removed", "removed"),
+        ("constant", "μ: its mean output"),
+        ("removed", "removed; a number: merged into that expert"),
     ] {
         if slots().any(|s| class_of(s.form) == class) {
             legend.push(swatch(class, label.to_owned()));
@@ -152,63 +157,38 @@ pub(super) fn legend(plan: &Plan) -> Vec<Swatch> {
     legend
 }
 
-/// A layer in numbers; `silent` experts saw no tokens.
-pub(super) fn layer_row(layer: &LayerPlan, silent: Option<usize>) -> LayerRow {
-    let sizes = (0..layer.groups).map(|g| layer.members(g).count().to_string());
-    let sizes: Vec<_> = sizes.collect();
-    let number = |value: Option<f64>| value.map_or("–".to_owned(), |v| format!("{v:.4}"));
-    LayerRow {
-        layer: layer.layer,
-        kept: layer.slots.len() - layer.replaced(),
-        replaced: layer.replaced(),
-        groups: if sizes.is_empty() {
-            "–".to_owned()
-        } else {
-            sizes.join(" + ")
-        },
-        silent: silent.map_or("–".to_owned(), |n| n.to_string()),
-        threshold: number(layer.threshold),
-        norm: number(layer.router_norm),
-    }
-}
-
-/// Tokens per expert; the fill grows with the square root, so that rare experts stay visible.
-pub(super) fn coverage(coverage: &[LayerCoverage]) -> String {
-    let most = coverage.iter().flat_map(|c| &c.tokens_per_expert).max();
-    let most = most.copied().unwrap_or(0).max(1) as f64;
-    let row = |layer: &LayerCoverage| {
-        let cell = |(expert, &tokens): (usize, &u64)| {
-            let mut title = format!(
-                "Layer {}, expert {expert}: {} tokens",
-                layer.layer,
-                thousands(tokens)
-            );
-            if let Some(share) = layer.share.get(expert) {
-                title += &format!(", {:.2}% of the layer's gate mass", 100.0 * share);
-            }
-            Cell {
-                class: if tokens == 0 { "silent" } else { "heat" }.to_owned(),
-                opacity: if tokens == 0 {
-                    1.0
-                } else {
-                    0.05 + 0.95 * (tokens as f64 / most).sqrt()
+/// The layers in numbers; how many experts of a layer saw too little, where that is known.
+pub(super) fn layers(plan: &Plan, few: &dyn Fn(usize) -> Option<usize>) -> Section {
+    let mut section = Section::new([
+        "layer",
+        "kept",
+        "replaced",
+        "group sizes",
+        "few tokens",
+        "threshold",
+        "router norm",
+    ]);
+    let dash = || "–".to_owned();
+    let number = |value: Option<f64>| value.map_or_else(dash, |v| format!("{v:.4}"));
+    section.rows = plan
+        .layers
+        .iter()
+        .map(|layer| {
+            let sizes = (0..layer.groups).map(|g| layer.members(g).count().to_string());
+            let sizes: Vec<_> = sizes.collect();
+            vec![
+                layer.layer.to_string(),
+                (layer.slots.len() - layer.replaced()).to_string(),
+                layer.replaced().to_string(),
+                match sizes.is_empty() {
+                    true => dash(),
+                    false => sizes.join(" + "),
                 },
-                text: String::new(),
-                crossed: tokens == 0,
-                title,
-            }
-        };
-        Row {
-            label: layer.layer.to_string(),
-            cells: layer
-                .tokens_per_expert
-                .iter()
-                .enumerate()
-                .map(cell)
-                .collect(),
-        }
-    };
-    let rows: Vec<_> = coverage.iter().map(row).collect();
-    let describe = "Tokens per expert and layer; the table above counts the experts without tokens";
-    svg::grid(describe, &rows)
+                few(layer.layer).map_or_else(dash, |n| n.to_string()),
+                number(layer.threshold),
+                number(layer.router_norm),
+            ]
+        })
+        .collect();
+    section
 }

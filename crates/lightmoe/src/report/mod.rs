@@ -1,69 +1,160 @@
 //! The report: one HTML page with everything in it, to be read without a network, and the tables
 //! for the terminal and for Markdown.
 
+mod answers;
+mod coverage;
+mod curves;
+mod divergence;
 mod grids;
+mod load;
+mod reproduce;
+mod runs;
 pub(crate) mod svg;
 pub mod table;
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::{LayerPlan, Plan, PlanDamage};
-use lightmoe_train::Point;
+use lightmoe_models::folder::write_file;
+use lightmoe_train::{Curve, Point};
 use minijinja::Environment;
 use serde::Serialize;
 
-use crate::results::{Results, Score, Stage, Verdict, digits, lower_is_better};
-use grids::{LayerRow, Swatch};
+use crate::contrast::Contrast;
+use crate::divergence::DivergenceFile;
+use crate::recipe::Recipe;
+use crate::results::{Results, Score, Stage, digits, lower_is_better};
+use crate::run::Inputs;
+use crate::verdict::Verdict;
+use coverage::LayerCoverage;
+use grids::Swatch;
+use runs::Sibling;
+pub use runs::beside;
 use svg::Whisker;
-use table::{Section, bytes_text, change, thousands};
+use table::{NO_THRESHOLDS, Section, bytes_text, change, thousands};
 
-/// The template.
-const TEMPLATE: &str = include_str!("report.html.jinja");
+/// Where the stage contrast leaves what it found, in the folder of a run.
+pub const CONTRAST: &str = "contrast.json";
+/// The template, behind what all pages have in common.
+const TEMPLATE: &str = concat!(
+    include_str!("macros.html.jinja"),
+    include_str!("report.html.jinja")
+);
 /// The style of every page, which templates know as `style`.
 const STYLE: &str = include_str!("style.css");
 
-/// What the experts of a layer saw of the sample data.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LayerCoverage {
-    /// The layer's number in the model.
-    pub layer: usize,
-    /// Tokens routed to each expert.
-    pub tokens_per_expert: Vec<u64>,
-    /// Each expert's share of the layer's gate mass.
-    pub share: Vec<f64>,
+/// All that the page of a run shows.
+pub struct Evidence {
+    /// Its folder, as it was given.
+    pub run: PathBuf,
+    /// What it led to.
+    pub results: Results,
+    /// What it depended on besides its recipe; `None` where that is unknown.
+    pub inputs: Option<Inputs>,
+    /// What became of each expert.
+    pub plan: Plan,
+    /// The settings.
+    pub recipe: Recipe,
+    /// What the experts saw; empty where nothing was observed.
+    pub coverage: Vec<LayerCoverage>,
+    /// The loss curve; empty where nothing was trained.
+    pub curve: Vec<Point>,
+    /// The original beside the result, where that was looked at.
+    pub contrast: Option<Contrast>,
+    /// How far the result's predictions are from the original's, where that was measured.
+    pub divergence: Option<DivergenceFile>,
+    /// Other runs to stand among.
+    pub siblings: Vec<Sibling>,
+}
+
+impl Evidence {
+    /// Reads the folder `run`, and the results of the other runs in the folder `runs`.
+    ///
+    /// # Errors
+    /// If `run` holds no finished run, or a file of it is damaged.
+    pub fn read(run: &Path, runs: &Path) -> Result<Self> {
+        let at = |name: &str| run.join(name);
+        let results = Results::load(&at("results.json")).with_context(|| {
+            format!("`{}` holds no finished run; finish it first", run.display())
+        })?;
+        let recipe = Recipe::load(&at("recipe.toml"))?;
+        let observations = at("observations.safetensors");
+        Ok(Self {
+            run: run.to_owned(),
+            results,
+            inputs: Inputs::of(run)?,
+            plan: Plan::load(&at("plan.json"))?,
+            coverage: match observations.exists() {
+                true => LayerCoverage::of(&Observations::load(&observations)?),
+                false => Vec::new(),
+            },
+            curve: match recipe.steps {
+                0 => Vec::new(),
+                _ => Curve::read(&at("logs"))?,
+            },
+            contrast: match at(CONTRAST).exists() {
+                true => Some(Contrast::load(&at(CONTRAST))?),
+                false => None,
+            },
+            divergence: DivergenceFile::of_run(run)?,
+            siblings: runs::siblings(runs, run),
+            recipe,
+        })
+    }
+}
+
+/// Writes the page of the run in the folder `run` among those in the folder `runs` to `target`.
+///
+/// # Errors
+/// As [`Evidence::read`], or if the file cannot be written.
+pub fn write(run: &Path, runs: &Path, target: &Path) -> Result<()> {
+    let page = render(&Evidence::read(run, runs)?)?;
+    Ok(write_file(target, page.as_bytes())?)
 }
 
 /// What the template shows; pictures are SVG, made and escaped in [`svg`].
 #[derive(Serialize)]
 struct Page<'a> {
     results: &'a Results,
+    name: String,
     saved: String,
     verdict: Advice,
     figures: Vec<Figure>,
     scores: Vec<Picture>,
-    tables: Vec<Section>,
+    score_table: Section,
+    size_table: Section,
+    cost_table: Section,
+    runs: Option<runs::Shown>,
     experts: String,
     legend: Vec<Swatch>,
     kept: usize,
     replaced: usize,
-    layers: Vec<LayerRow>,
-    coverage: Option<String>,
-    most_tokens: String,
-    silent: usize,
+    layers: Section,
+    load: Option<load::Shown>,
+    divergence: Option<divergence::Shown>,
+    coverage: Option<coverage::Shown>,
     curve: Option<String>,
     steps: usize,
     annealed: bool,
     threshold: Option<String>,
     norm: Option<String>,
     damage: Option<Damage>,
-    recipe: &'a str,
+    answers: Vec<answers::Shown>,
+    environment: Section,
+    commands: Vec<Vec<String>>,
+    recipe: String,
 }
 
+/// What is said of the verdict, and the comparison with the original.
 #[derive(Serialize)]
 struct Advice {
     word: &'static str,
     sentence: &'static str,
+    checks: Section,
+    close: bool,
     comparisons: Vec<String>,
 }
 
@@ -87,51 +178,59 @@ struct Picture {
     svg: String,
 }
 
-/// The report as one HTML page without scripts or outside resources.
-///
-/// `coverage` and `curve` may be empty (nothing observed, nothing trained): their parts are then
-/// left out.
+/// The report as one HTML page without scripts or outside resources; what is not in the evidence is left
+/// out.
 ///
 /// # Errors
 /// If the template cannot be rendered.
-pub fn render(
-    results: &Results,
-    plan: &Plan,
-    coverage: &[LayerCoverage],
-    curve: &[Point],
-    recipe_toml: &str,
-) -> Result<String> {
+pub fn render(evidence: &Evidence) -> Result<String> {
+    let Evidence {
+        run,
+        results,
+        plan,
+        recipe,
+        coverage,
+        curve,
+        contrast,
+        ..
+    } = evidence;
     let seen = |layer: usize| coverage.iter().find(|c| c.layer == layer);
-    let most = coverage.iter().flat_map(|c| &c.tokens_per_expert).max();
+    let few = |layer: usize| seen(layer).map(LayerCoverage::few);
     let replaced: usize = plan.layers.iter().map(LayerPlan::replaced).sum();
     let experts: usize = plan.layers.iter().map(|l| l.slots.len()).sum();
-    let silent = |c: &LayerCoverage| c.tokens_per_expert.iter().filter(|&&t| t == 0).count();
+    let name = run.file_name().unwrap_or_default();
+    let name = name.to_string_lossy().into_owned();
     let page = Page {
         results,
         saved: format!("{:.1}%", 100.0 * results.ratio.achieved),
-        verdict: advice(&results.verdict()),
+        verdict: advice(results),
         figures: figures(results, replaced, experts),
         scores: scores(results),
-        tables: table::sections(results),
+        score_table: table::scores(results),
+        size_table: table::size(results),
+        cost_table: table::cost(results),
+        runs: runs::shown(results, &name, &evidence.siblings),
         experts: grids::experts(plan, &seen, experts, replaced),
         legend: grids::legend(plan),
         kept: experts - replaced,
         replaced,
-        layers: plan
-            .layers
-            .iter()
-            .map(|l| grids::layer_row(l, seen(l.layer).map(silent)))
-            .collect(),
-        coverage: (!coverage.is_empty()).then(|| grids::coverage(coverage)),
-        most_tokens: thousands(most.copied().unwrap_or(0)),
-        silent: coverage.iter().map(silent).sum(),
-        curve: curve_picture(curve),
+        layers: grids::layers(plan, &few),
+        load: contrast.as_ref().and_then(load::shown),
+        divergence: evidence.divergence.as_ref().and_then(divergence::shown),
+        coverage: coverage::shown(coverage, plan),
+        curve: curves::picture(curve),
         steps: curve.len(),
         annealed: curve.iter().any(|p| p.beta != 0.0),
         threshold: layer_bars(plan, "Threshold", |l| l.threshold, plan.p_hat),
         norm: layer_bars(plan, "Mean router norm", |l| l.router_norm, None),
         damage: plan.damage.as_ref().and_then(damage_picture),
-        recipe: recipe_toml,
+        answers: contrast
+            .as_ref()
+            .map_or_else(Vec::new, |c| answers::shown(&c.answers)),
+        environment: reproduce::environment(results, evidence.inputs.as_ref()),
+        commands: reproduce::commands(run, results, recipe),
+        recipe: recipe.to_toml()?,
+        name,
     };
     page_of(TEMPLATE, page)
 }
@@ -148,12 +247,33 @@ pub(crate) fn page_of(template: &str, values: impl Serialize) -> Result<String> 
     Ok(page.render(minijinja::value::Serde(values))?)
 }
 
-fn advice(verdict: &Verdict) -> Advice {
-    let comparisons = verdict.comparisons().iter();
+fn advice(results: &Results) -> Advice {
+    let mut checks = Section::new(["threshold", "outcome", "measured", "asked for", "on"]);
+    let verdict = results.verdict.as_ref();
+    let of = |verdict: &Verdict| verdict.checks.clone();
+    let all = verdict.map(of).unwrap_or_default();
+    checks.rows = all
+        .iter()
+        .map(|check| {
+            vec![
+                check.threshold.clone(),
+                check.word().to_owned(),
+                check.number(),
+                check.asked(),
+                check.of.clone(),
+            ]
+        })
+        .collect();
     Advice {
-        word: verdict.word(),
-        sentence: verdict.sentence(),
-        comparisons: comparisons.map(ToString::to_string).collect(),
+        word: verdict.map_or("", |v| v.word.name()),
+        sentence: verdict.map_or(NO_THRESHOLDS, |v| v.word.sentence()),
+        checks,
+        close: all.iter().any(|check| check.is_close()),
+        comparisons: results
+            .comparisons()
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
     }
 }
 
@@ -221,15 +341,6 @@ fn scores(results: &Results) -> Vec<Picture> {
         }
     };
     names.into_iter().map(picture).collect()
-}
-
-fn curve_picture(curve: &[Point]) -> Option<String> {
-    let (first, last) = (curve.first()?, curve.last()?);
-    let describe = format!(
-        "Training loss from {:.3} at step {} to {:.3} at step {}; β from {} to {}",
-        first.loss, first.step, last.loss, last.step, first.beta, last.beta
-    );
-    svg::curve(&describe, curve)
 }
 
 fn damage_picture(damage: &PlanDamage) -> Option<Damage> {

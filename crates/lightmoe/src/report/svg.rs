@@ -2,6 +2,7 @@
 //! that they follow its light and dark mode.
 
 pub(crate) mod damage;
+pub(super) mod panels;
 pub(crate) mod scatter;
 
 use std::fmt::{Display, Write};
@@ -9,7 +10,9 @@ use std::fmt::{Display, Write};
 use minijinja::HtmlEscape;
 
 /// Width of a full-width picture, in its own units.
-const WIDTH: f64 = 920.0;
+pub(crate) const WIDTH: f64 = 920.0;
+/// Width of one that has another beside it.
+pub(crate) const HALF: f64 = 450.0;
 
 /// A square of a [`grid`].
 pub(super) struct Cell {
@@ -17,12 +20,23 @@ pub(super) struct Cell {
     pub class: String,
     /// Opacity of its fill.
     pub opacity: f64,
-    /// A short text inside, shown where there is room.
+    /// A short text inside.
     pub text: String,
-    /// Crossed out.
-    pub crossed: bool,
+    /// What is drawn over it.
+    pub mark: Mark,
     /// What the pointer shows.
     pub title: String,
+}
+
+/// What is drawn over a square of a [`grid`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mark {
+    /// Nothing.
+    None,
+    /// A stroke from corner to corner.
+    Stroke,
+    /// Two of them.
+    Cross,
 }
 
 /// A row of a [`grid`].
@@ -69,7 +83,9 @@ pub(super) fn grid(describe: &str, rows: &[Row]) -> String {
         left + pitch * columns as f64,
         top + pitch * rows.len() as f64,
     );
-    let mut out = open(width, height, left + 11.0 * columns as f64, describe);
+    // Numbers inside stay legible; a narrow window scrolls.
+    let least = (left + 18.0 * columns as f64).min(width);
+    let mut out = open(width, height, least, describe);
     let every = if columns > 40 { 8 } else { 4 };
     for column in (0..columns).step_by(every) {
         let x = left + pitch * (column as f64 + 0.5) - gap / 2.0;
@@ -93,22 +109,18 @@ pub(super) fn grid(describe: &str, rows: &[Row]) -> String {
                 let _ = write!(out, " fill-opacity=\"{:.3}\"", cell.opacity);
             }
             out += "/>";
-            if cell.crossed {
-                let (a, b) = (side * 0.28, side * 0.72);
-                let _ = write!(
-                    out,
-                    "<path class=\"cross\" d=\"M{:.1} {:.1}L{:.1} {:.1}M{:.1} {:.1}L{:.1} {:.1}\"/>",
-                    x + a,
-                    y + a,
-                    x + b,
-                    y + b,
-                    x + a,
-                    y + b,
-                    x + b,
-                    y + a
-                );
-            } else if pitch >= 15.0 && !cell.text.is_empty() {
-                text(&mut out, x + side / 2.0, middle + 3.5, "in", &cell.text);
+            let (a, b) = (side * 0.28, side * 0.72);
+            let strokes: &[[f64; 4]] = match cell.mark {
+                Mark::None => &[],
+                Mark::Stroke => &[[a, b, b, a]],
+                Mark::Cross => &[[a, b, b, a], [a, a, b, b]],
+            };
+            for [x1, y1, x2, y2] in strokes {
+                line(&mut out, "cross", (x + x1, y + y1), (x + x2, y + y2));
+            }
+            if !cell.text.is_empty() {
+                let class = if pitch < 15.0 { "in small" } else { "in" };
+                text(&mut out, x + side / 2.0, middle + 3.5, class, &cell.text);
             }
             out += "</g>\n";
         }
@@ -181,56 +193,18 @@ fn polyline(out: &mut String, class: &str, points: &[(f64, f64)], x: Scale, y: S
     *out += "\"/>\n";
 }
 
-/// Loss on the left axis and β on the right one, over steps. `None` without a finite loss.
-pub(super) fn curve(describe: &str, points: &[lightmoe_train::Point]) -> Option<String> {
-    let finite = points.iter().filter(|p| p.loss.is_finite());
-    let loss: Vec<_> = finite.map(|p| (p.step as f64, p.loss)).collect();
-    let beta: Vec<_> = points.iter().map(|p| (p.step as f64, p.beta)).collect();
-    let last = loss.last()?.0;
-    let (left, right, top, bottom) = (46.0, WIDTH - 46.0, 26.0, 282.0);
-    let (low, high) = extent(loss.iter().map(|p| p.1));
-    let room = (high - low) * 0.04;
-    let x = Scale::new((loss[0].0, last), left, right);
-    let y = Scale::new(((low - room).max(0.0).min(low), high + room), bottom, top);
-    let b = Scale::new((0.0, 1.0), bottom, top);
-    let mut out = open(WIDTH, 324.0, 520.0, describe);
-    let (ticks, digits) = y.ticks(5.0);
-    for tick in ticks {
-        line(&mut out, "rule", (left, y.at(tick)), (right, y.at(tick)));
-        let label = format!("{tick:.digits$}");
-        text(&mut out, left - 8.0, y.at(tick) + 3.5, "t end", label);
-    }
-    for tick in x.ticks(8.0).0 {
-        text(&mut out, x.at(tick), bottom + 18.0, "t mid", tick);
-    }
-    text(&mut out, left - 8.0, 12.0, "t end strong", "loss");
-    let middle = (left + right) / 2.0;
-    text(&mut out, middle, bottom + 36.0, "t mid strong", "step");
-    line(&mut out, "axis", (left, bottom), (right, bottom));
-    polyline(&mut out, "loss raw", &thin(&loss, 900), x, y);
-    polyline(&mut out, "loss", &thin(&loss, 60), x, y);
-    if beta.iter().any(|p| p.1 != 0.0) {
-        for tick in [0.0, 0.5, 1.0] {
-            text(&mut out, right + 8.0, b.at(tick) + 3.5, "t", tick);
-        }
-        text(&mut out, right + 8.0, 12.0, "t strong", "β");
-        polyline(&mut out, "beta", &thin(&beta, 900), x, b);
-    }
-    Some(out + "</svg>")
-}
-
 /// One bar per layer, from zero, with a labelled line at `reference`.
 pub(super) fn bars(
     describe: &str,
     values: &[(usize, Option<f64>)],
     reference: Option<(f64, &str)>,
 ) -> String {
-    let (width, left, top, bottom) = (450.0, 44.0, 22.0, 170.0);
+    let (width, left, top, bottom) = (HALF, 50.0, 22.0, 170.0);
     let given = values.iter().filter_map(|v| v.1);
     let (_, high) = extent(given.chain(reference.map(|r| r.0)).chain([0.0]));
     let y = Scale::new((0.0, high * 1.06), bottom, top);
     let mut out = open(width, 206.0, 300.0, describe);
-    let (ticks, digits) = y.ticks(4.0);
+    let (ticks, digits) = y.ticks(5.0);
     for tick in ticks {
         line(&mut out, "rule", (left, y.at(tick)), (width, y.at(tick)));
         let label = format!("{tick:.digits$}");
@@ -279,7 +253,7 @@ pub(super) struct Whisker {
 
 /// Scores of one metric under each other, with two standard errors to both sides.
 pub(super) fn whiskers(describe: &str, scores: &[Whisker]) -> String {
-    let (width, left, right, top, pitch) = (450.0, 74.0, 330.0, 8.0, 26.0);
+    let (width, left, right, top, pitch) = (HALF, 74.0, 330.0, 8.0, 26.0);
     let ends = scores
         .iter()
         .flat_map(|s| [s.value - 2.0 * s.stderr, s.value + 2.0 * s.stderr]);
@@ -288,7 +262,7 @@ pub(super) fn whiskers(describe: &str, scores: &[Whisker]) -> String {
     let x = Scale::new((low - room, high + room), left, right);
     let bottom = top + pitch * scores.len() as f64;
     let mut out = open(width, bottom + 22.0, 300.0, describe);
-    let (ticks, digits) = x.ticks(4.0);
+    let (ticks, digits) = x.ticks(6.0);
     for tick in ticks {
         line(&mut out, "rule", (x.at(tick), top), (x.at(tick), bottom));
         let label = format!("{tick:.digits$}");

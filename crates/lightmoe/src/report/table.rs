@@ -7,9 +7,14 @@ use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
 use serde::Serialize;
 
 use crate::results::{Results, Stage, digits};
+use crate::verdict::{Verdict, Word};
+
+/// What is said where there is nothing to judge by.
+pub(crate) const NO_THRESHOLDS: &str = "No verdict: the recipe sets no thresholds; give some, such as \
+                                        `--min-score 0.97`, to `report` or to the run";
 
 /// The steps of a run in their order; a step of another name comes after them.
-const STEPS: [&str; 8] = [
+const STEPS: [&str; 10] = [
     "observe",
     "plan",
     "build",
@@ -18,6 +23,8 @@ const STEPS: [&str; 8] = [
     "recover",
     "keep",
     "evaluate_recovered",
+    "contrast",
+    "divergence",
 ];
 
 /// A table: the first column names the row, the others hold its numbers.
@@ -47,7 +54,7 @@ pub fn sections(results: &Results) -> Vec<Section> {
         .collect()
 }
 
-fn size(results: &Results) -> Section {
+pub(super) fn size(results: &Results) -> Section {
     let mut section = Section::new(["size", "before", "after", "change"]);
     let (parameters, bytes) = (results.parameters, results.bytes);
     section.rows.push(vec![
@@ -73,7 +80,7 @@ fn size(results: &Results) -> Section {
     section
 }
 
-fn scores(results: &Results) -> Section {
+pub(super) fn scores(results: &Results) -> Section {
     let mut section = Section::new(["score ± standard error", "original", "built", "recovered"]);
     let names: BTreeSet<_> = results
         .stages
@@ -93,7 +100,7 @@ fn scores(results: &Results) -> Section {
     section
 }
 
-fn cost(results: &Results) -> Section {
+pub(super) fn cost(results: &Results) -> Section {
     let mut section = Section::new(["cost", "seconds", "peak memory, MiB"]);
     let names = results
         .seconds
@@ -124,12 +131,21 @@ fn cost(results: &Results) -> Section {
     section
 }
 
-/// The tables and the verdict for a terminal; `colour` adds ANSI sequences.
-pub fn terminal(results: &Results, colour: bool) -> String {
-    let paint = |code: &str, text: &str| match colour {
-        true => format!("\x1b[{code}m{text}\x1b[0m"),
-        false => text.to_owned(),
-    };
+/// Sets a text in the style of an ANSI code, or leaves it.
+pub type Paint = fn(&str, &str) -> String;
+
+/// A text with the ANSI sequence `code` around it.
+pub fn coloured(code: &str, text: &str) -> String {
+    format!("\x1b[{code}m{text}\x1b[0m")
+}
+
+/// A text as it is.
+pub fn plain(_: &str, text: &str) -> String {
+    text.to_owned()
+}
+
+/// The tables and the verdict for a terminal.
+pub fn terminal(results: &Results, paint: Paint) -> String {
     let rule = LineStyle::none().fill('─').junction('─');
     let mut out = String::new();
     for section in sections(results) {
@@ -153,21 +169,31 @@ pub fn terminal(results: &Results, colour: bool) -> String {
         }
         out.push('\n');
     }
-    let verdict = results.verdict();
-    let code = match verdict.word() {
-        "Go" => "1;32",
-        "No-go" => "1;31",
-        _ => "1;33",
-    };
-    // Writing to a string cannot fail.
-    let _ = writeln!(
-        out,
-        "{}: {}",
-        paint(code, verdict.word()),
-        verdict.sentence()
-    );
-    for comparison in verdict.comparisons() {
+    // Writing to a string cannot fail, here and below.
+    let compared = results.comparisons();
+    if !compared.is_empty() {
+        let _ = writeln!(out, "{} against the original:", results.task);
+    }
+    for comparison in compared {
         let _ = writeln!(out, "  {comparison}");
+    }
+    out + &verdict(results.verdict.as_ref(), paint)
+}
+
+/// The verdict for a terminal, with what it rests on.
+pub fn verdict(verdict: Option<&Verdict>, paint: Paint) -> String {
+    let Some(verdict) = verdict else {
+        return format!("{NO_THRESHOLDS}\n");
+    };
+    let code = match verdict.word {
+        Word::Go => "1;32",
+        Word::NoGo => "1;31",
+        Word::Undecided => "1;33",
+    };
+    let word = paint(code, verdict.word.name());
+    let mut out = format!("{word}: {}\n", verdict.word.sentence());
+    for check in &verdict.checks {
+        let _ = writeln!(out, "  {check}");
     }
     out
 }
@@ -234,6 +260,7 @@ pub(super) fn change(before: u64, after: u64) -> String {
 mod tests {
     use super::*;
     use crate::results::tests::sample;
+    use crate::verdict::{Thresholds, judge};
 
     const MARKDOWN: &str = "\
 | size | before | after | change |
@@ -262,8 +289,8 @@ mod tests {
 
     #[test]
     fn the_terminal_table_holds_every_cell_and_colour_only_on_request() {
-        let results = sample();
-        let plain = terminal(&results, false);
+        let mut results = sample();
+        let plain = terminal(&results, plain);
         assert!(!plain.contains('\x1b'));
         for cell in sections(&results)
             .iter()
@@ -274,9 +301,15 @@ mod tests {
                 "{cell} is missing in\n{plain}"
             );
         }
-        assert!(plain.contains("\nGo: no loss"), "{plain}");
-        let coloured = terminal(&results, true);
-        assert!(coloured.contains("\x1b[1;32mGo\x1b[0m"));
+        assert!(plain.contains("\nNo verdict: "), "{plain}");
+        let thresholds = Thresholds {
+            min_score: Some(0.9),
+            ..Thresholds::default()
+        };
+        results.verdict = judge(&results.measured(), &thresholds).unwrap();
+        let text = terminal(&results, coloured);
+        assert!(text.contains("\x1b[1;32mGo\x1b[0m"), "{text}");
+        assert!(text.contains("math · exact_match: 0.554"), "{text}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod paired;
 mod pretrain;
 mod recipes;
 mod refusals;
+mod report;
 mod resume;
 mod speak;
 mod stages;

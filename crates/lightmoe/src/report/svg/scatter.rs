@@ -35,10 +35,11 @@ pub(crate) fn front(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     sorted
 }
 
-/// The dots with their ranges, the front as a stair, and a labelled line at `reference`. `None` without
-/// dots.
+/// The dots with their ranges, the front as a stair, and a labelled line at `reference`, in a picture of
+/// this `width`. `None` without dots.
 pub(crate) fn scatter(
     describe: &str,
+    width: f64,
     (x_name, y_name): (&str, &str),
     dots: &[Dot],
     reference: Option<(f64, &str)>,
@@ -46,7 +47,7 @@ pub(crate) fn scatter(
     if dots.is_empty() {
         return None;
     }
-    let (width, left, right, top, bottom) = (450.0, 44.0, 438.0, 22.0, 348.0);
+    let (left, right, top, bottom) = (44.0, width - 12.0, 22.0, 348.0);
     let given = dots.iter().flat_map(|d| [d.y, d.range.0, d.range.1]);
     let (low, high) = extent(given.chain(reference.map(|r| r.0)));
     let room = ((high - low) * 0.08).max(0.01);
@@ -54,7 +55,7 @@ pub(crate) fn scatter(
     let (first, last) = extent(dots.iter().map(|d| d.x));
     let room = ((last - first) * 0.08).max(0.01 * last);
     let x = Scale::new((first - room, last + room), left, right);
-    let mut out = open(width, 386.0, 300.0, describe);
+    let mut out = open(width, 386.0, width * 0.66, describe);
     let (ticks, digits) = y.ticks(5.0);
     for tick in ticks {
         line(&mut out, "rule", (left, y.at(tick)), (right, y.at(tick)));
@@ -129,8 +130,8 @@ mod tests {
             label: "50%".to_owned(),
             title: "<a>".to_owned(),
         };
-        assert!(scatter("points", ("x", "y"), &[], None).is_none());
-        let picture = scatter("points", ("x", "y"), &[dot], Some((0.5, "<b>"))).unwrap();
+        assert!(scatter("points", 450.0, ("x", "y"), &[], None).is_none());
+        let picture = scatter("points", 450.0, ("x", "y"), &[dot], Some((0.5, "<b>"))).unwrap();
         assert!(picture.ends_with("</svg>"), "{picture}");
         for strange in ["NaN", "inf", "<a>", "<b>"] {
             assert!(!picture.contains(strange), "{picture}");

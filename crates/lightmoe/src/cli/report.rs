@@ -1,0 +1,22 @@
+//! The command line of `report`.
+
+use crate::verdict::Thresholds;
+use clap::Args;
+use std::path::PathBuf;
+
+/// `report`
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// The folder of a finished run
+    #[arg(long, value_name = "DIR")]
+    pub run: PathBuf,
+    /// The folder of the runs that it is to stand among [default: the one that it lies in]
+    #[arg(long, value_name = "DIR")]
+    pub runs: Option<PathBuf>,
+    /// The page to write [default: `report.html` in the folder of the run]
+    #[arg(long, value_name = "FILE.html")]
+    pub out: Option<PathBuf>,
+    /// Thresholds instead of the recipe's; the verdict by them goes into the run's `results.json`
+    #[command(flatten)]
+    pub verdict: Thresholds,
+}

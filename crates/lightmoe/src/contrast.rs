@@ -1,0 +1,222 @@
+//! The original and the result of a run on the same test items: the load of every expert, and what
+//! both answer. For the report alone; nothing is decided by it.
+
+use crate::pipeline::{INTERRUPTED, fit, load_model};
+use crate::progress::{Progress, stopped};
+use crate::recipe::Recipe;
+use crate::source::TaskData;
+use anyhow::{Context, Result, anyhow, ensure};
+use lightmoe_data::Encoded;
+use lightmoe_eval::{EvalOptions, LayerLoad, expert_load};
+use lightmoe_models::folder::write_file;
+use lightmoe_models::{
+    Checkpoint, GenerateOptions, LanguageModel, ModelTokenizer, Next, generate_rows,
+};
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::path::Path;
+
+/// Version of the layout of `contrast.json`.
+const SCHEMA_VERSION: u32 = 1;
+/// Test items that are answered.
+const ANSWERS: usize = 8;
+/// The most tokens of an answer.
+const ANSWER_TOKENS: usize = 64;
+
+/// The whole of `contrast.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Contrast {
+    /// Version of the layout.
+    pub schema_version: u32,
+    /// The task whose test items were read, in their order.
+    pub task: String,
+    /// How many of them.
+    pub examples: usize,
+    /// Their tokens, prompts and right answers.
+    pub tokens: u64,
+    /// Every layer with experts, ascending.
+    pub load: Vec<LoadPair>,
+    /// What both answer to the first of these items; empty where a model did not fit memory, since
+    /// every token would have read all of its weights again.
+    pub answers: Vec<AnswerPair>,
+}
+
+/// How many tokens chose each expert of a layer, in either model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoadPair {
+    /// The layer's number in the model.
+    pub layer: usize,
+    /// In the original, `[E]`.
+    pub original: Vec<u64>,
+    /// In the result, `[E]`.
+    pub result: Vec<u64>,
+}
+
+/// One test item and what either model answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnswerPair {
+    /// The prompt.
+    pub prompt: String,
+    /// The right answer.
+    pub target: String,
+    /// The original's, greedy.
+    pub original: Answer,
+    /// The result's, greedy.
+    pub result: Answer,
+}
+
+/// What a model answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// The text.
+    pub text: String,
+    /// Whether it ended by itself; else it was cut off.
+    pub whole: bool,
+}
+
+impl Contrast {
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// If it cannot be read, is no such file, or is of another version.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path)
+            .with_context(|| format!("cannot read `{}`", path.display()))?;
+        let contrast: Self = serde_json::from_str(&text)
+            .with_context(|| format!("`{}` is damaged; remove it", path.display()))?;
+        ensure!(
+            contrast.schema_version == SCHEMA_VERSION,
+            "`{}` has schema version {}, expected {SCHEMA_VERSION}; remove it",
+            path.display(),
+            contrast.schema_version
+        );
+        Ok(contrast)
+    }
+}
+
+/// The first test items of a run, up to the `contrast_tokens` of its recipe.
+///
+/// # Errors
+/// If one has an answer that does not fit the longest sequence.
+pub fn contrast_rows(
+    data: &TaskData,
+    tokenizer: &ModelTokenizer,
+    recipe: &Recipe,
+) -> Result<Vec<Encoded>> {
+    let mut rows = TaskData::encode(&data.test, tokenizer, recipe.max_length)?;
+    let mut tokens = 0;
+    let within = rows.iter().take_while(|row| {
+        tokens += row.tokens.len();
+        tokens <= recipe.contrast_tokens
+    });
+    let within = within.count();
+    // An item that is longer than all that is asked for is still one to look at.
+    rows.truncate(within.max(1));
+    Ok(rows)
+}
+
+/// Stage contrast: reads the test items of `recipe`, up to its `contrast_tokens`, with both models →
+/// `target`.
+///
+/// # Errors
+/// If an item does not fit the models' context, a model is damaged, or the work was stopped.
+pub fn contrast_stage(
+    original: &Checkpoint,
+    result: &Checkpoint,
+    data: &TaskData,
+    recipe: &Recipe,
+    target: &Path,
+) -> Result<()> {
+    let tokenizer = ModelTokenizer::load(original.dir(), original.config().eos_token_id)?;
+    let rows = contrast_rows(data, &tokenizer, recipe)?;
+    let speaks = fit(&[original]) && fit(&[result]);
+    let look = |what: &str, checkpoint| look(what, checkpoint, &rows, &tokenizer, speaks);
+    let (before, before_answers) = look("original", original)?;
+    let (after, after_answers) = look("result", result)?;
+    let texts = data
+        .test
+        .iter()
+        .zip(before_answers.into_iter().zip(after_answers));
+    let contrast = Contrast {
+        schema_version: SCHEMA_VERSION,
+        task: data.name.clone(),
+        examples: rows.len(),
+        tokens: rows.iter().map(|row| row.tokens.len() as u64).sum(),
+        load: before
+            .into_iter()
+            .zip(after)
+            .map(|(original, result)| LoadPair {
+                layer: original.layer,
+                original: original.tokens,
+                result: result.tokens,
+            })
+            .collect(),
+        answers: texts
+            .map(|(example, (original, result))| AnswerPair {
+                prompt: example.prompt.clone(),
+                target: example.completion.clone(),
+                original,
+                result,
+            })
+            .collect(),
+    };
+    let mut text = serde_json::to_vec(&contrast)?;
+    text.push(b'\n');
+    Ok(write_file(target, &text)?)
+}
+
+/// The loads of a model on `rows`, and its answers to the first of them if it is to speak.
+fn look(
+    what: &str,
+    checkpoint: &Checkpoint,
+    rows: &[Encoded],
+    tokenizer: &ModelTokenizer,
+    speaks: bool,
+) -> Result<(Vec<LayerLoad>, Vec<Answer>)> {
+    let model = load_model(checkpoint)?;
+    let bar = Progress::new(what, rows.len());
+    let sequences: Vec<Vec<u32>> = rows.iter().map(|row| row.tokens.clone()).collect();
+    let batch = EvalOptions::default().batch_tokens;
+    let each = &mut |done, all| bar.of(done, all);
+    let load = expert_load(&*model, &sequences, batch, each).map_err(|e| match stopped() {
+        true => anyhow!(INTERRUPTED),
+        false => e.into(),
+    })?;
+    let answers = match speaks {
+        true => answer(&*model, &rows[..rows.len().min(ANSWERS)], tokenizer)?,
+        false => Vec::new(),
+    };
+    Ok((load, answers))
+}
+
+fn answer(
+    model: &dyn LanguageModel,
+    rows: &[Encoded],
+    tokenizer: &ModelTokenizer,
+) -> Result<Vec<Answer>> {
+    let prompts: Vec<Vec<u32>> = rows
+        .iter()
+        .map(|row| row.tokens[..row.answer_start].to_vec())
+        .collect();
+    // An item whose prompt was cut off whole has nothing to answer.
+    if prompts.iter().any(Vec::is_empty) {
+        return Ok(Vec::new());
+    }
+    let options = GenerateOptions::greedy(ANSWER_TOKENS, vec![tokenizer.eos]);
+    let made = generate_rows(model, &prompts, &options, &mut |_, _| {
+        Ok(match stopped() {
+            true => Next::Stop,
+            false => Next::Continue,
+        })
+    })?;
+    ensure!(!stopped(), INTERRUPTED);
+    let context = model.config().max_position_embeddings;
+    let read = made.iter().zip(&prompts).map(|(ids, prompt)| {
+        let cut = ids.len() == ANSWER_TOKENS || prompt.len() + ids.len() == context;
+        Ok(Answer {
+            text: tokenizer.decode(ids)?.trim().to_owned(),
+            whole: !cut,
+        })
+    });
+    read.collect()
+}
