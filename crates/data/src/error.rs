@@ -114,9 +114,8 @@ pub enum Error {
 /// Which data are not there, and how to come by them.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "Task `{task}`: no file with the split `{split}` was found. It was looked for in {tried}{}. Expected \
-     {format}. {origin} Then give the folder with `--data`{remedy}.",
-    cache.as_deref().unwrap_or_default()
+    "Task `{task}`: no file with the split `{split}` was found. It was looked for in {tried}{cache}. Expected \
+     {format}. {origin}Give the folder with `--data`{remedy}."
 )]
 pub struct MissingData {
     /// The task.
@@ -126,13 +125,13 @@ pub struct MissingData {
     /// Every path that was tried.
     pub tried: String,
     /// The cache that was tried.
-    pub cache: Option<String>,
+    pub cache: String,
     /// The form of the file.
     pub format: String,
     /// Where people get it.
     pub origin: String,
     /// What else can be done.
-    pub remedy: String,
+    pub remedy: &'static str,
 }
 
 /// What the places in a data file are counted in.

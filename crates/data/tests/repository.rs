@@ -58,12 +58,10 @@ fn of_folder(task: &TaskConfig, folder: &Path) -> Result<Vec<Item>, String> {
 
 /// The items of a task in a repository.
 fn of_repository(task: &TaskConfig, folder: &Path) -> Result<Vec<Item>, String> {
-    let repository = Repository {
-        folder: folder.to_owned(),
-        name: "org/own".into(),
-    };
     let options = PromptOptions {
-        repository: Some(&repository),
+        repositories: &[Repository {
+            folder: folder.to_owned(),
+        }],
         ..PromptOptions::default()
     };
     let prompts = build_prompts(task, &[], &options).map_err(|e| e.to_string())?;
@@ -206,15 +204,14 @@ fn damaged_files_are_named_with_their_column() {
         &fixture("packed.parquet"),
         &["column `answer`", "snappy or zstd"],
     );
-    // The rows lie before the footer; a column in the middle is overwritten.
+    // The first column lies behind the four bytes that the file begins with.
     let mut broken = whole.clone();
-    let middle = broken.len() / 4;
-    broken[middle..middle + 200].fill(0xab);
-    wrong(&broken, &["column `"]);
+    broken[4..40].fill(0xab);
+    wrong(&broken, &["column `text`"]);
     let folder = Folder::new(&[("test.parquet", &fixture("main/test-00000-of-00001.parquet"))]);
     let error = of_folder(&folder.own_task(), folder.path()).unwrap_err();
     assert!(
-        error.contains("row 1") && error.contains("`text`"),
+        error.contains("row 1") && error.contains("`number`"),
         "{error}"
     );
 }
@@ -225,7 +222,7 @@ fn what_is_not_there_is_said_with_every_place() {
     let task = folder.own_task();
     let error = of_repository(&task, folder.path()).unwrap_err();
     let cache = folder.path().display().to_string();
-    for part in ["`test`", "`org/own`", &cache, "--data", "--download"] {
+    for part in ["`test`", "Hub's cache", &cache, "--data", "--download"] {
         assert!(error.contains(part), "{part}: {error}");
     }
     let error = of_folder(&task, folder.path()).unwrap_err();

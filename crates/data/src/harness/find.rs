@@ -13,7 +13,7 @@ pub(super) struct Finder<'a> {
     pub(super) task: &'a TaskConfig,
     pub(super) split: &'a str,
     pub(super) folders: &'a [PathBuf],
-    pub(super) repository: Option<&'a Repository>,
+    pub(super) repositories: &'a [Repository],
     pub(super) engine: &'a Engine,
 }
 
@@ -66,13 +66,13 @@ impl<'a> Finder<'a> {
             }
         }
         let part = self.task.dataset_name.as_deref();
-        match self
-            .repository
-            .map(|repository| repository.find(part, self.split))
-        {
-            Some(paths) if !paths.is_empty() => self.several(paths),
-            _ => Err(self.missing(&tried)),
+        for repository in self.repositories {
+            let paths = repository.find(part, self.split);
+            if !paths.is_empty() {
+                return self.several(paths);
+            }
         }
+        Err(self.missing(&tried))
     }
 
     /// What the task says of its files, and the paths of the split's.
@@ -173,7 +173,10 @@ impl<'a> Finder<'a> {
     }
 
     fn missing(&self, tried: &[PathBuf]) -> Error {
-        let tried: Vec<String> = tried.iter().map(|p| format!("`{}`", p.display())).collect();
+        let shown = |path: &Path| format!("`{}`", path.display());
+        let tried: Vec<String> = tried.iter().map(|path| shown(path)).collect();
+        let caches = self.repositories.iter();
+        let caches: Vec<String> = caches.map(|of| shown(&of.folder)).collect();
         let (files, split) = (self.task.data_files.as_ref(), self.split);
         Error::NoData(Box::new(MissingData {
             task: self.task.name().to_owned(),
@@ -185,17 +188,18 @@ impl<'a> Finder<'a> {
                     tried.join(", ")
                 ),
             },
-            cache: self.repository.map(|repository| {
-                let (name, folder) = (&repository.name, repository.folder.display());
-                format!(
-                    ", and for files of `{name}` on the Hugging Face Hub in its cache, `{folder}`"
-                )
-            }),
+            cache: match caches.is_empty() {
+                true => String::new(),
+                false => format!(
+                    ", and in the Hugging Face Hub's cache in {}",
+                    caches.join(", ")
+                ),
+            },
             format: files.map_or("rows as the data set has them".into(), format_name),
-            origin: files.map(|files| files.source.clone()).unwrap_or_default(),
-            remedy: match self.repository {
-                Some(_) => ", or call again with `--download`".into(),
-                None => String::new(),
+            origin: files.map_or(String::new(), |files| format!("{} ", files.source)),
+            remedy: match caches.is_empty() {
+                true => "",
+                false => ", or call again with `--download`",
             },
         }))
     }

@@ -26,8 +26,8 @@ pub struct PromptOptions<'a> {
     pub system_instruction: Option<&'a str>,
     /// Prompts become conversations.
     pub chat: Option<Chat<'a>>,
-    /// The task's data set, where no folder has its files.
-    pub repository: Option<&'a Repository>,
+    /// The task's data set, where no folder has its files; under several names, one after the other.
+    pub repositories: &'a [Repository],
 }
 
 /// How prompts become conversations.
@@ -138,7 +138,7 @@ pub fn build_prompts(
             task,
             split,
             folders,
-            repository: options.repository,
+            repositories: options.repositories,
             engine: &engine,
         })
     };

@@ -19,8 +19,6 @@ const ENDINGS: [&str; 6] = ["parquet", "jsonl", "jsonl.gz", "json", "csv", "tsv"
 pub struct Repository {
     /// The folder that holds the files; need not exist.
     pub folder: PathBuf,
-    /// What the Hub calls the data set.
-    pub name: String,
 }
 
 /// Which files of a repository are those of a split: lists of patterns, of which the first one counts

@@ -71,9 +71,12 @@ impl Engine {
         };
         let fail = |e: Error| format!("the template `{template}` fails: {}", said(&e));
         let compiled = self.0.template_from_str(&kept).map_err(fail)?;
-        compiled.render(Serde(doc)).map_err(|e| {
-            let names = compiled.undeclared_variables(false);
-            lacking(names, doc).unwrap_or_else(|| fail(e))
+        compiled.render(Serde(doc)).map_err(|e| match e.kind() {
+            ErrorKind::OutOfFuel => fail(e),
+            _ => {
+                let names = compiled.undeclared_variables(false);
+                lacking(names, doc).unwrap_or_else(|| fail(e))
+            }
         })
     }
 }

@@ -32,9 +32,13 @@ pub(super) fn prompts_of(
     let names: Vec<HubName> = names.filter_map(HubName::data_set).collect();
     let mut fetched: Vec<String> = Vec::new();
     loop {
-        let repository = cached(&names);
+        // Looked up each time: a download makes a revision mean a commit.
+        let repositories = names.iter().map(|name| Repository {
+            folder: hub::cached(name),
+        });
+        let repositories: Vec<Repository> = repositories.collect();
         let options = PromptOptions {
-            repository: repository.as_ref(),
+            repositories: &repositories,
             ..*options
         };
         match (build_prompts(task, folders, &options), names.first()) {
@@ -50,17 +54,4 @@ pub(super) fn prompts_of(
             (prompts, _) => return Ok(prompts.map_err(Refused::of)?),
         }
     }
-}
-
-/// The data set under the first of its names that the cache has, or under the first.
-fn cached(names: &[HubName]) -> Option<Repository> {
-    let all = || {
-        names.iter().map(|name| Repository {
-            folder: hub::cached(name),
-            name: name.to_string(),
-        })
-    };
-    all()
-        .find(|repository| repository.folder.exists())
-        .or_else(|| all().next())
 }

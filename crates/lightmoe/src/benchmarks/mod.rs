@@ -148,7 +148,7 @@ pub(crate) fn prompts(
                 false => Turns::One,
             },
         }),
-        repository: None,
+        repositories: &[],
     };
     let download = match args.download {
         true => Download::Missing,

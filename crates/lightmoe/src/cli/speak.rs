@@ -12,7 +12,7 @@ pub struct SpeakArgs {
     #[arg(long, visible_alias = "max-tokens", default_value_t = 256)]
     pub max_new_tokens: usize,
     /// Zero always takes the likeliest token
-    #[arg(long, default_value_t = 0.0, value_parser = temperature)]
+    #[arg(long, default_value_t = 0.0, value_parser = temperature, allow_negative_numbers = true)]
     pub temperature: f64,
     /// Draw from so many tokens, the likeliest
     #[arg(long, value_parser = count)]

@@ -166,6 +166,9 @@ fn what_cannot_speak_says_why() {
     assert!(message.contains("context of 1024"), "{message}");
 }
 
+/// Options of a long answer.
+const LONG: [&str; 4] = ["--temperature", "9", "--max-tokens", "900"];
+
 /// A conversation that is still going on.
 struct Talk {
     child: Child,
@@ -177,7 +180,10 @@ struct Talk {
 impl Talk {
     fn new() -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_lightmoe"))
-            .args(["chat", "--temperature", "9", "--max-tokens", "900"])
+            .arg("chat")
+            .args(LONG)
+            // Read layer by layer it takes its time.
+            .args(["--max-memory", "1MB"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -218,10 +224,13 @@ fn an_interrupt_stops_the_answer_and_not_the_program() {
     talk.ask();
     talk.signal("-INT");
     let stopped = talk.tokens();
-    // The same seed and question: the whole answer.
-    talk.input.write_all(b"/reset\ngo on\n").unwrap();
-    let whole = talk.tokens();
+    // The whole answer to the same question.
+    let whole = chat(&LONG, "go on\n").1;
+    let whole: usize = whole.split(' ').next().unwrap().parse().unwrap();
     assert!(stopped < whole, "{stopped} {whole}");
+    talk.ask();
+    talk.signal("-INT");
+    talk.tokens();
     drop(talk.input);
     assert!(talk.child.wait().unwrap().success());
 }

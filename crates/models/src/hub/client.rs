@@ -130,7 +130,9 @@ impl<'a> Client<'a> {
         if pointer.is_symlink() {
             fs::remove_file(pointer).map_err(|e| Error::io(pointer, e))?;
         }
-        let target = Path::new("../../blobs").join(&remote.etag);
+        // From the folder of the file, up to that of the repository.
+        let up = "../".repeat(2 + file.matches('/').count());
+        let target = Path::new(&up).join("blobs").join(&remote.etag);
         symlink(target, pointer).map_err(|e| Error::io(pointer, e))
     }
 

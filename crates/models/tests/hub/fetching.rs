@@ -3,7 +3,7 @@
 use crate::server::COMMIT;
 use crate::world::{WEIGHTS, World, failed, mixtral, of, refused, sharded};
 use lightmoe_models::Checkpoint;
-use lightmoe_models::hub::{HubName, Want, fetch, fetch_files, snapshot};
+use lightmoe_models::hub::{Choose, HubName, Want, fetch, fetch_files, snapshot};
 use std::fs;
 
 #[test]
@@ -218,9 +218,8 @@ fn of_a_data_set_the_chosen_files_come() {
     let name = HubName::data_set("org/tiny").unwrap();
     let empty = snapshot(&name, world.cache.path());
     assert!(empty.ends_with("datasets--org--tiny/snapshots/main"));
-    let bring = |choose: &dyn Fn(&[String], Option<&str>) -> Vec<String>| {
-        fetch_files(&name, &world.options, choose, &mut |_, _, _| true)
-    };
+    let bring =
+        |choose: &Choose<'_>| fetch_files(&name, &world.options, choose, &mut |_, _, _| true);
     let folder = bring(&|files, readme| {
         assert_eq!(files, ["README.md", "a/test.jsonl", "a/train.jsonl"]);
         assert_eq!(readme, Some("this is README.md"));
