@@ -89,6 +89,14 @@ for layer in layers:
     layer.update(groups=0, slots=[slot(e, form="adapted", rank=2, dominant=False) for e in range(4)])
 write("plan", "alone", text({**plan, "method": "replace"}))
 
+TASK = ("task: mine\noutput_type: generate_until\ntest_split: test\ndoc_to_text: q\ndoc_to_target: '{{a}}'\n"
+        "data_files: {format: jsonl, splits: {test: rows.jsonl}, rows: {test: a}, source: x}\n")
+write("task", "drawn", TASK + "repeats: 2\ngeneration_kwargs: {until: [x], do_sample: true, temperature: 0.5, top_p: 0.9}\n"
+      "metric_list: [{metric: pass_at_k, k: [1]}, {metric: bleu, tokenize: zh}]\n"
+      "filter_list: [{name: a, filter: [{function: template, template: '{{q}}'}, {function: last_boxed}]}]\n")
+write("task", "group", "group: all\ntask: [{include: gsm8k.yaml, task: a}, boolq]\n"
+      "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\nmetadata: {version: 1}\n")
+
 write("recipe", "math", 'model = "olmoe-nano"\ntask = "math"\nratio = 0.3\nrank = 2\ngroups = 2\nsteps = 50\nlr = 1e-3\n')
 write("recipe", "records", 'train = "records.jsonl"\nmethod = "replace"\nthreshold = 0.2\nannealing = "exponential"\nend_ratio = 0.5\n'
       'gamma = 2.0\ndecay = "cosine"\nbase = "random"\nalpha = 0.1\nmax_delta = 0.1\nseed = 7\ndevice = "cpu"\ndtype = "f32"\n')

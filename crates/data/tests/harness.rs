@@ -97,6 +97,10 @@ fn what_is_wrong_with_a_task_is_said_with_file_and_line() {
         ),
         (with("include: task.yaml"), vec!["circle"]),
         (with("repeats: 3"), vec!["sampled"]),
+        (
+            with("generation_kwargs: {until: x, temperature: 0.5}"),
+            vec!["do_sample"],
+        ),
         (with("stride: 4"), vec!["stride"]),
         (
             with("generation_kwargs: {until: x, max_gen_toks: 0}"),

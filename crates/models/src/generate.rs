@@ -14,7 +14,7 @@ pub struct GenerateOptions {
     pub temperature: f64,
     /// Nucleus: the smallest set of tokens with this probability.
     pub top_p: Option<f64>,
-    /// Seed of the sampler.
+    /// Seed of the first prompt's sampler; each next prompt has the next number.
     pub seed: u64,
     /// Stop after this token.
     pub eos: Option<u32>,
@@ -73,7 +73,10 @@ pub fn generate_rows(
         (temperature, Some(p)) => Sampling::TopP { p, temperature },
         (temperature, None) => Sampling::All { temperature },
     };
-    let mut sampler = LogitsProcessor::from_sampling(options.seed, sampling);
+    // One for each prompt, so that an answer does not depend on what is generated beside it.
+    let mut samplers: Vec<LogitsProcessor> = (0..prompts.len() as u64)
+        .map(|row| LogitsProcessor::from_sampling(options.seed.wrapping_add(row), sampling.clone()))
+        .collect();
     let mut out = vec![Vec::new(); prompts.len()];
     let mut active: Vec<u32> = match options.max_new_tokens {
         0 => Vec::new(),
@@ -104,7 +107,7 @@ pub fn generate_rows(
                 staying.push(place);
                 continue;
             }
-            let token = sampler.sample(&logits.get(place as usize)?)?;
+            let token = samplers[row].sample(&logits.get(place as usize)?)?;
             if Some(token) == options.eos {
                 continue;
             }

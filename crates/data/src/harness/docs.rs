@@ -1,7 +1,8 @@
 //! The documents of a task: found in the data's folder, read, and put into their fields.
 
-use super::config::{DataFiles, DataFormat, TaskConfig};
-use super::rows::{Row, add_labels, read_rows};
+use super::config::TaskConfig;
+use super::data_files::{DataFiles, DataFormat};
+use super::rows::{add_labels, numbered_files, read_rows};
 use super::template::{Engine, Fields};
 use crate::{Error, MissingData, Result};
 use serde_json::Value;
@@ -59,41 +60,71 @@ pub fn read_docs(
         folders,
         engine,
     };
-    let path = finder.find(&paths.0)?;
-    let mut rows = read_rows(&path, split, files)?;
-    if let Some(labels) = files.labels.get(split) {
-        add_labels(&finder.find(&labels.0)?, &mut rows)?;
+    let found = finder.find(&paths.0)?;
+    let found = match files.format {
+        DataFormat::JsonFiles => numbered_files(&found)?,
+        _ => vec![found],
+    };
+    let mut docs = Vec::new();
+    for path in found {
+        let mut rows = read_rows(&path, split, files)?;
+        if let Some(labels) = files.labels.get(split) {
+            add_labels(&finder.find(&labels.0)?, &mut rows)?;
+        }
+        docs.extend(rows.into_iter().map(|(line, fields)| Doc {
+            fields,
+            path: path.clone(),
+            line,
+        }));
     }
-    let docs = rows.into_iter().enumerate();
-    docs.map(|(number, row)| document(task, row, number, &path, engine))
-        .collect()
+    let wanted = files.rows.get(split).map(String::as_str);
+    let mut chosen = Vec::new();
+    for (number, row) in docs.into_iter().enumerate() {
+        chosen.extend(document(task, row, number, wanted, engine)?);
+    }
+    match chosen.is_empty() {
+        true => Err(unusable(format!(
+            "no row of its file is in the split `{split}`; check `data_files.rows` and the file"
+        ))),
+        false => Ok(chosen),
+    }
 }
 
-/// Puts a row into the fields of a document. Expressions see the row, `dataset_name` and `row_number`.
+/// Puts a row into the fields of a document, if it is `wanted`. Expressions see the row,
+/// `dataset_name` and `row_number`.
 fn document(
     task: &TaskConfig,
-    (line, mut fields): Row,
+    mut doc: Doc,
     number: usize,
-    path: &Path,
+    wanted: Option<&str>,
     engine: &Engine,
-) -> Result<Doc> {
-    let mut doc = Doc {
-        fields: Fields::new(),
-        path: path.into(),
-        line,
-    };
-    let Some(wanted) = &task.process_docs else {
-        doc.fields = fields;
-        return Ok(doc);
-    };
-    fields.insert("row_number".into(), number.into());
-    fields.insert("dataset_name".into(), task.dataset_name.clone().into());
-    for (name, expression) in wanted {
-        let value = evaluated(expression, &fields, engine)
-            .map_err(|problem| doc.fails(format!("field `{name}`: {problem}")))?;
-        doc.fields.insert(name.clone(), value);
+) -> Result<Option<Doc>> {
+    if task.process_docs.is_none() && wanted.is_none() {
+        return Ok(Some(doc));
     }
-    Ok(doc)
+    let mut row = doc.fields.clone();
+    row.insert("row_number".into(), number.into());
+    row.insert("dataset_name".into(), task.dataset_name.clone().into());
+    if let Some(expression) = wanted {
+        match engine.expression(expression, &row) {
+            Ok(Value::Bool(true)) => {}
+            Ok(Value::Bool(false)) => return Ok(None),
+            Ok(other) => {
+                let problem = format!("`data_files.rows` gives {other}, neither true nor false");
+                return Err(doc.fails(problem));
+            }
+            Err(problem) => return Err(doc.fails(problem)),
+        }
+    }
+    if let Some(fields) = &task.process_docs {
+        doc.fields = Fields::new();
+        for (name, expression) in fields {
+            let value = evaluated(expression, &row, engine)
+                .map_err(|problem| doc.fails(format!("field `{name}`: {problem}")))?;
+            doc.fields.insert(name.clone(), value);
+        }
+    }
+    Ok(Some(doc))
 }
 
 /// The expressions in `value`, computed.
@@ -133,10 +164,12 @@ impl Finder<'_> {
             for place in self.places(folder)? {
                 for path in paths {
                     let path = place.join(self.filled(path)?);
-                    let mut packed = path.clone().into_os_string();
-                    packed.push(".gz");
-                    for candidate in [path, packed.into()] {
-                        if candidate.is_file() {
+                    for candidate in self.candidates(path) {
+                        let is_there = match self.files.format {
+                            DataFormat::JsonFiles => candidate.is_dir(),
+                            _ => candidate.is_file(),
+                        };
+                        if is_there {
                             return Ok(candidate);
                         }
                         tried.push(candidate);
@@ -155,6 +188,16 @@ impl Finder<'_> {
             format: format_name(self.files),
             origin: self.files.source.clone(),
         })))
+    }
+
+    /// A file may be packed.
+    fn candidates(&self, path: PathBuf) -> Vec<PathBuf> {
+        let mut packed = path.clone().into_os_string();
+        packed.push(".gz");
+        match self.files.format {
+            DataFormat::JsonFiles => vec![path],
+            _ => vec![path, packed.into()],
+        }
     }
 
     /// The folders that bear the names of the task and its data, and then the folder that they are in:
@@ -185,6 +228,7 @@ fn format_name(files: &DataFiles) -> String {
     let format = match files.format {
         DataFormat::Jsonl => "one JSON object a line",
         DataFormat::Json => "a JSON array of rows, or an object with one for each split",
+        DataFormat::JsonFiles => "a folder with one JSON object a file",
         DataFormat::Csv => "comma-separated columns",
         DataFormat::Tsv => "tab-separated columns",
         DataFormat::Text => "plain text",

@@ -1,5 +1,6 @@
 //! The templates of a task over the fields of a document.
 
+use super::latex::last_boxed;
 use super::python::{regex, substitute, text_of};
 use minijinja::value::{Serde, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior, Value};
@@ -11,7 +12,8 @@ use std::collections::HashSet;
 pub type Fields = Map<String, serde_json::Value>;
 
 /// The template engine, with what the harness's templates rely on: a name that is not there is an
-/// error, line breaks at the end stay, Python's methods and words for values, `regex_replace`.
+/// error, line breaks at the end stay, Python's methods and words for values, `regex_replace`; and
+/// `last_boxed`.
 pub struct Engine(Environment<'static>);
 
 impl Engine {
@@ -22,6 +24,7 @@ impl Engine {
         environment.set_unknown_method_callback(method);
         environment.set_formatter(write_python);
         environment.add_filter("regex_replace", regex_replace);
+        environment.add_filter("last_boxed", boxed);
         Self(environment)
     }
 
@@ -136,6 +139,12 @@ fn regex_replace(text: String, pattern: String, replacement: String) -> Result<S
     Ok(substitute(&regex, &replacement, &text)
         .map_err(fail)?
         .into_owned())
+}
+
+/// What the last `\boxed` of a text holds.
+fn boxed(text: String) -> Result<String, Error> {
+    let fail = || Error::new(ErrorKind::InvalidOperation, "the text has no `\\boxed{…}`");
+    last_boxed(&text).map(str::to_owned).ok_or_else(fail)
 }
 
 #[cfg(test)]

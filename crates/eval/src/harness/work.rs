@@ -27,21 +27,31 @@ pub(super) struct Work {
 }
 
 /// A prompt whose answer is generated.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Prompt {
     tokens: Vec<u32>,
     /// Texts that end the answer.
     until: Vec<String>,
     /// Most tokens of the answer.
     most: usize,
+    /// How its tokens are drawn, if they are.
+    draw: Option<Draw>,
+}
+
+/// One of the answers that are drawn for a request.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Draw {
+    temperature: f64,
+    top_p: Option<f64>,
+    /// Its own among those of the task; those of a request follow each other.
+    seed: u64,
 }
 
 /// Where the results of a request are.
 pub(super) enum Place {
     /// Rows whose likelihoods are added up.
     Rows(Range<usize>),
-    /// A prompt.
-    Prompt(usize),
+    /// Prompts, one for each answer to a request.
+    Prompts(Range<usize>),
 }
 
 /// What is known so far, by row and by prompt.
@@ -79,6 +89,8 @@ impl Work {
         // The end token as text, which generation never returns, ends an answer written out, too.
         until.push(encoder.tokenizer.decode_all(&[encoder.tokenizer.eos])?);
         until.retain(|text| !text.is_empty());
+        let (repeats, sampling) = (task.repeats(), task.generation().sampling());
+        let mut seeds = 0..;
         let mut place = |request: &Request| -> Result<Place> {
             let begin = self.rows.len();
             match request {
@@ -91,12 +103,21 @@ impl Work {
                         .extend(encoder.windows(text, stride.or(task.stride))?);
                 }
                 Request::Generate { context } => {
-                    self.prompts.push(Prompt {
-                        tokens: encoder.prompt(context, most)?,
-                        until: until.clone(),
-                        most,
-                    });
-                    return Ok(Place::Prompt(self.prompts.len() - 1));
+                    let tokens = encoder.prompt(context, most)?;
+                    let begin = self.prompts.len();
+                    for seed in seeds.by_ref().take(repeats) {
+                        self.prompts.push(Prompt {
+                            tokens: tokens.clone(),
+                            until: until.clone(),
+                            most,
+                            draw: sampling.map(|(temperature, top_p)| Draw {
+                                temperature,
+                                top_p,
+                                seed,
+                            }),
+                        });
+                    }
+                    return Ok(Place::Prompts(begin..self.prompts.len()));
                 }
             }
             Ok(Place::Rows(begin..self.rows.len()))
@@ -135,6 +156,9 @@ impl Work {
             .for_each(|prompt| add(&prompt.tokens, prompt.most));
         for prompt in &self.prompts {
             hash.update(prompt.until.join("\0"));
+            if let Some(draw) = prompt.draw {
+                hash.update(format!("{draw:?}"));
+            }
         }
         super::hex(&hash.finalize())
     }
@@ -148,7 +172,7 @@ impl Work {
         &self,
         model: &dyn LanguageModel,
         tokenizer: &ModelTokenizer,
-        options: &HarnessOptions,
+        options: &HarnessOptions<'_>,
         journal: &mut Journal,
         progress: &mut Progress<'_>,
     ) -> Result<Found> {
@@ -166,7 +190,7 @@ impl Work {
     fn score(
         &self,
         model: &dyn LanguageModel,
-        options: &HarnessOptions,
+        options: &HarnessOptions<'_>,
         journal: &mut Journal,
         progress: &mut Progress<'_>,
         found: &mut Found,
@@ -188,7 +212,7 @@ impl Work {
         &self,
         model: &dyn LanguageModel,
         tokenizer: &ModelTokenizer,
-        options: &HarnessOptions,
+        options: &HarnessOptions<'_>,
         journal: &mut Journal,
         progress: &mut Progress<'_>,
         found: &mut Found,
@@ -207,18 +231,28 @@ impl Work {
     }
 
     /// Prompts of one kind and about one length, longest first, at most `batch_tokens` tokens with the
-    /// answers.
+    /// answers. Drawn answers are with others to the same request only, whose seeds follow each other.
     fn prompt_batches(&self, batch_tokens: usize) -> Vec<Vec<usize>> {
         let mut order: Vec<usize> = (0..self.prompts.len()).collect();
         let kind = |prompt: usize| (self.prompts[prompt].most, &self.prompts[prompt].until);
         let length = |prompt: usize| self.prompts[prompt].tokens.len();
         order.sort_by_key(|&prompt| (kind(prompt), Reverse(length(prompt))));
+        let goes_with = |batch: &[usize], prompt: usize| {
+            let (first, next) = (&self.prompts[batch[0]], &self.prompts[prompt]);
+            match (first.draw, next.draw) {
+                (None, None) => first.tokens.len() - next.tokens.len() <= SPREAD,
+                (Some(a), Some(b)) => {
+                    first.tokens == next.tokens && a.seed + batch.len() as u64 == b.seed
+                }
+                _ => false,
+            }
+        };
         let mut batches: Vec<Vec<usize>> = Vec::new();
         for prompt in order {
             match batches.last_mut() {
                 Some(batch)
                     if kind(batch[0]) == kind(prompt)
-                        && length(batch[0]) - length(prompt) <= SPREAD
+                        && goes_with(batch, prompt)
                         && (batch.len() + 1) * (length(batch[0]) + kind(prompt).0)
                             <= batch_tokens =>
                 {
@@ -242,11 +276,12 @@ impl Work {
             .iter()
             .map(|&prompt| self.prompts[prompt].tokens.clone())
             .collect();
+        let draw = self.prompts[batch[0]].draw;
         let options = GenerateOptions {
             max_new_tokens: most,
-            temperature: 0.0,
-            top_p: None,
-            seed: 0,
+            temperature: draw.map_or(0.0, |draw| draw.temperature),
+            top_p: draw.and_then(|draw| draw.top_p),
+            seed: draw.map_or(0, |draw| draw.seed),
             eos: Some(tokenizer.eos),
         };
         let mut interrupted = false;
@@ -311,10 +346,13 @@ impl Found {
         })
     }
 
-    /// The answer at a place, if it is known.
-    pub(super) fn answer(&self, place: &Place) -> Option<&str> {
+    /// The answers at a place, if all are known.
+    pub(super) fn answers(&self, place: &Place) -> Option<Vec<&str>> {
         match place {
-            Place::Prompt(prompt) => self.answers[*prompt].as_deref(),
+            Place::Prompts(prompts) => {
+                let answers = self.answers[prompts.clone()].iter();
+                answers.map(Option::as_deref).collect()
+            }
             Place::Rows(_) => None,
         }
     }

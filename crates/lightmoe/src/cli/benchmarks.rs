@@ -20,6 +20,10 @@ pub struct BenchmarkArgs {
         value_name = "DIR,..."
     )]
     pub data: Vec<PathBuf>,
+    /// Run the programs that the model writes, which some tasks ask for, in a sandbox: in a folder that
+    /// goes, without a network, for some seconds
+    #[arg(long, requires = "tasks")]
+    pub allow_code: bool,
     /// Few-shot examples in a prompt [default: the task's own number]
     #[arg(long, requires = "tasks")]
     pub num_fewshot: Option<usize>,
