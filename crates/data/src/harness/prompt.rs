@@ -113,7 +113,7 @@ pub fn build_prompts(
     folders: &[PathBuf],
     options: &PromptOptions<'_>,
 ) -> Result<Prompts> {
-    let engine = Engine::new();
+    let engine = Engine::default();
     let builder = Builder {
         task,
         texts: Texts {

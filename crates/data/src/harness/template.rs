@@ -16,9 +16,8 @@ pub type Fields = Map<String, serde_json::Value>;
 /// `last_boxed`.
 pub struct Engine(Environment<'static>);
 
-impl Engine {
-    /// The engine.
-    pub fn new() -> Self {
+impl Default for Engine {
+    fn default() -> Self {
         let mut environment = Environment::new();
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
         environment.set_unknown_method_callback(method);
@@ -27,7 +26,9 @@ impl Engine {
         environment.add_filter("last_boxed", boxed);
         Self(environment)
     }
+}
 
+impl Engine {
     /// What `template` says of a document: the field of that name, the value of the expression if
     /// the template is nothing but one, or its text.
     ///
@@ -162,7 +163,7 @@ mod tests {
 
     #[test]
     fn fields_expressions_and_texts() {
-        let value = |template: &str| Engine::new().value(template, &doc()).unwrap();
+        let value = |template: &str| Engine::default().value(template, &doc()).unwrap();
         assert_eq!(value("question"), " Who? ");
         assert_eq!(value("{{choices.text}}"), json!(["a", "b"]));
         assert_eq!(value("{{choices.label.index('B')}}"), 1);
@@ -177,7 +178,7 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_named() {
-        let error = |template: &str| Engine::new().value(template, &doc()).unwrap_err();
+        let error = |template: &str| Engine::default().value(template, &doc()).unwrap_err();
         assert!(error("{{answer}}").contains("no field `answer`"));
         assert!(error("{{choices.answer}}").contains("choices.answer"));
         assert!(error("Q: {{answer}}").contains("no field `answer`"));

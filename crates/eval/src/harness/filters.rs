@@ -78,7 +78,7 @@ impl Filter {
                 fallback,
             },
             FilterStep::Template { template } => Self::Template {
-                engine: Engine::new(),
+                engine: Engine::default(),
                 template,
             },
             plain => Self::Plain(plain),
