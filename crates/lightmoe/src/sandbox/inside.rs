@@ -25,8 +25,9 @@ const RUNNER: &str = include_str!("runner.py");
 const ENDED: i32 = 86;
 /// Who the program is in its namespace: nobody.
 const NOBODY: u32 = 65534;
-/// Files that a program may have open.
+/// Files that a program may have open, and have in its folder.
 const OPEN_FILES: u64 = 64;
+const FILES: u64 = 4096;
 /// Between two looks at the program.
 const PAUSE: Duration = Duration::from_millis(3);
 /// Landlock with the right to truncate: Linux 6.2.
@@ -62,8 +63,11 @@ pub(super) fn outer(order: &Order) -> Result<u8, String> {
             }
         }
     }
-    let size = CString::new(format!("size={},mode=700", order.limits.files))
-        .map_err(|e| missing("name a size", e))?;
+    let size = CString::new(format!(
+        "size={},nr_inodes={FILES},mode=700",
+        order.limits.files
+    ))
+    .map_err(|e| missing("name a size", e))?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV;
     mount(
         "tmpfs",

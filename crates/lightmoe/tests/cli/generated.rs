@@ -10,7 +10,8 @@ use std::process::Command;
 fn evaluate(task: &Path, out: &Path) -> Command {
     let mut command = command("evaluate");
     command.arg("--tasks").arg(task).arg("--data");
-    command.arg(repository("fixtures/harness/data"));
+    let data = repository("fixtures/harness/data").display().to_string();
+    command.arg(format!("{data},{data}/mbpp,{data}/gsm8k"));
     command.arg("--out").arg(out);
     command
 }

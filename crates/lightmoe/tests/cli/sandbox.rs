@@ -219,8 +219,9 @@ fn time_memory_and_files_come_to_an_end() {
         assert!(begin.elapsed() < Duration::from_secs(30), "{program}");
         assert_passes(&larger, program, true);
     }
-    // What would keep a program alive.
+    // What would fill the memory of the kernel, or keep a program alive.
     for program in [
+        "for n in range(9000): open(str(n), 'w').close()",
         "import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n    except \
          OSError: pass\nwhile True: pass",
         "import threading, time\nthreading.Thread(target=time.sleep, args=[1000]).start()\ntime.sleep(1000)",
