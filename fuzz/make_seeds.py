@@ -1,5 +1,6 @@
 """Writes the seeds under `seeds/`, one folder a target: small files that are read without an error."""
 
+import gzip
 import json
 import pathlib
 import struct
@@ -89,14 +90,44 @@ for layer in layers:
     layer.update(groups=0, slots=[slot(e, form="adapted", rank=2, dominant=False) for e in range(4)])
 write("plan", "alone", text({**plan, "method": "replace"}))
 
-TASK = ("task: mine\noutput_type: generate_until\ntest_split: test\ndoc_to_text: q\ndoc_to_target: '{{a}}'\n"
-        "data_files: {format: jsonl, splits: {test: rows.jsonl}, rows: {test: a}, source: x}\n")
-write("task", "drawn", TASK + "repeats: 2\ngeneration_kwargs: {until: [x], do_sample: true, temperature: 0.5, top_p: 0.9}\n"
-      "metric_list: [{metric: pass_at_k, k: [1]}, {metric: bleu, tokenize: zh}]\n"
-      "filter_list: [{name: a, filter: [{function: template, template: '{{q}}'}, {function: last_boxed}]}]\n")
-write("task", "group", "group: all\ntask: [{include: gsm8k.yaml, task: a}, boolq]\n"
-      "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\nmetadata: {version: 1}\n")
-
 write("recipe", "math", 'model = "olmoe-nano"\ntask = "math"\nratio = 0.3\nrank = 2\ngroups = 2\nsteps = 50\nlr = 1e-3\n')
 write("recipe", "records", 'train = "records.jsonl"\nmethod = "replace"\nthreshold = 0.2\nannealing = "exponential"\nend_ratio = 0.5\n'
       'gamma = 2.0\ndecay = "cosine"\nbase = "random"\nalpha = 0.1\nmax_delta = 0.1\nseed = 7\ndevice = "cpu"\ndtype = "f32"\n')
+
+TASK = """task: mine
+tag: [a, b]
+dataset_path: org/name
+dataset_name: main
+data_files:
+  format: jsonl
+  folders: data
+  splits: {test: rows.jsonl, train: [train.jsonl, rows.jsonl]}
+  source: Made.
+output_type: %s
+training_split: train
+test_split: test
+doc_to_text: "Q: {{q.strip()}}"
+doc_to_target: %s
+description: "About {{flag}}: "
+fewshot_config: {sampler: first_n}
+metric_list: [{metric: %s}]
+metadata: {version: 1.0}
+"""
+write("task", "choices", TASK % ("multiple_choice", "right", "acc") + "doc_to_choice: options\n"
+      "process_docs: {q: q | upper, right: right, options: 'choices.text + options', flag: row_number}\n")
+write("task", "answer", TASK % ("generate_until", "'{{options[right]}}'", "exact_match") + "num_fewshot: 2\n"
+      "generation_kwargs: {until: ['\\n'], max_gen_toks: 5}\nfilter_list:\n- name: last\n  filter:\n"
+      "  - {function: regex, regex_pattern: '([0-9]+)', group_select: -1}\n  - function: take_first\n")
+write("task", "text", TASK % ("loglikelihood_rolling", "q | regex_replace('o', 'a')", "word_perplexity") + "doc_to_count: q\nstride: 4\n")
+write("task", "group", "group: both\ntask:\n- {include: arc_easy.yaml, task: one}\n- mine\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n")
+
+PARQUET = pathlib.Path(__file__).parent.parent / "fixtures" / "parquet"
+write("rows", "jsonl", b"\x00" + b'{"q": "Who?", "n": [1, null]}\n\n{"q": "\xe2\x80\xa8"}\n')
+write("rows", "json", b"\x01" + b'{"test": [{"q": 1}], "train": []}')
+write("rows", "csv", b"\x02" + b'q,a\n"Who,\nme?",1\n')
+write("rows", "tsv", b"\x03" + b"q\ta\nx\t1\n")
+write("rows", "types", b"\x04" + (PARQUET / "types.parquet").read_bytes())
+write("rows", "sums", b"\x04" + (PARQUET / "main" / "train-00001-of-00002.parquet").read_bytes())
+write("rows", "wikitext", b"\x05" + b" = One = \n text \n = = Part = = \n = Two = \n more \n")
+write("rows", "packed", b"\x06" + gzip.compress(b'{"q": 1}\n', mtime=0))
+write("rows", "text", b"\x07" + b"A text.\n")

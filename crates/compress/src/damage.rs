@@ -107,7 +107,7 @@ impl LayerDamage {
     }
 
     /// What all that chose the expert count together.
-    fn mass(&self, expert: usize) -> Result<f64> {
+    pub(crate) fn mass(&self, expert: usize) -> Result<f64> {
         Ok(f64::from(
             self.file.values(&format!("mass.{expert}"), &[1])?[0],
         ))

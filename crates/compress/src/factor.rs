@@ -18,13 +18,14 @@ use candle_core::{Device, Tensor};
 use faer::linalg::solvers::Solve;
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Mat, MatRef, Par, Side};
+use std::sync::Arc;
 
 /// What is added to the diagonal of a second moment, as a share of its mean.
 pub const DAMPING: f64 = 0.01;
 
-/// A second moment `[n, n]`, damped, and positive definite; `None` for the identity.
+/// A second moment `[n, n]`, damped, and positive definite; `None` for the identity. A clone shares it.
 #[derive(Debug, Clone)]
-pub struct Gram(Option<Mat<f64>>);
+pub struct Gram(Option<Arc<Mat<f64>>>);
 
 impl Gram {
     /// Of the sums `values`, row-major; all zeros count as the identity: every direction alike.
@@ -46,13 +47,13 @@ impl Gram {
             return Self::identity();
         }
         (0..n).for_each(|i| matrix[(i, i)] += damping * mean);
-        Self(Some(matrix))
+        Self(Some(Arc::new(matrix)))
     }
 
     /// `W·G·Wᵀ` `[out, out]` of `w: [out, in]`.
     pub(crate) fn between(&self, w: MatRef<'_, f64>) -> Mat<f64> {
         match &self.0 {
-            Some(gram) => w * gram * w.transpose(),
+            Some(gram) => w * gram.as_ref() * w.transpose(),
             None => w * w.transpose(),
         }
     }
@@ -252,4 +253,27 @@ pub fn least_squares(w: &Tensor, v: &Tensor) -> Result<Tensor> {
     })?;
     let transposed = factor.solve(&v * w.transpose());
     tensor(transposed.transpose())
+}
+
+/// The `B: [out, in]` with `B·(G + λ) = P + λ·mean`, where `λ` is `damping` times the mean diagonal of `G`;
+/// `mean` itself where `G` is zero.
+///
+/// # Errors
+/// If numbers are not finite.
+pub(crate) fn ridge(
+    mut gram: Mat<f64>,
+    mut product: Mat<f64>,
+    mean: Tensor,
+    damping: f64,
+) -> Result<Tensor> {
+    let n = gram.nrows();
+    let lambda = damping * (0..n).map(|i| gram[(i, i)]).sum::<f64>() / n as f64;
+    if lambda == 0.0 {
+        return Ok(mean);
+    }
+    product += matrix(&mean)? * faer::Scale(lambda);
+    (0..n).for_each(|i| gram[(i, i)] += lambda);
+    let factor = gram.llt(Side::Lower);
+    let factor = factor.map_err(|_| failed("Cholesky factor"))?;
+    tensor(factor.solve(product.transpose()).transpose())
 }

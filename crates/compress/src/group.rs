@@ -13,7 +13,7 @@ pub struct Group {
 
 /// The selected experts of one layer, to be grouped.
 #[derive(Debug, Clone, Copy)]
-pub struct Selection<'a> {
+pub struct Selected<'a> {
     /// The experts to be replaced, in any order.
     pub selected: &'a [usize],
     /// `[E]` scores of all experts of the layer.
@@ -22,7 +22,7 @@ pub struct Selection<'a> {
     pub similarity: Option<&'a [f64]>,
 }
 
-impl Selection<'_> {
+impl Selected<'_> {
     /// Forms at most `count` groups.
     ///
     /// The `count` selected experts of highest score are the dominants. Every other selected
@@ -92,7 +92,7 @@ mod tests {
     #[test]
     fn members_join_their_most_similar_dominant() {
         let similarity = similar(7, &[(4, 1, 0.3), (4, 3, 0.9), (0, 1, 0.1), (6, 3, -0.5)]);
-        let selection = Selection {
+        let selection = Selected {
             selected: &SELECTED,
             scores: &SCORES,
             similarity: Some(&similarity),
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn without_similarities_the_others_are_dealt_out() {
-        let selection = Selection {
+        let selection = Selected {
             selected: &SELECTED,
             scores: &SCORES,
             similarity: None,
@@ -116,7 +116,7 @@ mod tests {
     #[test]
     fn a_dominant_alone_forms_no_group() {
         let similarity = similar(7, &[(4, 1, 0.9), (0, 1, 0.9), (6, 1, 0.9)]);
-        let selection = Selection {
+        let selection = Selected {
             selected: &SELECTED,
             scores: &SCORES,
             similarity: Some(&similarity),
@@ -126,7 +126,7 @@ mod tests {
 
     #[test]
     fn too_few_experts_form_no_group() {
-        let selection = Selection {
+        let selection = Selected {
             selected: &SELECTED,
             scores: &SCORES,
             similarity: None,

@@ -10,12 +10,15 @@ use crate::factor::{Gram, least_squares, whitened};
 use crate::{Error, Result};
 use candle_core::{D, Device, Tensor};
 use lightmoe_kernels::{AdamW, Moments};
+use rayon::prelude::*;
 use std::ops::Range;
 
 /// Steps of Adam, if nothing else is asked for; the paper takes 10 000 to 30 000.
 pub const STEPS: usize = 1000;
 /// Adam's rate at the start, the paper's; it falls to zero.
 const RATE: f64 = 0.07;
+/// Numbers of a tensor between two products: below what the allocator would hand back to the system.
+const NEAR: usize = 6 << 20;
 /// What the mixing weight of an expert's own group is above the others at the start.
 const LEAN: f32 = 2.0;
 
@@ -88,15 +91,6 @@ struct State {
     transforms: Tensor,
 }
 
-/// The bases of some slots, mixed.
-struct Mixed {
-    /// `[n, M]`
-    shares: Tensor,
-    /// Before and after the nonlinearity, `[n, R, H]`.
-    inner: Tensor,
-    outer: Tensor,
-}
-
 impl State {
     fn start(target: &Tensor, count: usize, rank: usize) -> Result<Self> {
         let (n, f, h) = target.dims3()?;
@@ -123,29 +117,33 @@ impl State {
         Ok(state)
     }
 
-    fn mixed(&self) -> Result<Mixed> {
-        let (count, rank, width) = self.bases.dims3()?;
+    /// What each basis counts for in each slot: `[n, M]`.
+    fn shares(&self) -> Result<Tensor> {
         let largest = self.weights.max_keepdim(D::Minus1)?;
         let powers = self.weights.broadcast_sub(&largest)?.exp()?;
-        let shares = powers.broadcast_div(&powers.sum_keepdim(D::Minus1)?)?;
-        let inner = shares.matmul(&self.bases.reshape((count, rank * width))?)?;
-        let inner = inner.reshape(((), rank, width))?;
-        let outer = inner.silu()?;
-        Ok(Mixed {
-            shares,
-            inner,
-            outer,
-        })
+        Ok(powers.broadcast_div(&powers.sum_keepdim(D::Minus1)?)?)
+    }
+
+    /// The bases as rows `[M, R·H]`.
+    fn rows(&self) -> Result<Tensor> {
+        Ok(self.bases.flatten_from(1)?)
+    }
+
+    /// The bases of each slot, mixed and transformed by the nonlinearity: `[n, R, H]`.
+    fn mixed(&self) -> Result<Tensor> {
+        let (_, rank, width) = self.bases.dims3()?;
+        let inner = self.shares()?.matmul(&self.rows()?)?;
+        Ok(inner.silu()?.reshape(((), rank, width))?)
     }
 
     /// `A·V − W`.
     fn residuals(&self, target: &Tensor) -> Result<Tensor> {
-        Ok((self.transforms.matmul(&self.mixed()?.outer)? - target)?)
+        Ok((self.transforms.matmul(&self.mixed()?)? - target)?)
     }
 
     /// The transforms that lose least with these bases and weights.
     fn solve(&mut self, target: &Tensor) -> Result<()> {
-        let outer = self.mixed()?.outer;
+        let outer = self.mixed()?;
         let of_slot = |i: usize| least_squares(&target.get(i)?, &outer.get(i)?);
         let each: Vec<Tensor> = (0..target.dim(0)?).map(of_slot).collect::<Result<_>>()?;
         self.transforms = Tensor::stack(&each, 0)?;
@@ -154,30 +152,61 @@ impl State {
 
     /// The gradients of half the sum of squares by bases, weights and transforms.
     fn gradients(&self, target: &Tensor) -> Result<[Tensor; 3]> {
-        let Mixed {
-            shares,
-            inner,
-            outer,
-        } = self.mixed()?;
-        let (count, rank, width) = self.bases.dims3()?;
-        let residuals = (self.transforms.matmul(&outer)? - target)?;
-        let of_transforms = residuals.matmul(&outer.t()?)?;
-        let of_outer = self.transforms.t()?.matmul(&residuals)?;
-        // silu' = σ + silu · (1 − σ)
-        let sigmoid = ((inner.neg()?.exp()? + 1.0)?).recip()?;
-        let slope = (&sigmoid + (&outer * (1.0 - &sigmoid)?)?)?;
-        let of_inner = (of_outer * slope)?.reshape(((), rank * width))?;
-        let flat = self.bases.reshape((count, rank * width))?;
+        let (shares, rows) = (self.shares()?, self.rows()?);
+        let (_, rank, width) = self.bases.dims3()?;
+        let each = rank * width;
+        let mut of_inner = vec![0.0; target.dim(0)? * each];
+        // A few slots at a time, so that what lies between the products stays near.
+        let some = (NEAR / each).max(1);
+        let made: Vec<(Tensor, Tensor)> = of_inner
+            .par_chunks_mut(some * each)
+            .enumerate()
+            .map(|(i, of_inner)| {
+                let of = |t: &Tensor| t.narrow(0, i * some, of_inner.len() / each);
+                let slots = [of(target)?, of(&self.transforms)?, of(&shares)?];
+                slot_gradients(slots, &rows, width, of_inner)
+            })
+            .collect::<Result<_>>()?;
+        let (of_transforms, of_shares): (Vec<_>, Vec<_>) = made.into_iter().unzip();
+        let of_inner = Tensor::from_vec(of_inner, ((), each), &Device::Cpu)?;
         let of_bases = shares.t()?.matmul(&of_inner)?;
-        let of_shares = of_inner.matmul(&flat.t()?)?;
+        let of_shares = Tensor::cat(&of_shares, 0)?;
         let mean = (&of_shares * &shares)?.sum_keepdim(D::Minus1)?;
         let of_weights = (of_shares.broadcast_sub(&mean)? * &shares)?;
         Ok([
-            of_bases.reshape((count, rank, width))?,
+            of_bases.reshape(self.bases.shape())?,
             of_weights,
-            of_transforms,
+            Tensor::cat(&of_transforms, 0)?,
         ])
     }
+}
+
+/// The gradients of some slots by their transforms `[n, F, R]` and shares `[n, M]`, and into `of_inner` by
+/// what the nonlinearity is given `[n, R·H]`; of the matrices `[n, F, H]`, transforms and shares, with the
+/// rows of the bases `[M, R·H]`.
+fn slot_gradients(
+    [target, transforms, shares]: [Tensor; 3],
+    rows: &Tensor,
+    width: usize,
+    of_inner: &mut [f32],
+) -> Result<(Tensor, Tensor)> {
+    let mut outer = shares.matmul(rows)?.flatten_all()?.to_vec1::<f32>()?;
+    for (outer, slope) in outer.iter_mut().zip(of_inner.iter_mut()) {
+        let sigmoid = 1.0 / (1.0 + (-*outer).exp());
+        *outer *= sigmoid;
+        // silu' = σ + silu · (1 − σ)
+        *slope = sigmoid + *outer * (1.0 - sigmoid);
+    }
+    let (n, _, rank) = transforms.dims3()?;
+    let outer = Tensor::from_vec(outer, (n, rank, width), &Device::Cpu)?;
+    let residuals = (transforms.matmul(&outer)? - target)?;
+    let of_transforms = residuals.matmul(&outer.t()?)?;
+    let of_outer = transforms.t()?.matmul(&residuals)?.flatten_all()?;
+    for (slope, of_outer) in of_inner.iter_mut().zip(of_outer.to_vec1::<f32>()?) {
+        *slope *= of_outer;
+    }
+    let inner = Tensor::from_slice(of_inner, (n, rank * width), &Device::Cpu)?;
+    Ok((of_transforms, inner.matmul(&rows.t()?)?))
 }
 
 /// The experts of group `m` of `count`, of `n`: consecutive, at least one.

@@ -185,6 +185,7 @@ impl LayerPlan {
             expert,
             form: SlotForm::Dense,
             score,
+            weight: None,
             bytes: None,
             damage: None,
         };
@@ -257,14 +258,24 @@ pub struct SlotPlan {
     /// The form it takes.
     #[serde(flatten)]
     pub form: SlotForm,
-    /// `Gbar`: its share of the layer's gate mass, the weight it has in its group's base.
+    /// What it was chosen by; of LightMoE `Gbar`, its share of the layer's gate mass.
     pub score: f64,
+    /// The weight it has in its group's base, where that is not the score.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<f64>,
     /// Bytes of the form; only of methods that plan by them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
     /// What the form is expected to cost the model, in nats for each predicted token; likewise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damage: Option<f64>,
+}
+
+impl SlotPlan {
+    /// The weight that the expert has in a mean.
+    pub fn weight(&self) -> f64 {
+        self.weight.unwrap_or(self.score)
+    }
 }
 
 /// The form of a slot.

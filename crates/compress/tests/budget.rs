@@ -40,6 +40,7 @@ fn damaged(config: &ModelConfig, seed: u64) -> Observations {
             up: spectrum(),
             down: spectrum(),
             drop: vec![0.0; experts],
+            mass: vec![1.0; experts],
         };
         for expert in 0..experts {
             damage.drop[expert] = rng.random_range(0.3..0.9) * damage.of_ranks(expert)[0];

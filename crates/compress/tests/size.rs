@@ -24,6 +24,7 @@ fn layer(number: usize, experts: usize, replaced: usize, groups: usize) -> Layer
             SlotForm::Dense
         },
         score: 1.0 / experts as f64,
+        weight: None,
         bytes: None,
         damage: None,
     });

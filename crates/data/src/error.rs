@@ -1,6 +1,6 @@
 //! The crate's one error type.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::Task;
 
@@ -81,13 +81,21 @@ pub enum Error {
     #[error("{0}")]
     NoData(Box<MissingData>),
     /// A row of a data file cannot be used.
-    #[error("`{}` line {line}: {problem}. Correct or remove the row.", path.display())]
+    #[error("`{}` {} {line}: {problem}. Correct or remove the row.", path.display(), unit(path))]
     Row {
         /// The file.
         path: PathBuf,
-        /// 1-based line number.
+        /// 1-based number of the line, or of the row where there are no lines.
         line: usize,
         /// Which field is wrong, and how.
+        problem: String,
+    },
+    /// A data file cannot be used as a whole.
+    #[error("`{}`: {problem}.", path.display())]
+    DataFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
         problem: String,
     },
     /// A task asks for what its data cannot give.
@@ -106,8 +114,9 @@ pub enum Error {
 /// Which data are not there, and how to come by them.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "Task `{task}`: no file with the split `{split}` was found. It was looked for in {tried}. \
-     Expected {format}. {origin} Then give the folder with `--data`."
+    "Task `{task}`: no file with the split `{split}` was found. It was looked for in {tried}{}. Expected \
+     {format}. {origin} Then give the folder with `--data`{remedy}.",
+    cache.as_deref().unwrap_or_default()
 )]
 pub struct MissingData {
     /// The task.
@@ -116,8 +125,20 @@ pub struct MissingData {
     pub split: String,
     /// Every path that was tried.
     pub tried: String,
+    /// The cache that was tried.
+    pub cache: Option<String>,
     /// The form of the file.
     pub format: String,
     /// Where people get it.
     pub origin: String,
+    /// What else can be done.
+    pub remedy: String,
+}
+
+/// What the places in a data file are counted in.
+fn unit(path: &Path) -> &'static str {
+    match path.extension().is_some_and(|ending| ending == "parquet") {
+        true => "row",
+        false => "line",
+    }
 }

@@ -5,18 +5,23 @@
 //! if and only if, in one teacher-forced pass, every answer token has the highest logit. Only where
 //! a wrong answer must be read (a program that differs and yet is right, chrF) is it generated.
 //!
-//! [`harness`] runs the standard benchmarks, described by files, as lm-evaluation-harness does.
+//! [`harness`] runs the standard benchmarks, described by files, as lm-evaluation-harness does;
+//! [`divergence`] says how far a compressed model's predictions are from the original's,
+//! and [`paired`] what two evaluations of the same items differ by.
 //!
 //! Invariant: the scores do not depend on how examples are batched (up to rounding of the model).
 
 mod answers;
 mod batches;
+pub mod divergence;
 mod error;
 pub mod harness;
 mod items;
 mod likelihood;
+pub mod paired;
 mod sample;
 mod score;
+mod side_by_side;
 
 pub use error::{Error, Result};
 pub use sample::{Sample, write_samples};
@@ -66,7 +71,7 @@ impl EvalOptions {
 struct Progress<'a> {
     done: usize,
     total: usize,
-    report: &'a mut dyn FnMut(usize, usize) -> bool,
+    report: &'a mut (dyn FnMut(usize, usize) -> bool + Send),
 }
 
 impl Progress<'_> {
@@ -105,7 +110,7 @@ pub fn evaluate(
     tokenizer: &ModelTokenizer,
     examples: &[Example],
     options: &EvalOptions,
-    progress: &mut dyn FnMut(usize, usize) -> bool,
+    progress: &mut (dyn FnMut(usize, usize) -> bool + Send),
 ) -> Result<(Scores, Vec<Sample>)> {
     if options.batch_tokens == 0 {
         return Err(Error::Invalid(

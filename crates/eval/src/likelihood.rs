@@ -4,12 +4,14 @@
 //! `V` vocabulary.
 
 use crate::batches::{Batch, batches};
+use crate::side_by_side::{lock, side_by_side};
 use crate::{Error, Result};
 use candle_core::{D, Tensor};
 use lightmoe_data::Encoded;
 use lightmoe_kernels::cross_entropy;
 use lightmoe_models::config::RopeScaling;
 use lightmoe_models::{LanguageModel, Tokens};
+use std::sync::Mutex;
 
 /// The most logits held at once (64 MiB of f32): answer rows go through the head in parts.
 const LOGITS: usize = 1 << 24;
@@ -30,16 +32,20 @@ pub(crate) fn score(
     model: &dyn LanguageModel,
     rows: &[Encoded],
     batch_tokens: usize,
-    each: &mut dyn FnMut(usize) -> Result<()>,
+    each: &mut (dyn FnMut(usize) -> Result<()> + Send),
 ) -> Result<Vec<Answer>> {
+    let batches = batches(rows, batch_tokens);
     let mut answers = vec![Answer::default(); rows.len()];
-    for batch in batches(rows, batch_tokens) {
-        let scored = score_batch(model, rows, &batch)?;
+    let shared = Mutex::new((&mut answers, each));
+    side_by_side(model, batches.len(), &|number| {
+        let batch = &batches[number];
+        let scored = score_batch(model, rows, batch)?;
+        let (answers, each) = &mut *lock(&shared);
         for (&row, answer) in batch.rows.iter().zip(scored) {
             answers[row] = answer;
         }
-        each(batch.rows.len())?;
-    }
+        each(batch.rows.len())
+    })?;
     Ok(answers)
 }
 
@@ -60,47 +66,19 @@ pub(crate) fn score_batch(
         RopeScaling::Long(_) => 0,
         _ => batch.shared,
     };
-    let longest = batch.rows.iter().map(|&row| input(&rows[row]).len()).max();
-    let width = longest.unwrap_or(0) - shared;
-    // Of the beginnings, and of the rests with the number of the beginning of each.
-    let (mut beginnings, mut ids, mut of_beginning) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut positions, mut targets) = (Vec::new(), Vec::new());
-    let mut last: Option<&[u32]> = None;
-    for &row in &batch.rows {
-        let row = &rows[row];
-        if last != Some(input(row)) {
-            let (beginning, rest) = input(row).split_at(shared);
-            if last.is_none_or(|last| last[..shared] != *beginning) {
-                beginnings.extend_from_slice(beginning);
-            }
-            last = Some(input(row));
-            of_beginning.push((beginnings.len() / shared.max(1)).saturating_sub(1) as u32);
-            let end = ids.len() + width;
-            ids.extend_from_slice(rest);
-            // The value of the padding does not matter: nothing on its left sees it.
-            ids.resize(end, 0);
-        }
-        let first = ids.len() - width + row.answer_start - 1 - shared;
-        let answer = &row.tokens[row.answer_start..];
-        positions.extend((first..first + answer.len()).map(|at| at as u32));
-        targets.extend_from_slice(answer);
-    }
+    let laid = Laid::new(rows, batch, shared);
     let mut cache = None;
-    if let Some(rows) = beginnings.len().checked_div(shared) {
+    if let Some(rows) = laid.beginnings.len().checked_div(shared) {
         let tokens = Tokens {
             rows,
-            ids: &beginnings,
+            ids: &laid.beginnings,
         };
         let mut read = model.cache();
         model.forward(tokens, Some(&mut read), &mut |_, _, _| Ok(()))?;
-        cache = Some(read.select(&of_beginning)?);
+        cache = Some(read.select(&laid.of_beginning)?);
     }
-    let tokens = Tokens {
-        rows: of_beginning.len(),
-        ids: &ids,
-    };
-    let hidden = model.forward(tokens, cache.as_mut(), &mut |_, _, _| Ok(()))?;
-    let mut scored = tokens_of(model, &hidden, &positions, &targets)?.into_iter();
+    let hidden = model.forward(laid.tokens(), cache.as_mut(), &mut |_, _, _| Ok(()))?;
+    let mut scored = tokens_of(model, &hidden, &laid)?.into_iter();
     Ok(batch
         .rows
         .iter()
@@ -115,23 +93,85 @@ pub(crate) fn score_batch(
         .collect())
 }
 
-/// Likelihood and greediness of `targets: [A]`, predicted at rows `positions: [A]` of
-/// `hidden: [B · T, H]`.
-fn tokens_of(
-    model: &dyn LanguageModel,
-    hidden: &Tensor,
-    positions: &[u32],
-    targets: &[u32],
-) -> Result<Vec<(f64, bool)>> {
-    let vocab = model.config().vocab_size;
-    if let Some(id) = targets.iter().find(|&&id| id as usize >= vocab) {
-        return Err(Error::Invalid(format!(
-            "token id {id} is outside the vocabulary of {vocab}; use the model's own tokenizer"
-        )));
+/// A batch as the model reads it.
+pub(crate) struct Laid {
+    /// What the rows begin with, once each.
+    beginnings: Vec<u32>,
+    /// By row that is read, the number of its beginning.
+    of_beginning: Vec<u32>,
+    /// What follows the beginnings, `[B, T]`.
+    ids: Vec<u32>,
+    /// Where of `[B · T]` each answer token is predicted, `[A]`, the rows of the batch in turn.
+    positions: Vec<u32>,
+    /// The answer tokens, `[A]`.
+    pub(crate) targets: Vec<u32>,
+}
+
+impl Laid {
+    /// Lays out a batch, the first `shared` tokens of its rows apart. Rows with the same input, which
+    /// are together, are read once.
+    pub(crate) fn new(rows: &[Encoded], batch: &Batch, shared: usize) -> Self {
+        let longest = batch.rows.iter().map(|&row| input(&rows[row]).len()).max();
+        let width = longest.unwrap_or(0) - shared;
+        let mut laid = Self {
+            beginnings: Vec::new(),
+            of_beginning: Vec::new(),
+            ids: Vec::new(),
+            positions: Vec::new(),
+            targets: Vec::new(),
+        };
+        let mut last: Option<&[u32]> = None;
+        for &row in &batch.rows {
+            let row = &rows[row];
+            if last != Some(input(row)) {
+                let (beginning, rest) = input(row).split_at(shared);
+                if last.is_none_or(|last| last[..shared] != *beginning) {
+                    laid.beginnings.extend_from_slice(beginning);
+                }
+                last = Some(input(row));
+                let beginnings = laid.beginnings.len() / shared.max(1);
+                laid.of_beginning.push(beginnings.saturating_sub(1) as u32);
+                let end = laid.ids.len() + width;
+                laid.ids.extend_from_slice(rest);
+                // The value of the padding does not matter: nothing on its left sees it.
+                laid.ids.resize(end, 0);
+            }
+            let first = laid.ids.len() - width + row.answer_start - 1 - shared;
+            let answer = &row.tokens[row.answer_start..];
+            let positions = (first..first + answer.len()).map(|at| at as u32);
+            laid.positions.extend(positions);
+            laid.targets.extend_from_slice(answer);
+        }
+        laid
     }
-    let part = (LOGITS / vocab.max(1)).max(1);
-    let mut out = Vec::with_capacity(targets.len());
-    for (positions, targets) in positions.chunks(part).zip(targets.chunks(part)) {
+
+    /// What is read behind the beginnings.
+    pub(crate) fn tokens(&self) -> Tokens<'_> {
+        Tokens {
+            rows: self.of_beginning.len(),
+            ids: &self.ids,
+        }
+    }
+
+    /// Positions and answer tokens in parts whose logits may be held.
+    ///
+    /// # Errors
+    /// If an answer has a token that the vocabulary has not.
+    pub(crate) fn parts(&self, vocab: usize) -> Result<impl Iterator<Item = (&[u32], &[u32])>> {
+        if let Some(id) = self.targets.iter().find(|&&id| id as usize >= vocab) {
+            return Err(Error::Invalid(format!(
+                "token id {id} is outside the vocabulary of {vocab}; use the model's own tokenizer"
+            )));
+        }
+        let part = (LOGITS / vocab.max(1)).max(1);
+        Ok(self.positions.chunks(part).zip(self.targets.chunks(part)))
+    }
+}
+
+/// Likelihood and greediness of each answer token of a batch, predicted from `hidden: [B · T, H]`.
+fn tokens_of(model: &dyn LanguageModel, hidden: &Tensor, laid: &Laid) -> Result<Vec<(f64, bool)>> {
+    let mut out = Vec::with_capacity(laid.targets.len());
+    for (positions, targets) in laid.parts(model.config().vocab_size)? {
         let index = Tensor::new(positions, hidden.device())?;
         let logits = model.logits(&hidden.index_select(&index, 0)?)?;
         let nll: Vec<f32> = cross_entropy(&logits, targets)?.to_vec1()?;
@@ -180,13 +220,7 @@ mod tests {
     }
 
     fn greedy(model: &Decoder, row: &Encoded) -> Vec<u32> {
-        let options = GenerateOptions {
-            max_new_tokens: row.tokens.len() - row.answer_start,
-            temperature: 0.0,
-            top_p: None,
-            seed: 0,
-            eos: None,
-        };
+        let options = GenerateOptions::greedy(row.tokens.len() - row.answer_start, Vec::new());
         let prompt = vec![row.tokens[..row.answer_start].to_vec()];
         generate(model, &prompt, &options, &mut |_| true)
             .unwrap()

@@ -72,6 +72,7 @@ impl World {
                     false => Turns::One,
                 },
             }),
+            ..PromptOptions::default()
         };
         let folders = [fixtures().join("harness/data")];
         let tasks = selected.iter().flat_map(Benchmark::tasks);

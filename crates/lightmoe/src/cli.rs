@@ -2,6 +2,9 @@
 
 mod bench;
 mod benchmarks;
+mod compare_results;
+mod divergence;
+mod speak;
 
 use crate::settings::Settings;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -10,6 +13,9 @@ use std::path::PathBuf;
 
 pub use bench::{BenchCommand, MethodsArgs, QualityArgs, ScaleArgs, UsageArgs};
 pub use benchmarks::{BenchmarkArgs, TasksArgs};
+pub use compare_results::CompareResultsArgs;
+pub use divergence::{DivergenceArgs, TextArgs};
+pub use speak::{ChatArgs, GenerateArgs, SpeakArgs};
 
 /// Makes a Mixture-of-Experts language model smaller and keeps it working
 #[derive(Debug, Parser)]
@@ -86,6 +92,10 @@ pub enum Command {
     Recover(RecoverArgs),
     /// Score a model on a task, or on benchmarks
     Evaluate(EvaluateArgs),
+    /// Measure how far a compressed model's predictions are from the original's
+    Divergence(DivergenceArgs),
+    /// Compare two evaluations of the same items: paired differences, and which items changed
+    CompareResults(CompareResultsArgs),
     /// List the benchmarks of `evaluate --tasks`
     Tasks(TasksArgs),
     /// Write a compressed model for another program, or what recovery changed as a small file
@@ -96,6 +106,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Continue a text
     Generate(GenerateArgs),
+    /// Talk to a model, in its chat template
+    Chat(ChatArgs),
     /// Write what a model computes from token ids: logits, hidden states, routing
     Logits(LogitsArgs),
     /// Write a model of the true shape with random weights, to measure with
@@ -419,29 +431,6 @@ pub struct SynthesizeArgs {
     /// The model folder to write
     #[arg(long)]
     pub out: PathBuf,
-}
-
-/// `generate`
-#[derive(Debug, Args)]
-pub struct GenerateArgs {
-    /// The model
-    #[arg(long, default_value = crate::source::BUILT_IN)]
-    pub model: String,
-    /// The text to continue
-    #[arg(long)]
-    pub prompt: String,
-    /// The most tokens to add
-    #[arg(long, default_value_t = 64)]
-    pub max_new_tokens: usize,
-    /// Zero always takes the likeliest token
-    #[arg(long, default_value_t = 0.0)]
-    pub temperature: f64,
-    /// Draw from the smallest set of tokens with this probability
-    #[arg(long)]
-    pub top_p: Option<f64>,
-    /// Seed of the draw
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
 }
 
 /// `pretrain`

@@ -1,10 +1,13 @@
-//! Models on the Hugging Face Hub: what the environment says of it, and a bar for each file.
+//! Models and data sets on the Hugging Face Hub: what the environment says of it, and a bar for each
+//! file.
 
 use crate::preflight::Refused;
 use crate::progress::Progress;
 use anyhow::Result;
 use lightmoe_models::Error;
-use lightmoe_models::hub::{HubName, HubOptions, Want, fetch};
+use lightmoe_models::hub::{
+    Choose, HubName, HubOptions, OnBytes, Want, fetch, fetch_files, snapshot,
+};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -13,9 +16,29 @@ use std::time::Duration;
 /// # Errors
 /// [`Refused`] if there is no such model, or it may not be read; if the download fails.
 pub fn download(name: &HubName, want: Want) -> Result<PathBuf> {
-    let options = options(&|key| std::env::var(key).ok());
+    shown(&mut |on_bytes| fetch(name, want, &from_environment(), on_bytes))
+}
+
+/// Brings the files of a data set that `choose` names into the cache; their folder.
+///
+/// # Errors
+/// [`Refused`] if there is no such data set or none of its files is wanted, or it may not be read; if
+/// the download fails.
+pub fn download_files(name: &HubName, choose: &Choose<'_>) -> Result<PathBuf> {
+    shown(&mut |on_bytes| fetch_files(name, &from_environment(), choose, on_bytes))
+}
+
+/// Where the files of a data set are in the cache, or would be.
+pub fn cached(name: &HubName) -> PathBuf {
+    snapshot(name, &from_environment().cache)
+}
+
+/// Downloads with a bar for each file.
+fn shown(
+    download: &mut dyn FnMut(&mut OnBytes<'_>) -> lightmoe_models::Result<PathBuf>,
+) -> Result<PathBuf> {
     let mut bar: Option<(String, Progress)> = None;
-    let folder = fetch(name, want, &options, &mut |file, done, all| {
+    let folder = download(&mut |file, done, all| {
         if bar.as_ref().is_none_or(|(of, _)| of != file) {
             drop(bar.take());
             bar = Some((file.to_owned(), Progress::bytes(file, all as usize)));
@@ -27,6 +50,10 @@ pub fn download(name: &HubName, want: Want) -> Result<PathBuf> {
         Error::Invalid(message) => Refused(message).into(),
         other => other.into(),
     })
+}
+
+fn from_environment() -> HubOptions {
+    options(&|key| std::env::var(key).ok())
 }
 
 /// The variables that Hugging Face's own library reads, read as it does.

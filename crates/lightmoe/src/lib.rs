@@ -1,8 +1,8 @@
 //! The pipeline of stages and what it tells its user.
 //!
 //! Invariant: this is the only crate that prints, reads the environment or ends the process, and
-//! within it only `main`, [`progress`], the streaming of [`commands::run_generate`] and [`hub`],
-//! which reads the Hub's variables, do.
+//! within it only `main`, [`progress`], the text of [`speak`], the turns of
+//! [`commands::run_chat`] and [`hub`], which reads the Hub's variables, do.
 
 pub mod benchmarks;
 pub mod calibration;
@@ -11,10 +11,12 @@ pub mod commands;
 pub mod compare;
 pub mod compeft;
 pub mod compress;
+pub mod divergence;
 pub mod hub;
 pub mod inspect;
 pub mod keep;
 pub mod machine;
+pub mod paired;
 pub mod pipeline;
 pub mod preflight;
 pub mod pretrain;
@@ -30,6 +32,7 @@ pub mod sandbox;
 pub mod scale;
 pub mod settings;
 pub mod source;
+pub mod speak;
 mod spread;
 pub mod tokens;
 pub mod usage;

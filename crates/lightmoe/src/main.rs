@@ -4,7 +4,8 @@ use clap::Parser;
 use lightmoe::cli::{BenchCommand, Cli, Command, LogFormat};
 use lightmoe::preflight::Refused;
 use lightmoe::{
-    benchmarks, commands, compare, machine, progress, quality, reference, sandbox, scale, usage,
+    benchmarks, commands, compare, machine, paired, progress, quality, reference, sandbox, scale,
+    usage,
 };
 use std::io::Write;
 use std::process::ExitCode;
@@ -20,7 +21,9 @@ fn main() -> ExitCode {
     if let Some(bytes) = cli.max_memory {
         machine::set_max_memory(bytes);
     }
-    let outcome = progress::catch_interrupts().and_then(|()| run(cli.command));
+    let outcome = progress::catch_interrupts()
+        .map_err(anyhow::Error::from)
+        .and_then(|()| run(cli.command));
     let (text, code) = match outcome {
         Ok(text) => (text, ExitCode::SUCCESS),
         Err(error) => {
@@ -47,11 +50,14 @@ fn run(command: Command) -> anyhow::Result<String> {
         Command::Build(args) => commands::run_build(args),
         Command::Recover(args) => commands::run_recover(args),
         Command::Evaluate(args) => commands::run_evaluate(args),
+        Command::Divergence(args) => commands::run_divergence(args),
+        Command::CompareResults(args) => paired::run(&args),
         Command::Tasks(args) => benchmarks::list(&args),
         Command::Export(args) => commands::run_export(args),
         Command::Unpack(args) => commands::run_unpack(args),
         Command::Inspect(args) => commands::run_inspect(args),
         Command::Generate(args) => commands::run_generate(args),
+        Command::Chat(args) => commands::run_chat(args),
         Command::Logits(args) => commands::run_logits(args),
         Command::Synthesize(args) => commands::run_synthesize(args),
         Command::Pretrain(args) => commands::run_pretrain(args),

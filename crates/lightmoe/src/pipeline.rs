@@ -9,7 +9,7 @@ use crate::recipe::Recipe;
 use crate::results::{Score, TaskScores};
 use crate::source::TaskData;
 use anyhow::{Context, Result, bail};
-use lightmoe_compress::methods::{Kind, PlanModel, Weights};
+use lightmoe_compress::methods::{AdapterInit, Kind, PlanModel, Weights};
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{
@@ -182,6 +182,7 @@ pub fn recover_stage(
         base_rank: plan.settings.base_rank,
         trained_rank: plan.settings.trained_rank,
         anneal: annealing.beta(0, recipe.steps) > 0.0,
+        adapters_fade_in: plan.settings.adapters != AdapterInit::Fresh,
         seed: recipe.seed,
     };
     prepare_recovery(&mut model, inputs.original, &recovery)?;
@@ -277,9 +278,30 @@ fn train_options(recipe: &Recipe, fingerprint: &str, checkpoint_every: usize) ->
 /// # Errors
 /// If it cannot be read.
 pub fn load_model(checkpoint: &Checkpoint) -> Result<Box<dyn LanguageModel + '_>> {
+    load(checkpoint, fit(&[checkpoint]))
+}
+
+/// Two models to run side by side: in memory if both fit there, else read layer by layer.
+///
+/// # Errors
+/// If one cannot be read.
+pub fn load_pair<'a>(
+    one: &'a Checkpoint,
+    other: &'a Checkpoint,
+) -> Result<(Box<dyn LanguageModel + 'a>, Box<dyn LanguageModel + 'a>)> {
+    let fit = fit(&[one, other]);
+    Ok((load(one, fit)?, load(other, fit)?))
+}
+
+/// Whether all of the models fit into memory at once.
+fn fit(checkpoints: &[&Checkpoint]) -> bool {
+    let parameters: u64 = checkpoints.iter().map(|c| c.parameters()).sum();
     // Weights are f32 in memory; caches and activations want some room beside them.
-    let needed = checkpoint.parameters().saturating_mul(4).saturating_mul(5) / 4;
-    Ok(match needed <= machine::max_memory() {
+    parameters.saturating_mul(4).saturating_mul(5) / 4 <= machine::max_memory()
+}
+
+fn load(checkpoint: &Checkpoint, in_memory: bool) -> Result<Box<dyn LanguageModel + '_>> {
+    Ok(match in_memory {
         true => Box::new(Decoder::load(checkpoint)?),
         false => Box::new(StreamedDecoder::new(checkpoint)?),
     })

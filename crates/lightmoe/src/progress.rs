@@ -1,24 +1,49 @@
 //! Progress bars and interruption: the only place that writes to the terminal while work goes on.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::Write;
-use std::sync::OnceLock;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
+use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock, OnceLock};
 
-static STOP: AtomicBool = AtomicBool::new(false);
+/// Ctrl-C was pressed.
+static INTERRUPTED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
+/// The program is to end.
+static TERMINATED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 static QUIET: OnceLock<bool> = OnceLock::new();
 
 /// Catches Ctrl-C and SIGTERM: long work ends at its next safe point and can be resumed.
 ///
 /// # Errors
 /// If the handler cannot be installed.
-pub fn catch_interrupts() -> anyhow::Result<()> {
-    Ok(ctrlc::set_handler(|| STOP.store(true, Ordering::Relaxed))?)
+pub fn catch_interrupts() -> io::Result<()> {
+    flag::register(SIGINT, INTERRUPTED.clone())?;
+    for signal in [SIGTERM, SIGHUP] {
+        flag::register(signal, TERMINATED.clone())?;
+    }
+    Ok(())
+}
+
+/// From now on the program ends at once where it is told to: it mostly waits for its user.
+///
+/// # Errors
+/// If the handler cannot be installed.
+pub fn end_when_terminated() -> io::Result<()> {
+    for signal in [SIGTERM, SIGHUP] {
+        flag::register_conditional_shutdown(signal, 128 + signal, TERMINATED.clone())?;
+    }
+    Ok(())
 }
 
 /// Whether the user asked to stop.
 pub fn stopped() -> bool {
-    STOP.load(Ordering::Relaxed)
+    INTERRUPTED.load(Ordering::Relaxed) || TERMINATED.load(Ordering::Relaxed)
+}
+
+/// Ctrl-C stopped what it was meant for, and the program goes on.
+pub fn forget_interrupt() {
+    INTERRUPTED.store(false, Ordering::Relaxed);
 }
 
 /// Draws no bars from now on.

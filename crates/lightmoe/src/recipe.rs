@@ -1,11 +1,15 @@
 //! The recipe: everything that decides the result of a run. The same keys stand in a TOML file and
 //! on the command line; the command line wins, then the file, then the defaults.
 
+mod check;
+
 use crate::calibration::Mix;
 use crate::keep::Keep;
 use crate::settings::Settings;
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use lightmoe_compress::methods::{BaseInit, MethodName, PlanOptions, Target};
+use lightmoe_compress::methods::{
+    AdapterInit, BaseInit, MethodName, PlanOptions, Selection, Target,
+};
 use lightmoe_compress::ranks::RankRule;
 use lightmoe_compress::size::equal_trainable_rank;
 use lightmoe_compress::{Sensitivity, Statistics, mixture};
@@ -44,7 +48,11 @@ pub struct Recipe {
     pub max_damage: Option<f64>,
     pub rank: usize,
     pub groups: usize,
+    #[serde(default)]
+    pub select: Selection,
     pub base: BaseInit,
+    #[serde(default)]
+    pub adapters: AdapterInit,
     #[serde(default = "fisher")]
     pub sensitivity: Sensitivity,
     pub ranks: RankRule,
@@ -151,11 +159,18 @@ impl Recipe {
             max_damage: s.max_damage,
             rank,
             groups,
+            select: named("select", s.select, Selection::Gate, "gate, reap, damage")?,
             base: named(
                 "base",
                 s.base,
                 BaseInit::GateWeighted,
-                "gate-weighted, random, aligned",
+                "gate-weighted, reap-weighted, fisher-weighted, aligned, least-squares, random",
+            )?,
+            adapters: named(
+                "adapters",
+                s.adapters,
+                AdapterInit::Fresh,
+                "fresh, whitened, fitted, truncated",
             )?,
             sensitivity: named("sensitivity", s.sensitivity, fisher(), "fisher, relative")?,
             ranks: named(
@@ -216,112 +231,6 @@ impl Recipe {
         Ok(recipe)
     }
 
-    fn check(&self) -> Result<()> {
-        ensure!(
-            ["auto", "cpu"].contains(&self.device.as_str()),
-            "`device` is `{}`; this build runs on the CPU, use auto or cpu",
-            self.device
-        );
-        ensure!(
-            ["auto", "f32"].contains(&self.dtype.as_str()),
-            "`dtype` is `{}`; the CPU computes in f32 and files keep the model's own element type, \
-             use auto or f32",
-            self.dtype
-        );
-        let counts = [
-            ("steps", self.steps),
-            ("batch_size", self.batch_size),
-            ("train_examples", self.train_examples),
-            ("eval_examples", self.eval_examples),
-            ("max_length", self.max_length),
-            ("calibration_tokens", self.calibration_tokens),
-        ];
-        for (key, value) in counts {
-            let none = key == "steps";
-            ensure!(value > 0 || none, "`{key}` is 0; give at least 1");
-            ensure!(
-                u32::try_from(value).is_ok(),
-                "`{key}` is {value}; give a number below 2^32"
-            );
-        }
-        let shares = [
-            ("warmup", self.warmup),
-            ("end_ratio", self.end_ratio),
-            ("max_delta", self.max_delta),
-        ];
-        for (key, value) in shares {
-            ensure!(
-                (0.0..=1.0).contains(&value),
-                "`{key}` is {value}; give a share from 0 to 1"
-            );
-        }
-        for (key, value) in [
-            ("lr", self.lr),
-            ("clip_norm", self.clip_norm),
-            ("gamma", self.gamma),
-            ("distill_temperature", self.distill_temperature),
-        ] {
-            ensure!(
-                value > 0.0 && value.is_finite(),
-                "`{key}` is {value}; give a number above 0"
-            );
-        }
-        for (key, value) in [("ratio", self.ratio), ("threshold", self.threshold)] {
-            ensure!(
-                value.is_none_or(|v| (key == "ratio" && v == 0.0) || (v > 0.0 && v < 1.0)),
-                "`{key}` is {}; give a number between 0 and 1",
-                value.unwrap_or_default()
-            );
-        }
-        self.bytes()?;
-        self.calibrate()?;
-        self.also()?;
-        ensure!(
-            self.fit_steps != Some(0),
-            "`fit_steps` is 0; give at least 1"
-        );
-        let by_damage = self.method == MethodName::Budget
-            && self.ranks == RankRule::Budget
-            && self.sensitivity == Sensitivity::Fisher;
-        ensure!(
-            self.max_damage.is_none() || by_damage,
-            "`max_damage` is for the method `budget` with the `ranks` budget and the `sensitivity` \
-             fisher, which alone know it; give `ratio` or `bytes`"
-        );
-        ensure!(
-            self.threshold.is_none() || self.method != MethodName::Budget,
-            "`budget` has no threshold; give `ratio`, `bytes` or `max_damage`"
-        );
-        ensure!(
-            self.method != MethodName::Lora || self.rank > 0 || self.train_router,
-            "`rank` is 0, so `lora` has nothing to train; give at least 1"
-        );
-        let fades = self.steps == 0 || self.annealing().beta(0, self.steps) > 0.0;
-        ensure!(
-            self.method != MethodName::Replace || self.groups > 0 || fades,
-            "`replace` without a base cannot begin at β = 0: adapters that start at zero, with \
-             nothing beside them, get no gradient; use `annealing` linear or exponential with \
-             `end_ratio` above 0, or `groups` 1"
-        );
-        for (key, value) in [
-            ("weight_decay", self.weight_decay),
-            ("alpha", self.alpha),
-            ("distill", self.distill),
-            ("max_damage", self.max_damage.unwrap_or(0.0)),
-        ] {
-            ensure!(
-                value >= 0.0 && value.is_finite(),
-                "`{key}` is {value}; give a number from 0"
-            );
-        }
-        ensure!(
-            i64::try_from(self.seed).is_ok(),
-            "`seed` is {}, which a recipe file cannot hold; give a number below 2^63",
-            self.seed
-        );
-        Ok(())
-    }
-
     /// The options of plan.
     pub fn plan_options(&self) -> PlanOptions {
         PlanOptions {
@@ -329,7 +238,9 @@ impl Recipe {
             groups: self.groups,
             alpha: self.alpha,
             max_delta: self.max_delta,
+            select: self.select,
             base: self.base,
+            adapters: self.adapters,
             ranks: self.ranks,
             main_experts: self.main_experts,
             trained_rank: self.trained_rank,
@@ -340,7 +251,7 @@ impl Recipe {
 
     /// What its method needs to be observed beside routing and outputs.
     pub fn statistics(&self) -> Statistics {
-        let of_method = self.method.statistics();
+        let of_method = self.plan_options().statistics(self.method);
         Statistics {
             damage: of_method.damage.map(|_| self.sensitivity),
             ..of_method

@@ -228,13 +228,7 @@ fn forget(model: &Path) -> Result<()> {
 fn generate_some(compressed: &Checkpoint) -> Result<()> {
     let model = load_model(compressed)?;
     let prompt = TokenBatch::spread(1, 16, model.config().vocab_size).ids;
-    let options = GenerateOptions {
-        max_new_tokens: NEW_TOKENS,
-        temperature: 0.0,
-        top_p: None,
-        seed: 0,
-        eos: None,
-    };
+    let options = GenerateOptions::greedy(NEW_TOKENS, Vec::new());
     let new = generate(&*model, &[prompt], &options, &mut |_| true)?;
     ensure!(
         new[0].len() == NEW_TOKENS,

@@ -38,9 +38,15 @@ pub struct Settings {
     /// Shared bases per layer [default: 3, for replace 0]
     #[arg(long)]
     pub groups: Option<usize>,
-    /// How the bases start: gate-weighted, random, or aligned (neurons in the order of the dominant's) [default: gate-weighted]
+    /// By what lightmoe and replace choose the experts to replace: gate (their share of the gate mass), reap (what they gave), or damage (what errors cost) [default: gate]
+    #[arg(long)]
+    pub select: Option<String>,
+    /// How the bases start: gate-weighted, reap-weighted or fisher-weighted means (by what errors cost), aligned (neurons in the order of the dominant's), least-squares (on what the members were given), or random [default: gate-weighted]
     #[arg(long)]
     pub base: Option<String>,
+    /// How the adapters of lightmoe and replace start: fresh (nothing yet), or factors of what the base lacks of the expert, which fade in as the originals fade out: whitened (by its inputs), fitted (by what errors cost) or truncated (by the weights alone) [default: fresh]
+    #[arg(long)]
+    pub adapters: Option<String>,
     /// How `budget` learns what errors cost: fisher (by gradients, a second pass over the weights) or relative (by the size of what goes into their layer) [default: fisher]
     #[arg(long)]
     pub sensitivity: Option<String>,
@@ -197,7 +203,9 @@ impl Settings {
             max_damage,
             rank,
             groups,
+            select,
             base,
+            adapters,
             sensitivity,
             ranks,
             trained_rank,

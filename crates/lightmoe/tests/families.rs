@@ -85,6 +85,7 @@ fn every_family_goes_the_whole_way() {
             base_rank: None,
             trained_rank: None,
             anneal: true,
+            adapters_fade_in: false,
             seed: 0,
         };
         prepare_recovery(&mut model, &original, &recovery).unwrap();

@@ -33,6 +33,7 @@ impl Bank {
             constants: None,
             originals: None,
             beta: 0.0,
+            adapters_fade_in: false,
         }
     }
 

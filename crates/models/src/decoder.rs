@@ -50,6 +50,16 @@ impl Cache {
                 .collect::<Result<_>>()?,
         ))
     }
+
+    /// Tokens that were read.
+    pub(crate) fn len(&self) -> usize {
+        self.0.first().map_or(0, LayerCache::len)
+    }
+
+    /// Forgets all but the first `len` tokens.
+    pub(crate) fn truncate(&mut self, len: usize) -> Result<()> {
+        self.0.iter_mut().try_for_each(|layer| layer.truncate(len))
+    }
 }
 
 /// What [`LanguageModel::forward`] shows of each layer: its number, its input `[B, T, H]`, and its
@@ -169,6 +179,19 @@ impl Ends {
         Ok(out)
     }
 
+    /// Embeds ids, as [`Embedding::embed`] does.
+    ///
+    /// # Errors
+    /// Ids beyond the vocabulary, an empty batch.
+    pub fn embed(&self, tokens: Tokens<'_>) -> Result<Tensor> {
+        self.embedding.embed(tokens)
+    }
+
+    /// The angles of the positions, for [`Layer::forward`].
+    pub fn rotary(&self) -> &Rotary {
+        &self.rotary
+    }
+
     /// Logits of what comes out of the last layer, `[T, H]` → `[T, V]`.
     ///
     /// # Errors
@@ -189,7 +212,7 @@ impl Ends {
 }
 
 /// A model that can be run, wherever its layers are.
-pub trait LanguageModel {
+pub trait LanguageModel: Sync {
     /// The configuration.
     fn config(&self) -> &ModelConfig;
 
@@ -201,6 +224,11 @@ pub trait LanguageModel {
     /// # Errors
     /// What reading it brings.
     fn layer(&self, number: usize) -> Result<Cow<'_, Layer>>;
+
+    /// Whether two passes may run at the same time, each of which takes memory of its own.
+    fn runs_side_by_side(&self) -> bool {
+        true
+    }
 
     /// An empty cache for [`LanguageModel::forward`].
     fn cache(&self) -> Cache {
@@ -298,6 +326,11 @@ impl LanguageModel for StreamedDecoder<'_> {
 
     fn layer(&self, number: usize) -> Result<Cow<'_, Layer>> {
         Ok(Cow::Owned(Layer::load(self.checkpoint, number)?))
+    }
+
+    /// Each would hold a layer of its own and read all of them.
+    fn runs_side_by_side(&self) -> bool {
+        false
     }
 }
 

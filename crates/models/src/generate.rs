@@ -1,6 +1,6 @@
 //! Token-by-token generation with a key-value cache and candle's sampler.
 
-use crate::decoder::{LanguageModel, Tokens};
+use crate::decoder::{Cache, LanguageModel, Tokens};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_transformers::generation::{LogitsProcessor, Sampling};
@@ -12,12 +12,41 @@ pub struct GenerateOptions {
     pub max_new_tokens: usize,
     /// Zero is greedy.
     pub temperature: f64,
-    /// Nucleus: the smallest set of tokens with this probability.
+    /// Only so many tokens, the likeliest, are drawn from.
+    pub top_k: Option<usize>,
+    /// Nucleus: the smallest set of tokens with this probability, of what `top_k` leaves.
     pub top_p: Option<f64>,
     /// Seed of the first prompt's sampler; each next prompt has the next number.
     pub seed: u64,
-    /// Stop after this token.
-    pub eos: Option<u32>,
+    /// Stop after any of these tokens.
+    pub ends: Vec<u32>,
+}
+
+impl GenerateOptions {
+    /// The likeliest token each time.
+    pub fn greedy(max_new_tokens: usize, ends: Vec<u32>) -> Self {
+        Self {
+            max_new_tokens,
+            temperature: 0.0,
+            top_k: None,
+            top_p: None,
+            seed: 0,
+            ends,
+        }
+    }
+
+    /// That of a prompt by number.
+    fn sampler(&self, prompt: u64) -> LogitsProcessor {
+        let temperature = self.temperature;
+        let sampling = match (self.top_k, self.top_p) {
+            _ if temperature <= 0.0 => Sampling::ArgMax,
+            (None, None) => Sampling::All { temperature },
+            (Some(k), None) => Sampling::TopK { k, temperature },
+            (None, Some(p)) => Sampling::TopP { p, temperature },
+            (Some(k), Some(p)) => Sampling::TopKThenTopP { k, p, temperature },
+        };
+        LogitsProcessor::from_sampling(self.seed.wrapping_add(prompt), sampling)
+    }
 }
 
 /// What to do after a new token.
@@ -31,7 +60,7 @@ pub enum Next {
     Stop,
 }
 
-/// Continues `prompts` and returns the new tokens of each (up to and without `eos`). `each` sees every
+/// Continues `prompts` and returns the new tokens of each (up to and without the one that ends it). `each` sees every
 /// new token of the first prompt and may stop the work by `false`. Prompts of about one length take
 /// the least time: they are read together up to the shortest one's end.
 pub fn generate(
@@ -56,6 +85,18 @@ pub fn generate_rows(
     options: &GenerateOptions,
     each: &mut dyn FnMut(usize, &[u32]) -> Result<Next>,
 ) -> Result<Vec<Vec<u32>>> {
+    go_on(model, &mut model.cache(), prompts, options, each)
+}
+
+/// As [`generate_rows`], where `cache` holds a beginning of every prompt, shorter than the shortest; it
+/// is left with what was read of the rows that were the last to go on.
+pub(crate) fn go_on(
+    model: &dyn LanguageModel,
+    cache: &mut Cache,
+    prompts: &[Vec<u32>],
+    options: &GenerateOptions,
+    each: &mut dyn FnMut(usize, &[u32]) -> Result<Next>,
+) -> Result<Vec<Vec<u32>>> {
     let context = model.config().max_position_embeddings;
     let shortest = prompts.iter().map(Vec::len).min().unwrap_or(0);
     if shortest == 0 {
@@ -68,24 +109,19 @@ pub fn generate_rows(
             "a prompt of {full} tokens fills the context of {context}; shorten it"
         )));
     }
-    let sampling = match (options.temperature, options.top_p) {
-        (t, _) if t <= 0.0 => Sampling::ArgMax,
-        (temperature, Some(p)) => Sampling::TopP { p, temperature },
-        (temperature, None) => Sampling::All { temperature },
-    };
     // One for each prompt, so that an answer does not depend on what is generated beside it.
     let mut samplers: Vec<LogitsProcessor> = (0..prompts.len() as u64)
-        .map(|row| LogitsProcessor::from_sampling(options.seed.wrapping_add(row), sampling.clone()))
+        .map(|row| options.sampler(row))
         .collect();
     let mut out = vec![Vec::new(); prompts.len()];
     let mut active: Vec<u32> = match options.max_new_tokens {
         0 => Vec::new(),
         _ => (0..prompts.len() as u32).collect(),
     };
-    let mut cache = model.cache();
+    let begin = cache.len();
     let mut input: Vec<u32> = prompts
         .iter()
-        .flat_map(|p| &p[..shortest])
+        .flat_map(|p| &p[begin..shortest])
         .copied()
         .collect();
     // Tokens that every row has been read up to.
@@ -93,7 +129,7 @@ pub fn generate_rows(
     while !active.is_empty() {
         let (rows, width) = (active.len(), input.len() / active.len());
         let tokens = Tokens { ids: &input, rows };
-        let hidden = model.forward(tokens, Some(&mut cache), &mut |_, _, _| Ok(()))?;
+        let hidden = model.forward(tokens, Some(cache), &mut |_, _, _| Ok(()))?;
         let last: Vec<u32> = (1..=rows).map(|r| (r * width - 1) as u32).collect();
         let logits =
             model.logits(&hidden.index_select(&Tensor::new(last, hidden.device())?, 0)?)?;
@@ -108,7 +144,7 @@ pub fn generate_rows(
                 continue;
             }
             let token = samplers[row].sample(&logits.get(place as usize)?)?;
-            if Some(token) == options.eos {
+            if options.ends.contains(&token) {
                 continue;
             }
             out[row].push(token);
@@ -125,7 +161,7 @@ pub fn generate_rows(
         read += 1;
         // Whole answers take no more time.
         if staying.len() < rows && !staying.is_empty() {
-            cache = cache.select(&staying)?;
+            *cache = cache.select(&staying)?;
         }
         active = staying
             .iter()

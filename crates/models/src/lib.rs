@@ -8,6 +8,7 @@ mod attention;
 mod bank;
 mod bank_io;
 mod checkpoint;
+mod conversation;
 mod decoder;
 mod encode;
 mod error;
@@ -23,6 +24,7 @@ mod router;
 mod shards;
 mod synthesize;
 mod tensor_file;
+mod text_stream;
 mod tokenizer;
 mod writer;
 
@@ -42,6 +44,7 @@ pub use bank_io::{load_experts, multiplied_out};
 pub use candle_core::DType;
 pub use checkpoint::{Checkpoint, Extra};
 pub use config::{Family, ModelConfig, torch_dtype};
+pub use conversation::{Conversation, Turn};
 pub use decoder::{
     Cache, Decoder, Embedding, Ends, LanguageModel, Observer, StreamedDecoder, Tokens,
 };
@@ -56,5 +59,6 @@ pub use rotary::Rotary;
 pub use router::{Routing, route_logits};
 pub use synthesize::synthesize;
 pub use tensor_file::{TensorFile, count_numbers, header_length, parse_header};
+pub use text_stream::TextStream;
 pub use tokenizer::{ChatMessage, ModelTokenizer};
 pub use writer::{CheckpointWriter, Format};

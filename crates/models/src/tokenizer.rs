@@ -14,6 +14,8 @@ pub struct ModelTokenizer {
     pub inner: Tokenizer,
     /// End of text.
     pub eos: u32,
+    /// Every token that ends an answer: that one, and those that `generation_config.json` names.
+    pub ends: Vec<u32>,
     /// Begin of text, if the tokenizer names one.
     pub bos: Option<u32>,
     config: serde_json::Value,
@@ -40,12 +42,7 @@ impl ModelTokenizer {
                 format!("cannot be read: {e}; copy it from the original model"),
             )
         })?;
-        let config_path = dir.join("tokenizer_config.json");
-        let config: serde_json::Value = match optional(&config_path)? {
-            Some(text) => serde_json::from_str(&text)
-                .map_err(|e| Error::tokenizer(&config_path, format!("not JSON: {e}; repair it")))?,
-            None => serde_json::Value::Null,
-        };
+        let config = optional_json(&dir.join("tokenizer_config.json"))?;
         let named = config.get("eos_token").and_then(token_text);
         let eos = named
             .and_then(|t| inner.token_to_id(&t))
@@ -57,6 +54,9 @@ impl ModelTokenizer {
                  `eos_token_id` in config.json",
                 )
             })?;
+        let generation = optional_json(&dir.join("generation_config.json"))?;
+        let mut ends = vec![eos];
+        ends.extend(token_ids(&generation["eos_token_id"]).filter(|&id| id != eos));
         let bos = config.get("bos_token").and_then(token_text);
         let bos = bos.and_then(|t| inner.token_to_id(&t));
         let template = optional(&dir.join("chat_template.jinja"))?
@@ -65,10 +65,20 @@ impl ModelTokenizer {
             path,
             inner,
             eos,
+            ends,
             bos,
             config,
             template,
         })
+    }
+
+    /// Takes another chat template.
+    #[must_use]
+    pub fn with_template(self, template: String) -> Self {
+        Self {
+            template: Some(template),
+            ..self
+        }
     }
 
     /// Text to ids, special tokens not added.
@@ -165,6 +175,24 @@ fn optional(path: &Path) -> Result<Option<String>> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Error::io(path, e)),
     }
+}
+
+/// What a JSON file says that may be missing; null without it.
+fn optional_json(path: &Path) -> Result<serde_json::Value> {
+    match optional(path)? {
+        Some(text) => serde_json::from_str(&text)
+            .map_err(|e| Error::tokenizer(path, format!("not JSON: {e}; repair it"))),
+        None => Ok(serde_json::Value::Null),
+    }
+}
+
+/// One token or a list of them.
+fn token_ids(value: &serde_json::Value) -> impl Iterator<Item = u32> {
+    let list = value
+        .as_array()
+        .map_or(std::slice::from_ref(value), Vec::as_slice);
+    let ids = list.iter().filter_map(serde_json::Value::as_u64);
+    ids.filter_map(|id| u32::try_from(id).ok())
 }
 
 /// A special token is a string, or an object with `content`.

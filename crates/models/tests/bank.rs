@@ -273,6 +273,29 @@ fn training_starts_at_the_original_model() {
 }
 
 #[test]
+fn adapters_that_fade_in_have_the_share_that_the_originals_lack() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let ids = Random::new(2).ids(12);
+    for form in FORMS {
+        let compressed = folder.compressed(&original, form.slots());
+        for beta in [1.0, 0.7, 0.0] {
+            let mut scaled = annealing(&compressed, &original, beta);
+            let mut fading = annealing(&compressed, &original, beta);
+            for bank in scaled.banks_mut() {
+                for (_, b) in bank.adapters.iter_mut().flat_map(|a| a.b.named_mut()) {
+                    *b = (&*b * (1.0 - beta)).unwrap();
+                }
+            }
+            fading
+                .banks_mut()
+                .for_each(|bank| bank.adapters_fade_in = true);
+            assert_close(&logits(&fading, &ids, 1), &logits(&scaled, &ids, 1), F32);
+        }
+    }
+}
+
+#[test]
 fn training_ends_without_the_originals() {
     let folder = Folder::new();
     let original = folder.original(&config());

@@ -129,13 +129,7 @@ fn what_cannot_be_run_is_an_error_that_says_what_to_do() {
 }
 
 fn options() -> GenerateOptions {
-    GenerateOptions {
-        max_new_tokens: 9,
-        temperature: 0.0,
-        top_p: None,
-        seed: 7,
-        eos: None,
-    }
+    GenerateOptions::greedy(9, Vec::new())
 }
 
 #[test]
@@ -181,8 +175,8 @@ fn generation_stops_where_it_should() {
     let prompts: Vec<_> = (0..3).map(|seed| Random::new(seed).ids(5)).collect();
     let free = generate(&model, &prompts, &options(), &mut |_| true).unwrap();
     let mut options = options();
-    // After `eos`, which is not returned; the other rows go on.
-    options.eos = Some(free[0][3]);
+    // After a token that ends an answer, which is not returned; the other rows go on.
+    options.ends = vec![99, free[0][3]];
     let cut = |row: &[u32]| {
         row.iter()
             .copied()
@@ -194,7 +188,7 @@ fn generation_stops_where_it_should() {
     let stopped = generate(&model, &prompts, &options, &mut |_| true).unwrap();
     assert_eq!(stopped, expected);
     // Where the caller says so.
-    options.eos = None;
+    options.ends.clear();
     let mut seen = Vec::new();
     let each = &mut |token| {
         seen.push(token);

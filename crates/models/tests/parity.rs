@@ -262,13 +262,7 @@ fn greedy_generation_with_cache_matches_transformers() {
     for family in families() {
         let (reference, model) = (Reference::load(family), model(family));
         let expected = reference.numbers("generated");
-        let options = GenerateOptions {
-            max_new_tokens: expected.len(),
-            temperature: 0.0,
-            top_p: None,
-            seed: 0,
-            eos: None,
-        };
+        let options = GenerateOptions::greedy(expected.len(), Vec::new());
         let prompt = reference.ids()[..8].to_vec();
         let out = generate(&model, &[prompt], &options, &mut |_| true).unwrap();
         let ours: Vec<i64> = out[0].iter().map(|&t| i64::from(t)).collect();

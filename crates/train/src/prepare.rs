@@ -15,6 +15,8 @@ pub struct Recovery {
     pub trained_rank: Option<usize>,
     /// Whether β starts above zero, so that the replaced experts are needed.
     pub anneal: bool,
+    /// Whether adapters fade in as these fade out.
+    pub adapters_fade_in: bool,
     /// Seed of the fresh adapters.
     pub seed: u64,
 }
@@ -44,6 +46,7 @@ pub fn prepare_recovery(model: &mut Decoder, original: &Checkpoint, r: &Recovery
         if let Some(rank) = r.trained_rank {
             bank.freeze_components(rank)?;
         }
+        bank.adapters_fade_in = r.adapters_fade_in;
         if r.anneal {
             bank.originals = load_experts(original, l, bank.adapted_experts())?;
             bank.anneal(if bank.originals.is_some() { 1.0 } else { 0.0 });

@@ -7,7 +7,7 @@
 
 use crate::damage::LayerDamage;
 use crate::factor::{Gram, Metric, fitted, whitened};
-use crate::merge::merge;
+use crate::merge::{merge, nearest};
 use crate::methods::{AdapterInit, BaseInit};
 use crate::mixture::{self, fit};
 use crate::moments::{LayerMoments, Moments};
@@ -118,15 +118,20 @@ impl Layer<'_> {
         self.each(&names::MIXED, mixture, writer)
     }
 
-    /// Makes and writes the tensors of `items`, a few at a time.
+    /// Makes and writes the tensors of `items`, a few at a time: more than there are threads, so that
+    /// none waits long for the last.
     fn each<T: Sync>(
         &self,
         items: &[T],
         make: impl Fn(&T) -> Result<Named> + Sync,
         writer: &mut CheckpointWriter,
     ) -> Result<()> {
-        for some in items.chunks(rayon::current_num_threads()) {
-            let made: Vec<Named> = some.par_iter().map(&make).collect::<Result<_>>()?;
+        for some in items.chunks(4 * rayon::current_num_threads()) {
+            let made: Vec<Named> = some
+                .par_iter()
+                .with_max_len(1)
+                .map(&make)
+                .collect::<Result<_>>()?;
             push(writer, made.concat())?;
         }
         Ok(())
@@ -146,7 +151,7 @@ impl Layer<'_> {
 
     /// The mean of some experts, the first of which gives the order of the neurons.
     fn mean(&self, plan: &LayerPlan, members: &[usize]) -> Result<[Tensor; 3]> {
-        let scores: Vec<f64> = members.iter().map(|&e| plan.slots[e].score).collect();
+        let scores: Vec<f64> = members.iter().map(|&e| plan.slots[e].weight()).collect();
         let align = self.settings.base == BaseInit::Aligned;
         let weights = |expert: usize| self.expert(plan.layer, expert);
         merge(&weights, members, &scores, align)
@@ -205,6 +210,19 @@ impl Layer<'_> {
         };
         members.extend(others);
         let mean = self.mean(plan, &members)?;
+        if let Some(moments) = self
+            .moments
+            .filter(|_| self.settings.base == BaseInit::LeastSquares)
+        {
+            let (config, moments) = (self.checkpoint.config(), moments.layer(plan.layer)?);
+            let weights = |expert: usize| self.expert(plan.layer, expert);
+            return nearest(
+                &weights,
+                &|expert| moments.sums(config, expert),
+                &members,
+                mean,
+            );
+        }
         if self.settings.base != BaseInit::Random {
             return Ok(mean);
         }

@@ -3,7 +3,7 @@
 
 mod layer;
 
-use crate::methods::AdapterInit;
+use crate::methods::{AdapterInit, BaseInit};
 use crate::observations::Observations;
 use crate::plan::{LayerPlan, Plan, SlotForm};
 use crate::{Error, Result};
@@ -74,11 +74,14 @@ pub fn build(
     if let Some(observations) = inputs.observations {
         observations.check(config)?;
     }
-    let moments = match (plan.settings.adapters, inputs.observations) {
-        (AdapterInit::Whitened, Some(seen)) => Some(seen.moments()?),
-        (AdapterInit::Whitened | AdapterInit::Fitted, None) => {
+    let settings = &plan.settings;
+    let whitened = settings.adapters == AdapterInit::Whitened;
+    let by_moments = whitened || settings.base == BaseInit::LeastSquares;
+    let moments = match inputs.observations {
+        Some(seen) if by_moments => Some(seen.moments()?),
+        None if by_moments || settings.adapters == AdapterInit::Fitted => {
             return Err(Error::Invalid(
-                "the plan has factors that follow what was observed; give the observations that it was \
+                "the plan has factors or bases that follow what was observed; give the observations that it was \
                  made from"
                     .to_owned(),
             ));

@@ -223,6 +223,7 @@ impl DamageSums {
             up: table(),
             down: table(),
             drop: vec![0.0; bank.len()],
+            mass: vec![0.0; bank.len()],
         };
         for ((expert, _), (spectra, drop)) in experts.iter().zip(found) {
             let all = [&mut damage.gate, &mut damage.up, &mut damage.down];
@@ -230,6 +231,7 @@ impl DamageSums {
                 all[expert * width..(expert + 1) * width].copy_from_slice(own);
             }
             damage.drop[*expert] = drop;
+            damage.mass[*expert] = layer.mass(*expert)?;
         }
         Ok(damage)
     }

@@ -3,9 +3,10 @@
 
 use lightmoe_models::config::ModelConfig;
 
-use super::{MethodName, PlanOptions, Target, finish, ratio_of};
-use crate::group::Selection;
-use crate::observations::{LayerObservations, Observations};
+use super::{BaseInit, MethodName, PlanOptions, Selection, Target, finish, ratio_of};
+use crate::group::Selected;
+use crate::merge::shares;
+use crate::observations::{Damage, LayerObservations, Observations};
 use crate::plan::{LayerPlan, Plan, SlotForm};
 use crate::search::{LayerChoices, search};
 use crate::select::{ascending, layer_thresholds, prefix, threshold_factors};
@@ -18,6 +19,8 @@ struct Layer<'a> {
     options: &'a PlanOptions,
     observed: &'a LayerObservations,
     scores: Vec<f64>,
+    /// What each expert counts for in a base, where that is not its score.
+    weights: Option<Vec<f64>>,
 }
 
 impl Layer<'_> {
@@ -35,7 +38,7 @@ impl Layer<'_> {
             }
             return plan;
         }
-        let selection = Selection {
+        let selection = Selected {
             selected,
             scores: &self.scores,
             similarity: self.observed.similarity.as_deref(),
@@ -58,10 +61,12 @@ impl Layer<'_> {
     }
 
     fn untouched(&self, threshold: Option<f64>) -> LayerPlan {
-        LayerPlan {
-            threshold,
-            ..LayerPlan::dense(self.observed, &self.scores)
+        let mut plan = LayerPlan::dense(self.observed, &self.scores);
+        plan.threshold = threshold;
+        for (slot, weight) in plan.slots.iter_mut().zip(self.weights.iter().flatten()) {
+            slot.weight = Some(*weight);
         }
+        plan
     }
 
     /// What every prefix of the layer's experts would save.
@@ -87,7 +92,7 @@ pub(super) fn plan(
     method: MethodName,
     options: &PlanOptions,
 ) -> Result<Plan> {
-    let layers = layers(config, observations, options);
+    let layers = layers(config, observations, options)?;
     let norms = observations.router_norms();
     let factors = threshold_factors(
         norms.as_deref(),
@@ -142,7 +147,7 @@ pub(super) fn uncompressed(
             "rank 0 leaves `lora` nothing to train; raise `rank`".to_owned(),
         ));
     }
-    let layers = layers(config, observations, options);
+    let layers = layers(config, observations, options)?;
     let layers = layers.iter().map(|layer| layer.untouched(None)).collect();
     let without_bases = PlanOptions {
         groups: 0,
@@ -160,14 +165,43 @@ fn layers<'a>(
     config: &'a ModelConfig,
     observations: &'a Observations,
     options: &'a PlanOptions,
-) -> Vec<Layer<'a>> {
-    let layers = observations.layers.iter();
-    layers
-        .map(|observed| Layer {
+) -> Result<Vec<Layer<'a>>> {
+    let layer = |observed: &'a LayerObservations| {
+        let scores = match options.select {
+            Selection::Gate => observed.importance(),
+            Selection::Reap => shares(&observed.outputs()?.gated),
+            Selection::Damage => {
+                let damage = damage(observed)?;
+                let experts = 0..observed.gate_mass.len();
+                let lost: Vec<f64> = experts
+                    .map(|expert| damage.of_ranks(expert)[options.rank])
+                    .collect();
+                shares(&lost)
+            }
+        };
+        let weights = match options.base {
+            BaseInit::ReapWeighted => Some(shares(&observed.outputs()?.gated)),
+            BaseInit::FisherWeighted => Some(shares(&damage(observed)?.mass)),
+            _ if options.select != Selection::Gate => Some(observed.importance()),
+            _ => None,
+        };
+        Ok(Layer {
             config,
             options,
             observed,
-            scores: observed.importance(),
+            scores,
+            weights,
         })
-        .collect()
+    };
+    observations.layers.iter().map(layer).collect()
+}
+
+fn damage(observed: &LayerObservations) -> Result<&Damage> {
+    observed.damage.as_ref().ok_or_else(|| {
+        Error::Invalid(format!(
+            "the plan goes by what errors of the experts cost, and layer {} was observed without; \
+             observe with `--damage fisher`",
+            observed.layer
+        ))
+    })
 }

@@ -20,7 +20,7 @@ mod svd;
 use lightmoe_models::Checkpoint;
 use lightmoe_models::config::ModelConfig;
 pub use name::{Kind, MethodName};
-pub use options::{AdapterInit, BaseInit, PlanOptions, Target};
+pub use options::{AdapterInit, BaseInit, PlanOptions, Selection, Target};
 
 use crate::observations::{LayerObservations, Observations};
 use crate::observe::Successor;

@@ -3,9 +3,10 @@
 use lightmoe_models::config::ModelConfig;
 use serde::{Deserialize, Serialize};
 
-use super::MethodName;
 use super::compressed::main_experts;
+use super::{Kind, MethodName};
 use crate::mixture;
+use crate::observe::{Sensitivity, Statistics};
 use crate::plan::PlanSettings;
 use crate::ranks::RankRule;
 use crate::size::adapter_parameters;
@@ -21,6 +22,26 @@ pub enum BaseInit {
     Random,
     /// The weighted mean after the neurons of all were brought into the order of the dominant's.
     Aligned,
+    /// The mean weighted by REAP's score (arXiv 2510.13999): what the experts gave.
+    ReapWeighted,
+    /// The mean weighted by what errors of the experts were observed to cost.
+    FisherWeighted,
+    /// What loses least on the inputs that the members were given, with a pull to the weighted mean.
+    LeastSquares,
+}
+
+/// By what LightMoE and its baseline choose experts to replace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Selection {
+    /// Their share of the gate mass (eq. 1-2).
+    #[default]
+    Gate,
+    /// Their share of REAP's scores.
+    Reap,
+    /// Their share of what it is observed to cost the model if of an expert no more is left than its
+    /// adapter can hold.
+    Damage,
 }
 
 /// How the adapters of replaced experts start.
@@ -50,8 +71,12 @@ pub struct PlanOptions {
     pub alpha: f64,
     /// Greatest relative distance of a layer's threshold from `p_hat`; 0 for a uniform one.
     pub max_delta: f64,
+    /// By what LightMoE selects.
+    pub select: Selection,
     /// How the bases start.
     pub base: BaseInit,
+    /// How the adapters of LightMoE start. Others than fresh ones fade in as the originals fade out.
+    pub adapters: AdapterInit,
     /// How `svd` shares its budget.
     pub ranks: RankRule,
     /// How many of the chosen experts run in `compressed`; `None` for half of them.
@@ -73,7 +98,9 @@ impl Default for PlanOptions {
             groups: 3,
             alpha: 0.3,
             max_delta: 0.2,
+            select: Selection::Gate,
             base: BaseInit::GateWeighted,
+            adapters: AdapterInit::Fresh,
             ranks: RankRule::Budget,
             main_experts: None,
             trained_rank: None,
@@ -143,6 +170,23 @@ impl PlanOptions {
         }
     }
 
+    /// What has to be observed beside routing and outputs for a plan by `method`.
+    pub fn statistics(&self, method: MethodName) -> Statistics {
+        let own = method.statistics();
+        if method.kind() != Kind::Replace {
+            return own;
+        }
+        let whitened = self.adapters == AdapterInit::Whitened;
+        let by_cost = self.select == Selection::Damage
+            || self.base == BaseInit::FisherWeighted
+            || self.adapters == AdapterInit::Fitted;
+        Statistics {
+            moments: whitened || self.base == BaseInit::LeastSquares,
+            damage: by_cost.then_some(Sensitivity::Fisher),
+            ..own
+        }
+    }
+
     /// The settings that a plan with these options states.
     pub fn settings(&self) -> PlanSettings {
         PlanSettings {
@@ -152,7 +196,7 @@ impl PlanOptions {
             alpha: self.alpha,
             max_delta: self.max_delta,
             base: self.base,
-            adapters: AdapterInit::Fresh,
+            adapters: self.adapters,
             base_rank: None,
             trained_rank: None,
             fit_steps: None,
@@ -186,6 +230,14 @@ impl PlanOptions {
                 "`replace` has no base or one, not {groups}; set `groups` to 0 or 1, or use the \
                  method `lightmoe`"
             ))),
+            _ if method.kind() != Kind::Replace
+                && (self.select, self.adapters) != (Selection::Gate, AdapterInit::Fresh) =>
+            {
+                Err(Error::Invalid(format!(
+                    "`{method}` chooses and starts in its own way; `select` and `adapters` are for \
+                     `lightmoe` and `replace`"
+                )))
+            }
             (MethodName::Compressed, _) => main_experts(config, self).map(|_| ()),
             _ => Ok(()),
         }

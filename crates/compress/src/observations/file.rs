@@ -156,7 +156,12 @@ fn decode(bytes: &[u8]) -> std::result::Result<Observations, String> {
 fn flat(name: &str) -> bool {
     matches!(
         name,
-        "output_gated" | "output_norm" | "output_square" | "weight_flatness" | "damage_drop"
+        "output_gated"
+            | "output_norm"
+            | "output_square"
+            | "weight_flatness"
+            | "damage_drop"
+            | "damage_mass"
     )
 }
 
@@ -182,6 +187,7 @@ fn split_name(name: &str) -> Option<(usize, &str)> {
         "damage_up",
         "damage_down",
         "damage_drop",
+        "damage_mass",
     ];
     let known = known.contains(&field);
     known.then_some((layer.parse().ok()?, field))
@@ -265,6 +271,7 @@ fn decode_layer(
                 up: table("damage_up", None)?,
                 down: table("damage_down", None)?,
                 drop: row("damage_drop")?,
+                mass: row("damage_mass")?,
             }),
             false => None,
         },

@@ -80,16 +80,20 @@ pub struct Damage {
     pub down: Vec<f64>,
     /// `[E]`: of all but the mean of the outputs.
     pub drop: Vec<f64>,
+    /// `[E]`: what an error of unit size counts for, summed over the tokens that chose the expert: the
+    /// square of the gate times what errors for the token cost.
+    pub mass: Vec<f64>,
 }
 
 impl Damage {
     /// By name in the file.
-    fn named(&self) -> [(&'static str, &Vec<f64>); 4] {
+    fn named(&self) -> [(&'static str, &Vec<f64>); 5] {
         [
             ("damage_gate", &self.gate),
             ("damage_up", &self.up),
             ("damage_down", &self.down),
             ("damage_drop", &self.drop),
+            ("damage_mass", &self.mass),
         ]
     }
 

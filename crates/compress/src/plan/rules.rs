@@ -73,8 +73,10 @@ impl Plan {
                     slot.expert
                 ));
             }
-            if !(slot.score.is_finite() && slot.score >= 0.0) {
-                return fail(format!("score {}; give a number from 0", slot.score));
+            for (what, value) in [("score", slot.score), ("weight", slot.weight())] {
+                if !(value.is_finite() && value >= 0.0) {
+                    return fail(format!("{what} {value}; give a number from 0"));
+                }
             }
             if slot.damage.is_some_and(|damage| !damage.is_finite()) {
                 return fail("its damage is no number; plan again".to_owned());

@@ -195,19 +195,6 @@ impl Catalogue {
         Ok(selected)
     }
 
-    /// Adds the text of a file of tasks, which may include what comes with the program; the name of the
-    /// task or group in it. `file` is for messages.
-    ///
-    /// # Errors
-    /// [`Error::TaskFile`] if it cannot be understood.
-    pub fn add_text(&mut self, file: &str, text: &str) -> Result<String> {
-        self.add(&Source {
-            file: file.to_owned(),
-            text: text.to_owned(),
-            folder: None,
-        })
-    }
-
     /// Adds the files at a path; the names of what is in them and in none of their groups.
     fn add_path(&mut self, path: &Path) -> Result<Vec<String>> {
         let mut paths = vec![path.to_owned()];

@@ -25,7 +25,10 @@ pub(super) fn check_task(task: &TaskConfig) -> Result<(), String> {
         "test_split` or `validation_split",
         task.eval_split().is_some(),
     )?;
-    needs("data_files", task.data_files.is_some())?;
+    needs(
+        "data_files` or `dataset_path",
+        task.data_files.is_some() || task.dataset_path.is_some(),
+    )?;
     needs("doc_to_target", task.doc_to_target.is_some())?;
     if task.output_type() != OutputType::LoglikelihoodRolling {
         needs("doc_to_text", task.doc_to_text.is_some())?;

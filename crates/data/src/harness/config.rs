@@ -21,11 +21,12 @@ pub struct TaskConfig {
         deserialize_with = "one_or_many"
     )]
     pub tag: Vec<String>,
-    /// The data set's name on the Hub, for the record.
+    /// The data set's name on the Hub, in whose cache it is looked for.
     pub dataset_path: Option<String>,
     /// Its part.
     pub dataset_name: Option<String>,
-    /// Where the rows of each split lie in the folder of the data; not in the harness.
+    /// Where the rows of each split lie in the folder of the data; not in the harness. Without it, the
+    /// files are those of the data set's repository.
     pub data_files: Option<DataFiles>,
     /// Split for few-shot examples, if `fewshot_split` names none.
     pub training_split: Option<String>,
@@ -141,6 +142,18 @@ impl TaskConfig {
     pub fn runs_programs(&self) -> bool {
         let mut metrics = self.metric_list.iter().flatten();
         metrics.any(|metric| metric.metric.starts_with("pass_at_"))
+    }
+
+    /// Names of the data set on the Hub, the one that it has now first.
+    pub fn repositories(&self) -> Vec<&str> {
+        let moved = self
+            .data_files
+            .as_ref()
+            .and_then(|files| files.repository.as_deref());
+        moved
+            .into_iter()
+            .chain(self.dataset_path.as_deref())
+            .collect()
     }
 
     /// `metadata.version`.

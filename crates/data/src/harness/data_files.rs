@@ -3,6 +3,7 @@
 use super::config::one_or_many;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// Where the rows of each split lie.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,6 +30,9 @@ pub struct DataFiles {
     /// By split, an expression that says which rows of its file are in it, where not all are.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub rows: BTreeMap<String, String>,
+    /// The data set's name on the Hub, where it has moved from `dataset_path`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repository: Option<String>,
     /// Where people get the files.
     pub source: String,
 }
@@ -53,8 +57,26 @@ pub enum DataFormat {
     Csv,
     /// Tab-separated, without quoting; the same.
     Tsv,
+    /// Parquet, which is read as well where a task names another form.
+    Parquet,
     /// The whole file is the field `text` of one row.
     Text,
     /// WikiText: a row's field `page` is an article, which begins with a line `= Title =`.
     Wikitext,
+}
+
+impl DataFormat {
+    /// What the name of a file says, packed or not.
+    pub(super) fn of(path: &Path) -> Option<Self> {
+        let name = path.file_name()?.to_str()?;
+        let name = name.strip_suffix(".gz").unwrap_or(name);
+        Some(match name.rsplit_once('.')?.1 {
+            "parquet" => Self::Parquet,
+            "jsonl" => Self::Jsonl,
+            "json" => Self::Json,
+            "csv" => Self::Csv,
+            "tsv" => Self::Tsv,
+            _ => return None,
+        })
+    }
 }

@@ -1,12 +1,12 @@
-//! The documents of a task: found in the data's folder, read, and put into their fields.
+//! The documents of a task: read, and put into their fields.
 
 use super::config::TaskConfig;
-use super::data_files::{DataFiles, DataFormat};
-use super::rows::{add_labels, numbered_files, read_rows};
+use super::find::Finder;
+use super::rows::{add_labels, read_rows};
 use super::template::{Engine, Fields};
-use crate::{Error, MissingData, Result};
+use crate::{Error, Result};
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// A document and where it comes from.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,7 +15,7 @@ pub struct Doc {
     pub fields: Fields,
     /// The file.
     pub path: PathBuf,
-    /// 1-based line of the file.
+    /// 1-based line of the file, or the number of the row where it has no lines.
     pub line: usize,
 }
 
@@ -30,63 +30,41 @@ impl Doc {
     }
 }
 
-/// Reads the documents of a split from the first of `folders` that has them. One of them may be a
-/// file, which is then the split's own.
+/// Reads the documents of a split from where they are found.
 ///
 /// # Errors
-/// [`Error::NoData`] if no file is there, and what reading it brings.
-pub fn read_docs(
-    task: &TaskConfig,
-    split: &str,
-    folders: &[PathBuf],
-    engine: &Engine,
-) -> Result<Vec<Doc>> {
-    let unusable = |problem: String| Error::Unusable {
-        task: task.name().to_owned(),
-        problem,
-    };
-    let files = task.data_files.as_ref().ok_or_else(|| {
-        unusable("it has no `data_files`; say in which file each split lies".into())
-    })?;
-    let paths = files.splits.get(split).ok_or_else(|| {
-        unusable(format!(
-            "`data_files.splits` has no `{split}`, which the task reads; name its file"
-        ))
-    })?;
-    let finder = Finder {
-        task,
-        split,
-        files,
-        folders,
-        engine,
-    };
-    let found = finder.find(&paths.0)?;
-    let found = match files.format {
-        DataFormat::JsonFiles => numbered_files(&found)?,
-        _ => vec![found],
-    };
+/// What finding and reading the files brings.
+pub(super) fn read_docs(finder: &Finder<'_>) -> Result<Vec<Doc>> {
+    let found = finder.find()?;
+    let mut rows = Vec::new();
+    for path in &found.paths {
+        let of_file = read_rows(path, &found.form)?.into_iter();
+        rows.extend(of_file.map(|(line, fields)| (path, line, fields)));
+    }
+    if let Some(labels) = &found.labels {
+        add_labels(labels, rows.iter_mut().map(|(_, _, fields)| fields))?;
+    }
+    let files = finder.task.data_files.as_ref();
+    let wanted = files.and_then(|files| files.rows.get(finder.split));
     let mut docs = Vec::new();
-    for path in found {
-        let mut rows = read_rows(&path, split, files)?;
-        if let Some(labels) = files.labels.get(split) {
-            add_labels(&finder.find(&labels.0)?, &mut rows)?;
-        }
-        docs.extend(rows.into_iter().map(|(line, fields)| Doc {
+    for (number, (path, line, fields)) in rows.into_iter().enumerate() {
+        let doc = Doc {
             fields,
             path: path.clone(),
             line,
-        }));
+        };
+        let wanted = wanted.map(String::as_str);
+        docs.extend(document(finder.task, doc, number, wanted, finder.engine)?);
     }
-    let wanted = files.rows.get(split).map(String::as_str);
-    let mut chosen = Vec::new();
-    for (number, row) in docs.into_iter().enumerate() {
-        chosen.extend(document(task, row, number, wanted, engine)?);
-    }
-    match chosen.is_empty() {
-        true => Err(unusable(format!(
-            "no row of its file is in the split `{split}`; check `data_files.rows` and the file"
-        ))),
-        false => Ok(chosen),
+    match docs.is_empty() {
+        true => Err(Error::Unusable {
+            task: finder.task.name().to_owned(),
+            problem: format!(
+                "no row of its file is in the split `{}`; check `data_files.rows` and the file",
+                finder.split
+            ),
+        }),
+        false => Ok(docs),
     }
 }
 
@@ -143,99 +121,4 @@ fn evaluated(value: &Value, row: &Fields, engine: &Engine) -> Result<Value, Stri
         }
         other => other.clone(),
     })
-}
-
-/// Where the file of a split may lie.
-struct Finder<'a> {
-    task: &'a TaskConfig,
-    split: &'a str,
-    files: &'a DataFiles,
-    folders: &'a [PathBuf],
-    engine: &'a Engine,
-}
-
-impl Finder<'_> {
-    fn find(&self, paths: &[String]) -> Result<PathBuf> {
-        let mut tried = Vec::new();
-        for folder in self.folders {
-            if folder.is_file() {
-                return Ok(folder.clone());
-            }
-            for place in self.places(folder)? {
-                for path in paths {
-                    let path = place.join(self.filled(path)?);
-                    for candidate in self.candidates(path) {
-                        let is_there = match self.files.format {
-                            DataFormat::JsonFiles => candidate.is_dir(),
-                            _ => candidate.is_file(),
-                        };
-                        if is_there {
-                            return Ok(candidate);
-                        }
-                        tried.push(candidate);
-                    }
-                }
-            }
-        }
-        let tried: Vec<String> = tried.iter().map(|p| format!("`{}`", p.display())).collect();
-        Err(Error::NoData(Box::new(MissingData {
-            task: self.task.name().to_owned(),
-            split: self.split.to_owned(),
-            tried: match tried.is_empty() {
-                true => "no folder, for none was given".into(),
-                false => tried.join(", "),
-            },
-            format: format_name(self.files),
-            origin: self.files.source.clone(),
-        })))
-    }
-
-    /// A file may be packed.
-    fn candidates(&self, path: PathBuf) -> Vec<PathBuf> {
-        let mut packed = path.clone().into_os_string();
-        packed.push(".gz");
-        match self.files.format {
-            DataFormat::JsonFiles => vec![path],
-            _ => vec![path, packed.into()],
-        }
-    }
-
-    /// The folders that bear the names of the task and its data, and then the folder that they are in:
-    /// files of many benchmarks have the same names.
-    fn places(&self, folder: &Path) -> Result<Vec<PathBuf>> {
-        let mut places = vec![folder.join(self.task.name())];
-        for name in &self.files.folders {
-            places.push(folder.join(self.filled(name)?));
-        }
-        places.push(folder.to_owned());
-        places.dedup();
-        Ok(places)
-    }
-
-    fn filled(&self, path: &str) -> Result<String> {
-        let name = self.task.dataset_name.clone();
-        let fields = Fields::from_iter([("dataset_name".to_owned(), Value::from(name))]);
-        self.engine
-            .text(path, &fields)
-            .map_err(|problem| Error::Unusable {
-                task: self.task.name().to_owned(),
-                problem,
-            })
-    }
-}
-
-fn format_name(files: &DataFiles) -> String {
-    let format = match files.format {
-        DataFormat::Jsonl => "one JSON object a line",
-        DataFormat::Json => "a JSON array of rows, or an object with one for each split",
-        DataFormat::JsonFiles => "a folder with one JSON object a file",
-        DataFormat::Csv => "comma-separated columns",
-        DataFormat::Tsv => "tab-separated columns",
-        DataFormat::Text => "plain text",
-        DataFormat::Wikitext => "the text of WikiText, articles one after the other",
-    };
-    match files.columns.is_empty() {
-        true => format.to_owned(),
-        false => format!("{format} ({})", files.columns.join(", ")),
-    }
 }

@@ -1,5 +1,6 @@
 //! Benchmarks as lm-evaluation-harness describes them: tasks as YAML files in its vocabulary, their
-//! data read from a folder in each benchmark's own form, and the requests that follow from both.
+//! data read from a folder in each benchmark's own form, or as the Hub's repositories have them, and
+//! the requests that follow from both.
 //!
 //! The texts of the prompts, the versions and the way few-shot examples are drawn are those of
 //! lm-evaluation-harness 0.4.9; `fixtures/harness` holds them against it.
@@ -11,10 +12,13 @@ mod config;
 mod data_files;
 mod docs;
 mod fewshot;
+mod find;
 mod group;
 pub mod latex;
+mod parquet;
 mod prompt;
 pub mod python;
+pub mod repository;
 mod rows;
 mod template;
 mod texts;

@@ -3,7 +3,9 @@
 use super::config::{OutputType, TaskConfig};
 use super::docs::{Doc, read_docs};
 use super::fewshot::Examples;
+use super::find::Finder;
 use super::python::text_of;
+use super::repository::Repository;
 use super::template::Engine;
 use super::texts::{Text, Texts, chosen, right_choices};
 use crate::records::Message;
@@ -12,7 +14,7 @@ use serde_json::Value;
 use std::path::PathBuf;
 
 /// How prompts are made.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 pub struct PromptOptions<'a> {
     /// Few-shot examples, instead of the task's own number; a task that says 0 keeps it.
     pub num_fewshot: Option<usize>,
@@ -24,6 +26,8 @@ pub struct PromptOptions<'a> {
     pub system_instruction: Option<&'a str>,
     /// Prompts become conversations.
     pub chat: Option<Chat<'a>>,
+    /// The task's data set, where no folder has its files.
+    pub repository: Option<&'a Repository>,
 }
 
 /// How prompts become conversations.
@@ -129,13 +133,19 @@ pub fn build_prompts(
         (own, given) => given.or(own).unwrap_or(0),
     };
     let split = task.eval_split().unwrap_or_default();
-    let docs = read_docs(task, split, folders, &engine)?;
+    let read = |split: &str| {
+        read_docs(&Finder {
+            task,
+            split,
+            folders,
+            repository: options.repository,
+            engine: &engine,
+        })
+    };
+    let docs = read(split)?;
     let mut examples = match (num_fewshot, task.examples_split()) {
         (0, _) | (_, None) => None,
-        (_, Some(split)) => {
-            let docs = read_docs(task, split, folders, &engine)?;
-            Some(Examples::new(task, docs, num_fewshot, options.seed))
-        }
+        (_, Some(split)) => Some(Examples::new(task, read(split)?, num_fewshot, options.seed)),
     };
     let documents = docs.len();
     if options.limit == Some(0) {

@@ -1,6 +1,7 @@
 //! The rows of a data file in a benchmark's own form.
 
 use super::data_files::{DataFiles, DataFormat};
+use super::parquet::parquet_rows;
 use super::template::Fields;
 use crate::{Error, Result};
 use flate2::read::MultiGzDecoder;
@@ -9,23 +10,69 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-/// A row, and the 1-based line where it begins.
+/// A row, and the 1-based line where it begins, or its number where there are no lines.
 pub(super) type Row = (usize, Fields);
 
-/// Reads the rows of a split from a file; a file that ends in `.gz` is unpacked.
+/// How a file is read.
+pub(super) struct Form<'a> {
+    /// What it holds; none where its name says so.
+    format: Option<DataFormat>,
+    /// Names of the columns of a file that does not name them itself.
+    columns: &'a [String],
+    /// The split that is wanted of a file that has several.
+    split: &'a str,
+}
+
+impl<'a> Form<'a> {
+    /// As a task says.
+    pub(super) fn of(files: &'a DataFiles, split: &'a str) -> Self {
+        Self {
+            format: Some(files.format),
+            columns: &files.columns,
+            split,
+        }
+    }
+
+    /// As the file's name says.
+    pub(super) fn by_name(split: &'a str) -> Self {
+        Self {
+            format: None,
+            columns: &[],
+            split,
+        }
+    }
+}
+
+/// Reads the rows of a file; one that ends in `.gz` is unpacked.
 ///
 /// # Errors
-/// [`Error::Read`], [`Error::Empty`] without rows, [`Error::Row`] for a row that is none.
-pub(super) fn read_rows(path: &Path, split: &str, files: &DataFiles) -> Result<Vec<Row>> {
-    let text = read_text(path)?;
-    let rows = match files.format {
-        DataFormat::Jsonl => json_lines(path, &text)?,
-        DataFormat::Json => json_array(path, &text, split, &files.columns)?,
-        DataFormat::JsonFiles => json_object(path, &text)?,
-        DataFormat::Csv => table(path, &text, &files.columns, b',', true)?,
-        DataFormat::Tsv => table(path, &text, &files.columns, b'\t', false)?,
-        DataFormat::Text => vec![(1, field("text", text))],
-        DataFormat::Wikitext => articles(&text),
+/// [`Error::Read`], [`Error::DataFile`], [`Error::Empty`] without rows, [`Error::Row`] for a row that
+/// is none.
+pub(super) fn read_rows(path: &Path, form: &Form<'_>) -> Result<Vec<Row>> {
+    let (columns, split) = (form.columns, form.split);
+    let format = form.format.or_else(|| DataFormat::of(path));
+    let format = format.ok_or_else(|| Error::DataFile {
+        path: path.into(),
+        problem:
+            "its name does not say what it holds; let it end in .parquet, .jsonl, .json, .csv or \
+                  .tsv"
+                .into(),
+    })?;
+    let text = || read_text(path);
+    let rows = match format {
+        DataFormat::Parquet => parquet_rows(path)?,
+        DataFormat::Jsonl => json_lines(path, &text()?)?,
+        // In repositories files of lines are often called so.
+        DataFormat::Json if form.format.is_none() => match text()? {
+            text if text.trim_start().starts_with('[') => json_array(path, &text, split, columns)?,
+            text => json_lines(path, &text)?,
+        },
+        DataFormat::Json => json_array(path, &text()?, split, columns)?,
+        DataFormat::JsonFiles => json_object(path, &text()?)?,
+        DataFormat::Csv => table(path, &text()?, columns, b',', true)?,
+        DataFormat::Tsv => table(path, &text()?, columns, b'\t', false)?,
+        DataFormat::Text => vec![(1, field("text", text()?))],
+        DataFormat::Wikitext => articles(&text()?),
     };
     match rows.is_empty() {
         true => Err(Error::Empty { path: path.into() }),
@@ -66,7 +113,10 @@ pub(super) fn numbered_files(path: &Path) -> Result<Vec<PathBuf>> {
 ///
 /// # Errors
 /// [`Error::Row`] if there is not one label a row.
-pub(super) fn add_labels(path: &Path, rows: &mut [Row]) -> Result<()> {
+pub(super) fn add_labels<'a>(
+    path: &Path,
+    rows: impl ExactSizeIterator<Item = &'a mut Fields>,
+) -> Result<()> {
     let text = read_text(path)?;
     let labels: Vec<&str> = text.lines().collect();
     if labels.len() != rows.len() {
@@ -76,7 +126,7 @@ pub(super) fn add_labels(path: &Path, rows: &mut [Row]) -> Result<()> {
             problem: format!("{} labels are there for {} rows", labels.len(), rows.len()),
         });
     }
-    for ((_, row), label) in rows.iter_mut().zip(labels) {
+    for (row, label) in rows.zip(labels) {
         row.insert("label".into(), label.trim().into());
     }
     Ok(())

@@ -8,6 +8,9 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::Map;
 use std::collections::HashSet;
 
+/// Most steps of a template, or loops in loops would take for ever.
+const MOST_STEPS: u64 = 1_000_000;
+
 /// A document: its fields.
 pub type Fields = Map<String, serde_json::Value>;
 
@@ -22,6 +25,7 @@ impl Default for Engine {
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
         environment.set_unknown_method_callback(method);
         environment.set_formatter(write_python);
+        environment.set_fuel(Some(MOST_STEPS));
         environment.add_filter("regex_replace", regex_replace);
         environment.add_filter("last_boxed", boxed);
         Self(environment)
@@ -179,6 +183,9 @@ mod tests {
     #[test]
     fn what_is_missing_is_named() {
         let error = |template: &str| Engine::default().value(template, &doc()).unwrap_err();
+        let (begin, end) = ("{% for i in range(9999) %}", "{% endfor %}");
+        let endless = format!("{}{}", begin.repeat(3), end.repeat(3));
+        assert!(error(&endless).contains("fuel"), "{}", error(&endless));
         assert!(error("{{answer}}").contains("no field `answer`"));
         assert!(error("{{choices.answer}}").contains("choices.answer"));
         assert!(error("Q: {{answer}}").contains("no field `answer`"));

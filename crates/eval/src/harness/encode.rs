@@ -15,11 +15,11 @@ pub enum BeginOfText {
 }
 
 /// Makes tokens of requests.
-pub(super) struct Encoder<'a> {
-    pub(super) tokenizer: &'a ModelTokenizer,
-    pub(super) begin: BeginOfText,
+pub(crate) struct Encoder<'a> {
+    pub(crate) tokenizer: &'a ModelTokenizer,
+    pub(crate) begin: BeginOfText,
     /// Most tokens that the model reads at once.
-    pub(super) max_length: usize,
+    pub(crate) max_length: usize,
 }
 
 impl Encoder<'_> {
@@ -37,7 +37,7 @@ impl Encoder<'_> {
 
     /// A continuation with what stands before it: white space at the end of the context belongs to
     /// the continuation, and both are encoded together, then parted where the context alone ends.
-    pub(super) fn pair(&self, context: &str, continuation: &str) -> Result<Encoded> {
+    pub(crate) fn pair(&self, context: &str, continuation: &str) -> Result<Encoded> {
         let (mut tokens, answer) = match context.is_empty() {
             true => (vec![self.prefix()], self.text(continuation)?),
             false => {
@@ -80,7 +80,7 @@ impl Encoder<'_> {
     /// Windows over a text, each of whose tokens is scored in one of them. The first window begins
     /// with the token for the begin of text; each next one scores `stride` tokens more, or as many as
     /// it can hold, and reads as much before them as there is room for.
-    pub(super) fn windows(&self, text: &str, stride: Option<usize>) -> Result<Vec<Encoded>> {
+    pub(crate) fn windows(&self, text: &str, stride: Option<usize>) -> Result<Vec<Encoded>> {
         let tokens = self.text(text)?;
         let length = self.max_length;
         let stride = stride.unwrap_or(length).clamp(1, length);
@@ -122,6 +122,16 @@ impl Encoder<'_> {
             true => Err(invalid("the prompt is empty; give it a text")),
             false => Ok(tokens),
         }
+    }
+}
+
+/// Refuses windows that would predict nothing.
+pub(crate) fn check_windows(max_length: usize, stride: Option<usize>) -> Result<()> {
+    match max_length == 0 || stride == Some(0) {
+        true => Err(invalid(
+            "windows and strides of 0 tokens predict nothing; use 1 or more",
+        )),
+        false => Ok(()),
     }
 }
 

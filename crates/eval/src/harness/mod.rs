@@ -5,11 +5,12 @@
 
 mod boot;
 mod cleaning;
-mod encode;
+pub(crate) mod encode;
 mod filters;
 mod journal;
 mod metrics;
 mod programs;
+mod reference;
 mod results;
 mod sample;
 mod score;
@@ -17,6 +18,7 @@ mod work;
 
 pub use encode::BeginOfText;
 pub use programs::Judge;
+pub use reference::reference_rows;
 pub use results::{RunFacts, results};
 
 use crate::{Error, Progress, Result};
@@ -125,7 +127,7 @@ pub fn evaluate_tasks(
     tasks: &[TaskPrompts],
     options: &HarnessOptions<'_>,
     kept: Option<Kept<'_>>,
-    progress: &mut dyn FnMut(usize, usize) -> bool,
+    progress: &mut (dyn FnMut(usize, usize) -> bool + Send),
 ) -> Result<Outcome> {
     let context = model.config().max_position_embeddings;
     let max_length = options.max_length.unwrap_or(context);

@@ -5,13 +5,16 @@ use super::encode::Encoder;
 use super::journal::Journal;
 use crate::batches::batches;
 use crate::likelihood::{Answer, score_batch};
+use crate::side_by_side::{lock, side_by_side};
 use crate::{Error, Progress, Result};
 use lightmoe_data::Encoded;
-use lightmoe_data::harness::{Prompts, Request, TaskConfig};
+use lightmoe_data::harness::{Item, Prompts, Request, TaskConfig};
 use lightmoe_models::{GenerateOptions, LanguageModel, ModelTokenizer, Next, generate_rows};
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::cmp::Reverse;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// Most tokens of an answer, where the task does not say: the harness's number.
 const ANSWER_TOKENS: usize = 256;
@@ -40,10 +43,16 @@ struct Prompt {
 /// One of the answers that are drawn for a request.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Draw {
-    temperature: f64,
-    top_p: Option<f64>,
+    /// Temperature and `top_p`.
+    sampling: (f64, Option<f64>),
     /// Its own among those of the task; those of a request follow each other.
     seed: u64,
+}
+
+/// A request as tokens.
+enum Encoding {
+    Rows(Vec<Encoded>),
+    Prompt(Vec<u32>),
 }
 
 /// Where the results of a request are.
@@ -58,6 +67,13 @@ pub(super) enum Place {
 pub(super) struct Found {
     pub(super) rows: Vec<Option<RowScore>>,
     pub(super) answers: Vec<Option<String>>,
+}
+
+/// What batches that run side by side have in common.
+struct State<'a, 'p> {
+    found: Found,
+    journal: &'a mut Journal,
+    progress: &'a mut Progress<'p>,
 }
 
 /// The score of a row.
@@ -90,51 +106,47 @@ impl Work {
         until.push(encoder.tokenizer.decode_all(&[encoder.tokenizer.eos])?);
         until.retain(|text| !text.is_empty());
         let (repeats, sampling) = (task.repeats(), task.generation().sampling());
-        let mut seeds = 0..;
-        let mut place = |request: &Request| -> Result<Place> {
-            let begin = self.rows.len();
-            match request {
+        let encode = |request: &Request| -> Result<Encoding> {
+            Ok(match request {
                 Request::Loglikelihood {
                     context,
                     continuation,
-                } => self.rows.push(encoder.pair(context, continuation)?),
+                } => Encoding::Rows(vec![encoder.pair(context, continuation)?]),
                 Request::Rolling { text } => {
-                    self.rows
-                        .extend(encoder.windows(text, stride.or(task.stride))?);
+                    Encoding::Rows(encoder.windows(text, stride.or(task.stride))?)
                 }
-                Request::Generate { context } => {
-                    let tokens = encoder.prompt(context, most)?;
-                    let begin = self.prompts.len();
-                    for seed in seeds.by_ref().take(repeats) {
-                        self.prompts.push(Prompt {
-                            tokens: tokens.clone(),
-                            until: until.clone(),
-                            most,
-                            draw: sampling.map(|(temperature, top_p)| Draw {
-                                temperature,
-                                top_p,
-                                seed,
-                            }),
-                        });
-                    }
-                    return Ok(Place::Prompts(begin..self.prompts.len()));
-                }
-            }
-            Ok(Place::Rows(begin..self.rows.len()))
-        };
-        let items = prompts.items.iter();
-        items
-            .map(|item| {
-                let places = item.requests.iter().map(&mut place);
-                places.collect::<Result<_>>().map_err(|e| match e {
-                    Error::Invalid(message) => Error::Document {
-                        path: item.doc.path.clone(),
-                        line: item.doc.line,
-                        message,
-                    },
-                    other => other,
-                })
+                Request::Generate { context } => Encoding::Prompt(encoder.prompt(context, most)?),
             })
+        };
+        let items = prompts.items.par_iter().map(|item| {
+            let encodings = item.requests.iter().map(encode);
+            let encoded = encodings.collect::<Result<_>>();
+            encoded.map_err(|e| of_document(item, e))
+        });
+        let items: Vec<Result<Vec<Encoding>>> = items.collect();
+        let mut seeds = 0..;
+        let mut place = |encoding: Encoding| match encoding {
+            Encoding::Rows(rows) => {
+                let begin = self.rows.len();
+                self.rows.extend(rows);
+                Place::Rows(begin..self.rows.len())
+            }
+            Encoding::Prompt(tokens) => {
+                let begin = self.prompts.len();
+                for seed in seeds.by_ref().take(repeats) {
+                    self.prompts.push(Prompt {
+                        tokens: tokens.clone(),
+                        until: until.clone(),
+                        most,
+                        draw: sampling.map(|sampling| Draw { sampling, seed }),
+                    });
+                }
+                Place::Prompts(begin..self.prompts.len())
+            }
+        };
+        let items = items.into_iter();
+        items
+            .map(|encodings| Ok(encodings?.into_iter().map(&mut place).collect()))
             .collect()
     }
 
@@ -176,13 +188,20 @@ impl Work {
         journal: &mut Journal,
         progress: &mut Progress<'_>,
     ) -> Result<Found> {
-        let mut found = journal.found(self.rows.len(), self.prompts.len());
         progress.total = self.rows.len() + self.prompts.len();
+        let state = Mutex::new(State {
+            found: journal.found(self.rows.len(), self.prompts.len()),
+            journal,
+            progress,
+        });
         let ended = self
-            .score(model, options, journal, progress, &mut found)
-            .and_then(|()| self.generate(model, tokenizer, options, journal, progress, &mut found));
+            .score(model, options, &state)
+            .and_then(|()| self.generate(model, tokenizer, options, &state));
         match ended {
-            Ok(()) | Err(Error::Interrupted) => Ok(found),
+            Ok(()) | Err(Error::Interrupted) => {
+                let state = state.into_inner().unwrap_or_else(PoisonError::into_inner);
+                Ok(state.found)
+            }
             Err(e) => Err(e),
         }
     }
@@ -191,21 +210,23 @@ impl Work {
         &self,
         model: &dyn LanguageModel,
         options: &HarnessOptions<'_>,
-        journal: &mut Journal,
-        progress: &mut Progress<'_>,
-        found: &mut Found,
+        state: &Mutex<State<'_, '_>>,
     ) -> Result<()> {
-        for batch in batches(&self.rows, options.batch_tokens) {
-            if batch.rows.iter().any(|&row| found.rows[row].is_none()) {
-                let scored = score_batch(model, &self.rows, &batch)?;
-                for (&row, answer) in batch.rows.iter().zip(scored) {
-                    found.rows[row] = Some(RowScore::of(&answer)?);
-                }
-                journal.add_rows(&batch.rows, found)?;
+        let batches = batches(&self.rows, options.batch_tokens);
+        side_by_side(model, batches.len(), &|number| {
+            let batch = &batches[number];
+            let is_known = |row: &usize| lock(state).found.rows[*row].is_some();
+            if batch.rows.iter().all(is_known) {
+                return lock(state).progress.advance(batch.rows.len());
             }
-            progress.advance(batch.rows.len())?;
-        }
-        Ok(())
+            let scored = score_batch(model, &self.rows, batch)?;
+            let state = &mut *lock(state);
+            for (&row, answer) in batch.rows.iter().zip(scored) {
+                state.found.rows[row] = Some(RowScore::of(&answer)?);
+            }
+            state.journal.add_rows(&batch.rows, &state.found)?;
+            state.progress.advance(batch.rows.len())
+        })
     }
 
     fn generate(
@@ -213,21 +234,23 @@ impl Work {
         model: &dyn LanguageModel,
         tokenizer: &ModelTokenizer,
         options: &HarnessOptions<'_>,
-        journal: &mut Journal,
-        progress: &mut Progress<'_>,
-        found: &mut Found,
+        state: &Mutex<State<'_, '_>>,
     ) -> Result<()> {
-        for batch in self.prompt_batches(options.batch_tokens) {
-            if batch.iter().any(|&prompt| found.answers[prompt].is_none()) {
-                let answers = self.answer(model, tokenizer, &batch, progress)?;
-                for (&prompt, answer) in batch.iter().zip(answers) {
-                    found.answers[prompt] = Some(answer);
-                }
-                journal.add_answers(&batch, found)?;
+        let batches = self.prompt_batches(options.batch_tokens);
+        side_by_side(model, batches.len(), &|number| {
+            let batch = &batches[number];
+            let is_known = |prompt: &usize| lock(state).found.answers[*prompt].is_some();
+            if batch.iter().all(is_known) {
+                return lock(state).progress.advance(batch.len());
             }
-            progress.advance(batch.len())?;
-        }
-        Ok(())
+            let answers = self.answer(model, tokenizer, batch, state)?;
+            let state = &mut *lock(state);
+            for (&prompt, answer) in batch.iter().zip(answers) {
+                state.found.answers[prompt] = Some(answer);
+            }
+            state.journal.add_answers(batch, &state.found)?;
+            state.progress.advance(batch.len())
+        })
     }
 
     /// Prompts of one kind and about one length, longest first, at most `batch_tokens` tokens with the
@@ -269,7 +292,7 @@ impl Work {
         model: &dyn LanguageModel,
         tokenizer: &ModelTokenizer,
         batch: &[usize],
-        progress: &mut Progress<'_>,
+        state: &Mutex<State<'_, '_>>,
     ) -> Result<Vec<String>> {
         let (until, most) = (&self.prompts[batch[0]].until, self.prompts[batch[0]].most);
         let prompts: Vec<Vec<u32>> = batch
@@ -278,15 +301,14 @@ impl Work {
             .collect();
         let draw = self.prompts[batch[0]].draw;
         let options = GenerateOptions {
-            max_new_tokens: most,
-            temperature: draw.map_or(0.0, |draw| draw.temperature),
-            top_p: draw.and_then(|draw| draw.top_p),
+            temperature: draw.map_or(0.0, |draw| draw.sampling.0),
+            top_p: draw.and_then(|draw| draw.sampling.1),
             seed: draw.map_or(0, |draw| draw.seed),
-            eos: Some(tokenizer.eos),
+            ..GenerateOptions::greedy(most, vec![tokenizer.eos])
         };
         let mut interrupted = false;
         let answers = generate_rows(model, &prompts, &options, &mut |_, tokens| {
-            if progress.advance(0).is_err() {
+            if lock(state).progress.advance(0).is_err() {
                 interrupted = true;
                 return Ok(Next::Stop);
             }
@@ -308,6 +330,18 @@ impl Work {
             Ok(text[..length].to_owned())
         };
         answers.into_iter().map(text).collect()
+    }
+}
+
+/// What is wrong with a request, with the document that it was made of.
+pub(super) fn of_document(item: &Item, error: Error) -> Error {
+    match error {
+        Error::Invalid(message) => Error::Document {
+            path: item.doc.path.clone(),
+            line: item.doc.line,
+            message,
+        },
+        other => other,
     }
 }
 

@@ -1,5 +1,6 @@
 //! `evaluate --tasks`: benchmarks as lm-evaluation-harness runs them; and `tasks`, which lists them.
 
+mod data;
 mod list;
 
 pub use list::list;
@@ -13,7 +14,8 @@ use crate::settings::Settings;
 use crate::source::{BUILT_IN, model_fingerprint, open_model, rendered};
 use anyhow::{Context, Result, bail};
 use comfy_table::{Table, presets};
-use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns, build_prompts};
+use data::{Download, prompts_of};
+use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns};
 use lightmoe_data::records::Message;
 use lightmoe_eval::harness::{
     BeginOfText, HarnessOptions, Judge, Kept, Outcome, RunFacts, TaskPrompts, evaluate_tasks,
@@ -32,7 +34,7 @@ const PARTIAL: &str = "results.partial.json";
 /// Finished requests of an evaluation that goes on.
 const JOURNAL: &str = "requests.jsonl";
 /// The harness's seed of few-shot examples.
-const FEWSHOT_SEED: u64 = 1234;
+const FEWSHOT_SEED: u32 = 1234;
 
 /// Runs benchmarks and writes `results.json` and `samples_<task>.jsonl`; returns a table.
 ///
@@ -57,8 +59,7 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
                        `--add-bos-token`, or add a post-processor to it";
         return Err(Refused(message.into()).into());
     }
-    let seed = u32::try_from(settings.seed.unwrap_or(FEWSHOT_SEED));
-    let seed = seed.map_err(|_| Refused("give a seed below 2^32".into()))?;
+    let seed = fewshot_seed(settings)?;
     let tasks = prompts(args, &selected, &tokenizer, seed)?;
     let options = HarnessOptions {
         batch_tokens: args.batch_tokens,
@@ -137,8 +138,17 @@ fn sandbox(args: &BenchmarkArgs, selected: &[Benchmark]) -> Result<Option<Sandbo
     Ok(Some(sandbox))
 }
 
+/// The seed of the few-shot examples.
+///
+/// # Errors
+/// [`Refused`] for one that the harness's random numbers do not take.
+pub(crate) fn fewshot_seed(settings: &Settings) -> Result<u32> {
+    let seed = settings.seed.map_or(Ok(FEWSHOT_SEED), u32::try_from);
+    seed.map_err(|_| Refused("give a seed below 2^32".into()).into())
+}
+
 /// The requests of every task that was asked for, once each.
-fn prompts(
+pub(crate) fn prompts(
     args: &BenchmarkArgs,
     selected: &[Benchmark],
     tokenizer: &ModelTokenizer,
@@ -161,6 +171,11 @@ fn prompts(
                 false => Turns::One,
             },
         }),
+        repository: None,
+    };
+    let download = match args.download {
+        true => Download::Missing,
+        false => Download::Never,
     };
     let mut tasks: Vec<TaskPrompts> = Vec::new();
     for task in selected.iter().flat_map(Benchmark::tasks) {
@@ -169,7 +184,7 @@ fn prompts(
         }
         if !tasks.iter().any(|other| other.task.name() == task.name()) {
             tasks.push(TaskPrompts {
-                prompts: build_prompts(task, &args.data, &options).map_err(Refused::of)?,
+                prompts: prompts_of(task, &args.data, download, &options)?,
                 task: task.clone(),
             });
         }

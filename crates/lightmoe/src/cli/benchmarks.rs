@@ -4,7 +4,7 @@ use clap::Args;
 use std::path::PathBuf;
 
 /// Benchmarks, for `evaluate --tasks`
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Benchmarks")]
 pub struct BenchmarkArgs {
     /// Run benchmarks as lm-evaluation-harness does, instead of the recipe's task: names that
@@ -12,7 +12,8 @@ pub struct BenchmarkArgs {
     /// (of what the model reads at once) and `seed` (of the few-shot examples, 1234) matter
     #[arg(long, value_delimiter = ',', value_name = "NAME|FILE.yaml,...")]
     pub tasks: Vec<String>,
-    /// Where the benchmarks' files lie, in their own form; several folders are searched in turn
+    /// Where the benchmarks' files lie, in their own form or as Parquet; several folders are searched in
+    /// turn, and then the Hugging Face Hub's cache
     #[arg(
         long,
         value_delimiter = ',',
@@ -20,6 +21,9 @@ pub struct BenchmarkArgs {
         value_name = "DIR,..."
     )]
     pub data: Vec<PathBuf>,
+    /// Download what is in no folder and not in the cache from the Hugging Face Hub
+    #[arg(long, requires = "tasks")]
+    pub download: bool,
     /// Run the programs that the model writes, which some tasks ask for, in a sandbox: in a folder that
     /// goes, without a network, for some seconds
     #[arg(long, requires = "tasks")]

@@ -1,8 +1,12 @@
 //! One function a subcommand; they return what is to be printed.
 
+mod chat;
+mod divergence;
 mod model;
 mod update;
 
+pub use chat::run_chat;
+pub use divergence::run_divergence;
 pub use model::{run_generate, run_inspect, run_logits, run_synthesize};
 pub use update::run_unpack;
 

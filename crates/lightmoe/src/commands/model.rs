@@ -4,15 +4,15 @@ use super::dtype;
 use crate::cli::{GenerateArgs, InspectArgs, LogitsArgs, SynthesizeArgs};
 use crate::inspect::Summary;
 use crate::pipeline::load_model;
-use crate::progress::{Progress, stopped};
+use crate::progress::{self, Progress};
 use crate::source::{hub_name, model_folder, open_model};
+use crate::speak::Speaker;
 use crate::tokens::{INPUT_IDS, TokenBatch};
 use anyhow::{Result, bail};
 use lightmoe_models::hub::Want;
-use lightmoe_models::{GenerateOptions, ModelConfig, ModelTokenizer, Tokens, folder, synthesize};
+use lightmoe_models::{ModelConfig, ModelTokenizer, Tokens, folder, synthesize};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
-use std::io::Write;
 
 /// `inspect`
 ///
@@ -42,29 +42,10 @@ pub fn run_generate(args: GenerateArgs) -> Result<String> {
     let checkpoint = open_model(&args.model)?;
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
     let model = load_model(&checkpoint)?;
-    let options = GenerateOptions {
-        max_new_tokens: args.max_new_tokens,
-        temperature: args.temperature,
-        top_p: args.top_p,
-        seed: args.seed,
-        eos: Some(tokenizer.eos),
-    };
-    let (mut ids, mut shown) = (Vec::new(), String::new());
-    let mut out = std::io::stdout().lock();
-    let prompt = vec![tokenizer.encode(&args.prompt)?];
-    lightmoe_models::generate(&*model, &prompt, &options, &mut |id| {
-        ids.push(id);
-        // A character may take several tokens: show what is whole.
-        let text = tokenizer.decode(&ids).unwrap_or_default();
-        if let Some(new) = text
-            .strip_prefix(shown.as_str())
-            .filter(|t| !t.ends_with('\u{fffd}'))
-        {
-            let _ = out.write_all(new.as_bytes()).and_then(|()| out.flush());
-            shown = text;
-        }
-        !stopped()
-    })?;
+    let mut speaker = Speaker::new(&*model, &tokenizer, args.speak);
+    let answer = speaker.answer(&args.prompt, &mut std::io::stdout().lock())?;
+    // The text has no end of line of its own; what is said of it is on one below.
+    progress::say(&format!("\n{answer}"));
     Ok(String::new())
 }
 

@@ -17,6 +17,7 @@ fn plan() -> Plan {
             }
         },
         score: (1 + (expert * 13 + layer * 5) % 32) as f64 / 528.0,
+        weight: None,
         bytes: None,
         damage: None,
     };

@@ -64,11 +64,11 @@ impl Methods {
              *Own arithmetic* is what the method computes beyond that, at the rate at which this machine \
              does the same alone, on all cores: products, triangular solutions and fits at that of a dense \
              product of {SIDE} x {SIDE} x {SIDE} ({:.0} GFLOP/s in f32, {:.0} in f64), \
-             eigendecompositions at {:.2} s each, assignments of neurons at {:.3} s. *Bound* is a pass and \
-             the own arithmetic, *ratio* is plan and build over it. The search of MoE-I² is not counted. \
-             Observing is done once for all methods that want the same \
-             statistics. Of the {} steps that the fit of MoBE has, it was given {}; each is as long as \
-             another, and what comes before and behind them is not counted, so its ratio says little.\n\n",
+             eigendecompositions at {:.2} s each, those of the hidden size at {:.2} s (in parentheses), \
+             assignments of neurons at {:.3} s. *Bound* is a pass and the own arithmetic, *ratio* is plan \
+             and build over it. The search of MoE-I² is not counted. Observing is done once for all \
+             methods that want the same statistics. Of the {} steps that the fit of MoBE has, it was given \
+             {}, and both times are of these; each is as long as another.\n\n",
             today(),
             processor(),
             self.config.family,
@@ -80,6 +80,7 @@ impl Methods {
             self.rates.products[0] / 1e9,
             self.rates.products[1] / 1e9,
             self.rates.decomposition,
+            self.rates.wide,
             self.rates.assignment,
             mixture::STEPS,
             args.fit_steps,
@@ -106,7 +107,10 @@ impl Methods {
                 format!("{:.1}", row.plan.seconds),
                 format!("{:.1}", row.build.seconds),
                 format!("{:.2}", row.work.products.iter().sum::<f64>() / 1e12),
-                format!("{:.0}", row.work.decompositions),
+                match row.work.wide {
+                    0.0 => format!("{:.0}", row.work.decompositions),
+                    wide => format!("{:.0} ({wide:.0})", row.work.decompositions),
+                },
                 format!("{:.0}", row.work.assignments),
                 format!("{bound:.1}"),
                 format!("{:.2}", made / bound),

@@ -17,8 +17,10 @@ use std::time::Instant;
 pub(super) struct Work {
     /// Floating-point operations of products, triangular solutions and fits, in f32 and in f64.
     pub(super) products: [f64; 2],
-    /// Eigendecompositions of the smaller side of an expert's matrices, in f64.
+    /// Eigendecompositions in f64, of the smaller side of an expert's matrices.
     pub(super) decompositions: f64,
+    /// The same of the hidden size, where several experts are decomposed as one matrix.
+    pub(super) wide: f64,
     /// Assignments of the neurons of one expert to those of another.
     pub(super) assignments: f64,
 }
@@ -37,6 +39,10 @@ impl Work {
             if let Some(shape) = layer.factored {
                 work.factorise(config, plan, layer.groups as f64, shape.rank);
             }
+            if let Some((bases, rank)) = layer.mixture() {
+                let mixed = layer.layout().mixed().count();
+                work.mix([mixed, bases, rank, fits].map(|n| n as f64), [h, f]);
+            }
             for slot in &layer.slots {
                 match slot.form {
                     SlotForm::Adapted { rank, .. }
@@ -54,11 +60,6 @@ impl Work {
                         work.products[0] += 6.0 * f * f * h;
                         work.assignments += 1.0;
                     }
-                    // Gate and up: the mixes, the products, and the gradients of both sides of each.
-                    SlotForm::Mixed { bases, rank } => {
-                        let step = 6.0 * rank as f64 * h * (f + bases as f64);
-                        work.products[0] += 2.0 * fits as f64 * step;
-                    }
                     _ => {}
                 }
             }
@@ -73,6 +74,24 @@ impl Work {
             work.products[0] += times * 2.0 * working * reception::MOST_TOKENS as f64;
         }
         work
+    }
+
+    /// Adds the fit of gate and up of `mixed` experts over `bases` bases of `rank` rows.
+    fn mix(&mut self, [mixed, bases, rank, steps]: [f64; 4], [h, f]: [f64; 2]) {
+        // The mixes, the products, and the gradients of both sides of each.
+        let step = 6.0 * rank * h * (f + bases);
+        // Before and behind the steps: moments, the products with them, Cholesky and the solution.
+        let solution = 2.0 * rank * rank * (h + f) + 2.0 * f * rank * h + rank.powi(3) / 3.0;
+        // Each basis starts with singular vectors of the matrices of a group, as one.
+        let rows = mixed * f;
+        let side = h.min(rows / bases);
+        let start = 2.0 * rows * h * (side + rank);
+        self.products[0] += 2.0 * mixed * steps * step;
+        self.products[1] += 2.0 * (2.0 * mixed * solution + start);
+        match side < h {
+            true => self.decompositions += 2.0 * bases,
+            false => self.wide += 2.0 * bases,
+        }
     }
 
     /// Adds the factors of the three matrices of `experts` experts.
@@ -109,8 +128,10 @@ impl Work {
 pub(super) struct Rates {
     /// Floating-point operations of a dense product, a second, in f32 and in f64.
     pub(super) products: [f64; 2],
-    /// Seconds of an eigendecomposition.
+    /// Seconds of an eigendecomposition of the smaller side of an expert's matrices.
     pub(super) decomposition: f64,
+    /// Of one of the hidden size.
+    pub(super) wide: f64,
     /// Seconds of an assignment.
     pub(super) assignment: f64,
 }
@@ -123,9 +144,8 @@ impl Rates {
             Ok::<_, anyhow::Error>(count as f64 * 2.0 * (SIDE as f64).powi(3) / seconds)
         };
         let (h, f) = (config.hidden_size, config.moe.intermediate_size);
-        let decomposition = |seed: usize| {
+        let decomposition = |n: usize, seed: usize| {
             let number = |i: usize, j: usize| ((i * j + i + j + seed) as f64 * 0.7).sin();
-            let n = h.min(f);
             let done = Mat::from_fn(n, n, number).self_adjoint_eigen(Side::Lower);
             done.map(drop)
                 .map_err(|e| anyhow!("an eigendecomposition failed: {e:?}"))
@@ -139,7 +159,8 @@ impl Rates {
         };
         Ok(Self {
             products: [product(DType::F32)?, product(DType::F64)?],
-            decomposition: seconds_of_one(decomposition)?,
+            decomposition: seconds_of_one(|seed| decomposition(h.min(f), seed))?,
+            wide: seconds_of_one(|seed| decomposition(h, seed))?,
             assignment: seconds_of_one(assignment)?,
         })
     }
@@ -149,6 +170,7 @@ impl Rates {
         let products = work.products.iter().zip(self.products);
         products.map(|(flops, rate)| flops / rate).sum::<f64>()
             + work.decompositions * self.decomposition
+            + work.wide * self.wide
             + work.assignments * self.assignment
     }
 }

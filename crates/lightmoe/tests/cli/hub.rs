@@ -124,3 +124,57 @@ fn a_plan_needs_the_config_alone() {
     assert_eq!(paths.len(), 3, "{paths:?}");
     assert!(paths[1..].iter().all(|p| p.ends_with("/config.json")));
 }
+
+/// The data set of a task of the user's own, as the Hub would have it.
+#[test]
+fn data_come_from_the_cache_or_when_asked_from_the_hub() {
+    let parquet = |name: &str| {
+        let path = repository("fixtures/parquet/main").join(name);
+        (format!("main/{name}"), std::fs::read(path).unwrap())
+    };
+    let names = [
+        "test-00000-of-00001.parquet",
+        "train-00000-of-00002.parquet",
+        "train-00001-of-00002.parquet",
+    ];
+    let hub = Hub::new(names.map(parquet).into());
+    let (cache, folder) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let task = "task: sums\ndataset_path: org/tiny\ndataset_name: main\ntest_split: test\n\
+                fewshot_split: train\noutput_type: loglikelihood\ndoc_to_text: '{{question}}'\n\
+                doc_to_target: ' {{answer}}'\nmetric_list: [{metric: acc}]\n";
+    let path = folder.path().join("sums.yaml");
+    std::fs::write(&path, task).unwrap();
+    let evaluate = |more: &[&str]| {
+        let mut call = call("evaluate", &hub, cache.path());
+        call.arg("--tasks").arg(&path).args(more);
+        call
+    };
+    // Never without being asked.
+    let message = evaluate(&[]).fails(2);
+    for part in ["datasets--org--tiny", "`org/tiny`", "--data", "--download"] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    assert!(hub.seen().is_empty());
+    let mut offline = evaluate(&["--download"]);
+    let message = offline.env("HF_HUB_OFFLINE", "1").fails(2);
+    assert!(message.contains("HF_HUB_OFFLINE"), "{message}");
+
+    // Only what is needed, and once.
+    let table = evaluate(&["--download"]).ok();
+    assert!(table.contains("sums"), "{table}");
+    let snapshot = cache
+        .path()
+        .join("datasets--org--tiny/snapshots")
+        .join(server::COMMIT);
+    assert!(snapshot.join("main").join(names[0]).exists());
+    assert!(!snapshot.join("main").join(names[1]).exists());
+    hub.seen();
+    assert_eq!(evaluate(&["--download"]).ok(), table);
+    assert!(hub.seen().is_empty());
+    let shots = ["--num-fewshot", "2"];
+    evaluate(&shots).fails(2);
+    let with_shots = evaluate(&[&shots[..], &["--download"]].concat()).ok();
+    hub.seen();
+    assert_eq!(evaluate(&shots).ok(), with_shots);
+    assert!(hub.seen().is_empty());
+}

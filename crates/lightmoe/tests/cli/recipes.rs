@@ -240,3 +240,36 @@ fn the_better_model_is_kept() {
         assert_eq!(better, kept == "recovered");
     }
 }
+
+/// Other parts of LightMoE than the paper's: the stages find what they need, and recovery begins at the
+/// original though the adapters hold something.
+#[test]
+fn lightmoe_with_other_parts_runs_from_one_call() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let mut call = tiny("compress");
+    call.args(["--select", "damage", "--base", "least-squares"]);
+    call.args(["--adapters", "whitened", "--steps", "3", "--out"]);
+    call.arg(&out).ok();
+    let plan = json(&out.join("plan.json"));
+    assert_eq!(plan["settings"]["base"], "least-squares");
+    assert_eq!(plan["settings"]["adapters"], "whitened");
+    assert!(plan["layers"][0]["slots"][0]["weight"].as_f64().is_some());
+    let first = |run: &Path| -> f64 {
+        let text = fs::read_to_string(run.join("logs/loss.jsonl")).unwrap();
+        let line: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+        line["loss"].as_f64().unwrap()
+    };
+    // At β = 1 both are the uncompressed model on the same batch.
+    let plain = folder.path().join("plain");
+    tiny("compress")
+        .args(["--steps", "3", "--out"])
+        .arg(&plain)
+        .ok();
+    assert!((first(&out) - first(&plain)).abs() < 1e-5);
+
+    let mut call = tiny("compress");
+    call.args(["--method", "svd", "--select", "reap", "--out"]);
+    let message = call.arg(folder.path().join("other")).fails(1);
+    assert!(message.contains("`select`"), "{message}");
+}

@@ -39,6 +39,19 @@ impl LayerCache {
         }))
     }
 
+    /// Keeps the first `len` positions.
+    pub(crate) fn truncate(&mut self, len: usize) -> Result<()> {
+        if let Some((a, b)) = &self.0
+            && len < self.len()
+        {
+            self.0 = match len {
+                0 => None,
+                _ => Some((a.narrow(1, 0, len)?, b.narrow(1, 0, len)?)),
+            };
+        }
+        Ok(())
+    }
+
     /// Number of cached positions.
     pub fn len(&self) -> usize {
         self.0.as_ref().map_or(0, |(a, _)| a.dims()[1])

@@ -179,6 +179,10 @@ impl Bank {
         Ok(Own {
             adapters: adapters.collect::<Result<_>>()?,
             originals: originals.transpose()?,
+            adapter_share: match self.adapters_fade_in {
+                true => 1.0 - self.beta,
+                false => 1.0,
+            },
             beta: self.beta,
             segments: rows.segments.clone(),
         })
@@ -272,9 +276,11 @@ impl Bank {
     }
 }
 
-/// What adapted slots compute by themselves: `β·W·x + U·V·x`. A plain merge has neither.
+/// What adapted slots compute by themselves: `β·W·x + U·V·x`, or `β·W·x + (1 − β)·U·V·x`. A plain merge
+/// has neither.
 struct Own {
     adapters: Vec<Adapters>,
+    adapter_share: f64,
     originals: Option<Projections>,
     beta: f64,
     segments: Arc<[Segment]>,
@@ -285,7 +291,11 @@ impl Own {
     fn apply(&self, x: &Tensor, pick: Pick) -> Result<Option<Tensor>> {
         let mut sum = None;
         for adapters in &self.adapters {
-            sum = add(sum, Some(adapters.apply(x, pick, &self.segments)?))?;
+            let mut own = adapters.apply(x, pick, &self.segments)?;
+            if self.adapter_share != 1.0 {
+                own = (own * self.adapter_share)?;
+            }
+            sum = add(sum, Some(own))?;
         }
         let original = self
             .originals

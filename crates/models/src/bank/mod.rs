@@ -121,6 +121,9 @@ pub struct Bank {
     pub originals: Option<Projections>,
     /// Share of the originals.
     pub beta: f64,
+    /// Whether the adapters stand for what the originals give, so that their share is `1 − β`; beside
+    /// them they count whole.
+    pub adapters_fade_in: bool,
 }
 
 /// The positions of a layer's slots.

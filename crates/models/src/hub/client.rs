@@ -24,7 +24,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 const REDIRECTS: usize = 5;
 const CHUNK: usize = 1 << 17;
 
-/// Requests about one model.
+/// Requests about one model or data set.
 pub(super) struct Client<'a> {
     agent: Agent,
     name: &'a HubName,
@@ -296,10 +296,11 @@ impl<'a> Client<'a> {
 
     fn refusal(&self, response: &Response<Body>, url: &str, file: Option<&str>) -> Error {
         let (id, endpoint) = (self.name.id(), &self.options.endpoint);
+        let (kind, page) = (self.name.kind(), self.repo.url());
         let code = header(response, "x-error-code").unwrap_or_default();
         Error::Invalid(match (response.status().as_u16(), code, file) {
             (401 | 403, "GatedRepo", _) => format!(
-                "`{id}` is gated; accept its terms at {endpoint}/{id} and set HF_TOKEN to a token \
+                "`{id}` is gated; accept its terms at {endpoint}/{page} and set HF_TOKEN to a token \
                  of yours"
             ),
             (404, "RevisionNotFound", _) => format!(
@@ -311,8 +312,8 @@ impl<'a> Client<'a> {
                 self.name
             ),
             (401 | 404, _, _) => format!(
-                "`{id}` is no folder here, and {endpoint} has or shows no such model; check the \
-                 name, and set HF_TOKEN if the model is private or gated"
+                "`{id}` is no folder here, and {endpoint} has or shows no such {kind}; check the \
+                 name, and set HF_TOKEN if the {kind} is private or gated"
             ),
             (403, _, _) => format!(
                 "{endpoint} does not let you read `{id}`; ask its owner for access, and set HF_TOKEN \

@@ -1,5 +1,5 @@
-//! Models by the names that they have on the Hugging Face Hub, brought into the Hub's ordinary cache
-//! folder, which other programs share.
+//! Models and data sets by the names that they have on the Hugging Face Hub, brought into the Hub's
+//! ordinary cache folder, which other programs share.
 //!
 //! The layout of the cache and the addresses are those of `hf-hub`. Its downloader is not used: it
 //! accepts truncated files, takes an answer to another range for the rest of a file, waits for ever,
@@ -15,10 +15,12 @@ use crate::index::{INDEX, read_index, shards};
 use crate::{Error, Result};
 use client::Client;
 use hf_hub::{Cache, CacheRepo};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 const CONFIG: &str = "config.json";
+/// The page of a model or data set.
+pub const README: &str = "README.md";
 
 /// Files wanted beside config and weights, by the beginnings of their names.
 const SIDE_FILES: [&str; 10] = [
@@ -39,7 +41,7 @@ const SIDE_FILES: [&str; 10] = [
 pub struct HubOptions {
     /// The Hub's address, without a slash at its end.
     pub endpoint: String,
-    /// The cache: a folder of `models--<org>--<name>`.
+    /// The cache: a folder of `models--<org>--<name>` and `datasets--<org>--<name>`.
     pub cache: PathBuf,
     /// Sent to the endpoint and to no other server.
     pub token: Option<String>,
@@ -114,13 +116,89 @@ pub fn fetch(
             }
         }
     }
-    if commit != name.revision() {
-        let refs = options.cache.join(name.repo().folder_name()).join("refs");
-        cache
-            .create_ref(&commit)
-            .map_err(|e| Error::io(refs.join(name.revision()), e))?;
-    }
+    remember(name, options, &cache, &commit)?;
     Ok(snapshot)
+}
+
+/// Lets a branch or tag mean a commit in the cache.
+fn remember(name: &HubName, options: &HubOptions, cache: &CacheRepo, commit: &str) -> Result<()> {
+    if commit == name.revision() {
+        return Ok(());
+    }
+    let reference = reference(name, &options.cache);
+    cache
+        .create_ref(commit)
+        .map_err(|e| Error::io(reference, e))
+}
+
+/// The file in the cache that says which commit a branch or tag is.
+fn reference(name: &HubName, cache: &Path) -> PathBuf {
+    let folder = cache.join(name.repo().folder_name());
+    folder.join("refs").join(name.revision())
+}
+
+/// The folder where the files of a revision are in the cache, or would be.
+pub fn snapshot(name: &HubName, cache: &Path) -> PathBuf {
+    let commit = std::fs::read_to_string(reference(name, cache)).ok();
+    let commit = commit.as_deref().map_or(name.revision(), str::trim);
+    Cache::new(cache.to_owned())
+        .repo(name.repo())
+        .pointer_path(commit)
+}
+
+/// Chooses of the names of all files, and by what [`README`] says, the files that are wanted.
+pub type Choose<'a> = dyn Fn(&[String], Option<&str>) -> Vec<String> + 'a;
+
+/// The folder of a data set in the cache, where the files that are wanted are put if they are not
+/// there.
+///
+/// # Errors
+/// As [`fetch`]; [`Error::Invalid`] if no file is wanted, or there may be no download.
+pub fn fetch_files(
+    name: &HubName,
+    options: &HubOptions,
+    choose: &Choose<'_>,
+    on_bytes: &mut OnBytes<'_>,
+) -> Result<PathBuf> {
+    if options.offline {
+        return Err(Error::Invalid(format!(
+            "HF_HUB_OFFLINE is set, and the cache `{}` lacks files of the data set `{name}`; unset it \
+             to download",
+            options.cache.display()
+        )));
+    }
+    let cache = Cache::new(options.cache.clone()).repo(name.repo());
+    let client = Client::new(name, options, &cache);
+    let (commit, mut files) = client.listing()?;
+    files.retain(|file| is_inside(file));
+    let snapshot = cache.pointer_path(&commit);
+    let mut bring = |file: &str| client.bring(&commit, file, on_bytes);
+    let mut readme = None;
+    if files.iter().any(|file| file == README) {
+        bring(README)?;
+        let path = snapshot.join(README);
+        readme = Some(std::fs::read_to_string(&path).map_err(|e| Error::io(path, e))?);
+    }
+    let wanted = choose(&files, readme.as_deref());
+    if wanted.is_empty() {
+        return Err(Error::Invalid(format!(
+            "`{name}` on {} has none of the wanted files among its {}; give another data set or \
+             revision, or the files themselves",
+            options.endpoint,
+            files.len()
+        )));
+    }
+    for file in &wanted {
+        bring(file)?;
+    }
+    remember(name, options, &cache, &commit)?;
+    Ok(snapshot)
+}
+
+/// Whether a path stays in the folder that it is put into.
+fn is_inside(file: &str) -> bool {
+    let mut words = Path::new(file).components();
+    words.all(|word| matches!(word, Component::Normal(_)))
 }
 
 fn is_side_file(file: &str) -> bool {

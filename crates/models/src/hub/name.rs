@@ -5,26 +5,48 @@ use std::fmt;
 
 const DEFAULT_REVISION: &str = "main";
 
-/// A model on the Hub: `org/name`, or `org/name@revision` for a branch, tag or commit.
+/// A model or data set on the Hub: `org/name`, or `org/name@revision` for a branch, tag or commit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HubName {
+    kind: Kind,
     id: String,
     revision: String,
 }
 
+/// What a name names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Model,
+    DataSet,
+}
+
 impl HubName {
-    /// Reads a name; none if the text breaks the Hub's rules for names.
+    /// Reads the name of a model; none if the text breaks the Hub's rules for names.
     pub fn parse(text: &str) -> Option<Self> {
-        let (id, revision) = text.split_once('@').unwrap_or((text, DEFAULT_REVISION));
-        let (org, name) = id.split_once('/')?;
-        let valid = is_word(org)
-            && is_word(name)
+        let name = Self::read(Kind::Model, text)?;
+        name.id.contains('/').then_some(name)
+    }
+
+    /// Reads the name of a data set. Some old ones have no organisation before them.
+    pub fn data_set(text: &str) -> Option<Self> {
+        Self::read(Kind::DataSet, text)
+    }
+
+    fn parts(text: &str) -> (&str, &str) {
+        text.split_once('@').unwrap_or((text, DEFAULT_REVISION))
+    }
+
+    fn read(kind: Kind, text: &str) -> Option<Self> {
+        let (id, revision) = Self::parts(text);
+        let valid = id.split('/').count() <= 2
+            && id.split('/').all(is_word)
             && !id.contains("--")
             && !id.contains("..")
             && !id.ends_with(".git")
             && !revision.contains("..")
             && revision.split('/').all(is_word);
         valid.then(|| Self {
+            kind,
             id: id.to_owned(),
             revision: revision.to_owned(),
         })
@@ -41,7 +63,19 @@ impl HubName {
     }
 
     pub(super) fn repo(&self) -> Repo {
-        Repo::with_revision(self.id.clone(), RepoType::Model, self.revision.clone())
+        let kind = match self.kind {
+            Kind::Model => RepoType::Model,
+            Kind::DataSet => RepoType::Dataset,
+        };
+        Repo::with_revision(self.id.clone(), kind, self.revision.clone())
+    }
+
+    /// What it names, in words.
+    pub(super) fn kind(&self) -> &'static str {
+        match self.kind {
+            Kind::Model => "model",
+            Kind::DataSet => "data set",
+        }
     }
 }
 
@@ -105,5 +139,12 @@ mod tests {
             assert_eq!(HubName::parse(text), None, "{text}");
         }
         assert_eq!(HubName::parse(&format!("a/{}", "b".repeat(97))), None);
+        let data = HubName::data_set("gsm8k").unwrap();
+        assert_eq!(data.repo().folder_name(), "datasets--gsm8k");
+        let data = HubName::data_set("org/name@v1").unwrap();
+        assert_eq!((data.id(), data.revision()), ("org/name", "v1"));
+        for text in ["", "a/b/c", "../a", "json@"] {
+            assert_eq!(HubName::data_set(text), None, "{text}");
+        }
     }
 }

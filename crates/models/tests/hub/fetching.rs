@@ -3,7 +3,7 @@
 use crate::server::COMMIT;
 use crate::world::{WEIGHTS, World, failed, mixtral, of, refused, sharded};
 use lightmoe_models::Checkpoint;
-use lightmoe_models::hub::{HubName, Want, fetch};
+use lightmoe_models::hub::{HubName, Want, fetch, fetch_files, snapshot};
 use std::fs;
 
 #[test]
@@ -203,4 +203,44 @@ fn without_a_network_it_says_so() {
     world.options.endpoint = format!("http://{}", port.local_addr().unwrap());
     drop(port);
     failed(world.whole(), &["no answer", "network", "HF_HUB_OFFLINE=1"]);
+}
+
+#[test]
+fn of_a_data_set_the_chosen_files_come() {
+    let names = [
+        "README.md",
+        "a/test.jsonl",
+        "a/train.jsonl",
+        "../../out.jsonl",
+    ];
+    let file = |name: &str| (name.to_owned(), format!("this is {name}").into_bytes());
+    let world = World::new(names.map(file).into());
+    let name = HubName::data_set("org/tiny").unwrap();
+    let empty = snapshot(&name, world.cache.path());
+    assert!(empty.ends_with("datasets--org--tiny/snapshots/main"));
+    let bring = |choose: &dyn Fn(&[String], Option<&str>) -> Vec<String>| {
+        fetch_files(&name, &world.options, choose, &mut |_, _, _| true)
+    };
+    let folder = bring(&|files, readme| {
+        assert_eq!(files, ["README.md", "a/test.jsonl", "a/train.jsonl"]);
+        assert_eq!(readme, Some("this is README.md"));
+        vec!["a/test.jsonl".to_owned()]
+    })
+    .unwrap();
+    assert_eq!(folder, snapshot(&name, world.cache.path()));
+    assert!(folder.ends_with(format!("datasets--org--tiny/snapshots/{COMMIT}")));
+    let text = fs::read_to_string(folder.join("a/test.jsonl")).unwrap();
+    assert_eq!(text, "this is a/test.jsonl");
+    assert!(!folder.join("a/train.jsonl").exists());
+    refused(
+        bring(&|_, _| Vec::new()),
+        &["org/tiny", "none of the wanted"],
+    );
+    let absent = HubName::data_set("nothing").unwrap();
+    let all = &|files: &[String], _: Option<&str>| files.to_vec();
+    let answer = fetch_files(&absent, &world.options, all, &mut |_, _, _| true);
+    refused(answer, &["no such data set"]);
+    let offline = world.offline();
+    let answer = fetch_files(&name, &offline.options, all, &mut |_, _, _| true);
+    refused(answer, &["HF_HUB_OFFLINE", "org/tiny"]);
 }

@@ -1,4 +1,4 @@
-//! A small Hub on the loopback address: one model, `org/tiny`, large files on a second address, and
+//! A small Hub on the loopback address: one model or data set, `org/tiny`, large files on a second address, and
 //! faults on demand.
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
@@ -136,7 +136,10 @@ impl State {
         let refuse = |to: &mut TcpStream, status: u16, code: &str| {
             head(to, status, &[("X-Error-Code", code.to_owned())], 0)
         };
-        let path = seen.path.as_str();
+        // Data sets have addresses with one word more than models.
+        let path = seen.path.replace("/api/datasets/", "/api/models/");
+        let path = path.replacen("/datasets/", "/", 1);
+        let path = path.as_str();
         if let Some(file) = path.strip_prefix("/storage/") {
             return self.send(file, seen, to);
         }

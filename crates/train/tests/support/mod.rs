@@ -87,6 +87,7 @@ impl Models {
             base_rank: None,
             trained_rank: None,
             anneal,
+            adapters_fade_in: false,
             seed: 2,
         };
         prepare_recovery(&mut model, &self.original, &recovery).unwrap();

@@ -1,0 +1,105 @@
+//! The comparison to look at: a table that is Markdown, too.
+
+use super::{Outcome, PairedFile, Row};
+use comfy_table::{CellAlignment, Table, presets};
+use lightmoe_eval::paired::Flips;
+use std::fmt::Write;
+
+/// The table with its warnings.
+pub(super) fn table(file: &PairedFile) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header([
+        "task", "metric", "items", "A", "B", "B - A", "95 %", "lost", "gained", "p", "B is", "note",
+    ]);
+    // Warnings below the table, each once.
+    let mut notes: Vec<&str> = Vec::new();
+    for row in &file.rows {
+        let numbers = row.warnings.iter().map(|warning| {
+            let known = notes.iter().position(|note| *note == warning.as_str());
+            let number = known.unwrap_or_else(|| {
+                notes.push(warning);
+                notes.len() - 1
+            });
+            format!("[{}]", number + 1)
+        });
+        let numbers: Vec<String> = numbers.collect();
+        table.add_row(cells(row, numbers.join(" ")));
+    }
+    for column in table.column_iter_mut().skip(2) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    let mut out = format!("{table}\n");
+    for (side, name) in [(&file.a, "A"), (&file.b, "B")] {
+        // Writing to a string cannot fail.
+        let _ = write!(out, "\n{name}: {} ({})", side.path, side.model);
+        if !side.alone.is_empty() {
+            let _ = write!(out, "; not compared: {}", side.alone.join(", "));
+        }
+    }
+    for (number, note) in notes.iter().enumerate() {
+        let _ = write!(out, "\n[{}] {note}", number + 1);
+    }
+    out
+}
+
+/// A page with the table and what its columns mean.
+pub(super) fn page(file: &PairedFile) -> String {
+    let whole = table(file);
+    let (table, rest) = whole.split_once("\n\n").unwrap_or((&whole, ""));
+    let lines: String = rest.lines().map(|line| format!("- {line}\n")).collect();
+    format!(
+        "# {} against {}\n\n{table}\n\n{lines}\n\
+         Scores on the items that are in both evaluations. 95 %: interval of the difference, from the \
+         differences of the items, or by a paired bootstrap for perplexities and chrF. Lost, gained: \
+         items right in A or in B alone; p: McNemar's exact test of them. B is better or worse where \
+         p, or without it the interval, leaves chance less than 5 %; each row is judged by itself.\n",
+        file.b.model, file.a.model
+    )
+}
+
+fn cells(row: &Row, notes: String) -> [String; 12] {
+    let largest = row.difference.a.abs().max(row.difference.b.abs());
+    let number = |value: f64| match largest {
+        large if large >= 1e6 => format!("{value:.3e}"),
+        large if large >= 10.0 => format!("{value:.2}"),
+        _ => format!("{value:.4}"),
+    };
+    let signed = |value: f64| match value > 0.0 {
+        true => format!("+{}", number(value)),
+        false => number(value),
+    };
+    let difference = &row.difference;
+    let count = |of: fn(Flips) -> usize| {
+        row.flips
+            .map_or(String::new(), |flips| of(flips).to_string())
+    };
+    let metric = match row.filter.as_str() {
+        "" | "none" => row.metric.clone(),
+        filter => format!("{}, {filter}", row.metric),
+    };
+    [
+        row.task.clone(),
+        metric,
+        row.items.to_string(),
+        number(difference.a),
+        number(difference.b),
+        signed(difference.difference),
+        difference.uncertainty.map_or("unknown".into(), |of| {
+            format!("{} … {}", signed(of.low), signed(of.high))
+        }),
+        count(|flips| flips.lost),
+        count(|flips| flips.gained),
+        row.mcnemar_p.map_or(String::new(), |p| match p < 0.001 {
+            true => "< 0.001".into(),
+            false => format!("{p:.3}"),
+        }),
+        match row.outcome {
+            Outcome::Better => "better".into(),
+            Outcome::Worse => "worse".into(),
+            Outcome::Other => "other".into(),
+            Outcome::Unclear => "–".into(),
+        },
+        notes,
+    ]
+}
