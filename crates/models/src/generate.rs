@@ -16,7 +16,7 @@ pub struct GenerateOptions {
     pub top_k: Option<usize>,
     /// Nucleus: the smallest set of tokens with this probability, of what `top_k` leaves.
     pub top_p: Option<f64>,
-    /// Seed of the sampler.
+    /// Seed of the first prompt's sampler; each next prompt has the next number.
     pub seed: u64,
     /// Stop after any of these tokens.
     pub ends: Vec<u32>,
@@ -35,7 +35,8 @@ impl GenerateOptions {
         }
     }
 
-    fn sampler(&self) -> LogitsProcessor {
+    /// That of a prompt by number.
+    fn sampler(&self, prompt: u64) -> LogitsProcessor {
         let temperature = self.temperature;
         let sampling = match (self.top_k, self.top_p) {
             _ if temperature <= 0.0 => Sampling::ArgMax,
@@ -44,7 +45,7 @@ impl GenerateOptions {
             (None, Some(p)) => Sampling::TopP { p, temperature },
             (Some(k), Some(p)) => Sampling::TopKThenTopP { k, p, temperature },
         };
-        LogitsProcessor::from_sampling(self.seed, sampling)
+        LogitsProcessor::from_sampling(self.seed.wrapping_add(prompt), sampling)
     }
 }
 
@@ -108,7 +109,10 @@ pub(crate) fn go_on(
             "a prompt of {full} tokens fills the context of {context}; shorten it"
         )));
     }
-    let mut sampler = options.sampler();
+    // One for each prompt, so that an answer does not depend on what is generated beside it.
+    let mut samplers: Vec<LogitsProcessor> = (0..prompts.len() as u64)
+        .map(|row| options.sampler(row))
+        .collect();
     let mut out = vec![Vec::new(); prompts.len()];
     let mut active: Vec<u32> = match options.max_new_tokens {
         0 => Vec::new(),
@@ -139,7 +143,7 @@ pub(crate) fn go_on(
                 staying.push(place);
                 continue;
             }
-            let token = sampler.sample(&logits.get(place as usize)?)?;
+            let token = samplers[row].sample(&logits.get(place as usize)?)?;
             if options.ends.contains(&token) {
                 continue;
             }

@@ -30,13 +30,23 @@ pub(super) struct Work {
 }
 
 /// A prompt whose answer is generated.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Prompt {
     tokens: Vec<u32>,
     /// Texts that end the answer.
     until: Vec<String>,
     /// Most tokens of the answer.
     most: usize,
+    /// How its tokens are drawn, if they are.
+    draw: Option<Draw>,
+}
+
+/// One of the answers that are drawn for a request.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Draw {
+    /// Temperature and `top_p`.
+    sampling: (f64, Option<f64>),
+    /// Its own among those of the task; those of a request follow each other.
+    seed: u64,
 }
 
 /// A request as tokens.
@@ -49,8 +59,8 @@ enum Encoding {
 pub(super) enum Place {
     /// Rows whose likelihoods are added up.
     Rows(Range<usize>),
-    /// A prompt.
-    Prompt(usize),
+    /// Prompts, one for each answer to a request.
+    Prompts(Range<usize>),
 }
 
 /// What is known so far, by row and by prompt.
@@ -95,6 +105,7 @@ impl Work {
         // The end token as text, which generation never returns, ends an answer written out, too.
         until.push(encoder.tokenizer.decode_all(&[encoder.tokenizer.eos])?);
         until.retain(|text| !text.is_empty());
+        let (repeats, sampling) = (task.repeats(), task.generation().sampling());
         let encode = |request: &Request| -> Result<Encoding> {
             Ok(match request {
                 Request::Loglikelihood {
@@ -113,6 +124,7 @@ impl Work {
             encoded.map_err(|e| of_document(item, e))
         });
         let items: Vec<Result<Vec<Encoding>>> = items.collect();
+        let mut seeds = 0..;
         let mut place = |encoding: Encoding| match encoding {
             Encoding::Rows(rows) => {
                 let begin = self.rows.len();
@@ -120,12 +132,16 @@ impl Work {
                 Place::Rows(begin..self.rows.len())
             }
             Encoding::Prompt(tokens) => {
-                self.prompts.push(Prompt {
-                    tokens,
-                    until: until.clone(),
-                    most,
-                });
-                Place::Prompt(self.prompts.len() - 1)
+                let begin = self.prompts.len();
+                for seed in seeds.by_ref().take(repeats) {
+                    self.prompts.push(Prompt {
+                        tokens: tokens.clone(),
+                        until: until.clone(),
+                        most,
+                        draw: sampling.map(|sampling| Draw { sampling, seed }),
+                    });
+                }
+                Place::Prompts(begin..self.prompts.len())
             }
         };
         let items = items.into_iter();
@@ -152,6 +168,9 @@ impl Work {
             .for_each(|prompt| add(&prompt.tokens, prompt.most));
         for prompt in &self.prompts {
             hash.update(prompt.until.join("\0"));
+            if let Some(draw) = prompt.draw {
+                hash.update(format!("{draw:?}"));
+            }
         }
         super::hex(&hash.finalize())
     }
@@ -165,7 +184,7 @@ impl Work {
         &self,
         model: &dyn LanguageModel,
         tokenizer: &ModelTokenizer,
-        options: &HarnessOptions,
+        options: &HarnessOptions<'_>,
         journal: &mut Journal,
         progress: &mut Progress<'_>,
     ) -> Result<Found> {
@@ -190,7 +209,7 @@ impl Work {
     fn score(
         &self,
         model: &dyn LanguageModel,
-        options: &HarnessOptions,
+        options: &HarnessOptions<'_>,
         state: &Mutex<State<'_, '_>>,
     ) -> Result<()> {
         let batches = batches(&self.rows, options.batch_tokens);
@@ -214,7 +233,7 @@ impl Work {
         &self,
         model: &dyn LanguageModel,
         tokenizer: &ModelTokenizer,
-        options: &HarnessOptions,
+        options: &HarnessOptions<'_>,
         state: &Mutex<State<'_, '_>>,
     ) -> Result<()> {
         let batches = self.prompt_batches(options.batch_tokens);
@@ -235,18 +254,28 @@ impl Work {
     }
 
     /// Prompts of one kind and about one length, longest first, at most `batch_tokens` tokens with the
-    /// answers.
+    /// answers. Drawn answers are with others to the same request only, whose seeds follow each other.
     fn prompt_batches(&self, batch_tokens: usize) -> Vec<Vec<usize>> {
         let mut order: Vec<usize> = (0..self.prompts.len()).collect();
         let kind = |prompt: usize| (self.prompts[prompt].most, &self.prompts[prompt].until);
         let length = |prompt: usize| self.prompts[prompt].tokens.len();
         order.sort_by_key(|&prompt| (kind(prompt), Reverse(length(prompt))));
+        let goes_with = |batch: &[usize], prompt: usize| {
+            let (first, next) = (&self.prompts[batch[0]], &self.prompts[prompt]);
+            match (first.draw, next.draw) {
+                (None, None) => first.tokens.len() - next.tokens.len() <= SPREAD,
+                (Some(a), Some(b)) => {
+                    first.tokens == next.tokens && a.seed + batch.len() as u64 == b.seed
+                }
+                _ => false,
+            }
+        };
         let mut batches: Vec<Vec<usize>> = Vec::new();
         for prompt in order {
             match batches.last_mut() {
                 Some(batch)
                     if kind(batch[0]) == kind(prompt)
-                        && length(batch[0]) - length(prompt) <= SPREAD
+                        && goes_with(batch, prompt)
                         && (batch.len() + 1) * (length(batch[0]) + kind(prompt).0)
                             <= batch_tokens =>
                 {
@@ -270,7 +299,13 @@ impl Work {
             .iter()
             .map(|&prompt| self.prompts[prompt].tokens.clone())
             .collect();
-        let options = GenerateOptions::greedy(most, vec![tokenizer.eos]);
+        let draw = self.prompts[batch[0]].draw;
+        let options = GenerateOptions {
+            temperature: draw.map_or(0.0, |draw| draw.sampling.0),
+            top_p: draw.and_then(|draw| draw.sampling.1),
+            seed: draw.map_or(0, |draw| draw.seed),
+            ..GenerateOptions::greedy(most, vec![tokenizer.eos])
+        };
         let mut interrupted = false;
         let answers = generate_rows(model, &prompts, &options, &mut |_, tokens| {
             if lock(state).progress.advance(0).is_err() {
@@ -345,10 +380,13 @@ impl Found {
         })
     }
 
-    /// The answer at a place, if it is known.
-    pub(super) fn answer(&self, place: &Place) -> Option<&str> {
+    /// The answers at a place, if all are known.
+    pub(super) fn answers(&self, place: &Place) -> Option<Vec<&str>> {
         match place {
-            Place::Prompt(prompt) => self.answers[*prompt].as_deref(),
+            Place::Prompts(prompts) => {
+                let answers = self.answers[prompts.clone()].iter();
+                answers.map(Option::as_deref).collect()
+            }
             Place::Rows(_) => None,
         }
     }

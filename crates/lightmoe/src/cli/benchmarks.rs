@@ -24,6 +24,10 @@ pub struct BenchmarkArgs {
     /// Download what is in no folder and not in the cache from the Hugging Face Hub
     #[arg(long, requires = "tasks")]
     pub download: bool,
+    /// Run the programs that the model writes, which some tasks ask for, in a sandbox: in a folder that
+    /// goes, without a network, for some seconds
+    #[arg(long, requires = "tasks")]
+    pub allow_code: bool,
     /// Few-shot examples in a prompt [default: the task's own number]
     #[arg(long, requires = "tasks")]
     pub num_fewshot: Option<usize>,
