@@ -160,8 +160,8 @@ pub(crate) fn prompts(
     }
     let render = |messages: &[Message]| rendered(tokenizer, messages);
     let options = PromptOptions {
-        num_fewshot: args.num_fewshot,
-        limit: args.limit,
+        num_fewshot: args.documents.num_fewshot,
+        limit: args.documents.limit,
         seed,
         system_instruction: args.system_instruction.as_deref(),
         chat: args.apply_chat_template.then_some(Chat {
@@ -173,7 +173,7 @@ pub(crate) fn prompts(
         }),
         repositories: &[],
     };
-    let download = match args.download {
+    let download = match args.documents.download {
         true => Download::Missing,
         false => Download::Never,
     };
@@ -184,7 +184,7 @@ pub(crate) fn prompts(
         }
         if !tasks.iter().any(|other| other.task.name() == task.name()) {
             tasks.push(TaskPrompts {
-                prompts: prompts_of(task, &args.data, download, &options)?,
+                prompts: prompts_of(task, &args.documents.data, download, &options)?,
                 task: task.clone(),
             });
         }
@@ -202,7 +202,7 @@ fn config(name: &str, args: &BenchmarkArgs, settings: &Settings, seed: u32) -> M
         "add_bos_token": args.add_bos_token,
         "stride": args.stride,
         "allow_code": args.allow_code,
-        "limit": args.limit,
+        "limit": args.documents.limit,
         "bootstrap_iters": 100_000,
         "fewshot_seed": seed,
     });
