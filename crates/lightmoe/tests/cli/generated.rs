@@ -1,5 +1,6 @@
 //! `evaluate --tasks` with metrics of generated answers: programs, mathematics, summaries, translations.
 
+use crate::sandbox::can_run_programs;
 use crate::support::{Outcome, command, json, names, repository};
 use serde_json::Value;
 use std::fs;
@@ -24,25 +25,6 @@ fn samples(out: &Path, task: &str) -> Vec<Value> {
         .collect()
 }
 
-/// Whether programs can be run here; says so if not.
-fn runs_programs(folder: &Path) -> bool {
-    let out = folder.join("tried");
-    let mut tried = evaluate(Path::new("mbpp"), &out);
-    let output = tried
-        .args(["--allow-code", "--limit", "1"])
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    let lacks = said.contains("python3") || said.contains("this machine cannot");
-    if lacks {
-        assert_eq!(output.status.code(), Some(2), "{said}");
-        eprintln!("SKIPPED, programs cannot be run here: {said}");
-    } else {
-        assert!(output.status.success(), "{said}");
-    }
-    !lacks
-}
-
 #[test]
 fn programs_run_only_if_that_is_allowed() {
     let folder = tempfile::tempdir().unwrap();
@@ -64,7 +46,7 @@ fn programs_run_only_if_that_is_allowed() {
 fn programs_pass_their_tests_or_not() {
     let folder = tempfile::tempdir().unwrap();
     let (task, out) = (folder.path().join("known.yaml"), folder.path().join("out"));
-    if !runs_programs(folder.path()) {
+    if !can_run_programs() {
         return;
     }
     // Whatever the model writes, the answer is the code of the data, or a program that ends itself.
@@ -84,7 +66,7 @@ fn programs_pass_their_tests_or_not() {
 fn drawn_answers_do_not_depend_on_the_batch() {
     let folder = tempfile::tempdir().unwrap();
     let task = folder.path().join("drawn.yaml");
-    if !runs_programs(folder.path()) {
+    if !can_run_programs() {
         return;
     }
     let drawn = "include: mbpp.yaml\ntask: drawn\nnum_fewshot: 0\nrepeats: 3\n\
