@@ -77,25 +77,33 @@ const OLD: &[i64] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const OLD: &[i64] = &[];
 
+/// What Python asks of files that it has open. All other requests are refused: they type into a terminal,
+/// set it, or set what is known of a file.
+const REQUESTS: [c_uint; 7] = [
+    TCGETS as c_uint,
+    TIOCGWINSZ as c_uint,
+    FIONREAD as c_uint,
+    FIONBIO as c_uint,
+    FIOCLEX as c_uint,
+    FIONCLEX as c_uint,
+    FICLONE as c_uint,
+];
+
 /// Refuses them to this process, and with them new processes; threads may be started.
 pub(super) fn forbid() -> Result<(), Error> {
-    let flag = |argument: u8, flag: c_int, value: c_int| {
-        let masked = SeccompCmpOp::MaskedEq(flag as u64);
-        let condition =
-            SeccompCondition::new(argument, SeccompCmpArgLen::Dword, masked, value as u64)?;
-        SeccompRule::new(vec![condition])
+    let is = |argument: u8, comparison: SeccompCmpOp, value: u64| {
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, comparison, value)
     };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     rules.extend(FORBIDDEN.iter().chain(OLD).map(|&call| (call, Vec::new())));
-    rules.insert(SYS_clone, vec![flag(0, CLONE_THREAD, 0)?]);
+    let starts_no_thread = is(0, SeccompCmpOp::MaskedEq(CLONE_THREAD as u64), 0)?;
+    rules.insert(SYS_clone, vec![SeccompRule::new(vec![starts_no_thread])?]);
     // What tells the kernel to end a program with the one that started it stays as it is.
-    let is_death_signal = SeccompCondition::new(
-        0,
-        SeccompCmpArgLen::Dword,
-        SeccompCmpOp::Eq,
-        PR_SET_PDEATHSIG as u64,
-    )?;
+    let is_death_signal = is(0, SeccompCmpOp::Eq, PR_SET_PDEATHSIG as u64)?;
     rules.insert(SYS_prctl, vec![SeccompRule::new(vec![is_death_signal])?]);
+    let others = REQUESTS.map(|request| is(1, SeccompCmpOp::Ne, u64::from(request)));
+    let is_another = others.into_iter().collect::<Result<_, _>>()?;
+    rules.insert(SYS_ioctl, vec![SeccompRule::new(is_another)?]);
     apply(rules, EPERM)?;
     // Its arguments are out of a filter's sight; without it, libc takes the older call.
     apply(BTreeMap::from([(SYS_clone3, Vec::new())]), ENOSYS)

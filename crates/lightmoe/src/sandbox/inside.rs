@@ -8,13 +8,14 @@ use landlock::{
 use nix::sched::{CloneFlags, unshare};
 use rustix::mount::{MountFlags, mount};
 use rustix::process::{
-    Resource, Rlimit, Signal, getgid, getuid, set_parent_process_death_signal, setrlimit,
+    Resource, Rlimit, Signal, getgid, getuid, set_parent_process_death_signal, setrlimit, setsid,
 };
 use std::ffi::CString;
 use std::fmt::Display;
 use std::fs;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -30,6 +31,8 @@ const OPEN_FILES: u64 = 64;
 const FILES: u64 = 4096;
 /// Between two looks at the program.
 const PAUSE: Duration = Duration::from_millis(3);
+/// The terminals of the user.
+const TERMINALS: &str = "/dev/pts";
 /// Landlock with the right to truncate: Linux 6.2.
 const LANDLOCK: ABI = ABI::V3;
 
@@ -77,6 +80,12 @@ pub(super) fn outer(order: &Order) -> Result<u8, String> {
         size.as_c_str(),
     )
     .map_err(|e| missing("give a program a folder in memory", e))?;
+    // It has no terminal, and finds none whose keys it could read.
+    if Path::new(TERMINALS).is_dir() {
+        let flags = flags | MountFlags::RDONLY;
+        mount("tmpfs", TERMINALS, "tmpfs", flags, None)
+            .map_err(|e| missing("hide the terminals", e))?;
+    }
     let told = serde_json::to_string(order).map_err(|e| e.to_string())?;
     let mut inner = Command::new(&order.itself);
     inner.args([INNER, &told]).env_clear();
@@ -105,6 +114,8 @@ pub(super) fn outer(order: &Order) -> Result<u8, String> {
 pub(super) fn inner(order: &Order) -> Result<ExitCode, String> {
     set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(|e| missing("end a program with the one that started it", e))?;
+    // A session of its own has no terminal to type into.
+    setsid().map_err(|e| missing("take the terminal from a program", e))?;
     let mut program = Vec::new();
     std::io::stdin()
         .read_to_end(&mut program)

@@ -5,7 +5,7 @@ use crate::support::{Outcome, command, json, names, repository};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// A task on the tiny data of the repository.
 fn evaluate(task: &Path, out: &Path) -> Command {
@@ -23,6 +23,16 @@ fn samples(out: &Path, task: &str) -> Vec<Value> {
     lines
         .map(|line| serde_json::from_str(line).unwrap())
         .collect()
+}
+
+/// Writes a task in which each answer is the code of the data, and a program after it.
+fn write_task(path: &Path, program: &str) {
+    let program = program.replace('\n', "\\n");
+    let task = format!(
+        "include: mbpp.yaml\ntask: known\ngeneration_kwargs: {{max_gen_toks: 4}}\nfilter_list:\n\
+         - name: right\n  filter: [{{function: template, template: \"{{{{code}}}}\\n{program}\"}}]\n"
+    );
+    fs::write(path, task).unwrap();
 }
 
 #[test]
@@ -60,6 +70,35 @@ fn programs_pass_their_tests_or_not() {
     assert_eq!(scores["pass_at_1,right"], 1.0);
     assert_eq!(scores["pass_at_1,wrong"], 0.0);
     assert_eq!(samples(&out, "known").len(), 8);
+}
+
+/// Runs a command in a terminal of its own.
+const IN_TERMINAL: &str = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) != 0)";
+
+#[test]
+fn programs_have_no_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let (task, out) = (folder.path().join("known.yaml"), folder.path().join("out"));
+    if !can_run_programs() {
+        return;
+    }
+    let open = "import os\nos.open('/dev/tty', os.O_RDONLY)";
+    let in_terminal = || {
+        let mut command = Command::new("python3");
+        command.args(["-c", IN_TERMINAL]).stdin(Stdio::null());
+        command
+    };
+    in_terminal().args(["python3", "-c", open]).ok();
+    let open = open.replace('\n', "; ");
+    let program = format!("try:\n    {open}\n    exit()\nexcept OSError: pass");
+    write_task(&task, &program);
+    let mut evaluation = evaluate(&task, &out);
+    evaluation.arg("--allow-code");
+    let mut command = in_terminal();
+    command.arg(evaluation.get_program());
+    command.args(evaluation.get_args()).ok();
+    let scores = &json(&out.join("results.json"))["results"]["known"];
+    assert_eq!(scores["pass_at_1,right"], 1.0);
 }
 
 #[test]

@@ -81,6 +81,8 @@ fn programs_pass_that_come_to_their_end() {
         "assert open('/etc/passwd').read()",
         "import sys\nassert sys.stdin.read() == ''",
         "import os\nassert not {'PATH', 'HOME', 'USER', 'CARGO'} & set(os.environ)",
+        "import os\nassert not os.isatty(1)\nos.set_inheritable(1, False)\nos.set_blocking(1, False)",
+        "import shutil\nopen('x', 'w').close()\nshutil.copyfile('x', 'y')",
         // The same order each time.
         "assert list({'a', 'b', 'c', 'd'}) == list({'a', 'b', 'c', 'd'})",
     ] {
@@ -205,6 +207,33 @@ fn other_processes_are_out_of_reach_and_new_ones_are_not_started() {
         assert_passes(&sandbox, &program, true);
         assert!(!passes_outside(&program), "{action}");
     }
+}
+
+#[test]
+fn terminals_and_what_is_known_of_files_are_not_set() {
+    let Some(sandbox) = sandbox(Limits::default()) else {
+        return;
+    };
+    for request in [
+        "0x5412",     // TIOCSTI, which types.
+        "0x541c",     // TIOCLINUX, which pastes.
+        "0x5402",     // TCSETS
+        "0x5403",     // TCSETSW
+        "0x5404",     // TCSETSF
+        "0x402c542b", // TCSETS2
+        "0x5414",     // TIOCSWINSZ
+        "0x40086602", // FS_IOC_SETFLAGS
+    ] {
+        let program = format!(
+            "import errno, fcntl\ntry: fcntl.ioctl(open('/dev/null'), {request}, bytes(64))\n\
+             except OSError as e: assert e.errno == errno.EPERM\nelse: assert False"
+        );
+        assert_passes(&sandbox, &program, true);
+        assert!(!passes_outside(&program), "{request}");
+    }
+    let program = "import os\nassert not os.path.exists('/dev/pts/ptmx')";
+    assert_passes(&sandbox, program, true);
+    assert!(!passes_outside(program));
 }
 
 #[test]
