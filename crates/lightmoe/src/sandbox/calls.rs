@@ -3,7 +3,7 @@
 use libc::*;
 use seccompiler::{
     BpfProgram, Error, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
-    SeccompFilter, SeccompRule, apply_filter,
+    SeccompFilter, SeccompRule, apply_filter, sock_filter,
 };
 use std::collections::BTreeMap;
 
@@ -89,6 +89,11 @@ const REQUESTS: [c_uint; 7] = [
     FICLONE as c_uint,
 ];
 
+/// The bit of the numbers by which some kernels offer all calls of x86-64 once more (x32), several under
+/// numbers of their own.
+#[cfg(target_arch = "x86_64")]
+const X32: u32 = 0x4000_0000;
+
 /// Refuses them to this process, and with them new processes; threads may be started.
 pub(super) fn forbid() -> Result<(), Error> {
     let is = |argument: u8, comparison: SeccompCmpOp, value: u64| {
@@ -104,6 +109,8 @@ pub(super) fn forbid() -> Result<(), Error> {
     let others = REQUESTS.map(|request| is(1, SeccompCmpOp::Ne, u64::from(request)));
     let is_another = others.into_iter().collect::<Result<_, _>>()?;
     rules.insert(SYS_ioctl, vec![SeccompRule::new(is_another)?]);
+    #[cfg(target_arch = "x86_64")]
+    forbid_x32()?;
     apply(rules, EPERM)?;
     // Its arguments are out of a filter's sight; without it, libc takes the older call.
     apply(BTreeMap::from([(SYS_clone3, Vec::new())]), ENOSYS)
@@ -118,4 +125,22 @@ fn apply(rules: BTreeMap<i64, Vec<SeccompRule>>, error: c_int) -> Result<(), Err
     )?;
     let program: BpfProgram = filter.try_into()?;
     apply_filter(&program)
+}
+
+/// Refuses all numbers with the bit of x32, which the filters of seccompiler take for unknown calls.
+#[cfg(target_arch = "x86_64")]
+fn forbid_x32() -> Result<(), Error> {
+    let instruction = |code: u32, otherwise: u8, k: u32| sock_filter {
+        code: code as u16,
+        jt: 0,
+        jf: otherwise,
+        k,
+    };
+    apply_filter(&[
+        // The number is the first field of what a filter is shown.
+        instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0),
+        instruction(BPF_JMP | BPF_JSET | BPF_K, 1, X32),
+        instruction(BPF_RET | BPF_K, 0, SECCOMP_RET_ERRNO | EPERM as u32),
+        instruction(BPF_RET | BPF_K, 0, SECCOMP_RET_ALLOW),
+    ])
 }

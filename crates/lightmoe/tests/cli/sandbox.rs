@@ -237,6 +237,24 @@ fn terminals_and_what_is_known_of_files_are_not_set() {
 }
 
 #[test]
+#[cfg(target_arch = "x86_64")]
+fn calls_have_no_second_numbers() {
+    let Some(sandbox) = sandbox(Limits::default()) else {
+        return;
+    };
+    // `getpid`, which is allowed by its own number, and `socket`.
+    for call in [39, 41] {
+        let program = format!(
+            "import ctypes, errno\ncalls = ctypes.CDLL(None, use_errno=True)\n\
+             assert calls.syscall(0x40000000 + {call}, 1, 1, 0) == -1\n\
+             assert ctypes.get_errno() == errno.EPERM"
+        );
+        assert_passes(&sandbox, &program, true);
+        assert!(!passes_outside(&program), "{call}");
+    }
+}
+
+#[test]
 fn time_memory_and_files_come_to_an_end() {
     let limits = Limits {
         processor_seconds: 1,
