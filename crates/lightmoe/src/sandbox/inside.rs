@@ -6,6 +6,7 @@ use landlock::{
     RulesetCreatedAttr,
 };
 use nix::sched::{CloneFlags, unshare};
+use nix::unistd::close;
 use rustix::mount::{MountFlags, mount};
 use rustix::process::{
     Resource, Rlimit, Signal, getgid, getuid, set_parent_process_death_signal, setrlimit, setsid,
@@ -14,6 +15,7 @@ use std::ffi::CString;
 use std::fmt::Display;
 use std::fs;
 use std::io::Read;
+use std::os::fd::RawFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
@@ -45,6 +47,7 @@ fn missing(protection: &str, error: impl Display) -> String {
 
 /// Takes namespaces of its own, starts `inner` in them, and ends it when time is up.
 pub(super) fn outer(order: &Order) -> Result<u8, String> {
+    close_inherited().map_err(|e| missing("close the files that a program is not given", e))?;
     let (user, group) = (getuid().as_raw(), getgid().as_raw());
     let namespaces = [
         (CloneFlags::CLONE_NEWUSER, "users"),
@@ -108,6 +111,20 @@ pub(super) fn outer(order: &Order) -> Result<u8, String> {
             }
         }
     }
+}
+
+/// Closes all but the standard streams: what the caller of the evaluation left open, a program could
+/// write to.
+fn close_inherited() -> std::io::Result<()> {
+    let open = fs::read_dir("/proc/self/fd")?;
+    let open: Vec<RawFd> = open
+        .filter_map(|file| file.ok()?.file_name().to_str()?.parse().ok())
+        .collect();
+    for file in open.into_iter().filter(|&file| file > 2) {
+        // One of them was the list itself, and is closed.
+        let _ = close(file);
+    }
+    Ok(())
 }
 
 /// Becomes Python with the program on standard input, within all limits.

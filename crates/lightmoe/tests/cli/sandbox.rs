@@ -7,6 +7,7 @@ use serde_json::json;
 use std::fs;
 use std::io::{ErrorKind, Write};
 use std::net::TcpListener;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -207,6 +208,23 @@ fn other_processes_are_out_of_reach_and_new_ones_are_not_started() {
         assert_passes(&sandbox, &program, true);
         assert!(!passes_outside(&program), "{action}");
     }
+}
+
+#[test]
+fn files_that_others_opened_are_closed() {
+    let Some(sandbox) = sandbox(Limits::default()) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("open");
+    // One that processes inherit, unlike those that Rust opens.
+    let open = rustix::io::dup(fs::File::create(&path).unwrap()).unwrap();
+    let number = open.as_raw_fd();
+    let program = format!("{REFUSED}assert refused(lambda: os.write({number}, b'more'))");
+    assert_passes(&sandbox, &program, true);
+    assert_eq!(fs::read_to_string(&path).unwrap(), "");
+    assert!(!passes_outside(&program));
+    assert_eq!(fs::read_to_string(&path).unwrap(), "more");
 }
 
 #[test]
