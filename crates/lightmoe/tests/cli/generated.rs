@@ -1,7 +1,7 @@
 //! `evaluate --tasks` with metrics of generated answers: programs, mathematics, summaries, translations.
 
-use crate::sandbox::can_run_programs;
-use crate::support::{Outcome, command, json, names, repository};
+use crate::sandbox::{can_run_programs, processes, within};
+use crate::support::{Outcome, command, end, json, names, repository};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -99,6 +99,30 @@ fn programs_have_no_terminal() {
     command.args(evaluation.get_args()).ok();
     let scores = &json(&out.join("results.json"))["results"]["known"];
     assert_eq!(scores["pass_at_1,right"], 1.0);
+}
+
+#[test]
+fn programs_end_with_the_evaluation() {
+    let folder = tempfile::tempdir().unwrap();
+    let (task, out) = (folder.path().join("known.yaml"), folder.path().join("out"));
+    let programs = folder.path().join("programs");
+    if !can_run_programs() {
+        return;
+    }
+    fs::create_dir(&programs).unwrap();
+    let name = programs.display().to_string();
+    // Becomes a process with a name to know it by.
+    write_task(
+        &task,
+        "import os, sys\nwait = 'import time; time.sleep(600)'\n\
+         os.execv(sys.executable, ['python3', '-c', wait, 'asleep in ' + os.getcwd()])",
+    );
+    let mut evaluation = evaluate(&task, &out);
+    evaluation.arg("--allow-code").env("TMPDIR", &programs);
+    let asleep = format!("asleep in {name}");
+    end(&mut evaluation, "-KILL", || !processes(&asleep).is_empty());
+    assert!(within(5, || processes(&name).is_empty()));
+    assert!(names(&programs).is_empty());
 }
 
 #[test]

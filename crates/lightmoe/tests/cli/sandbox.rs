@@ -317,15 +317,24 @@ fn time_memory_and_files_come_to_an_end() {
     }
 }
 
-/// Whether a process runs whose arguments hold a text, besides those of the sandbox.
-fn runs(text: &str) -> bool {
+/// The arguments of the processes in whose arguments is a text.
+pub fn processes(text: &str) -> Vec<String> {
     let processes = fs::read_dir("/proc").unwrap();
-    let mut arguments =
+    let arguments =
         processes.filter_map(|process| fs::read(process.ok()?.path().join("cmdline")).ok());
-    arguments.any(|arguments| {
-        let arguments = String::from_utf8_lossy(&arguments).into_owned();
-        arguments.contains(text) && !arguments.contains("sandbox-")
-    })
+    let arguments = arguments.map(|arguments| String::from_utf8_lossy(&arguments).into_owned());
+    arguments
+        .filter(|arguments| arguments.contains(text))
+        .collect()
+}
+
+/// Whether something comes true in some seconds.
+pub fn within(seconds: u64, is_so: impl Fn() -> bool) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(seconds);
+    while !is_so() && Instant::now() < deadline {
+        sleep(Duration::from_millis(20));
+    }
+    is_so()
 }
 
 #[test]
@@ -361,17 +370,15 @@ fn a_program_ends_with_the_one_that_started_it() {
         .stdin(fs::File::open(&program).unwrap())
         .spawn()
         .unwrap();
-    let within = |seconds, is_so: &dyn Fn() -> bool| {
-        let deadline = Instant::now() + Duration::from_secs(seconds);
-        while !is_so() && Instant::now() < deadline {
-            sleep(Duration::from_millis(20));
-        }
-        is_so()
+    // Besides those of the sandbox.
+    let runs = || {
+        let mut processes = processes(&name).into_iter();
+        processes.any(|arguments| !arguments.contains("sandbox-"))
     };
-    assert!(within(30, &|| runs(&name)));
+    assert!(within(30, runs));
     // Long enough for its attempts.
     sleep(Duration::from_millis(500));
     outer.kill().unwrap();
     outer.wait().unwrap();
-    assert!(within(30, &|| !runs(&name)));
+    assert!(within(30, || !runs()));
 }
