@@ -3,7 +3,7 @@
 use libc::*;
 use seccompiler::{
     BpfProgram, Error, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
-    SeccompFilter, SeccompRule, apply_filter,
+    SeccompFilter, SeccompRule, apply_filter, sock_filter,
 };
 use std::collections::BTreeMap;
 
@@ -77,25 +77,40 @@ const OLD: &[i64] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const OLD: &[i64] = &[];
 
+/// What Python asks of files that it has open. All other requests are refused: they type into a terminal,
+/// set it, or set what is known of a file.
+const REQUESTS: [c_uint; 7] = [
+    TCGETS as c_uint,
+    TIOCGWINSZ as c_uint,
+    FIONREAD as c_uint,
+    FIONBIO as c_uint,
+    FIOCLEX as c_uint,
+    FIONCLEX as c_uint,
+    FICLONE as c_uint,
+];
+
+/// The bit of the numbers by which some kernels offer all calls of x86-64 once more (x32), several under
+/// numbers of their own.
+#[cfg(target_arch = "x86_64")]
+const X32: u32 = 0x4000_0000;
+
 /// Refuses them to this process, and with them new processes; threads may be started.
 pub(super) fn forbid() -> Result<(), Error> {
-    let flag = |argument: u8, flag: c_int, value: c_int| {
-        let masked = SeccompCmpOp::MaskedEq(flag as u64);
-        let condition =
-            SeccompCondition::new(argument, SeccompCmpArgLen::Dword, masked, value as u64)?;
-        SeccompRule::new(vec![condition])
+    let is = |argument: u8, comparison: SeccompCmpOp, value: u64| {
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, comparison, value)
     };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     rules.extend(FORBIDDEN.iter().chain(OLD).map(|&call| (call, Vec::new())));
-    rules.insert(SYS_clone, vec![flag(0, CLONE_THREAD, 0)?]);
+    let starts_no_thread = is(0, SeccompCmpOp::MaskedEq(CLONE_THREAD as u64), 0)?;
+    rules.insert(SYS_clone, vec![SeccompRule::new(vec![starts_no_thread])?]);
     // What tells the kernel to end a program with the one that started it stays as it is.
-    let is_death_signal = SeccompCondition::new(
-        0,
-        SeccompCmpArgLen::Dword,
-        SeccompCmpOp::Eq,
-        PR_SET_PDEATHSIG as u64,
-    )?;
+    let is_death_signal = is(0, SeccompCmpOp::Eq, PR_SET_PDEATHSIG as u64)?;
     rules.insert(SYS_prctl, vec![SeccompRule::new(vec![is_death_signal])?]);
+    let others = REQUESTS.map(|request| is(1, SeccompCmpOp::Ne, u64::from(request)));
+    let is_another = others.into_iter().collect::<Result<_, _>>()?;
+    rules.insert(SYS_ioctl, vec![SeccompRule::new(is_another)?]);
+    #[cfg(target_arch = "x86_64")]
+    forbid_x32()?;
     apply(rules, EPERM)?;
     // Its arguments are out of a filter's sight; without it, libc takes the older call.
     apply(BTreeMap::from([(SYS_clone3, Vec::new())]), ENOSYS)
@@ -110,4 +125,22 @@ fn apply(rules: BTreeMap<i64, Vec<SeccompRule>>, error: c_int) -> Result<(), Err
     )?;
     let program: BpfProgram = filter.try_into()?;
     apply_filter(&program)
+}
+
+/// Refuses all numbers with the bit of x32, which the filters of seccompiler take for unknown calls.
+#[cfg(target_arch = "x86_64")]
+fn forbid_x32() -> Result<(), Error> {
+    let instruction = |code: u32, otherwise: u8, k: u32| sock_filter {
+        code: code as u16,
+        jt: 0,
+        jf: otherwise,
+        k,
+    };
+    apply_filter(&[
+        // The number is the first field of what a filter is shown.
+        instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0),
+        instruction(BPF_JMP | BPF_JSET | BPF_K, 1, X32),
+        instruction(BPF_RET | BPF_K, 0, SECCOMP_RET_ERRNO | EPERM as u32),
+        instruction(BPF_RET | BPF_K, 0, SECCOMP_RET_ALLOW),
+    ])
 }

@@ -5,18 +5,21 @@ use landlock::{
     ABI, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreatedAttr,
 };
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sched::{CloneFlags, unshare};
-use rustix::mount::{MountFlags, mount};
+use nix::unistd::close;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{
-    Resource, Rlimit, Signal, getgid, getuid, set_parent_process_death_signal, setrlimit,
+    Resource, Rlimit, Signal, getgid, getuid, set_parent_process_death_signal, setrlimit, setsid,
 };
 use std::ffi::CString;
 use std::fmt::Display;
 use std::fs;
-use std::io::Read;
+use std::io::{Read, stderr};
+use std::os::fd::{AsFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, ExitCode, Stdio};
-use std::thread::sleep;
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 /// Runs a program's text and ends with [`ENDED`] if nothing goes wrong: a number that no program ends
@@ -28,8 +31,10 @@ const NOBODY: u32 = 65534;
 /// Files that a program may have open, and have in its folder.
 const OPEN_FILES: u64 = 64;
 const FILES: u64 = 4096;
-/// Between two looks at the program.
-const PAUSE: Duration = Duration::from_millis(3);
+/// Milliseconds between two looks at the program.
+const PAUSE: u8 = 3;
+/// The terminals of the user.
+const TERMINALS: &str = "/dev/pts";
 /// Landlock with the right to truncate: Linux 6.2.
 const LANDLOCK: ABI = ABI::V3;
 
@@ -40,8 +45,10 @@ fn missing(protection: &str, error: impl Display) -> String {
     )
 }
 
-/// Takes namespaces of its own, starts `inner` in them, and ends it when time is up.
+/// Takes namespaces of its own, starts `inner` in them, and ends it when time is up or the evaluation is
+/// gone.
 pub(super) fn outer(order: &Order) -> Result<u8, String> {
+    close_inherited().map_err(|e| missing("close the files that a program is not given", e))?;
     let (user, group) = (getuid().as_raw(), getgid().as_raw());
     let namespaces = [
         (CloneFlags::CLONE_NEWUSER, "users"),
@@ -77,18 +84,49 @@ pub(super) fn outer(order: &Order) -> Result<u8, String> {
         size.as_c_str(),
     )
     .map_err(|e| missing("give a program a folder in memory", e))?;
+    // It has no terminal, and finds none whose keys it could read.
+    if Path::new(TERMINALS).is_dir() {
+        let flags = flags | MountFlags::RDONLY;
+        mount("tmpfs", TERMINALS, "tmpfs", flags, None)
+            .map_err(|e| missing("hide the terminals", e))?;
+    }
     let told = serde_json::to_string(order).map_err(|e| e.to_string())?;
     let mut inner = Command::new(&order.itself);
     inner.args([INNER, &told]).env_clear();
-    let mut inner = inner
+    let inner = inner
         .spawn()
         .map_err(|e| missing("start a process among its own", e))?;
-    let deadline = Instant::now() + Duration::from_secs(order.limits.clock_seconds);
+    let ended = watch(inner, Duration::from_secs(order.limits.clock_seconds));
+    if evaluation_ends_within(0) {
+        // Nobody else removes the folder, nor is there anybody to tell if that fails.
+        let _ = unmount(order.folder.as_path(), UnmountFlags::DETACH);
+        let _ = fs::remove_dir(&order.folder);
+    }
+    ended
+}
+
+/// Closes all but the standard streams: what the caller of the evaluation left open, a program could
+/// write to.
+fn close_inherited() -> std::io::Result<()> {
+    let open = fs::read_dir("/proc/self/fd")?;
+    let open: Vec<RawFd> = open
+        .filter_map(|file| file.ok()?.file_name().to_str()?.parse().ok())
+        .collect();
+    for file in open.into_iter().filter(|&file| file > 2) {
+        // One of them was the list itself, and is closed.
+        let _ = close(file);
+    }
+    Ok(())
+}
+
+/// The verdict on a program; ends it after some time, or with the evaluation.
+fn watch(mut inner: Child, time: Duration) -> Result<u8, String> {
+    let deadline = Instant::now() + time;
     loop {
         match inner.try_wait() {
             Ok(Some(status)) if status.code() == Some(ENDED) => return Ok(PASSED),
             Ok(Some(_)) => return Ok(FAILED),
-            Ok(None) if Instant::now() < deadline => sleep(PAUSE),
+            Ok(None) if Instant::now() < deadline && !evaluation_ends_within(PAUSE) => {}
             // The kernel ends what is left in the namespace with its first process.
             ended => {
                 let killed = inner.kill().and_then(|()| inner.wait());
@@ -101,10 +139,19 @@ pub(super) fn outer(order: &Order) -> Result<u8, String> {
     }
 }
 
+/// Waits for some milliseconds, or until the evaluation is gone: nobody reads what this process says then.
+fn evaluation_ends_within(milliseconds: u8) -> bool {
+    let said = stderr();
+    let mut said = [PollFd::new(said.as_fd(), PollFlags::empty())];
+    poll(&mut said, milliseconds).is_ok_and(|ready| ready > 0)
+}
+
 /// Becomes Python with the program on standard input, within all limits.
 pub(super) fn inner(order: &Order) -> Result<ExitCode, String> {
     set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(|e| missing("end a program with the one that started it", e))?;
+    // A session of its own has no terminal to type into.
+    setsid().map_err(|e| missing("take the terminal from a program", e))?;
     let mut program = Vec::new();
     std::io::stdin()
         .read_to_end(&mut program)

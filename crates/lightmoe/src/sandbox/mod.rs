@@ -1,10 +1,11 @@
 //! Runs Python programs that a model wrote, so that they do no harm.
 //!
 //! The program itself is called twice more, each time to become less: [`enter`] finds out. The `outer`
-//! process takes namespaces of its own (users, processes, network, messages, mounts) and puts a small
-//! file system in memory over the program's folder. The `inner` one, the first process of its namespace,
-//! gives itself limits and a filter of system calls, gives up writing anywhere but in that folder, and
-//! becomes Python. When time is up, `outer` ends `inner`, and the kernel all that is in its namespace.
+//! process closes the files it inherited, takes namespaces of its own (users, processes, network, messages,
+//! mounts), puts a small file system in memory over the program's folder, and hides the terminals. The
+//! `inner` one, the first process of its namespace, leaves the session of the terminal, gives itself limits
+//! and a filter of system calls, gives up writing anywhere but in that folder, and becomes Python. When
+//! time is up, or the evaluation is gone, `outer` ends `inner`, and the kernel all that is in its namespace.
 //!
 //! Invariant: a program runs under all of these or not at all.
 
@@ -112,6 +113,7 @@ impl Judge for Sandbox {
             .env_clear()
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
+            // It also tells from this whether the evaluation still reads it.
             .stderr(Stdio::piped())
             // A Ctrl-C ends the evaluation, which waits for the programs that run.
             .process_group(0);

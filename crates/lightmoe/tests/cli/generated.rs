@@ -1,10 +1,11 @@
 //! `evaluate --tasks` with metrics of generated answers: programs, mathematics, summaries, translations.
 
-use crate::support::{Outcome, command, json, names, repository};
+use crate::sandbox::{can_run_programs, processes, within};
+use crate::support::{Outcome, command, end, json, names, repository};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// A task on the tiny data of the repository.
 fn evaluate(task: &Path, out: &Path) -> Command {
@@ -24,23 +25,14 @@ fn samples(out: &Path, task: &str) -> Vec<Value> {
         .collect()
 }
 
-/// Whether programs can be run here; says so if not.
-fn runs_programs(folder: &Path) -> bool {
-    let out = folder.join("tried");
-    let mut tried = evaluate(Path::new("mbpp"), &out);
-    let output = tried
-        .args(["--allow-code", "--limit", "1"])
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    let lacks = said.contains("python3") || said.contains("this machine cannot");
-    if lacks {
-        assert_eq!(output.status.code(), Some(2), "{said}");
-        eprintln!("SKIPPED, programs cannot be run here: {said}");
-    } else {
-        assert!(output.status.success(), "{said}");
-    }
-    !lacks
+/// Writes a task in which each answer is the code of the data, and a program after it.
+fn write_task(path: &Path, program: &str) {
+    let program = program.replace('\n', "\\n");
+    let task = format!(
+        "include: mbpp.yaml\ntask: known\ngeneration_kwargs: {{max_gen_toks: 4}}\nfilter_list:\n\
+         - name: right\n  filter: [{{function: template, template: \"{{{{code}}}}\\n{program}\"}}]\n"
+    );
+    fs::write(path, task).unwrap();
 }
 
 #[test]
@@ -64,7 +56,7 @@ fn programs_run_only_if_that_is_allowed() {
 fn programs_pass_their_tests_or_not() {
     let folder = tempfile::tempdir().unwrap();
     let (task, out) = (folder.path().join("known.yaml"), folder.path().join("out"));
-    if !runs_programs(folder.path()) {
+    if !can_run_programs() {
         return;
     }
     // Whatever the model writes, the answer is the code of the data, or a program that ends itself.
@@ -80,11 +72,64 @@ fn programs_pass_their_tests_or_not() {
     assert_eq!(samples(&out, "known").len(), 8);
 }
 
+/// Runs a command in a terminal of its own.
+const IN_TERMINAL: &str = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) != 0)";
+
+#[test]
+fn programs_have_no_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let (task, out) = (folder.path().join("known.yaml"), folder.path().join("out"));
+    if !can_run_programs() {
+        return;
+    }
+    let open = "import os\nos.open('/dev/tty', os.O_RDONLY)";
+    let in_terminal = || {
+        let mut command = Command::new("python3");
+        command.args(["-c", IN_TERMINAL]).stdin(Stdio::null());
+        command
+    };
+    in_terminal().args(["python3", "-c", open]).ok();
+    let open = open.replace('\n', "; ");
+    let program = format!("try:\n    {open}\n    exit()\nexcept OSError: pass");
+    write_task(&task, &program);
+    let mut evaluation = evaluate(&task, &out);
+    evaluation.arg("--allow-code");
+    let mut command = in_terminal();
+    command.arg(evaluation.get_program());
+    command.args(evaluation.get_args()).ok();
+    let scores = &json(&out.join("results.json"))["results"]["known"];
+    assert_eq!(scores["pass_at_1,right"], 1.0);
+}
+
+#[test]
+fn programs_end_with_the_evaluation() {
+    let folder = tempfile::tempdir().unwrap();
+    let (task, out) = (folder.path().join("known.yaml"), folder.path().join("out"));
+    let programs = folder.path().join("programs");
+    if !can_run_programs() {
+        return;
+    }
+    fs::create_dir(&programs).unwrap();
+    let name = programs.display().to_string();
+    // Becomes a process with a name to know it by.
+    write_task(
+        &task,
+        "import os, sys\nwait = 'import time; time.sleep(600)'\n\
+         os.execv(sys.executable, ['python3', '-c', wait, 'asleep in ' + os.getcwd()])",
+    );
+    let mut evaluation = evaluate(&task, &out);
+    evaluation.arg("--allow-code").env("TMPDIR", &programs);
+    let asleep = format!("asleep in {name}");
+    end(&mut evaluation, "-KILL", || !processes(&asleep).is_empty());
+    assert!(within(5, || processes(&name).is_empty()));
+    assert!(names(&programs).is_empty());
+}
+
 #[test]
 fn drawn_answers_do_not_depend_on_the_batch() {
     let folder = tempfile::tempdir().unwrap();
     let task = folder.path().join("drawn.yaml");
-    if !runs_programs(folder.path()) {
+    if !can_run_programs() {
         return;
     }
     let drawn = "include: mbpp.yaml\ntask: drawn\nnum_fewshot: 0\nrepeats: 3\n\
