@@ -202,7 +202,7 @@ fn answer(
     if prompts.iter().any(Vec::is_empty) {
         return Ok(Vec::new());
     }
-    let options = GenerateOptions::greedy(ANSWER_TOKENS, vec![tokenizer.eos]);
+    let options = GenerateOptions::greedy(ANSWER_TOKENS, tokenizer.ends.clone());
     let made = generate_rows(model, &prompts, &options, &mut |_, _| {
         Ok(match stopped() {
             true => Next::Stop,
@@ -219,4 +219,33 @@ fn answer(
         })
     });
     read.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As in a conversation: `generation_config.json` may name more tokens that end an answer than one.
+    #[test]
+    fn every_token_that_ends_an_answer_ends_one() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/olmoe-nano");
+        let checkpoint = Checkpoint::open(Path::new(folder)).unwrap();
+        let model = load_model(&checkpoint).unwrap();
+        let mut tokenizer =
+            ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id).unwrap();
+        let tokens = tokenizer.encode("Compute 3 + 4.\n").unwrap();
+        let rows = [Encoded {
+            answer_start: tokens.len(),
+            tokens,
+        }];
+        let first = answer(&*model, &rows, &tokenizer).unwrap().remove(0);
+        assert!(!first.text.is_empty());
+        // The token that the answer begins with ends it, too.
+        let options = GenerateOptions::greedy(1, Vec::new());
+        let prompts = [rows[0].tokens.clone()];
+        let made = generate_rows(&*model, &prompts, &options, &mut |_, _| Ok(Next::Continue));
+        tokenizer.ends.push(made.unwrap()[0][0]);
+        let ended = answer(&*model, &rows, &tokenizer).unwrap().remove(0);
+        assert_eq!((ended.text.as_str(), ended.whole), ("", true));
+    }
 }
