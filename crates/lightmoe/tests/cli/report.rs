@@ -130,6 +130,28 @@ fn scores_are_judged_against_those_of_the_original() {
     );
 }
 
+/// What would have no effect is refused; the size is measured without an original, too.
+#[test]
+fn thresholds_that_nothing_is_held_against_are_refused() {
+    let refused = |arguments: &[&str], said: &str| {
+        let message = tiny("evaluate").args(arguments).fails(2);
+        assert!(message.contains(said), "{arguments:?}: {message}");
+    };
+    refused(&["--min-score", "0.9"], "--against");
+    refused(&["--max-nll-increase", "1"], "--against");
+    refused(&["--max-kl", "1"], "lightmoe divergence");
+    let benchmarks = ["--tasks", "gsm8k"];
+    for more in [["--against", "scores.json"], ["--max-bytes", "1GB"]] {
+        refused(&[benchmarks, more].concat(), "compare-results");
+    }
+    let split = ["--split", "validation"];
+    refused(&[benchmarks, split].concat(), "--split");
+    let text = tiny("evaluate").args(["--max-bytes", "1kB"]).ok();
+    let printed: Value = from_str(&text).unwrap();
+    assert_eq!(printed["verdict"]["word"], "no-go");
+    assert!(printed["scores"]["intent"]["exact_match"]["n"] == 20);
+}
+
 /// Every token of every item chooses `top_k` experts, in both models.
 #[test]
 fn both_models_read_the_same_items() {
