@@ -51,6 +51,19 @@ fn a_finished_run_is_judged_anew() {
         text.contains("No-go: ") && text.contains("missed"),
         "{text}"
     );
+    // A page elsewhere leaves the run, and its own page, as they are.
+    let (own, kept) = (page(), results());
+    let mut call = report(&["--max-bytes", "1GB"]);
+    let text = call.arg("--out").arg(&alone).ok();
+    assert!(text.contains("Go: every threshold"), "{text}");
+    assert!(fs::read_to_string(&alone).unwrap().contains("verdict Go"));
+    assert!(page() == own && results() == kept);
+    // Without a page there is no new verdict either.
+    let plan = fs::read(run.join("plan.json")).unwrap();
+    fs::write(run.join("plan.json"), "{").unwrap();
+    report(&["--max-bytes", "1GB"]).fails(1);
+    fs::write(run.join("plan.json"), plan).unwrap();
+    assert!(page() == own && results() == kept);
     let check = &results()["verdict"]["checks"][0];
     assert_eq!(check["limit"], 1000.0);
     assert_eq!(
@@ -62,8 +75,10 @@ fn a_finished_run_is_judged_anew() {
     let message = report(&["--min-score", "nan"]).fails(2);
     assert!(message.contains("`min_score`"), "{message}");
     fs::remove_file(run.join("results.json")).unwrap();
-    let message = report(&[]).fails(1);
-    assert!(message.contains("results.json"), "{message}");
+    let message = report(&[]).fails(2);
+    assert!(message.contains("no finished run"), "{message}");
+    let message = report(&["--max-bytes", "1kB"]).fails(2);
+    assert!(message.contains("no finished run"), "{message}");
 }
 
 #[test]

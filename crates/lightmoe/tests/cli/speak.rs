@@ -58,6 +58,8 @@ fn the_options_of_sampling_count() {
         let message = generate(&[]).args(wrong).fails(2);
         assert!(message.contains(wrong[0]), "{message}");
     }
+    let message = command("generate").args(["--prompt", ""]).fails(2);
+    assert!(message.contains("--prompt"), "{message}");
 }
 
 #[test]
