@@ -216,7 +216,7 @@ pub fn render(evidence: &Evidence) -> Result<String> {
         score_table: table::scores(results),
         size_table: table::size(results),
         cost_table: table::cost(results),
-        runs: runs::shown(results, &name, &evidence.siblings),
+        runs: runs::shown(evidence, &name),
         experts: grids::experts(plan, &seen, experts, replaced),
         legend: grids::legend(plan),
         kept: experts - replaced,
