@@ -1,7 +1,7 @@
 //! The original and the result of a run on the same test items: the load of every expert, and what
 //! both answer. For the report alone; nothing is decided by it.
 
-use crate::pipeline::{INTERRUPTED, fit, load_model};
+use crate::pipeline::{Fit, INTERRUPTED, fit, load_model};
 use crate::progress::{Progress, stopped};
 use crate::recipe::Recipe;
 use crate::source::TaskData;
@@ -129,8 +129,11 @@ pub fn contrast_stage(
 ) -> Result<()> {
     let tokenizer = ModelTokenizer::load(original.dir(), original.config().eos_token_id)?;
     let rows = contrast_rows(data, &tokenizer, recipe)?;
-    let speaks = fit(&[original]) && fit(&[result]);
-    let look = |what: &str, checkpoint| look(what, checkpoint, &rows, &tokenizer, speaks);
+    let answers = match (fit(&[original]), fit(&[result])) {
+        (Fit::Whole, Fit::Whole) => Answers::First,
+        _ => Answers::None,
+    };
+    let look = |what: &str, checkpoint| look(what, checkpoint, &rows, &tokenizer, answers);
     let (before, before_answers) = look("original", original)?;
     let (after, after_answers) = look("result", result)?;
     let texts = data
@@ -165,13 +168,22 @@ pub fn contrast_stage(
     Ok(write_file(target, &text)?)
 }
 
-/// The loads of a model on `rows`, and its answers to the first of them if it is to speak.
+/// Which test items are answered.
+#[derive(Clone, Copy)]
+enum Answers {
+    /// The first [`ANSWERS`].
+    First,
+    /// No one.
+    None,
+}
+
+/// The loads of a model on `rows`, and its answers.
 fn look(
     what: &str,
     checkpoint: &Checkpoint,
     rows: &[Encoded],
     tokenizer: &ModelTokenizer,
-    speaks: bool,
+    answers: Answers,
 ) -> Result<(Vec<LayerLoad>, Vec<Answer>)> {
     let model = load_model(checkpoint)?;
     let bar = Progress::new(what, rows.len());
@@ -182,9 +194,9 @@ fn look(
         true => anyhow!(INTERRUPTED),
         false => e.into(),
     })?;
-    let answers = match speaks {
-        true => answer(&*model, &rows[..rows.len().min(ANSWERS)], tokenizer)?,
-        false => Vec::new(),
+    let answers = match answers {
+        Answers::First => answer(&*model, &rows[..rows.len().min(ANSWERS)], tokenizer)?,
+        Answers::None => Vec::new(),
     };
     Ok((load, answers))
 }

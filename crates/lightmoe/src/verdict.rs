@@ -270,7 +270,7 @@ pub fn judge(measured: &Measured<'_>, thresholds: &Thresholds) -> Result<Option<
     let mut checks = Vec::new();
     if let Some(share) = thresholds.min_score {
         let key = ("min_score", Side::AtLeast);
-        checks.extend(on_scores(measured, key, false, &|before, after| Held {
+        checks.extend(on_scores(measured, key, &|before, after| Held {
             limit: share * before.value,
             original: Some(before.value),
             number: after.map(|after| {
@@ -281,7 +281,7 @@ pub fn judge(measured: &Measured<'_>, thresholds: &Thresholds) -> Result<Option<
     }
     if let Some(limit) = thresholds.max_nll_increase {
         let key = ("max_nll_increase", Side::AtMost);
-        checks.extend(on_scores(measured, key, true, &|before, after| Held {
+        checks.extend(on_scores(measured, key, &|before, after| Held {
             limit,
             original: None,
             number: after.map(|after| {
@@ -315,18 +315,22 @@ pub fn judge(measured: &Measured<'_>, thresholds: &Thresholds) -> Result<Option<
     Ok(Some(Verdict { word, checks }))
 }
 
-/// A check for every metric of every task of which less, or more, is better, of the original's score and
-/// the result's; one without a number where nothing was scored.
+/// A check of the original's score and the result's for every task and every metric of which more is
+/// better, where the number must be at least something, or less; one without a number where nothing was
+/// scored.
 fn on_scores(
     measured: &Measured<'_>,
     key: (&str, Side),
-    lower: bool,
     hold: &dyn Fn(Score, Option<Score>) -> Held,
 ) -> Vec<Check> {
     let tasks = measured.original.into_iter().flatten();
     let scores = tasks.flat_map(|(task, metrics)| {
         let metrics = metrics.iter().map(move |(m, &score)| (task, m, score));
-        metrics.filter(move |(_, metric, _)| lower_is_better(metric) == lower)
+        let better = |metric: &str| match lower_is_better(metric) {
+            true => Side::AtMost,
+            false => Side::AtLeast,
+        };
+        metrics.filter(move |(_, metric, _)| better(metric) == key.1)
     });
     let mut checks: Vec<Check> = scores
         .map(|(task, metric, before)| {
