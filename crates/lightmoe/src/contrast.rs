@@ -5,7 +5,8 @@ use crate::pipeline::{Fit, INTERRUPTED, fit, load_model};
 use crate::progress::{Progress, stopped};
 use crate::recipe::Recipe;
 use crate::source::TaskData;
-use anyhow::{Context, Result, anyhow, ensure};
+use crate::versioned;
+use anyhow::{Result, anyhow, ensure};
 use lightmoe_data::Encoded;
 use lightmoe_eval::{EvalOptions, LayerLoad, expert_load};
 use lightmoe_models::folder::write_file;
@@ -13,7 +14,6 @@ use lightmoe_models::{
     Checkpoint, GenerateOptions, LanguageModel, ModelTokenizer, Next, generate_rows,
 };
 use serde::{Deserialize, Serialize};
-use std::fs;
 use std::path::Path;
 
 /// Version of the layout of `contrast.json`.
@@ -80,17 +80,7 @@ impl Contrast {
     /// # Errors
     /// If it cannot be read, is no such file, or is of another version.
     pub fn load(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path)
-            .with_context(|| format!("cannot read `{}`", path.display()))?;
-        let contrast: Self = serde_json::from_str(&text)
-            .with_context(|| format!("`{}` is damaged; remove it", path.display()))?;
-        ensure!(
-            contrast.schema_version == SCHEMA_VERSION,
-            "`{}` has schema version {}, expected {SCHEMA_VERSION}; remove it",
-            path.display(),
-            contrast.schema_version
-        );
-        Ok(contrast)
+        versioned::load(path, SCHEMA_VERSION, "remove it")
     }
 }
 
