@@ -13,6 +13,7 @@ import base64
 import json
 import os
 import pathlib
+import select
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import time
 
 WIDTHS = (400, 1400)
 SCHEMES = ("light", "dark")
+# How long a call, or an event, may take.
 SECONDS = 60
 
 # What is measured in the page: a list of complaints.
@@ -134,9 +136,12 @@ class Browser:
         os.close(from_child)
         self.number, self.rest, self.events = 0, b"", []
 
-    def read(self):
-        """The next message."""
+    def read(self, what, end):
+        """The next message; fails at the time `end`, where `what` was waited for in vain."""
         while b"\0" not in self.rest:
+            left = max(0, end - time.monotonic())
+            if not left or not select.select([self.answers], [], [], left)[0]:
+                raise SystemExit(f"{what}: no answer from Chromium within {SECONDS} s")
             piece = os.read(self.answers, 1 << 16)
             if not piece:
                 raise SystemExit("Chromium ended; start it by hand to see why")
@@ -151,8 +156,9 @@ class Browser:
         if session:
             message["sessionId"] = session
         os.write(self.requests, json.dumps(message).encode() + b"\0")
+        end = time.monotonic() + SECONDS
         while True:
-            answer = self.read()
+            answer = self.read(method, end)
             if answer.get("id") == self.number:
                 if "error" in answer:
                     raise SystemExit(f"{method}: {answer['error']['message']}")
@@ -163,16 +169,14 @@ class Browser:
         """Waits for an event."""
         end = time.monotonic() + SECONDS
         while not any(event.get("method") == method for event in self.events):
-            if time.monotonic() > end:
-                raise SystemExit(f"{method} did not come within {SECONDS} s")
-            self.events.append(self.read())
+            self.events.append(self.read(method, end))
 
     def close(self):
         """Ends it."""
         try:
             self.call("Browser.close")
         except SystemExit:
-            pass
+            self.child.kill()
         self.child.wait(timeout=SECONDS)
 
 

@@ -112,8 +112,8 @@ fn chromium() -> Result<OsString, String> {
     };
     named.chain(known).find(starts).ok_or_else(|| {
         format!(
-            "SKIPPED, nothing is checked: no Chromium, sought as {}; install one, or set CHROMIUM to \
-             its path",
+            "no page was looked at, for want of Chromium, sought as {}; install one, or set CHROMIUM \
+             to its path",
             NAMES.join(", ")
         )
     })

@@ -305,14 +305,14 @@ pub struct EvaluateArgs {
     #[command(flatten)]
     pub recipe: RecipeArgs,
     /// Which examples
-    #[arg(long, value_enum, default_value_t = EvalSplit::Test)]
+    #[arg(long, value_enum, default_value_t = EvalSplit::Test, conflicts_with = "tasks")]
     pub split: EvalSplit,
     /// Scores to write, JSON; samples go beside it. With `--tasks`, a folder, from which an interrupted
     /// evaluation goes on
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
     /// Scores of the original on the same examples, as `--out` wrote them: with thresholds, what is
-    /// printed holds the verdict beside the `scores`
+    /// printed holds the verdict beside the `scores`; `--max-bytes` needs none
     #[arg(long, value_name = "FILE.json")]
     pub against: Option<PathBuf>,
     /// Benchmarks

@@ -1,11 +1,12 @@
 //! The original and the result of a run on the same test items: the load of every expert, and what
 //! both answer. For the report alone; nothing is decided by it.
 
-use crate::pipeline::{INTERRUPTED, fit, load_model};
+use crate::pipeline::{Fit, INTERRUPTED, fit, load_model};
 use crate::progress::{Progress, stopped};
 use crate::recipe::Recipe;
 use crate::source::TaskData;
-use anyhow::{Context, Result, anyhow, ensure};
+use crate::versioned;
+use anyhow::{Result, anyhow, ensure};
 use lightmoe_data::Encoded;
 use lightmoe_eval::{EvalOptions, LayerLoad, expert_load};
 use lightmoe_models::folder::write_file;
@@ -13,7 +14,6 @@ use lightmoe_models::{
     Checkpoint, GenerateOptions, LanguageModel, ModelTokenizer, Next, generate_rows,
 };
 use serde::{Deserialize, Serialize};
-use std::fs;
 use std::path::Path;
 
 /// Version of the layout of `contrast.json`.
@@ -80,17 +80,7 @@ impl Contrast {
     /// # Errors
     /// If it cannot be read, is no such file, or is of another version.
     pub fn load(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path)
-            .with_context(|| format!("cannot read `{}`", path.display()))?;
-        let contrast: Self = serde_json::from_str(&text)
-            .with_context(|| format!("`{}` is damaged; remove it", path.display()))?;
-        ensure!(
-            contrast.schema_version == SCHEMA_VERSION,
-            "`{}` has schema version {}, expected {SCHEMA_VERSION}; remove it",
-            path.display(),
-            contrast.schema_version
-        );
-        Ok(contrast)
+        versioned::load(path, SCHEMA_VERSION, "remove it")
     }
 }
 
@@ -129,8 +119,11 @@ pub fn contrast_stage(
 ) -> Result<()> {
     let tokenizer = ModelTokenizer::load(original.dir(), original.config().eos_token_id)?;
     let rows = contrast_rows(data, &tokenizer, recipe)?;
-    let speaks = fit(&[original]) && fit(&[result]);
-    let look = |what: &str, checkpoint| look(what, checkpoint, &rows, &tokenizer, speaks);
+    let answers = match (fit(&[original]), fit(&[result])) {
+        (Fit::Whole, Fit::Whole) => Answers::First,
+        _ => Answers::None,
+    };
+    let look = |what: &str, checkpoint| look(what, checkpoint, &rows, &tokenizer, answers);
     let (before, before_answers) = look("original", original)?;
     let (after, after_answers) = look("result", result)?;
     let texts = data
@@ -165,13 +158,22 @@ pub fn contrast_stage(
     Ok(write_file(target, &text)?)
 }
 
-/// The loads of a model on `rows`, and its answers to the first of them if it is to speak.
+/// Which test items are answered.
+#[derive(Clone, Copy)]
+enum Answers {
+    /// The first [`ANSWERS`].
+    First,
+    /// No one.
+    None,
+}
+
+/// The loads of a model on `rows`, and its answers.
 fn look(
     what: &str,
     checkpoint: &Checkpoint,
     rows: &[Encoded],
     tokenizer: &ModelTokenizer,
-    speaks: bool,
+    answers: Answers,
 ) -> Result<(Vec<LayerLoad>, Vec<Answer>)> {
     let model = load_model(checkpoint)?;
     let bar = Progress::new(what, rows.len());
@@ -182,9 +184,9 @@ fn look(
         true => anyhow!(INTERRUPTED),
         false => e.into(),
     })?;
-    let answers = match speaks {
-        true => answer(&*model, &rows[..rows.len().min(ANSWERS)], tokenizer)?,
-        false => Vec::new(),
+    let answers = match answers {
+        Answers::First => answer(&*model, &rows[..rows.len().min(ANSWERS)], tokenizer)?,
+        Answers::None => Vec::new(),
     };
     Ok((load, answers))
 }
@@ -202,7 +204,7 @@ fn answer(
     if prompts.iter().any(Vec::is_empty) {
         return Ok(Vec::new());
     }
-    let options = GenerateOptions::greedy(ANSWER_TOKENS, vec![tokenizer.eos]);
+    let options = GenerateOptions::greedy(ANSWER_TOKENS, tokenizer.ends.clone());
     let made = generate_rows(model, &prompts, &options, &mut |_, _| {
         Ok(match stopped() {
             true => Next::Stop,
@@ -219,4 +221,33 @@ fn answer(
         })
     });
     read.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As in a conversation: `generation_config.json` may name more tokens that end an answer than one.
+    #[test]
+    fn every_token_that_ends_an_answer_ends_one() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/olmoe-nano");
+        let checkpoint = Checkpoint::open(Path::new(folder)).unwrap();
+        let model = load_model(&checkpoint).unwrap();
+        let mut tokenizer =
+            ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id).unwrap();
+        let tokens = tokenizer.encode("Compute 3 + 4.\n").unwrap();
+        let rows = [Encoded {
+            answer_start: tokens.len(),
+            tokens,
+        }];
+        let first = answer(&*model, &rows, &tokenizer).unwrap().remove(0);
+        assert!(!first.text.is_empty());
+        // The token that the answer begins with ends it, too.
+        let options = GenerateOptions::greedy(1, Vec::new());
+        let prompts = [rows[0].tokens.clone()];
+        let made = generate_rows(&*model, &prompts, &options, &mut |_, _| Ok(Next::Continue));
+        tokenizer.ends.push(made.unwrap()[0][0]);
+        let ended = answer(&*model, &rows, &tokenizer).unwrap().remove(0);
+        assert_eq!((ended.text.as_str(), ended.whole), ("", true));
+    }
 }

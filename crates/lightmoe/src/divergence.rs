@@ -4,9 +4,10 @@
 use crate::pipeline::load_pair;
 use crate::preflight::Refused;
 use crate::progress::{Progress, stopped};
+use crate::report::table::{Section, ascii, estimate};
 use crate::source::model_fingerprint;
-use anyhow::{Context, Result, bail, ensure};
-use comfy_table::{CellAlignment, Table, presets};
+use crate::versioned;
+use anyhow::{Context, Result, bail};
 use lightmoe_data::Encoded;
 use lightmoe_eval::divergence::{Distance, Divergence, Estimate, ModelPair, Swaps, divergence};
 use lightmoe_models::{Checkpoint, folder};
@@ -44,17 +45,7 @@ impl DivergenceFile {
         if !path.exists() {
             return Ok(None);
         }
-        let text = std::fs::read_to_string(&path)
-            .with_context(|| format!("cannot read `{}`", path.display()))?;
-        let file: Self = serde_json::from_str(&text)
-            .with_context(|| format!("`{}` is damaged; remove it", path.display()))?;
-        ensure!(
-            file.schema_version == SCHEMA_VERSION,
-            "`{}` has schema version {}, expected {SCHEMA_VERSION}; remove it",
-            path.display(),
-            file.schema_version
-        );
-        Ok(Some(file))
+        versioned::load(&path, SCHEMA_VERSION, "remove it").map(Some)
     }
 
     /// The whole compressed model on the first text.
@@ -163,7 +154,7 @@ pub fn divergence_stage(
 
 /// The numbers as tables: all texts, and where they were measured the layers of each.
 pub fn tables(file: &DivergenceFile) -> String {
-    let mut whole = table(&[
+    let mut whole = Section::new([
         "text",
         "tokens",
         "KL",
@@ -178,17 +169,17 @@ pub fn tables(file: &DivergenceFile) -> String {
     for text in &file.texts {
         let found = &text.divergence;
         let (kl, perplexity) = (&found.kl_quantiles, &found.perplexity);
-        whole.add_row([
+        whole.rows.push(vec![
             text.name.clone(),
             found.tokens.to_string(),
-            shown(found.whole.kl, 5),
+            estimate(found.whole.kl, 5),
             format!("{:.5}", kl.median),
             format!("{:.4}", kl.p99),
             format!("{:.4}", kl.max),
-            shown(found.whole.top1_agreement, 4),
+            estimate(found.whole.top1_agreement, 4),
             format!("{:.4}", perplexity.compressed),
             format!("{:.4}", perplexity.original),
-            shown(
+            estimate(
                 Estimate {
                     value: perplexity.ratio,
                     stderr: perplexity.ratio_stderr,
@@ -197,57 +188,33 @@ pub fn tables(file: &DivergenceFile) -> String {
             ),
         ]);
     }
-    aligned(&mut whole);
-    let mut out = format!(
-        "{whole}\n\nKL(original ‖ compressed) in nats a token, ± standard error between {}",
-        "windows or answers"
-    );
+    let mut out = ascii(&whole, 1)
+        + "\n\nKL(original ‖ compressed) in nats a token, ± standard error between windows or answers";
     for text in file
         .texts
         .iter()
         .filter(|t| !t.divergence.layers.is_empty())
     {
-        let mut layers = table(&["layer", "KL", "same top-1", "NLL increase"]);
+        let mut layers = Section::new(["layer", "KL", "same top-1", "NLL increase"]);
         for of_layer in &text.divergence.layers {
-            layers.add_row(row(&of_layer.layer.to_string(), &of_layer.distance));
+            let name = of_layer.layer.to_string();
+            layers.rows.push(row(&name, &of_layer.distance));
         }
-        layers.add_row(row("all", &text.divergence.whole));
-        aligned(&mut layers);
+        layers.rows.push(row("all", &text.divergence.whole));
         out.push_str(&format!(
-            "\n\n{}: the original with one layer of the compressed model\n\n{layers}",
-            text.name
+            "\n\n{}: the original with one layer of the compressed model\n\n{}",
+            text.name,
+            ascii(&layers, 1)
         ));
     }
     out
 }
 
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header(header.to_vec());
-    table
-}
-
-/// Numbers to the right.
-fn aligned(table: &mut Table) {
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-}
-
-fn row(name: &str, distance: &Distance) -> [String; 4] {
-    [
+fn row(name: &str, distance: &Distance) -> Vec<String> {
+    vec![
         name.to_owned(),
-        shown(distance.kl, 5),
-        shown(distance.top1_agreement, 4),
-        shown(distance.nll_increase, 5),
+        estimate(distance.kl, 5),
+        estimate(distance.top1_agreement, 4),
+        estimate(distance.nll_increase, 5),
     ]
-}
-
-fn shown(estimate: Estimate, digits: usize) -> String {
-    let value = estimate.value;
-    match estimate.stderr {
-        Some(stderr) => format!("{value:.digits$} ± {stderr:.digits$}"),
-        None => format!("{value:.digits$}"),
-    }
 }

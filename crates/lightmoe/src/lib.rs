@@ -38,6 +38,7 @@ mod spread;
 pub mod tokens;
 pub mod usage;
 pub mod verdict;
+mod versioned;
 
 use sha2::{Digest, Sha256};
 

@@ -293,17 +293,29 @@ pub fn load_pair<'a>(
     Ok((load(one, fit)?, load(other, fit)?))
 }
 
-/// Whether all of the models fit into memory at once.
-pub(crate) fn fit(checkpoints: &[&Checkpoint]) -> bool {
-    let parameters: u64 = checkpoints.iter().map(|c| c.parameters()).sum();
-    // Weights are f32 in memory; caches and activations want some room beside them.
-    parameters.saturating_mul(4).saturating_mul(5) / 4 <= machine::max_memory()
+/// How models run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fit {
+    /// In memory.
+    Whole,
+    /// Read layer by layer in every pass.
+    ByLayer,
 }
 
-fn load(checkpoint: &Checkpoint, in_memory: bool) -> Result<Box<dyn LanguageModel + '_>> {
-    Ok(match in_memory {
-        true => Box::new(Decoder::load(checkpoint)?),
-        false => Box::new(StreamedDecoder::new(checkpoint)?),
+/// In memory, if all of the models fit there at once.
+pub(crate) fn fit(checkpoints: &[&Checkpoint]) -> Fit {
+    let parameters: u64 = checkpoints.iter().map(|c| c.parameters()).sum();
+    // Weights are f32 in memory; caches and activations want some room beside them.
+    match parameters.saturating_mul(4).saturating_mul(5) / 4 <= machine::max_memory() {
+        true => Fit::Whole,
+        false => Fit::ByLayer,
+    }
+}
+
+fn load(checkpoint: &Checkpoint, fit: Fit) -> Result<Box<dyn LanguageModel + '_>> {
+    Ok(match fit {
+        Fit::Whole => Box::new(Decoder::load(checkpoint)?),
+        Fit::ByLayer => Box::new(StreamedDecoder::new(checkpoint)?),
     })
 }
 

@@ -1,11 +1,14 @@
 //! Progress bars and interruption: the only place that writes to the terminal while work goes on.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nix::sys::termios::{SetArg, tcgetattr, tcsetattr};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::flag;
-use std::io::{self, Write};
+use signal_hook::iterator::Signals;
+use signal_hook::{flag, low_level};
+use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock};
+use std::thread;
 
 /// Ctrl-C was pressed.
 static INTERRUPTED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
@@ -25,15 +28,40 @@ pub fn catch_interrupts() -> io::Result<()> {
     Ok(())
 }
 
-/// From now on the program ends at once where it is told to: it mostly waits for its user.
+/// Ends a mode of the terminal in which what is pasted has marks around it.
+const PLAIN_PASTE: &str = "\x1b[?2004l";
+
+/// From now on the program ends at once where it is told to: it mostly waits for its user. A terminal is
+/// left as it is now, whatever an editor of lines makes of it meanwhile.
 ///
 /// # Errors
-/// If the handler cannot be installed.
+/// If the signals cannot be waited for.
 pub fn end_when_terminated() -> io::Result<()> {
-    for signal in [SIGTERM, SIGHUP] {
-        flag::register_conditional_shutdown(signal, 128 + signal, TERMINATED.clone())?;
-    }
+    // None of a pipe or a file.
+    let terminal = tcgetattr(io::stdin()).ok();
+    let mut signals = Signals::new([SIGTERM, SIGHUP])?;
+    let wait = move || {
+        let Some(signal) = signals.forever().next() else {
+            return;
+        };
+        // A terminal that is gone needs nothing any more.
+        if let Some(terminal) = &terminal {
+            let _ = tcsetattr(io::stdin(), SetArg::TCSANOW, terminal);
+            if io::stderr().is_terminal() {
+                let _ = writeln!(io::stderr(), "{PLAIN_PASTE}");
+            }
+        }
+        low_level::exit(128 + signal);
+    };
+    thread::Builder::new().name("end".into()).spawn(wait)?;
     Ok(())
+}
+
+/// Begins nothing more where [`end_when_terminated`] is about to end the program.
+pub fn rest_when_terminated() {
+    while TERMINATED.load(Ordering::Relaxed) {
+        thread::park();
+    }
 }
 
 /// Whether the user asked to stop.

@@ -3,12 +3,12 @@
 use crate::keep::Kept;
 use crate::machine::Environment;
 use crate::verdict::{Measured, Verdict};
+use crate::versioned;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 pub use lightmoe_compress::plan::{Parameters, Ratio};
 use lightmoe_eval::divergence::Distance;
 use serde::{Deserialize, Serialize};
@@ -279,21 +279,7 @@ impl Results {
     /// # Errors
     /// If it cannot be read, is no such file, or is of another version.
     pub fn load(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path)
-            .with_context(|| format!("cannot read `{}`; check the path", path.display()))?;
-        let results: Self = serde_json::from_str(&text).with_context(|| {
-            format!(
-                "`{}` is no results file; evaluate the run again",
-                path.display()
-            )
-        })?;
-        ensure!(
-            results.schema_version == SCHEMA_VERSION,
-            "`{}` has schema version {}, expected {SCHEMA_VERSION}; evaluate the run again",
-            path.display(),
-            results.schema_version
-        );
-        Ok(results)
+        versioned::load(path, SCHEMA_VERSION, "evaluate the run again")
     }
 }
 

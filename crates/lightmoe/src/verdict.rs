@@ -121,9 +121,12 @@ impl Word {
 pub struct Check {
     /// The threshold's key.
     pub threshold: String,
-    /// What it asks for.
-    pub limit: f64,
-    /// The original's score, where the limit is a share of it.
+    /// What it asks for; `None` where that is a share of a score that is not there.
+    pub limit: Option<f64>,
+    /// Where a share of the original's score is asked for: that share.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<f64>,
+    /// Likewise: the original's score, if it was scored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub original: Option<f64>,
     /// What it is about: a task with its metric, or the weights.
@@ -159,7 +162,8 @@ enum Side {
 /// A number and what it is held against.
 #[derive(Clone, Copy)]
 struct Held {
-    limit: f64,
+    limit: Option<f64>,
+    share: Option<f64>,
     original: Option<f64>,
     /// With its standard error, if it has one.
     number: Option<(f64, Option<f64>)>,
@@ -167,17 +171,17 @@ struct Held {
 
 impl Check {
     fn new((threshold, side): (&str, Side), of: String, held: Held) -> Self {
-        let limit = held.limit;
-        let outcome = match (held.number, side) {
+        let outcome = match (held.number.zip(held.limit), side) {
             (None, _) => Outcome::Unmeasured,
-            (Some((value, _)), Side::AtLeast) if value >= limit => Outcome::Met,
-            (Some((value, _)), Side::AtMost) if value <= limit => Outcome::Met,
+            (Some(((value, _), limit)), Side::AtLeast) if value >= limit => Outcome::Met,
+            (Some(((value, _), limit)), Side::AtMost) if value <= limit => Outcome::Met,
             _ => Outcome::Missed,
         };
         let error = held.number.and_then(|number| number.1);
         Self {
             threshold: threshold.to_owned(),
-            limit,
+            limit: held.limit,
+            share: held.share,
             original: held.original,
             of,
             measured: held.number.map(|number| number.0),
@@ -189,7 +193,8 @@ impl Check {
     /// Whether the limit lies within two standard errors of the number, so that other test items could
     /// have said otherwise.
     pub fn is_close(&self) -> bool {
-        let distance = self.measured.map(|value| (value - self.limit).abs());
+        let distance = self.measured.zip(self.limit);
+        let distance = distance.map(|(value, limit)| (value - limit).abs());
         distance.zip(self.margin).is_some_and(|(d, m)| d <= m)
     }
 
@@ -213,14 +218,18 @@ impl Check {
 
     /// What it asks for, as it is read.
     pub fn asked(&self) -> String {
-        let limit = self.show(self.limit);
+        let Some(limit) = self.limit else {
+            let share = 100.0 * self.share.unwrap_or_default();
+            return format!("at least {share:.1}% of the original's score");
+        };
+        let shown = self.show(limit);
         match self.original {
             Some(original) if original > 0.0 => {
-                let percent = 100.0 * self.limit / original;
-                format!("at least {limit} ({percent:.1}% of {original:.3})")
+                let percent = 100.0 * limit / original;
+                format!("at least {shown} ({percent:.1}% of {original:.3})")
             }
-            Some(_) => format!("at least {limit}"),
-            None => format!("at most {limit}"),
+            Some(_) => format!("at least {shown}"),
+            None => format!("at most {shown}"),
         }
     }
 
@@ -270,10 +279,11 @@ pub fn judge(measured: &Measured<'_>, thresholds: &Thresholds) -> Result<Option<
     let mut checks = Vec::new();
     if let Some(share) = thresholds.min_score {
         let key = ("min_score", Side::AtLeast);
-        checks.extend(on_scores(measured, key, false, &|before, after| Held {
-            limit: share * before.value,
-            original: Some(before.value),
-            number: after.map(|after| {
+        checks.extend(on_scores(measured, key, &|before, after| Held {
+            limit: before.map(|before| share * before.value),
+            share: Some(share),
+            original: before.map(|before| before.value),
+            number: before.zip(after).map(|(before, after)| {
                 let error = after.stderr.hypot(share * before.stderr);
                 (after.value, Some(error))
             }),
@@ -281,10 +291,11 @@ pub fn judge(measured: &Measured<'_>, thresholds: &Thresholds) -> Result<Option<
     }
     if let Some(limit) = thresholds.max_nll_increase {
         let key = ("max_nll_increase", Side::AtMost);
-        checks.extend(on_scores(measured, key, true, &|before, after| Held {
-            limit,
+        checks.extend(on_scores(measured, key, &|before, after| Held {
+            limit: Some(limit),
+            share: None,
             original: None,
-            number: after.map(|after| {
+            number: before.zip(after).map(|(before, after)| {
                 let error = after.stderr.hypot(before.stderr);
                 (after.value - before.value, Some(error))
             }),
@@ -292,7 +303,8 @@ pub fn judge(measured: &Measured<'_>, thresholds: &Thresholds) -> Result<Option<
     }
     let mut add = |key: &str, of: &str, limit: f64, number| {
         let held = Held {
-            limit,
+            limit: Some(limit),
+            share: None,
             original: None,
             number,
         };
@@ -315,24 +327,28 @@ pub fn judge(measured: &Measured<'_>, thresholds: &Thresholds) -> Result<Option<
     Ok(Some(Verdict { word, checks }))
 }
 
-/// A check for every metric of every task of which less, or more, is better, of the original's score and
-/// the result's; one without a number where nothing was scored.
+/// A check of the original's score and the result's for every task and every metric of which more is
+/// better, where the number must be at least something, or less; one without a number where nothing was
+/// scored.
 fn on_scores(
     measured: &Measured<'_>,
     key: (&str, Side),
-    lower: bool,
-    hold: &dyn Fn(Score, Option<Score>) -> Held,
+    hold: &dyn Fn(Option<Score>, Option<Score>) -> Held,
 ) -> Vec<Check> {
     let tasks = measured.original.into_iter().flatten();
     let scores = tasks.flat_map(|(task, metrics)| {
         let metrics = metrics.iter().map(move |(m, &score)| (task, m, score));
-        metrics.filter(move |(_, metric, _)| lower_is_better(metric) == lower)
+        let better = |metric: &str| match lower_is_better(metric) {
+            true => Side::AtMost,
+            false => Side::AtLeast,
+        };
+        metrics.filter(move |(_, metric, _)| better(metric) == key.1)
     });
     let mut checks: Vec<Check> = scores
         .map(|(task, metric, before)| {
             let after = measured.result;
             let after = after.and_then(|r| r.get(task)?.get(metric).copied());
-            let mut held = hold(before, after);
+            let mut held = hold(Some(before), after);
             // One item has no standard error.
             if before.n < 2 || after.is_some_and(|after| after.n < 2) {
                 held.number = held.number.map(|(value, _)| (value, None));
@@ -341,13 +357,7 @@ fn on_scores(
         })
         .collect();
     if checks.is_empty() {
-        let nothing = Score {
-            value: 0.0,
-            stderr: 0.0,
-            n: 0,
-        };
-        let held = hold(nothing, None);
-        checks.push(Check::new(key, "scores".to_owned(), held));
+        checks.push(Check::new(key, "scores".to_owned(), hold(None, None)));
     }
     checks
 }

@@ -2,8 +2,8 @@
 
 use crate::cli::TasksArgs;
 use crate::preflight::Refused;
+use crate::report::table::{Section, ascii};
 use anyhow::Result;
-use comfy_table::{Table, presets};
 use lightmoe_data::harness::{Benchmark, Catalogue, DataFiles, TaskConfig};
 use serde_json::Value;
 
@@ -21,9 +21,7 @@ pub fn list(args: &TasksArgs) -> Result<String> {
         false => args.names.clone(),
     };
     let selected = catalogue.select(&names).map_err(Refused::of)?;
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header([
+    let mut table = Section::new([
         "task",
         "output type",
         "shots",
@@ -32,7 +30,7 @@ pub fn list(args: &TasksArgs) -> Result<String> {
         "files",
     ]);
     add_rows(&mut table, &selected, 0);
-    Ok(table.to_string())
+    Ok(ascii(&table, table.head.len()))
 }
 
 /// The groups and tasks that are in no group.
@@ -51,12 +49,12 @@ fn top(catalogue: &Catalogue) -> Vec<String> {
     names
 }
 
-fn add_rows(table: &mut Table, benchmarks: &[Benchmark], depth: usize) {
+fn add_rows(table: &mut Section, benchmarks: &[Benchmark], depth: usize) {
     let mark = "  ".repeat(depth);
     for benchmark in benchmarks {
         match benchmark {
             Benchmark::Task(task) => {
-                table.add_row([
+                table.rows.push(vec![
                     format!("{mark}{}", task.name()),
                     output_type(task),
                     task.num_fewshot.unwrap_or(0).to_string(),
@@ -68,7 +66,7 @@ fn add_rows(table: &mut Table, benchmarks: &[Benchmark], depth: usize) {
             Benchmark::Group(group, members) => {
                 let count = format!("{} tasks", benchmark.tasks().len());
                 let empty = String::new();
-                table.add_row([
+                table.rows.push(vec![
                     format!("{mark}{}", group.group),
                     count,
                     empty.clone(),

@@ -9,11 +9,11 @@ use crate::cli::BenchmarkArgs;
 use crate::pipeline::load_model;
 use crate::preflight::Refused;
 use crate::progress::{Progress, stopped};
+use crate::report::table::{Section, ascii};
 use crate::sandbox::{Limits, Sandbox};
 use crate::settings::Settings;
 use crate::source::{BUILT_IN, model_fingerprint, open_model, rendered};
 use anyhow::{Context, Result, bail};
-use comfy_table::{Table, presets};
 use data::{Download, prompts_of};
 use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns};
 use lightmoe_data::records::Message;
@@ -236,9 +236,7 @@ fn write(out: &Path, results: &Map<String, Value>, outcome: &Outcome) -> Result<
 
 /// The table that the harness prints.
 fn table(results: &Map<String, Value>, out: Option<&Path>) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header([
+    let mut table = Section::new([
         "task", "version", "filter", "n-shot", "metric", "value", "stderr",
     ]);
     let rows = results["results"].as_object().into_iter().flatten();
@@ -262,7 +260,7 @@ fn table(results: &Map<String, Value>, out: Option<&Path>) -> String {
             else {
                 continue;
             };
-            table.add_row([
+            table.rows.push(vec![
                 text(&row["alias"]),
                 whole("versions"),
                 filter.to_owned(),
@@ -274,5 +272,5 @@ fn table(results: &Map<String, Value>, out: Option<&Path>) -> String {
         }
     }
     let place = out.map(|out| format!("\n\nresults  {}", out.join(RESULTS).display()));
-    format!("{table}{}", place.unwrap_or_default())
+    ascii(&table, table.head.len()) + &place.unwrap_or_default()
 }

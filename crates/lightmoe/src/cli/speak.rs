@@ -35,7 +35,7 @@ pub struct GenerateArgs {
     #[arg(long, default_value = crate::source::BUILT_IN)]
     pub model: String,
     /// The text to continue
-    #[arg(long)]
+    #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub prompt: String,
     /// How
     #[command(flatten)]

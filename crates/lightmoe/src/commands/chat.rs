@@ -6,7 +6,7 @@ use crate::preflight::Refused;
 use crate::progress;
 use crate::source::open_model;
 use crate::speak::{Answer, Speaker};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use lightmoe_models::{ChatMessage, ModelTokenizer};
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
@@ -50,6 +50,7 @@ pub fn run_chat(args: ChatArgs) -> Result<String> {
     let mut speaker = Speaker::new(&*model, &tokenizer, args.speak);
     let mut input = Input::open()?;
     progress::end_when_terminated()?;
+    ensure!(!progress::stopped(), "interrupted while the model was read");
     while let Some(line) = input.line()? {
         match line.trim() {
             "" => {}
@@ -123,6 +124,8 @@ impl Input {
 
     /// The next line; none at the end.
     fn line(&mut self) -> Result<Option<String>> {
+        // An answer that was cut off comes back here; the terminal is not to be changed any more.
+        progress::rest_when_terminated();
         match self {
             Self::Lines(input) => {
                 let mut line = String::new();

@@ -21,6 +21,10 @@ use std::path::Path;
 /// # Errors
 /// [`Refused`] for models and texts that cannot be compared; what the measuring brings.
 pub fn run_divergence(args: DivergenceArgs) -> Result<String> {
+    if !args.recipe.settings.verdict.is_empty() {
+        let message = "`divergence` measures and gives no verdict; leave the thresholds out";
+        return Err(Refused(message.into()).into());
+    }
     let settings = settings(args.recipe)?;
     let name = settings.model.clone().unwrap_or_else(|| BUILT_IN.into());
     let (original, compressed) = (open_model(&args.against)?, open_model(&name)?);
@@ -85,6 +89,11 @@ fn texts(
     }
     if !args.tasks.is_empty() {
         return benchmarks(args, &settings, tokenizer, max_length);
+    }
+    if args.stride.is_some() {
+        let message = "`--stride` is of the windows of `--text` and `--tasks`; the recipe's examples \
+                       are read whole";
+        return Err(Refused(message.into()).into());
     }
     let recipe = Recipe::resolve(settings, original.config()).map_err(Refused::of)?;
     let data = TaskData::load(&recipe, tokenizer)?;

@@ -3,35 +3,39 @@
 use super::paint;
 use crate::cli::ReportArgs;
 use crate::preflight::Refused;
-use crate::recipe::Recipe;
-use crate::report::{self, table};
-use crate::results::Results;
+use crate::report::{self, Evidence, table};
 use crate::verdict::judge;
 use anyhow::Result;
+use lightmoe_models::folder::write_file;
 
 /// `report`: what it prints is the verdict and where the page is.
 ///
 /// # Errors
-/// If the folder holds no finished run, a threshold is none, or the page cannot be written.
+/// [`Refused`] if the folder holds no finished run or a threshold is none; if a file of the run is
+/// damaged, or one cannot be written.
 pub fn run_report(args: ReportArgs) -> Result<String> {
     let (run, runs) = (
         &args.run,
         args.runs.unwrap_or_else(|| report::beside(&args.run)),
     );
     args.verdict.check().map_err(Refused::of)?;
-    let path = run.join("results.json");
-    let mut results = Results::load(&path)?;
-    if !args.verdict.is_empty() {
-        let recipe = Recipe::load(&run.join("recipe.toml"))?;
-        let thresholds = args.verdict.or(recipe.verdict);
-        results.verdict = judge(&results.measured(), &thresholds)?;
-        results.save(&path)?;
+    let mut evidence = Evidence::read(run, &runs)?;
+    let own = run.join("report.html");
+    let target = args.out.unwrap_or_else(|| own.clone());
+    let anew = !args.verdict.is_empty();
+    if anew {
+        let thresholds = args.verdict.or(evidence.recipe.verdict.clone());
+        evidence.results.verdict = judge(&evidence.results.measured(), &thresholds)?;
     }
-    let target = args.out.unwrap_or_else(|| run.join("report.html"));
-    report::write(run, &runs, &target)?;
+    let page = report::render(&evidence)?;
+    write_file(&target, page.as_bytes())?;
+    // The run's own page and its results say the same.
+    if anew && target == own {
+        evidence.results.save(&run.join("results.json"))?;
+    }
     Ok(format!(
         "{}\nreport  {}",
-        table::verdict(results.verdict.as_ref(), paint()),
+        table::verdict(evidence.results.verdict.as_ref(), paint()),
         target.display()
     ))
 }

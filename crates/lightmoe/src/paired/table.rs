@@ -1,15 +1,13 @@
 //! The comparison to look at: a table that is Markdown, too.
 
 use super::{Outcome, PairedFile, Row};
-use comfy_table::{CellAlignment, Table, presets};
+use crate::report::table::{Section, ascii};
 use lightmoe_eval::paired::Flips;
 use std::fmt::Write;
 
 /// The table with its warnings.
 pub(super) fn table(file: &PairedFile) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header([
+    let mut table = Section::new([
         "task", "metric", "items", "A", "B", "B - A", "95 %", "lost", "gained", "p", "B is", "note",
     ]);
     // Warnings below the table, each once.
@@ -24,12 +22,9 @@ pub(super) fn table(file: &PairedFile) -> String {
             format!("[{}]", number + 1)
         });
         let numbers: Vec<String> = numbers.collect();
-        table.add_row(cells(row, numbers.join(" ")));
+        table.rows.push(cells(row, numbers.join(" ")));
     }
-    for column in table.column_iter_mut().skip(2) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    let mut out = format!("{table}\n");
+    let mut out = ascii(&table, 2) + "\n";
     for (side, name) in [(&file.a, "A"), (&file.b, "B")] {
         // Writing to a string cannot fail.
         let _ = write!(out, "\n{name}: {} ({})", side.path, side.model);
@@ -58,7 +53,7 @@ pub(super) fn page(file: &PairedFile) -> String {
     )
 }
 
-fn cells(row: &Row, notes: String) -> [String; 12] {
+fn cells(row: &Row, notes: String) -> Vec<String> {
     let largest = row.difference.a.abs().max(row.difference.b.abs());
     let number = |value: f64| match largest {
         large if large >= 1e6 => format!("{value:.3e}"),
@@ -78,7 +73,7 @@ fn cells(row: &Row, notes: String) -> [String; 12] {
         "" | "none" => row.metric.clone(),
         filter => format!("{}, {filter}", row.metric),
     };
-    [
+    vec![
         row.task.clone(),
         metric,
         row.items.to_string(),

@@ -4,7 +4,7 @@ use lightmoe_eval::divergence::Estimate;
 use serde::Serialize;
 
 use super::svg;
-use super::table::{Section, thousands};
+use super::table::{Section, estimate, thousands};
 use crate::divergence::{DivergenceFile, TextDivergence};
 
 /// The section of the page.
@@ -38,7 +38,7 @@ fn summary(text: &TextDivergence) -> Section {
     let mut section = Section::new(["what", "value"]);
     let mut add = |what: &str, value: String| section.rows.push(vec![what.to_owned(), value]);
     let quantiles = &found.kl_quantiles;
-    add("KL a token, mean", with_error(found.whole.kl, 4));
+    add("KL a token, mean", estimate(found.whole.kl, 4));
     add("KL a token, median", format!("{:.4}", quantiles.median));
     add(
         "KL a token, 99th percentile",
@@ -50,7 +50,7 @@ fn summary(text: &TextDivergence) -> Section {
         value: found.perplexity.ratio,
         stderr: found.perplexity.ratio_stderr,
     };
-    add("perplexity by the original's", with_error(ratio, 3));
+    add("perplexity by the original's", estimate(ratio, 3));
     section
 }
 
@@ -83,21 +83,13 @@ fn layers(text: &TextDivergence) -> Section {
         .map(|(name, distance)| {
             vec![
                 name,
-                with_error(distance.kl, 4),
+                estimate(distance.kl, 4),
                 percent(distance.top1_agreement),
-                with_error(distance.nll_increase, 4),
+                estimate(distance.nll_increase, 4),
             ]
         })
         .collect();
     section
-}
-
-fn with_error(estimate: Estimate, digits: usize) -> String {
-    let value = estimate.value;
-    match estimate.stderr {
-        Some(stderr) => format!("{value:.digits$} ± {stderr:.digits$}"),
-        None => format!("{value:.digits$}"),
-    }
 }
 
 fn percent(share: Estimate) -> String {
@@ -105,5 +97,5 @@ fn percent(share: Estimate) -> String {
         value: 100.0 * share.value,
         stderr: share.stderr.map(|stderr| 100.0 * stderr),
     };
-    format!("{} %", with_error(hundred, 1))
+    format!("{} %", estimate(hundred, 1))
 }

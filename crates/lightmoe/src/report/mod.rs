@@ -15,7 +15,7 @@ pub mod table;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::{LayerPlan, Plan, PlanDamage};
 use lightmoe_models::folder::write_file;
@@ -25,6 +25,7 @@ use serde::Serialize;
 
 use crate::contrast::Contrast;
 use crate::divergence::DivergenceFile;
+use crate::preflight::Refused;
 use crate::recipe::Recipe;
 use crate::results::{Results, Score, Stage, digits, lower_is_better};
 use crate::run::Inputs;
@@ -74,12 +75,18 @@ impl Evidence {
     /// Reads the folder `run`, and the results of the other runs in the folder `runs`.
     ///
     /// # Errors
-    /// If `run` holds no finished run, or a file of it is damaged.
+    /// [`Refused`] if `run` holds no finished run; if a file of it is damaged.
     pub fn read(run: &Path, runs: &Path) -> Result<Self> {
         let at = |name: &str| run.join(name);
-        let results = Results::load(&at("results.json")).with_context(|| {
-            format!("`{}` holds no finished run; finish it first", run.display())
-        })?;
+        if !at("results.json").is_file() {
+            let message = format!(
+                "`{}` holds no finished run, for it has no `results.json`; check the path, or finish \
+                 the run first",
+                run.display()
+            );
+            return Err(Refused(message).into());
+        }
+        let results = Results::load(&at("results.json"))?;
         let recipe = Recipe::load(&at("recipe.toml"))?;
         let observations = at("observations.safetensors");
         Ok(Self {
@@ -209,7 +216,7 @@ pub fn render(evidence: &Evidence) -> Result<String> {
         score_table: table::scores(results),
         size_table: table::size(results),
         cost_table: table::cost(results),
-        runs: runs::shown(results, &name, &evidence.siblings),
+        runs: runs::shown(evidence, &name),
         experts: grids::experts(plan, &seen, experts, replaced),
         legend: grids::legend(plan),
         kept: experts - replaced,

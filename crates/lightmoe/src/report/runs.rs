@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use super::Evidence;
 use super::svg::WIDTH;
 use super::svg::scatter::{Dot, front, scatter};
 use super::table::{Section, bytes_text};
 use crate::results::{Results, Score, Stage, digits, lower_is_better};
+use crate::run::Inputs;
 
 /// Another run, or this one.
 pub struct Sibling {
@@ -16,6 +18,8 @@ pub struct Sibling {
     pub name: String,
     /// What it led to.
     pub results: Results,
+    /// What it depended on besides its recipe; `None` where that is unknown.
+    pub inputs: Option<Inputs>,
 }
 
 /// The folder that a run lies in.
@@ -40,9 +44,12 @@ pub(super) fn siblings(folder: &Path, run: &Path) -> Vec<Sibling> {
             }
             let results = Results::load(&path)
                 .inspect_err(|error| tracing::warn!("left out of the report: {error:#}"));
+            let inputs = Inputs::of(&entry.path())
+                .inspect_err(|error| tracing::warn!("left out of the report: {error:#}"));
             Some(Sibling {
                 name: entry.file_name().to_string_lossy().into_owned(),
                 results: results.ok()?,
+                inputs: inputs.ok()?,
             })
         })
         .collect();
@@ -56,7 +63,7 @@ pub(super) struct Shown {
     svg: String,
     metric: String,
     runs: usize,
-    /// Runs in the folder on another model or task.
+    /// Runs in the folder that cannot be compared with this one.
     others: usize,
     table: Section,
 }
@@ -70,12 +77,25 @@ struct Entry<'a> {
     class: &'static str,
 }
 
+/// Whether two runs can stand on one front: of the same model and task, with the same data and as many
+/// test items. Where what a run depended on is unknown, its names speak for it.
+fn is_comparable(this: &Evidence, metric: &str, other: &Sibling) -> bool {
+    let (ours, theirs) = (&this.results, &other.results);
+    let items = |results: &Results| Some(results.scores(Stage::Recovered)?.get(metric)?.n);
+    let inputs = this.inputs.as_ref().zip(other.inputs.as_ref());
+    ours.model == theirs.model
+        && ours.task == theirs.task
+        && items(ours) == items(theirs)
+        && inputs.is_none_or(|(a, b)| a.model == b.model && a.data == b.data)
+}
+
 /// `None` where nothing can be compared: the task has no metric of which more is better, or was not
 /// scored.
-pub(super) fn shown(this: &Results, name: &str, siblings: &[Sibling]) -> Option<Shown> {
+pub(super) fn shown(evidence: &Evidence, name: &str) -> Option<Shown> {
+    let (this, siblings) = (&evidence.results, &evidence.siblings);
     let original = this.scores(Stage::Original)?;
     let metric = original.keys().find(|metric| !lower_is_better(metric))?;
-    let same = |s: &&Sibling| s.results.model == this.model && s.results.task == this.task;
+    let same = |s: &&Sibling| is_comparable(evidence, metric, s);
     let mut entries = vec![
         Entry {
             name: "original",

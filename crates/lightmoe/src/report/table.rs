@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
+use lightmoe_eval::divergence::Estimate;
 use serde::Serialize;
 
 use crate::results::{Results, Stage, digits};
@@ -219,6 +220,27 @@ pub(crate) fn markdown_table(section: &Section) -> String {
     out.push('\n');
     out.extend(section.rows.iter().map(|row| line(row)));
     out
+}
+
+/// A table for the terminal that is Markdown, too, with columns of one width: the first `words` of them to
+/// the left, the numbers behind them to the right.
+pub(crate) fn ascii(section: &Section, words: usize) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header(&section.head).add_rows(&section.rows);
+    for column in table.column_iter_mut().skip(words) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string()
+}
+
+/// `0.1250 ± 0.0125`, with `digits` after the point, as far as there is an error.
+pub(crate) fn estimate(estimate: Estimate, digits: usize) -> String {
+    let value = estimate.value;
+    match estimate.stderr {
+        Some(stderr) => format!("{value:.digits$} ± {stderr:.digits$}"),
+        None => format!("{value:.digits$}"),
+    }
 }
 
 /// `1,234,567`.

@@ -111,6 +111,40 @@ fn runs_are_held_against_each_other() {
     assert_eq!(page.matches("class=\"dot recovered\"").count(), 4);
 }
 
+/// The same names are not enough: what they name may have changed, and the items be fewer.
+#[test]
+fn runs_on_other_things_are_no_rivals() {
+    let inputs = |model: &str, data: &str| {
+        Some(Inputs {
+            model: model.to_owned(),
+            data: data.to_owned(),
+            lightmoe: "0.1.0".to_owned(),
+        })
+    };
+    let rivals = |change: &dyn Fn(&mut Sibling)| {
+        let mut evidence = evidence();
+        evidence.inputs = inputs("model", "data");
+        evidence.siblings.truncate(1);
+        evidence.siblings[0].inputs = evidence.inputs.clone();
+        change(&mut evidence.siblings[0]);
+        page(&evidence)
+            .matches("<th scope=\"row\">better</th>")
+            .count()
+    };
+    assert_eq!(rivals(&|_| {}), 1);
+    assert_eq!(rivals(&|other| other.inputs = None), 1);
+    assert_eq!(rivals(&|other| other.inputs = inputs("other", "data")), 0);
+    assert_eq!(rivals(&|other| other.inputs = inputs("model", "other")), 0);
+    let fewer = |other: &mut Sibling| {
+        let stages = other.results.stages.values_mut();
+        let scores = stages.flat_map(|tasks| tasks.values_mut());
+        scores
+            .flat_map(|s| s.values_mut())
+            .for_each(|score| score.n = 7);
+    };
+    assert_eq!(rivals(&fewer), 0);
+}
+
 /// In the folder of runs: finished ones, sorted, without the run itself and what cannot be read.
 #[test]
 fn finished_runs_are_found() {

@@ -83,6 +83,18 @@ fn what_is_not_measured_is_not_decided() {
     assert_eq!(word(&results, two), Word::NoGo);
     results.stages.clear();
     assert_eq!(word(&results, "max_nll_increase = 1.0"), Word::Undecided);
+    // Without an original there is no limit, but what is asked for is known.
+    let verdict = judge(&results.measured(), &thresholds("min_score = 0.97")).unwrap();
+    let verdict = verdict.unwrap();
+    assert_eq!(verdict.word, Word::Undecided);
+    let check = &verdict.checks[0];
+    assert_eq!((check.limit, check.original), (None, None));
+    assert_eq!(
+        check.to_string(),
+        "scores: not measured, at least 97.0% of the original's score by min_score: not measured"
+    );
+    let text = serde_json::to_string(&verdict).unwrap();
+    assert_eq!(serde_json::from_str::<Verdict>(&text).unwrap(), verdict);
 }
 
 /// Without a recovery, what was built is judged.

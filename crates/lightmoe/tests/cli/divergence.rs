@@ -140,6 +140,14 @@ fn what_cannot_be_compared_is_refused() {
     refused(&folder.path().join("none.txt"), &[], "none.txt");
     refused(&text, &["--stride", "0"], "strides of 0");
     refused(&text, &["--batch-tokens", "0"], "1 token or more");
+    refused(&text, &["--max-kl", "1"], "no verdict");
+    let of_task = ["--task", "math", "--stride", "3"];
+    let mut call = command("divergence");
+    let message = call
+        .args(["--against", "olmoe-nano"])
+        .args(of_task)
+        .fails(2);
+    assert!(message.contains("`--stride`"), "{message}");
     let message = command("divergence")
         .args(["--against", "olmoe-nano", "--model"])
         .arg(&other)

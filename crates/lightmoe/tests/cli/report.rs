@@ -51,6 +51,19 @@ fn a_finished_run_is_judged_anew() {
         text.contains("No-go: ") && text.contains("missed"),
         "{text}"
     );
+    // A page elsewhere leaves the run, and its own page, as they are.
+    let (own, kept) = (page(), results());
+    let mut call = report(&["--max-bytes", "1GB"]);
+    let text = call.arg("--out").arg(&alone).ok();
+    assert!(text.contains("Go: every threshold"), "{text}");
+    assert!(fs::read_to_string(&alone).unwrap().contains("verdict Go"));
+    assert!(page() == own && results() == kept);
+    // Without a page there is no new verdict either.
+    let plan = fs::read(run.join("plan.json")).unwrap();
+    fs::write(run.join("plan.json"), "{").unwrap();
+    report(&["--max-bytes", "1GB"]).fails(1);
+    fs::write(run.join("plan.json"), plan).unwrap();
+    assert!(page() == own && results() == kept);
     let check = &results()["verdict"]["checks"][0];
     assert_eq!(check["limit"], 1000.0);
     assert_eq!(
@@ -62,8 +75,10 @@ fn a_finished_run_is_judged_anew() {
     let message = report(&["--min-score", "nan"]).fails(2);
     assert!(message.contains("`min_score`"), "{message}");
     fs::remove_file(run.join("results.json")).unwrap();
-    let message = report(&[]).fails(1);
-    assert!(message.contains("results.json"), "{message}");
+    let message = report(&[]).fails(2);
+    assert!(message.contains("no finished run"), "{message}");
+    let message = report(&["--max-bytes", "1kB"]).fails(2);
+    assert!(message.contains("no finished run"), "{message}");
 }
 
 #[test]
@@ -128,6 +143,28 @@ fn scores_are_judged_against_those_of_the_original() {
         message.contains("original.json") && message.contains("no scores"),
         "{message}"
     );
+}
+
+/// What would have no effect is refused; the size is measured without an original, too.
+#[test]
+fn thresholds_that_nothing_is_held_against_are_refused() {
+    let refused = |arguments: &[&str], said: &str| {
+        let message = tiny("evaluate").args(arguments).fails(2);
+        assert!(message.contains(said), "{arguments:?}: {message}");
+    };
+    refused(&["--min-score", "0.9"], "--against");
+    refused(&["--max-nll-increase", "1"], "--against");
+    refused(&["--max-kl", "1"], "lightmoe divergence");
+    let benchmarks = ["--tasks", "gsm8k"];
+    for more in [["--against", "scores.json"], ["--max-bytes", "1GB"]] {
+        refused(&[benchmarks, more].concat(), "compare-results");
+    }
+    let split = ["--split", "validation"];
+    refused(&[benchmarks, split].concat(), "--split");
+    let text = tiny("evaluate").args(["--max-bytes", "1kB"]).ok();
+    let printed: Value = from_str(&text).unwrap();
+    assert_eq!(printed["verdict"]["word"], "no-go");
+    assert!(printed["scores"]["intent"]["exact_match"]["n"] == 20);
 }
 
 /// Every token of every item chooses `top_k` experts, in both models.

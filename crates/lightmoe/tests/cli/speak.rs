@@ -1,7 +1,9 @@
 //! `generate` and `chat`.
 
 use crate::support::{Outcome, base, command, model_copy};
-use std::fs;
+use nix::pty::openpty;
+use nix::sys::termios::{LocalFlags, tcgetattr};
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
 
@@ -56,6 +58,8 @@ fn the_options_of_sampling_count() {
         let message = generate(&[]).args(wrong).fails(2);
         assert!(message.contains(wrong[0]), "{message}");
     }
+    let message = command("generate").args(["--prompt", ""]).fails(2);
+    assert!(message.contains("--prompt"), "{message}");
 }
 
 #[test]
@@ -248,4 +252,43 @@ fn a_conversation_ends_at_once_when_it_is_told_to() {
     talk.tokens();
     talk.signal("-TERM");
     assert_eq!(talk.child.wait().unwrap().code(), Some(128 + 15));
+}
+
+/// The editor of lines takes the terminal for itself; its user gets it back as it was.
+#[test]
+fn the_terminal_is_left_as_it_was() {
+    for (name, number) in [("-TERM", 15), ("-HUP", 1)] {
+        let pair = openpty(None, None).unwrap();
+        let of_lines = || {
+            let flags = tcgetattr(&pair.slave).unwrap().local_flags;
+            flags.contains(LocalFlags::ECHO | LocalFlags::ICANON)
+        };
+        assert!(of_lines());
+        let end = || Stdio::from(pair.slave.try_clone().unwrap());
+        let mut child = Command::new(env!("CARGO_BIN_EXE_lightmoe"))
+            .arg("chat")
+            .env("TERM", "xterm")
+            .stdin(end())
+            .stdout(end())
+            .stderr(end())
+            .spawn()
+            .unwrap();
+        let mut screen = File::from(pair.master.try_clone().unwrap());
+        let (mut shown, mut piece) = (String::new(), [0; 256]);
+        while !shown.contains("> ") {
+            let read = screen.read(&mut piece).unwrap();
+            shown += &String::from_utf8_lossy(&piece[..read]);
+        }
+        assert!(!of_lines(), "{shown}");
+        let id = child.id().to_string();
+        assert!(
+            Command::new("kill")
+                .args([name, &id])
+                .status()
+                .unwrap()
+                .success()
+        );
+        assert_eq!(child.wait().unwrap().code(), Some(128 + number));
+        assert!(of_lines());
+    }
 }

@@ -171,6 +171,7 @@ pub(super) fn sibling(name: &str, bytes: u64, score: f64) -> Sibling {
     Sibling {
         name: name.to_owned(),
         results,
+        inputs: None,
     }
 }
 
