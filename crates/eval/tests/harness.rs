@@ -278,6 +278,7 @@ fn facts() -> RunFacts<'static> {
         date: 0.0,
         seconds: 0.0,
         version: "0",
+        git_hash: None,
     }
 }
 

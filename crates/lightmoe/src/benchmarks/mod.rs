@@ -6,6 +6,7 @@ mod list;
 pub use list::list;
 
 use crate::cli::BenchmarkArgs;
+use crate::machine::Environment;
 use crate::pipeline::load_model;
 use crate::preflight::Refused;
 use crate::progress::{Progress, stopped};
@@ -93,6 +94,7 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
         kept,
         &mut |done, all| bar.of(done, all),
     )?;
+    let here = Environment::here();
     let facts = RunFacts {
         model: name,
         config: config(name, args, settings, seed),
@@ -102,6 +104,7 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
         date: SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64(),
         seconds: begin.elapsed().as_secs_f64(),
         version: env!("CARGO_PKG_VERSION"),
+        git_hash: here.git_hash.as_deref(),
     };
     let results = results(&selected, &tasks, &outcome, &tokenizer, facts)?;
     if let Some(out) = out {
