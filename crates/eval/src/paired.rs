@@ -148,7 +148,8 @@ impl Difference {
         }
     }
 
-    /// The weighted mean of differences on different items; none of no items.
+    /// The weighted mean of differences on different items; none of no items. The interval reaches as
+    /// far as the parts' intervals do together, so that of flips none shrinks to nothing.
     pub fn pooled(parts: &[(f64, Self)]) -> Option<Self> {
         let weights: f64 = parts.iter().map(|(weight, _)| weight).sum();
         let mean = |of: &dyn Fn(&Self) -> f64| {
@@ -161,13 +162,18 @@ impl Difference {
             .map(|(weight, part)| Some((weight / weights, part.uncertainty?)))
             .collect();
         let uncertainty = known.and_then(|known| {
-            let variance: f64 = known
-                .iter()
-                .map(|(share, of)| (share * of.stderr).powi(2))
-                .sum();
-            // What is known least well decides what the whole is called.
-            let by = known.iter().map(|(_, of)| of.by).max()?;
-            Some(Uncertainty::normal(by, new.difference, variance.sqrt()))
+            let together = |error: &dyn Fn(&Uncertainty) -> f64| {
+                let squares = known.iter().map(|(share, of)| (share * error(of)).powi(2));
+                squares.sum::<f64>().sqrt()
+            };
+            let reach = together(&|of| (of.high - of.low) / 2.0);
+            Some(Uncertainty {
+                // What is known least well decides what the whole is called.
+                by: known.iter().map(|(_, of)| of.by).max()?,
+                stderr: together(&|of| of.stderr),
+                low: new.difference - reach,
+                high: new.difference + reach,
+            })
         });
         (weights > 0.0).then_some(Self { uncertainty, ..new })
     }
@@ -323,6 +329,12 @@ mod tests {
         close(of.high, NORMAL_95 * (0.5f64 / 4.0).sqrt());
         close(of.low, -of.high);
         assert_eq!(of.stderr, 0.0);
+        // Two such parts, alike in weight: the root of two halves.
+        let pooled = Difference::pooled(&[(1.0, none), (1.0, none)]).unwrap();
+        let whole = pooled.uncertainty.unwrap();
+        close(whole.high, of.high / 2.0f64.sqrt());
+        close(whole.low, -whole.high);
+        assert_eq!(whole.stderr, 0.0);
     }
 
     #[test]

@@ -5,7 +5,8 @@
 use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns, build_prompts};
 use lightmoe_data::records::Message;
 use lightmoe_eval::harness::{
-    BeginOfText, HarnessOptions, Judge, Kept, RunFacts, TaskPrompts, evaluate_tasks, results,
+    BeginOfText, HarnessOptions, Judge, Kept, RunFacts, TaskPrompts, check_task, evaluate_tasks,
+    results,
 };
 use lightmoe_models::{ChatMessage, Checkpoint, Decoder, ModelTokenizer};
 use serde_json::{Map, Value, json};
@@ -278,6 +279,16 @@ fn facts() -> RunFacts<'static> {
         date: 0.0,
         seconds: 0.0,
         version: "0",
+        git_hash: None,
+    }
+}
+
+#[test]
+fn whatever_comes_along_can_be_scored() {
+    let catalogue = Catalogue::built_in().unwrap();
+    assert!(catalogue.tasks().len() > 50);
+    for task in catalogue.tasks() {
+        assert_eq!(check_task(task), Ok(()), "{}", task.name());
     }
 }
 

@@ -14,11 +14,15 @@ use std::path::{Path, PathBuf};
 /// A file may include one that includes one, and so on, so often.
 const DEPTH: usize = 8;
 
+/// What a caller wants of every task; what is wrong, with the key, and what to do.
+pub type Check = fn(&TaskConfig) -> std::result::Result<(), String>;
+
 /// What can be asked for.
 #[derive(Debug, Clone, Default)]
 pub struct Catalogue {
     tasks: Vec<TaskConfig>,
     groups: Vec<GroupConfig>,
+    check: Option<Check>,
 }
 
 /// What was asked for: a task, or a group with what is in it.
@@ -155,6 +159,14 @@ impl Catalogue {
         Ok(catalogue)
     }
 
+    /// The same, with a check of the tasks of files that are asked for.
+    pub fn checking(self, check: Check) -> Self {
+        Self {
+            check: Some(check),
+            ..self
+        }
+    }
+
     /// The tasks, by name.
     pub fn tasks(&self) -> &[TaskConfig] {
         &self.tasks
@@ -240,13 +252,13 @@ impl Catalogue {
         }
         let kind: Kind = source.parse()?;
         if kind.group.is_none() {
-            return Ok(self.add_task(source.task(source.parse()?)?));
+            return self.add_task(source, source.parse()?);
         }
         let mut group: GroupConfig = source.parse()?;
         for member in &mut group.task {
             if let Member::Task(keys) = member {
                 let own = from_map(keys.clone()).map_err(|e| source.problem(e))?;
-                *member = Member::Name(self.add_task(source.task(own)?));
+                *member = Member::Name(self.add_task(source, own)?);
             }
         }
         let name = group.group.clone();
@@ -255,11 +267,15 @@ impl Catalogue {
         Ok(name)
     }
 
-    fn add_task(&mut self, task: TaskConfig) -> String {
+    fn add_task(&mut self, source: &Source, own: TaskConfig) -> Result<String> {
+        let task = source.task(own)?;
+        if let Some(check) = self.check {
+            check(&task).map_err(|problem| source.problem(problem))?;
+        }
         let name = task.name().to_owned();
         self.tasks.retain(|other| other.name() != name);
         self.tasks.push(task);
-        name
+        Ok(name)
     }
 
     fn named(&self, name: &str, depth: usize) -> Result<Vec<Benchmark>> {

@@ -1,6 +1,8 @@
 //! What must hold of a task before anything is read for it.
 
-use super::config::{OutputType, TaskConfig};
+use super::config::{Choices, FilterStep, OutputType, TaskConfig};
+use super::template::Engine;
+use serde_json::Value;
 
 /// Whether a task can be run at all.
 ///
@@ -36,6 +38,7 @@ pub(super) fn check_task(task: &TaskConfig) -> Result<(), String> {
     if task.output_type() == OutputType::MultipleChoice {
         needs("doc_to_choice", task.doc_to_choice.is_some())?;
     }
+    check_templates(task)?;
     let generation = task.generation();
     let is_drawn = generation.sampling().is_some();
     if !is_drawn && (generation.temperature.is_some_and(|t| t != 0.0) || generation.top_p.is_some())
@@ -73,5 +76,57 @@ pub(super) fn check_task(task: &TaskConfig) -> Result<(), String> {
         (Some(_), _) => Err(format!(
             "`{name}` has a `stride`, which must be 1 or more and is for `loglikelihood_rolling` only"
         )),
+    }
+}
+
+/// Whether the templates and expressions of a task can be understood.
+fn check_templates(task: &TaskConfig) -> Result<(), String> {
+    let engine = Engine::default();
+    let name = task.name();
+    let choices = match &task.doc_to_choice {
+        Some(Choices::Of(template)) => Some(template),
+        _ => None,
+    };
+    let chains = task.filter_list.iter().flatten();
+    let filters = chains
+        .flat_map(|chain| &chain.filter)
+        .filter_map(|step| match step {
+            FilterStep::Template { template } => Some(("filter_list", template)),
+            _ => None,
+        });
+    let templates = [
+        ("doc_to_text", task.doc_to_text.as_ref()),
+        ("doc_to_target", task.doc_to_target.as_ref()),
+        ("doc_to_choice", choices),
+        ("doc_to_count", task.doc_to_count.as_ref()),
+        ("description", task.description.as_ref()),
+    ];
+    let templates = templates
+        .into_iter()
+        .filter_map(|(key, template)| Some((key, template?)));
+    for (key, template) in templates.chain(filters) {
+        let checked = engine.check(template);
+        checked.map_err(|problem| format!("`{name}`, `{key}`: {problem}"))?;
+    }
+    let fields = task.process_docs.iter().flatten();
+    let fields = fields.flat_map(|(_, value)| expressions(value));
+    let rows = task.data_files.iter().flat_map(|files| files.rows.values());
+    let expressions = fields
+        .map(|expression| ("process_docs", expression))
+        .chain(rows.map(|expression| ("data_files.rows", expression.as_str())));
+    for (key, expression) in expressions {
+        let checked = engine.check_expression(expression);
+        checked.map_err(|problem| format!("`{name}`, `{key}`: {problem}"))?;
+    }
+    Ok(())
+}
+
+/// The texts in a value.
+fn expressions(value: &Value) -> Vec<&str> {
+    match value {
+        Value::String(expression) => vec![expression],
+        Value::Array(list) => list.iter().flat_map(expressions).collect(),
+        Value::Object(map) => map.values().flat_map(expressions).collect(),
+        _ => Vec::new(),
     }
 }

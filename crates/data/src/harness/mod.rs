@@ -23,7 +23,7 @@ mod rows;
 mod template;
 mod texts;
 
-pub use catalogue::{Benchmark, Catalogue};
+pub use catalogue::{Benchmark, Catalogue, Check};
 pub use config::{
     Choices, FilterChain, FilterStep, GenerationConfig, MetricConfig, NO_FILTER, OutputType,
     TaskConfig,

@@ -7,6 +7,7 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::schema::types::{Type, TypePtr};
 use serde_json::Value;
 use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 /// Reads the rows, numbered from 1: structs are objects, lists are arrays, times and decimals are
@@ -15,16 +16,19 @@ use std::path::Path;
 /// # Errors
 /// [`Error::Read`]; [`Error::DataFile`], naming the column that cannot be read where it is one.
 pub(super) fn parquet_rows(path: &Path) -> Result<Vec<Row>> {
-    let file = File::open(path).map_err(|source| Error::Read {
+    let read = |source| Error::Read {
         path: path.into(),
         source,
-    })?;
+    };
+    let file = File::open(path).map_err(read)?;
+    let bytes = file.metadata().map_err(read)?.len();
     let fails = |problem: String| Error::DataFile {
         path: path.into(),
         problem,
     };
-    let reader = SerializedFileReader::new(file)
+    let reader = unless_it_panics(|| SerializedFileReader::new(file))
         .map_err(|e| fails(format!("no Parquet file ({e}); get it again")))?;
+    check_columns(&reader, bytes).map_err(|e| fails(format!("{e}; get the file again")))?;
     rows(&reader, None).map_err(|e| match broken_column(&reader) {
         Some((column, e)) => fails(format!(
             "column `{column}` cannot be read ({e}); get the file again, or write it anew with plain or \
@@ -37,12 +41,49 @@ pub(super) fn parquet_rows(path: &Path) -> Result<Vec<Row>> {
 type Reader = SerializedFileReader<File>;
 
 fn rows(reader: &Reader, columns: Option<Type>) -> Result<Vec<Row>, ParquetError> {
-    let rows = (1..).zip(reader.get_row_iter(columns)?);
-    rows.map(|(number, row)| match row?.to_json_value() {
-        Value::Object(fields) => Ok((number, fields)),
-        other => Err(ParquetError::General(format!("row {number} is {other}"))),
+    unless_it_panics(|| {
+        let rows = (1..).zip(reader.get_row_iter(columns)?);
+        rows.map(|(number, row)| match row?.to_json_value() {
+            Value::Object(fields) => Ok((number, fields)),
+            other => Err(ParquetError::General(format!("row {number} is {other}"))),
+        })
+        .collect()
     })
-    .collect()
+}
+
+/// What `read` gives; the reader takes some damage for a mistake of its caller and panics.
+fn unless_it_panics<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, ParquetError> {
+    // Nothing that a panic may have left half done is used afterwards but to read anew.
+    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
+        let message = "what it says of itself contradicts itself";
+        Err(ParquetError::General(message.into()))
+    })
+}
+
+/// Whether each column lies within the file of `bytes` bytes and has a value for each row: the reader
+/// relies on both.
+fn check_columns(reader: &Reader, bytes: u64) -> Result<(), String> {
+    for group in reader.metadata().row_groups() {
+        for column in group.columns() {
+            let begin = column.dictionary_page_offset();
+            let begin = u64::try_from(begin.unwrap_or(column.data_page_offset())).ok();
+            let size = u64::try_from(column.compressed_size()).ok();
+            let end = begin
+                .zip(size)
+                .and_then(|(begin, size)| begin.checked_add(size));
+            let name = column.column_path();
+            if end.is_none_or(|end| end > bytes) {
+                return Err(format!("column `{name}` lies outside the file"));
+            }
+            if !(0..=column.num_values()).contains(&group.num_rows()) {
+                let (rows, values) = (group.num_rows(), column.num_values());
+                return Err(format!(
+                    "column `{name}` has {values} values for {rows} rows"
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The first column that cannot be read by itself, and why: errors of the reader do not tell.

@@ -33,6 +33,50 @@ impl Default for Engine {
 }
 
 impl Engine {
+    /// Whether a template can be understood, as [`Engine::value`] takes it.
+    ///
+    /// # Errors
+    /// What is wrong with its syntax.
+    pub(super) fn check(&self, template: &str) -> Result<(), String> {
+        match sole_expression(template) {
+            Some(expression) => self.check_expression(expression),
+            None => self
+                .0
+                .template_from_str(template)
+                .map(drop)
+                .map_err(|e| format!("`{template}` is no template: {}", said(&e))),
+        }
+    }
+
+    /// Whether an expression can be understood.
+    ///
+    /// # Errors
+    /// What is wrong with its syntax.
+    pub(super) fn check_expression(&self, expression: &str) -> Result<(), String> {
+        let compiled = self.0.compile_expression(expression).map(drop);
+        compiled.map_err(|e| format!("`{expression}` is no expression: {}", said(&e)))
+    }
+
+    /// Which fields a document lacks for a template that cannot be filled from it; nothing where it can
+    /// be, or fails for another reason.
+    pub fn missing(&self, template: &str, doc: &Fields) -> Option<String> {
+        let compiled = self.0.template_from_str(template).ok()?;
+        compiled.render(Serde(doc)).err()?;
+        self.lacking(compiled.undeclared_variables(false), doc)
+    }
+
+    /// Which fields a template wants that are not there.
+    fn lacking(&self, names: HashSet<String>, doc: &Fields) -> Option<String> {
+        let is_known = |name: &String| {
+            let mut functions = self.0.globals();
+            doc.contains_key(name) || functions.any(|(function, _)| function == name)
+        };
+        let mut names: Vec<String> = names.into_iter().filter(|name| !is_known(name)).collect();
+        names.sort();
+        let names: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
+        (!names.is_empty()).then(|| format!("there is no field {}", names.join(", ")))
+    }
+
     /// What `template` says of a document: the field of that name, the value of the expression if
     /// the template is nothing but one, or its text.
     ///
@@ -53,7 +97,10 @@ impl Engine {
     pub fn expression(&self, expression: &str, doc: &Fields) -> Result<serde_json::Value, String> {
         let fail = |e: Error| format!("`{expression}` cannot be computed: {}", said(&e));
         let compiled = self.0.compile_expression(expression).map_err(fail)?;
-        let missing = |reason| lacking(compiled.undeclared_variables(false), doc).unwrap_or(reason);
+        let missing = |reason| {
+            let names = compiled.undeclared_variables(false);
+            self.lacking(names, doc).unwrap_or(reason)
+        };
         let value = compiled.eval(Serde(doc)).map_err(|e| missing(fail(e)))?;
         if value.is_undefined() {
             return Err(missing(format!(
@@ -79,21 +126,10 @@ impl Engine {
             ErrorKind::OutOfFuel => fail(e),
             _ => {
                 let names = compiled.undeclared_variables(false);
-                lacking(names, doc).unwrap_or_else(|| fail(e))
+                self.lacking(names, doc).unwrap_or_else(|| fail(e))
             }
         })
     }
-}
-
-/// Which fields a template wants that are not there.
-fn lacking(names: HashSet<String>, doc: &Fields) -> Option<String> {
-    let mut names: Vec<String> = names
-        .into_iter()
-        .filter(|name| !doc.contains_key(name))
-        .collect();
-    names.sort();
-    let names: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
-    (!names.is_empty()).then(|| format!("there is no field {}", names.join(", ")))
 }
 
 /// The message of an error with its cause, without the place in the template, which is short.
@@ -194,5 +230,28 @@ mod tests {
         assert!(error("Q: {{answer}}").contains("no field `answer`"));
         assert!(error("{{choices.label.index('C')}}").contains("not in the list"));
         assert!(error("{{ choices.").contains("choices."));
+    }
+
+    #[test]
+    fn what_fails_for_another_reason_lacks_no_field() {
+        let missing = |template: &str| Engine::default().missing(template, &doc());
+        assert_eq!(missing("{{question}}"), None);
+        assert_eq!(
+            missing("{% for i in range(2) %}{{question|last_boxed}}{% endfor %}"),
+            None
+        );
+        let said = missing("{{question}} {{answer}}").unwrap();
+        assert!(said.contains("no field `answer`"), "{said}");
+    }
+
+    #[test]
+    fn syntax_is_checked_without_a_document() {
+        let check = |template: &str| Engine::default().check(template);
+        for good in ["question", "{{choices.text}}", "Q: {{unknown}}\n", ""] {
+            assert_eq!(check(good), Ok(()), "{good}");
+        }
+        for bad in ["{{ choices.", "Q: {{ a b }}", "{{ (a }}", "{% if a %}"] {
+            assert!(check(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -1,13 +1,19 @@
 //! What is taken from a generated answer.
 
-use crate::{Error, Result};
+use crate::Error;
 use fancy_regex::Regex;
 use lightmoe_data::harness::{
-    Engine, Fields, FilterChain, FilterStep, NO_FILTER, TaskConfig, latex, python,
+    Engine, Fields, FilterChain, FilterStep, Item, NO_FILTER, TaskConfig, latex, python,
 };
 
+type Result<T, E = Error> = std::result::Result<T, E>;
+
 /// The filters of a task, ready to use.
-pub(super) struct Filters(Vec<(String, Vec<Filter>)>);
+pub(super) struct Filters {
+    task: String,
+    /// By name.
+    chains: Vec<(String, Vec<Filter>)>,
+}
 
 enum Filter {
     Regex {
@@ -34,46 +40,91 @@ impl Filters {
             }],
         };
         let chains = chains.into_iter().map(|chain| {
-            let steps = chain.filter.into_iter().map(|step| Filter::new(task, step));
-            Ok((chain.name, steps.collect::<Result<_>>()?))
+            let steps = chain.filter.into_iter().map(Filter::new);
+            let steps = steps.collect::<Result<Vec<Filter>, String>>();
+            let steps = steps
+                .map_err(|problem| Error::Invalid(place(task.name(), &chain.name) + &problem))?;
+            Ok((chain.name, steps))
         });
-        Ok(Self(chains.collect::<Result<_>>()?))
+        Ok(Self {
+            task: task.name().to_owned(),
+            chains: chains.collect::<Result<_>>()?,
+        })
+    }
+
+    /// Whether the templates find their fields in a document, whatever the answer will be.
+    ///
+    /// # Errors
+    /// [`Error::Document`], naming the fields that are not there.
+    pub(super) fn check(&self, item: &Item) -> Result<()> {
+        let fields = with_response(&item.doc.fields, "");
+        for (name, steps) in &self.chains {
+            let problem = steps.iter().find_map(|step| match step {
+                Filter::Template { engine, template } => engine.missing(template, &fields),
+                _ => None,
+            });
+            if let Some(problem) = problem {
+                return Err(self.fails(name, item, &problem));
+            }
+        }
+        Ok(())
+    }
+
+    fn fails(&self, chain: &str, item: &Item, problem: &str) -> Error {
+        Error::Document {
+            path: item.doc.path.clone(),
+            line: item.doc.line,
+            message: place(&self.task, chain) + problem,
+        }
     }
 
     /// The names of the chains.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().map(|(name, _)| name.as_str())
+        self.chains.iter().map(|(name, _)| name.as_str())
     }
 
     /// Whether chain `number` leaves one of several answers.
     pub(super) fn takes_first(&self, number: usize) -> bool {
-        let mut steps = self.0[number].1.iter();
+        let mut steps = self.chains[number].1.iter();
         steps.any(|step| matches!(step, Filter::Plain(FilterStep::TakeFirst)))
     }
 
     /// What chain `number` takes from an answer to a document.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if a pattern takes too many steps, or a template cannot be filled.
-    pub(super) fn apply(&self, number: usize, answer: &str, doc: &Fields) -> Result<String> {
-        let steps = &self.0[number].1;
+    /// [`Error::Document`] if a pattern takes too many steps, or a template cannot be filled.
+    pub(super) fn apply(&self, number: usize, answer: &str, item: &Item) -> Result<String> {
+        let (name, steps) = &self.chains[number];
+        let mut steps = steps.iter();
         steps
-            .iter()
-            .try_fold(answer.to_owned(), |text, step| step.apply(&text, doc))
+            .try_fold(answer.to_owned(), |text, step| {
+                step.apply(&text, &item.doc.fields)
+            })
+            .map_err(|problem| self.fails(name, item, &problem))
     }
 }
 
+/// Where a filter stands, as messages begin.
+fn place(task: &str, chain: &str) -> String {
+    format!("task `{task}`, `filter_list`, filter `{chain}`: ")
+}
+
+/// The fields that a template of a filter sees.
+fn with_response(doc: &Fields, response: &str) -> Fields {
+    let mut fields = doc.clone();
+    fields.insert("response".into(), response.into());
+    fields
+}
+
 impl Filter {
-    fn new(task: &TaskConfig, step: FilterStep) -> Result<Self> {
+    fn new(step: FilterStep) -> Result<Self, String> {
         Ok(match step {
             FilterStep::Regex {
                 regex_pattern,
                 group_select,
                 fallback,
             } => Self::Regex {
-                regex: python::regex(&regex_pattern).map_err(|problem| {
-                    Error::Invalid(format!("task `{}`, `filter_list`: {problem}", task.name()))
-                })?,
+                regex: python::regex(&regex_pattern)?,
                 group_select,
                 fallback,
             },
@@ -85,7 +136,7 @@ impl Filter {
         })
     }
 
-    fn apply(&self, text: &str, doc: &Fields) -> Result<String> {
+    fn apply(&self, text: &str, doc: &Fields) -> Result<String, String> {
         Ok(match self {
             Self::Regex {
                 regex,
@@ -93,9 +144,7 @@ impl Filter {
                 fallback,
             } => selected(regex, *group_select, text)?.unwrap_or_else(|| fallback.clone()),
             Self::Template { engine, template } => {
-                let mut fields = doc.clone();
-                fields.insert("response".into(), text.into());
-                engine.text(template, &fields).map_err(Error::Invalid)?
+                engine.text(template, &with_response(doc, text))?
             }
             Self::Plain(FilterStep::LastBoxed { fallback }) => {
                 latex::last_boxed(text).unwrap_or(fallback).to_owned()
@@ -117,11 +166,10 @@ impl Filter {
 }
 
 /// Of all matches the chosen one: whole, or its first group that is not empty.
-fn selected(regex: &Regex, select: i64, text: &str) -> Result<Option<String>> {
+fn selected(regex: &Regex, select: i64, text: &str) -> Result<Option<String>, String> {
     let mut found = Vec::new();
     for captures in regex.captures_iter(text) {
-        let captures =
-            captures.map_err(|e| Error::Invalid(format!("a filter's pattern fails: {e}")))?;
+        let captures = captures.map_err(|e| format!("its pattern fails: {e}"))?;
         let groups = captures
             .iter()
             .skip(1)

@@ -141,7 +141,7 @@ impl Metric {
         let name = config.metric.as_str();
         let invalid = |problem: String| {
             Error::Invalid(format!(
-                "task `{}`, metric `{name}`: {problem}",
+                "task `{}`, `metric_list`, metric `{name}`: {problem}",
                 task.name()
             ))
         };

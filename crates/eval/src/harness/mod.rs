@@ -69,6 +69,38 @@ pub struct TaskPrompts {
     pub prompts: Prompts,
 }
 
+impl TaskPrompts {
+    /// Whether the documents can be scored, as far as that is known before the model runs.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] as [`check_task`]; [`Error::Document`] if a filter wants fields that the first
+    /// document does not have.
+    pub fn check(&self) -> Result<()> {
+        self.scoring().map(drop)
+    }
+
+    fn scoring(&self) -> Result<(Vec<Metric>, Filters)> {
+        let (metrics, filters) = scoring(&self.task)?;
+        if let Some(first) = self.prompts.items.first() {
+            filters.check(first)?;
+        }
+        Ok((metrics, filters))
+    }
+}
+
+/// Whether the metrics and filters of a task can be used: a check for a
+/// [`Catalogue`](lightmoe_data::harness::Catalogue).
+///
+/// # Errors
+/// The metric or filter that cannot be, and what to do.
+pub fn check_task(task: &TaskConfig) -> std::result::Result<(), String> {
+    scoring(task).map(drop).map_err(|e| e.to_string())
+}
+
+fn scoring(task: &TaskConfig) -> Result<(Vec<Metric>, Filters)> {
+    Ok((metrics(task)?, Filters::new(task)?))
+}
+
 /// Where finished requests are kept.
 pub struct Kept<'a> {
     /// The file.
@@ -151,8 +183,9 @@ pub fn evaluate_tasks(
     // All that can be wrong with a task is found before the model runs.
     let mut work = Work::default();
     let mut prepared = Vec::new();
-    for TaskPrompts { task, prompts } in tasks {
-        let (metrics, filters) = (metrics(task)?, Filters::new(task)?);
+    for whole in tasks {
+        let TaskPrompts { task, prompts } = whole;
+        let (metrics, filters) = whole.scoring()?;
         if options.judge.is_none() && metrics.iter().any(runs_programs) {
             return Err(Error::Invalid(format!(
                 "task `{}` runs programs that the model writes, and nothing is there to run them",

@@ -24,6 +24,8 @@ pub struct RunFacts<'a> {
     pub seconds: f64,
     /// Version of the program.
     pub version: &'a str,
+    /// The commit that the program was built from, where that is known.
+    pub git_hash: Option<&'a str>,
 }
 
 /// The whole of `results.json`. Of an interrupted run it holds what was done, and says so under
@@ -94,8 +96,7 @@ pub fn results(
     put("higher_is_better", directions.into());
     put("n-samples", counts.into());
     put("config", facts.config.into());
-    // The harness puts the state of its user's repository here, which says nothing of the program.
-    put("git_hash", Json::Null);
+    put("git_hash", facts.git_hash.into());
     put("date", facts.date.into());
     put("lightmoe_version", facts.version.into());
     put("tokenizer_eos_token", token(Some(tokenizer.eos))?);

@@ -101,7 +101,7 @@ impl Scorer<'_> {
     fn filtered(&self, item: &Item, answers: &[&str], chain: usize) -> Result<Vec<String>> {
         let filtered = answers
             .iter()
-            .map(|answer| self.filters.apply(chain, answer, &item.doc.fields));
+            .map(|answer| self.filters.apply(chain, answer, item));
         filtered.collect()
     }
 

@@ -5,6 +5,7 @@ use crate::preflight::Refused;
 use crate::report::table::{Section, ascii};
 use anyhow::Result;
 use lightmoe_data::harness::{Benchmark, Catalogue, DataFiles, TaskConfig};
+use lightmoe_eval::harness::check_task;
 use serde_json::Value;
 
 /// `tasks`
@@ -12,7 +13,7 @@ use serde_json::Value;
 /// # Errors
 /// [`Refused`] for a name that is none and a file that cannot be understood.
 pub fn list(args: &TasksArgs) -> Result<String> {
-    let catalogue = Catalogue::built_in()?;
+    let catalogue = Catalogue::built_in()?.checking(check_task);
     if args.markdown {
         return page(&catalogue);
     }

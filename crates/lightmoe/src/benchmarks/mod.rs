@@ -6,6 +6,7 @@ mod list;
 pub use list::list;
 
 use crate::cli::BenchmarkArgs;
+use crate::machine::Environment;
 use crate::pipeline::load_model;
 use crate::preflight::Refused;
 use crate::progress::{Progress, stopped};
@@ -18,8 +19,8 @@ use data::{Download, prompts_of};
 use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns};
 use lightmoe_data::records::Message;
 use lightmoe_eval::harness::{
-    BeginOfText, HarnessOptions, Judge, Kept, Outcome, RunFacts, TaskPrompts, evaluate_tasks,
-    results,
+    BeginOfText, HarnessOptions, Judge, Kept, Outcome, RunFacts, TaskPrompts, check_task,
+    evaluate_tasks, results,
 };
 use lightmoe_models::{ModelTokenizer, folder};
 use serde_json::{Map, Value, json};
@@ -44,6 +45,7 @@ const FEWSHOT_SEED: u32 = 1234;
 pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Result<String> {
     let begin = Instant::now();
     let selected = Catalogue::built_in()?
+        .checking(check_task)
         .select(&args.tasks)
         .map_err(Refused::of)?;
     if out.is_some_and(|out| out.exists() && !out.is_dir()) {
@@ -61,6 +63,9 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
     }
     let seed = fewshot_seed(settings)?;
     let tasks = prompts(args, &selected, &tokenizer, seed)?;
+    for task in &tasks {
+        task.check().map_err(Refused::of)?;
+    }
     let options = HarnessOptions {
         batch_tokens: args.batch_tokens,
         max_length: settings.max_length,
@@ -93,6 +98,7 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
         kept,
         &mut |done, all| bar.of(done, all),
     )?;
+    let here = Environment::here();
     let facts = RunFacts {
         model: name,
         config: config(name, args, settings, seed),
@@ -102,6 +108,7 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
         date: SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64(),
         seconds: begin.elapsed().as_secs_f64(),
         version: env!("CARGO_PKG_VERSION"),
+        git_hash: here.git_hash.as_deref(),
     };
     let results = results(&selected, &tasks, &outcome, &tokenizer, facts)?;
     if let Some(out) = out {

@@ -95,6 +95,30 @@ fn a_group_is_pooled_as_its_score_was() {
 }
 
 #[test]
+fn an_even_group_without_flips_has_an_interval() {
+    let tasks = || {
+        [
+            ("x", accuracy(&[1.0, 1.0, 0.0, 0.0])),
+            ("y", accuracy(&[1.0, 0.0, 0.0, 0.0, 0.0])),
+        ]
+    };
+    // Evenly (1/2 + 1/5)/2; by size it would be 3/9.
+    let one = || evaluation(tasks(), 0.35);
+    let (file, _) = compare(("a", &one()), ("b", &one())).unwrap();
+    let group = &file.rows[0];
+    assert_eq!((group.task.as_str(), group.mcnemar_p), ("group", None));
+    assert_eq!(group.flips, Some(Flips::default()));
+    assert_eq!(group.outcome, Outcome::Unclear);
+    // Each task reaches 1.96 sqrt(2)/(n + 2), the group half of both in squares.
+    let reach = 1.959_963_984_540_054 / 2.0 * (2.0f64 / 36.0 + 2.0 / 49.0).sqrt();
+    let of = group.difference.uncertainty.unwrap();
+    assert!(
+        (of.high - reach).abs() < 1e-12 && (of.low + reach).abs() < 1e-12,
+        "{of:?}"
+    );
+}
+
+#[test]
 fn perplexities_are_of_all_words_together() {
     let of = |pairs: [(f64, f64); 3]| {
         let (sum, words) = pairs.iter().fold((0.0, 0.0), |t, p| (t.0 + p.0, t.1 + p.1));

@@ -48,6 +48,8 @@ fn results_lie_in_the_harness_layout() {
     assert_eq!(results["n-shot"]["gsm8k"], 2);
     assert_eq!(results["config"]["fewshot_seed"], 1234);
     assert_eq!(results["model_name"], "olmoe-nano");
+    let commit = option_env!("LIGHTMOE_GIT_HASH");
+    assert_eq!(results["git_hash"], Value::from(commit));
     let samples = fs::read_to_string(out.join("samples_gsm8k.jsonl")).unwrap();
     assert_eq!(samples.lines().count(), 12);
     // A second run says the same; the chat template is recorded by its hash.

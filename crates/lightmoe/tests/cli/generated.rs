@@ -158,7 +158,7 @@ fn drawn_answers_do_not_depend_on_the_batch() {
     fs::write(&task, drawn.replace("[1, 3]", "[4]")).unwrap();
     let message = evaluate(&task, &folder.path().join("no"))
         .arg("--allow-code")
-        .fails(1);
+        .fails(2);
     assert!(
         message.contains("`k` is 4") && message.contains("repeats"),
         "{message}"
@@ -215,9 +215,18 @@ fn summaries_and_translations_are_scored() {
 }
 
 #[test]
-fn metrics_that_cannot_be_are_refused() {
+fn what_cannot_be_scored_is_refused_with_file_and_key() {
     let folder = tempfile::tempdir().unwrap();
     let (task, out) = (folder.path().join("mine.yaml"), folder.path().join("out"));
+    let refused = |keys: &str, said: &[&str]| {
+        fs::write(&task, format!("include: gsm8k.yaml\ntask: mine\n{keys}\n")).unwrap();
+        let list = command("tasks").arg(&task).fails(2);
+        let run = evaluate(&task, &out).fails(2);
+        for part in said.iter().chain(&["mine.yaml"]) {
+            assert!(list.contains(part), "{part} of {keys}: {list}");
+            assert!(run.contains(part), "{part} of {keys}: {run}");
+        }
+    };
     for (metric, said) in [
         ("{metric: bleu, tokenize: intl}", "neither `13a` nor `zh`"),
         (
@@ -230,9 +239,42 @@ fn metrics_that_cannot_be_are_refused() {
         ),
         ("{metric: rouge3}", "use one of exact_match"),
     ] {
-        let text = format!("include: gsm8k.yaml\ntask: mine\nmetric_list: [{metric}]\n");
-        fs::write(&task, text).unwrap();
-        let message = evaluate(&task, &out).fails(1);
-        assert!(message.contains(said), "{metric}: {message}");
+        let keys = format!("metric_list: [{metric}]");
+        refused(&keys, &["`metric_list`", said]);
     }
+    let filter = |step: &str| format!("filter_list: [{{name: own, filter: [{step}]}}]");
+    let regex = filter("{function: regex, regex_pattern: '(('}");
+    refused(&regex, &["`filter_list`", "filter `own`", "(("]);
+    let template = filter("{function: template, template: '{{response'}");
+    refused(&template, &["`filter_list`", "{{response"]);
+    refused("doc_to_text: 'Q: {{a b}}'", &["`doc_to_text`", "{{a b}}"]);
+    refused(
+        "process_docs: {q: '(question'}",
+        &["`process_docs`", "(question"],
+    );
+    assert!(names(&out).is_empty());
+}
+
+#[test]
+fn fields_that_a_filter_lacks_are_told_before_the_model_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let (task, out) = (folder.path().join("mine.yaml"), folder.path().join("out"));
+    let write = |template: &str| {
+        let keys = "include: gsm8k.yaml\ntask: mine\ngeneration_kwargs: {max_gen_toks: 2}\n";
+        let filter = format!("[{{function: template, template: '{template}'}}]");
+        fs::write(
+            &task,
+            format!("{keys}filter_list: [{{name: own, filter: {filter}}}]\n"),
+        )
+        .unwrap();
+    };
+    let said = ["task `mine`", "filter `own`", "no field `wrong`", "line 1"];
+    write("{{wrong}}");
+    let message = evaluate(&task, &out).fails(2);
+    assert!(said.iter().all(|part| message.contains(part)), "{message}");
+    assert!(names(&out).is_empty());
+    // What only an answer brings to light is told of its document.
+    write("{% if response %}{{wrong}}{% endif %}");
+    let message = evaluate(&task, &out).fails(1);
+    assert!(said.iter().all(|part| message.contains(part)), "{message}");
 }
