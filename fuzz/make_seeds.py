@@ -66,7 +66,7 @@ write("safetensors_header", "three", safetensors(matrices, {"format": "pt"}))
 sparse = '{"a":{"dtype":"F32","shape":[1048576,1048576],"data_offsets":[0,4398046511104]}}'
 write("safetensors_header", "sparse", struct.pack("<Q", len(sparse)) + sparse.encode())
 
-seen = {"observations": text({"schema_version": 1, "tokens": 9, "samples": 2, "fingerprint": "a"})}
+seen = {"observations": text({"schema_version": 3, "tokens": 9, "samples": 2, "fingerprint": "a"})}
 layer = [("layers.1.gate_mass", "F64", [2], doubles(3.0, 1.5)), ("layers.1.selections", "U64", [2], struct.pack("<2Q", 5, 4))]
 more = [("layers.1.router_norm", "F64", [1], doubles(2.0)), ("layers.1.similarity", "F64", [2, 2], doubles(1.0, 0.5, 0.5, 1.0))]
 write("observations", "least", safetensors(layer, seen))

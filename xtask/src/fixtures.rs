@@ -1,6 +1,7 @@
 //! `fixtures`: makes the parity fixtures again with PyTorch and compares every byte; then exports a
 //! compressed model and compares its logits with those that `transformers` computes of the export.
-//! `fixtures harness`: the same for what lm-evaluation-harness says of the built-in model.
+//! `fixtures harness`: the same for what lm-evaluation-harness says of the built-in model;
+//! `fixtures overlap`: for what sacreBLEU, `rouge_score` and it say of texts.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -12,6 +13,7 @@ use crate::{Outcome, binary, no_arguments, shell};
 
 const FOLDER: &str = "fixtures/parity";
 const HARNESS: &str = "fixtures/harness";
+const OVERLAP: &str = "fixtures/overlap";
 const FAMILIES: [&str; 9] = [
     "olmoe",
     "mixtral",
@@ -33,6 +35,10 @@ pub fn run(arguments: &[String]) -> Outcome {
             no_arguments(rest)?;
             return harness();
         }
+        Some((first, rest)) if first == "overlap" => {
+            no_arguments(rest)?;
+            return overlap();
+        }
         _ => no_arguments(arguments)?,
     }
     let python = python("torch, transformers, safetensors, numpy", FOLDER)?;
@@ -53,20 +59,38 @@ pub fn run(arguments: &[String]) -> Outcome {
     Ok(shell::code(same && exported))
 }
 
-/// Lets lm-evaluation-harness score the built-in model again.
-fn harness() -> Outcome {
-    let python = python("lm_eval", HARNESS)?;
-    let committed = shell::root().join(HARNESS);
-    let made = shell::target().join("harness");
+/// Lets other programs judge texts again.
+fn overlap() -> Outcome {
+    let (committed, made) = made_by(
+        "lm_eval, sacrebleu, rouge_score",
+        OVERLAP,
+        "make_overlap.py",
+    )?;
+    let files = ["overlap.json", "math.json"].map(PathBuf::from);
+    Ok(shell::code(compare(&made, &committed, files.into_iter())?))
+}
+
+/// The folder of a fixture, and the one where its script has made it again.
+fn made_by(modules: &str, folder: &str, script: &str) -> Result<(PathBuf, PathBuf), String> {
+    let python = python(modules, folder)?;
+    let committed = shell::root().join(folder);
+    let name = committed.file_name().unwrap_or_default();
+    let made = shell::target().join(name);
     let mut make = Command::new(&python);
-    make.arg(committed.join("make_harness.py")).arg(&made);
+    make.arg(committed.join(script)).arg(&made);
     // The harness writes much to the terminal.
     make.stdout(Stdio::null()).stderr(Stdio::null());
-    if !shell::succeeds(&mut make)? {
-        return Err(format!(
-            "{HARNESS}/make_harness.py failed; run it by itself to see why"
-        ));
+    match shell::succeeds(&mut make)? {
+        true => Ok((committed, made)),
+        false => Err(format!(
+            "{folder}/{script} failed; run it by itself to see why"
+        )),
     }
+}
+
+/// Lets lm-evaluation-harness score the built-in model again.
+fn harness() -> Outcome {
+    let (committed, made) = made_by("lm_eval", HARNESS, "make_harness.py")?;
     let mut files = Vec::new();
     let mut folders = vec![PathBuf::from("data"), PathBuf::from("expected")];
     while let Some(folder) = folders.pop() {

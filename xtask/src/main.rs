@@ -70,8 +70,8 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "fixtures",
-        arguments: "[harness]",
-        about: "Make the PyTorch parity fixtures again, or those of lm-evaluation-harness, and compare",
+        arguments: "[harness|overlap]",
+        about: "Make the fixtures of PyTorch again, or those of lm-evaluation-harness or sacreBLEU, and compare",
         run: fixtures::run,
     },
     Command {

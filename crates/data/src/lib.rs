@@ -10,7 +10,6 @@
 //! its split, and pre-training reads the train split only.
 
 mod batch;
-mod chrf;
 pub mod code;
 mod commonsense;
 mod error;
@@ -19,6 +18,7 @@ mod filler;
 pub mod harness;
 mod intent;
 mod math;
+pub mod overlap;
 pub mod pretrain;
 pub mod records;
 mod rng;
@@ -28,7 +28,6 @@ mod translation;
 mod words;
 
 pub use batch::{Batch, PackedStream, Sampler};
-pub use chrf::{chrf, corpus_chrf};
 pub use error::{Error, MissingData, Result};
 pub use example::{Encoded, Example, continuation, encode, render};
 pub use records::read_text;

@@ -49,7 +49,7 @@ pub enum Metric {
     ExactMatch,
     /// Share of items whose right choice is the likeliest of `choices`.
     Accuracy,
-    /// Corpus chrF2, 0 to 100: [`crate::corpus_chrf`].
+    /// Corpus chrF2, 0 to 100: [`crate::overlap::corpus_chrf`].
     Chrf,
 }
 

@@ -97,6 +97,10 @@ fn what_is_wrong_with_a_task_is_said_with_file_and_line() {
         ),
         (with("include: task.yaml"), vec!["circle"]),
         (with("repeats: 3"), vec!["sampled"]),
+        (
+            with("generation_kwargs: {until: x, temperature: 0.5}"),
+            vec!["do_sample"],
+        ),
         (with("stride: 4"), vec!["stride"]),
         (
             with("generation_kwargs: {until: x, max_gen_toks: 0}"),
@@ -219,6 +223,54 @@ fn a_json_file_may_hold_all_splits() {
             "{said}: {error}"
         );
     }
+}
+
+#[test]
+fn rows_of_a_split_may_be_chosen_and_lie_in_many_files() {
+    let chosen = TASK.replace(
+        "splits: {test: rows.jsonl}",
+        "splits: {test: rows.jsonl}\n  rows: {test: n > 1 and q != 'no'}",
+    );
+    assert_ne!(chosen, TASK);
+    let row = |q: &str, n: u32| {
+        let row = ROW.replace("Who?", q);
+        format!("{}\n", row.replacen('{', &format!("{{\"n\": {n}, "), 1))
+    };
+    let rows = [row("one", 1), row("no", 2), row("two", 3)].concat();
+    let folder = Folder::new(&[("task.yaml", &chosen), ("rows.jsonl", &rows)]);
+    assert_eq!(folder.requests().unwrap()[0], likelihood("Q: two", " I"));
+    for (rows, said) in [
+        (row("one", 1), "no row of its file is in the split `test`"),
+        (ROW.to_owned(), "no field `n`"),
+    ] {
+        let folder = Folder::new(&[("task.yaml", &chosen), ("rows.jsonl", &rows)]);
+        let error = folder.requests().unwrap_err();
+        assert!(error.contains(said), "{said}: {error}");
+    }
+    // One object a file, 9 before 10.
+    let apart = TASK
+        .replace("format: jsonl", "format: json_files")
+        .replace("rows.jsonl", "rows");
+    let [nine, ten] = ["nine", "ten"].map(|q| ROW.replace("Who?", q));
+    let folder = Folder::new(&[
+        ("task.yaml", &apart),
+        ("rows/10.json", &ten),
+        ("rows/9.json", &nine),
+        ("rows/notes.txt", "no row"),
+    ]);
+    assert_eq!(folder.requests().unwrap()[0], likelihood("Q: nine", " I"));
+    let folder = Folder::new(&[("task.yaml", &apart), ("rows/1.json", "[")]);
+    let error = folder.requests().unwrap_err();
+    assert!(
+        error.contains("1.json") && error.contains("no JSON object"),
+        "{error}"
+    );
+    let folder = Folder::new(&[("task.yaml", &apart)]);
+    let error = folder.requests().unwrap_err();
+    assert!(
+        error.contains("a folder with one JSON object a file"),
+        "{error}"
+    );
 }
 
 #[test]

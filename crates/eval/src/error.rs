@@ -56,6 +56,9 @@ pub enum Error {
          lower the learning rate and build it again"
     )]
     NoNumbers,
+    /// A program that the model wrote could not be run.
+    #[error("a program that the model wrote could not be run: {0}")]
+    Program(String),
     /// The journal of an evaluation cannot be used.
     #[error("`{}` cannot be read or written; check the folder and its permissions", path.display())]
     Io {

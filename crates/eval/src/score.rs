@@ -1,6 +1,6 @@
 //! A value with its uncertainty, computed as lm-evaluation-harness does.
 
-use lightmoe_data::corpus_chrf;
+use lightmoe_data::overlap::corpus_chrf;
 use lightmoe_models::random::stream;
 use rand::Rng;
 use serde::{Deserialize, Serialize};

@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use candle_core::{Device, Tensor};
-use lightmoe_data::{Example, Metric, Split, Task, corpus_chrf, tokenizer};
+use lightmoe_data::overlap::corpus_chrf;
+use lightmoe_data::{Example, Metric, Split, Task, tokenizer};
 use lightmoe_eval::{Error, EvalOptions, Sample, Scores, evaluate, write_samples};
 use lightmoe_models::{Decoder, LanguageModel, ModelConfig, ModelTokenizer};
 use std::collections::HashMap;

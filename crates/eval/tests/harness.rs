@@ -5,10 +5,11 @@
 use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns, build_prompts};
 use lightmoe_data::records::Message;
 use lightmoe_eval::harness::{
-    BeginOfText, HarnessOptions, Kept, RunFacts, TaskPrompts, evaluate_tasks, results,
+    BeginOfText, HarnessOptions, Judge, Kept, RunFacts, TaskPrompts, evaluate_tasks, results,
 };
 use lightmoe_models::{ChatMessage, Checkpoint, Decoder, ModelTokenizer};
 use serde_json::{Map, Value, json};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 /// How far a log-likelihood may be from PyTorch's, relative to its size: both are sums in f32.
@@ -76,11 +77,45 @@ impl World {
         let folders = [fixtures().join("harness/data")];
         let tasks = selected.iter().flat_map(Benchmark::tasks);
         tasks
-            .map(|task| TaskPrompts {
-                task: task.clone(),
-                prompts: build_prompts(task, &folders, &options).unwrap(),
+            .map(|task| {
+                let mut task = task.clone();
+                if let (Some(most), Some(generation)) =
+                    (number("max_gen_toks"), &mut task.generation_kwargs)
+                {
+                    generation.max_gen_toks = Some(most);
+                }
+                TaskPrompts {
+                    prompts: build_prompts(&task, &folders, &options).unwrap(),
+                    task,
+                }
             })
             .collect()
+    }
+}
+
+/// Says of programs what the harness said.
+struct Verdicts(HashMap<String, bool>);
+
+impl Judge for Verdicts {
+    fn passes(&self, program: &str) -> Result<bool, String> {
+        let known = self.0.get(program).copied();
+        known.ok_or_else(|| format!("the harness did not run\n{program}"))
+    }
+}
+
+impl Verdicts {
+    fn of(expected: &Value) -> Self {
+        let mut verdicts = HashMap::new();
+        for task in ["humaneval", "mbpp"] {
+            for sample in expected["samples"][task].as_array().into_iter().flatten() {
+                let answer = &sample["filtered_resps"][0];
+                let answer = answer.as_str().or(answer[0].as_str()).unwrap();
+                let program = format!("{answer}\n{}", sample["target"].as_str().unwrap());
+                let passed = sample.get("pass@1").or(sample.get("pass_at_1")).unwrap();
+                verdicts.insert(program, passed == 1.0);
+            }
+        }
+        Self(verdicts)
     }
 }
 
@@ -159,12 +194,14 @@ fn check(run: &str) {
     }
     let selected = select(&expected);
     let tasks = world.prompts(&selected, &expected["options"]);
+    let verdicts = Verdicts::of(&expected);
     let options = HarnessOptions {
         max_length: expected["model"]["max_length"].as_u64().map(|n| n as usize),
         begin: match expected["model"]["add_bos_token"] == true {
             true => BeginOfText::Token,
             false => BeginOfText::None,
         },
+        judge: Some(&verdicts),
         ..HarnessOptions::default()
     };
     let (model, tokenizer) = (&world.model, &world.tokenizer);
@@ -268,6 +305,11 @@ fn groups_are_pooled_as_in_the_harness() {
 fn conversations_are_those_of_the_harness() {
     check("chat");
     check("turns");
+}
+
+#[test]
+fn generated_answers_are_judged_as_in_the_harness() {
+    check("generated");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use lightmoe_compress::Sensitivity;
 use std::path::PathBuf;
 
 pub use bench::{BenchCommand, MethodsArgs, QualityArgs, ScaleArgs, UsageArgs};
-pub use benchmarks::{BenchmarkArgs, TasksArgs};
+pub use benchmarks::{BenchmarkArgs, DocumentArgs, TasksArgs};
 pub use compare_results::CompareResultsArgs;
 pub use divergence::{DivergenceArgs, TextArgs};
 pub use report::ReportArgs;

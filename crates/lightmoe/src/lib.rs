@@ -29,6 +29,7 @@ pub mod report;
 pub mod results;
 pub mod run;
 pub mod runner;
+pub mod sandbox;
 pub mod scale;
 pub mod settings;
 pub mod source;

@@ -4,12 +4,16 @@ use clap::Parser;
 use lightmoe::cli::{BenchCommand, Cli, Command, LogFormat};
 use lightmoe::preflight::Refused;
 use lightmoe::{
-    benchmarks, commands, compare, machine, paired, progress, quality, reference, scale, usage,
+    benchmarks, commands, compare, machine, paired, progress, quality, reference, sandbox, scale,
+    usage,
 };
 use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    if let Some(code) = sandbox::enter() {
+        return code;
+    }
     lightmoe_kernels::tune_process();
     let cli = Cli::parse();
     log(cli.log_format);

@@ -118,15 +118,14 @@ impl Layer<'_> {
         self.each(&names::MIXED, mixture, writer)
     }
 
-    /// Makes and writes the tensors of `items`, a few at a time: more than there are threads, so that
-    /// none waits long for the last.
+    /// Makes and writes the tensors of `items`, as many at a time as there are threads.
     fn each<T: Sync>(
         &self,
         items: &[T],
         make: impl Fn(&T) -> Result<Named> + Sync,
         writer: &mut CheckpointWriter,
     ) -> Result<()> {
-        for some in items.chunks(4 * rayon::current_num_threads()) {
+        for some in items.chunks(rayon::current_num_threads()) {
             let made: Vec<Named> = some
                 .par_iter()
                 .with_max_len(1)

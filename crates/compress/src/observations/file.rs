@@ -12,7 +12,7 @@ use super::{Damage, LayerObservations, Observations, OutputObservations, Spectra
 use crate::{Error, Result, read};
 
 /// Version of the file's layout.
-pub const SCHEMA_VERSION: u32 = 2;
+pub const SCHEMA_VERSION: u32 = 3;
 
 const METADATA_KEY: &str = "observations";
 

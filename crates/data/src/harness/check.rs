@@ -37,12 +37,29 @@ pub(super) fn check_task(task: &TaskConfig) -> Result<(), String> {
         needs("doc_to_choice", task.doc_to_choice.is_some())?;
     }
     let generation = task.generation();
-    let sampled =
-        generation.do_sample == Some(true) || generation.temperature.is_some_and(|t| t > 0.0);
-    if sampled || task.repeats.is_some_and(|n| n != 1) {
+    let is_drawn = generation.sampling().is_some();
+    if !is_drawn && (generation.temperature.is_some_and(|t| t != 0.0) || generation.top_p.is_some())
+    {
         return Err(format!(
-            "`{name}` asks for sampled answers; answers are greedy here, so leave out `repeats`, \
-             `do_sample` and `temperature`"
+            "`{name}` has a `temperature` or `top_p` for greedy answers; add `do_sample: true`, or \
+             leave them out"
+        ));
+    }
+    let is_share = |p: f64| p > 0.0 && p <= 1.0;
+    if generation
+        .temperature
+        .is_some_and(|t| !t.is_finite() || t < 0.0)
+        || generation.top_p.is_some_and(|p| !is_share(p))
+    {
+        return Err(format!(
+            "`{name}` has a `temperature` below 0, or a `top_p` that is no share above 0; correct it"
+        ));
+    }
+    if task.repeats() == 0 || task.repeats() > 1 && !is_drawn {
+        return Err(format!(
+            "`{name}` has `repeats` {}; greedy answers are all the same, so use 1, or sampled ones \
+             (`do_sample: true` and a `temperature`)",
+            task.repeats()
         ));
     }
     if generation.max_gen_toks == Some(0) {

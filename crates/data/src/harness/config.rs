@@ -1,9 +1,8 @@
 //! The files that describe tasks and groups: YAML in the vocabulary of lm-evaluation-harness.
 
+use super::data_files::DataFiles;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
-use std::path::Path;
 
 /// One task. What a file leaves out is absent, so that a file can be laid over one that it includes;
 /// the methods name the defaults, which are the harness's.
@@ -63,7 +62,7 @@ pub struct TaskConfig {
     pub num_fewshot: Option<usize>,
     /// How answers are generated.
     pub generation_kwargs: Option<GenerationConfig>,
-    /// Times that each request is made; only 1, since generation is greedy.
+    /// Answers to each request; more than 1 for sampled ones only.
     pub repeats: Option<usize>,
     /// What is taken from a generated answer; each entry scores for itself.
     pub filter_list: Option<Vec<FilterChain>>,
@@ -71,6 +70,8 @@ pub struct TaskConfig {
     pub metric_list: Option<Vec<MetricConfig>>,
     /// Tokens from one scored window of text to the next; absent, a whole window. Not in the harness.
     pub stride: Option<usize>,
+    /// Known and without effect: what runs programs of the model is a metric.
+    pub unsafe_code: Option<bool>,
     /// Known and without effect: nothing is compared with training data.
     pub should_decontaminate: Option<bool>,
     /// Known and without effect.
@@ -130,6 +131,17 @@ impl TaskConfig {
             generation.until = vec![self.fewshot_delimiter().to_owned()];
         }
         generation
+    }
+
+    /// Answers to each request.
+    pub fn repeats(&self) -> usize {
+        self.repeats.unwrap_or(1)
+    }
+
+    /// Whether a metric runs programs that the model writes.
+    pub fn runs_programs(&self) -> bool {
+        let mut metrics = self.metric_list.iter().flatten();
+        metrics.any(|metric| metric.metric.starts_with("pass_at_"))
     }
 
     /// Names of the data set on the Hub, the one that it has now first.
@@ -206,77 +218,6 @@ pub enum Choices {
     Of(String),
 }
 
-/// Where the rows of each split lie.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DataFiles {
-    /// Form of the files.
-    pub format: DataFormat,
-    /// Names of the columns of a file that does not name them itself.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub columns: Vec<String>,
-    /// Folders below that of the data to look in besides it.
-    #[serde(
-        default,
-        skip_serializing_if = "Vec::is_empty",
-        deserialize_with = "one_or_many"
-    )]
-    pub folders: Vec<String>,
-    /// By split, a file's path, a template over `dataset_name`; the first of several that exists,
-    /// with or without `.gz`.
-    pub splits: BTreeMap<String, Paths>,
-    /// By split, a file with one label a line, which become the field `label`.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub labels: BTreeMap<String, Paths>,
-    /// The data set's name on the Hub, where it has moved from `dataset_path`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub repository: Option<String>,
-    /// Where people get the files.
-    pub source: String,
-}
-
-/// One path or several.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Paths(#[serde(deserialize_with = "one_or_many")] pub Vec<String>);
-
-/// Form of a data file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DataFormat {
-    /// One JSON object a line.
-    Jsonl,
-    /// A JSON array of rows, or an object with one for each split; a row is an object, or a list of the
-    /// values of `columns`.
-    Json,
-    /// Comma-separated, quoted where needed; the first line names the columns unless `columns` does.
-    Csv,
-    /// Tab-separated, without quoting; the same.
-    Tsv,
-    /// Parquet, which is read as well where a task names another form.
-    Parquet,
-    /// The whole file is the field `text` of one row.
-    Text,
-    /// WikiText: a row's field `page` is an article, which begins with a line `= Title =`.
-    Wikitext,
-}
-
-impl DataFormat {
-    /// What the name of a file says, packed or not.
-    pub(super) fn of(path: &Path) -> Option<Self> {
-        let name = path.file_name()?.to_str()?;
-        let name = name.strip_suffix(".gz").unwrap_or(name);
-        Some(match name.rsplit_once('.')?.1 {
-            "parquet" => Self::Parquet,
-            "jsonl" => Self::Jsonl,
-            "json" => Self::Json,
-            "csv" => Self::Csv,
-            "tsv" => Self::Tsv,
-            _ => return None,
-        })
-    }
-}
-
 /// How few-shot examples are chosen.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -297,22 +238,34 @@ pub enum Sampler {
     FirstN,
 }
 
-/// How answers are generated: greedily.
+/// How answers are generated: greedily, or sampled.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GenerationConfig {
     /// Texts that end an answer, and are no part of it.
     #[serde(default, deserialize_with = "one_or_many")]
     pub until: Vec<String>,
-    /// Must be false if given: sampled answers would not be repeatable.
+    /// Whether tokens are drawn by their probabilities.
     #[serde(default)]
     pub do_sample: Option<bool>,
-    /// Must be 0 if given.
+    /// What logits are divided by before tokens are drawn; 0 is greedy.
     #[serde(default)]
     pub temperature: Option<f64>,
+    /// Tokens are drawn from the fewest that have this probability together.
+    #[serde(default)]
+    pub top_p: Option<f64>,
     /// Most tokens of an answer.
     #[serde(default)]
     pub max_gen_toks: Option<usize>,
+}
+
+impl GenerationConfig {
+    /// Temperature and `top_p`, if tokens are drawn.
+    pub fn sampling(&self) -> Option<(f64, Option<f64>)> {
+        let temperature = self.temperature.unwrap_or(1.0);
+        let is_drawn = self.do_sample == Some(true) && temperature > 0.0;
+        is_drawn.then_some((temperature, self.top_p))
+    }
 }
 
 /// A chain of filters with a name, which results carry behind the metric's.
@@ -341,10 +294,24 @@ pub enum FilterStep {
         #[serde(default = "default_fallback")]
         fallback: String,
     },
-    /// The first of the answers to a request, of which there is one.
+    /// The first of the answers to a request; metrics that need one take it anyway.
     TakeFirst,
     /// Without white space in front.
     RemoveWhitespace,
+    /// What the last `\boxed` holds; not in the harness.
+    LastBoxed {
+        /// Where there is none.
+        #[serde(default = "default_fallback")]
+        fallback: String,
+    },
+    /// What stands between the first and the last `$`, if there are two; in the harness a part of
+    /// `hendrycks_math`.
+    InsideDollars,
+    /// A text over the document's fields and `response`. (In the harness this is a Python function.)
+    Template {
+        /// The template.
+        template: String,
+    },
     /// In small letters.
     Lowercase,
     /// In capital letters.
@@ -380,7 +347,7 @@ pub struct MetricConfig {
     /// Overrules what is known of the metric.
     #[serde(default)]
     pub higher_is_better: Option<bool>,
-    /// `exact_match`: in small letters.
+    /// `exact_match`, `bleu`, `chrf`, `chrf++`: in small letters.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ignore_case: bool,
     /// `exact_match`: without ASCII punctuation.
@@ -392,6 +359,18 @@ pub struct MetricConfig {
     /// `exact_match`: what matches these patterns is left out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub regexes_to_ignore: Vec<String>,
+    /// `exact_match`: answers in LaTeX are the same that mean the same.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub math_equivalence: bool,
+    /// `rouge1`, `rouge2`, `rougeL`: words are reduced to stems.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub use_stemmer: bool,
+    /// `bleu`: how texts become words, `13a` or `zh`.
+    #[serde(default)]
+    pub tokenize: Option<String>,
+    /// `pass_at_k`: programs of which one has to pass; one score each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub k: Vec<usize>,
 }
 
 /// The name that results carry where a task has no filters.

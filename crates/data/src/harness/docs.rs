@@ -44,32 +44,65 @@ pub(super) fn read_docs(finder: &Finder<'_>) -> Result<Vec<Doc>> {
     if let Some(labels) = &found.labels {
         add_labels(labels, rows.iter_mut().map(|(_, _, fields)| fields))?;
     }
-    let docs = rows.into_iter().enumerate();
-    docs.map(|(number, (path, line, fields))| {
+    let files = finder.task.data_files.as_ref();
+    let wanted = files.and_then(|files| files.rows.get(finder.split));
+    let mut docs = Vec::new();
+    for (number, (path, line, fields)) in rows.into_iter().enumerate() {
         let doc = Doc {
             fields,
             path: path.clone(),
             line,
         };
-        document(finder.task, doc, number, finder.engine)
-    })
-    .collect()
+        let wanted = wanted.map(String::as_str);
+        docs.extend(document(finder.task, doc, number, wanted, finder.engine)?);
+    }
+    match docs.is_empty() {
+        true => Err(Error::Unusable {
+            task: finder.task.name().to_owned(),
+            problem: format!(
+                "no row of its file is in the split `{}`; check `data_files.rows` and the file",
+                finder.split
+            ),
+        }),
+        false => Ok(docs),
+    }
 }
 
-/// Puts a row into the fields of a document. Expressions see the row, `dataset_name` and `row_number`.
-fn document(task: &TaskConfig, mut doc: Doc, number: usize, engine: &Engine) -> Result<Doc> {
-    let Some(wanted) = &task.process_docs else {
-        return Ok(doc);
-    };
-    let mut row = std::mem::take(&mut doc.fields);
+/// Puts a row into the fields of a document, if it is `wanted`. Expressions see the row,
+/// `dataset_name` and `row_number`.
+fn document(
+    task: &TaskConfig,
+    mut doc: Doc,
+    number: usize,
+    wanted: Option<&str>,
+    engine: &Engine,
+) -> Result<Option<Doc>> {
+    if task.process_docs.is_none() && wanted.is_none() {
+        return Ok(Some(doc));
+    }
+    let mut row = doc.fields.clone();
     row.insert("row_number".into(), number.into());
     row.insert("dataset_name".into(), task.dataset_name.clone().into());
-    for (name, expression) in wanted {
-        let value = evaluated(expression, &row, engine)
-            .map_err(|problem| doc.fails(format!("field `{name}`: {problem}")))?;
-        doc.fields.insert(name.clone(), value);
+    if let Some(expression) = wanted {
+        match engine.expression(expression, &row) {
+            Ok(Value::Bool(true)) => {}
+            Ok(Value::Bool(false)) => return Ok(None),
+            Ok(other) => {
+                let problem = format!("`data_files.rows` gives {other}, neither true nor false");
+                return Err(doc.fails(problem));
+            }
+            Err(problem) => return Err(doc.fails(problem)),
+        }
     }
-    Ok(doc)
+    if let Some(fields) = &task.process_docs {
+        doc.fields = Fields::new();
+        for (name, expression) in fields {
+            let value = evaluated(expression, &row, engine)
+                .map_err(|problem| doc.fails(format!("field `{name}`: {problem}")))?;
+            doc.fields.insert(name.clone(), value);
+        }
+    }
+    Ok(Some(doc))
 }
 
 /// The expressions in `value`, computed.

@@ -1,8 +1,9 @@
 //! Where the files of a task's splits are.
 
-use super::config::{DataFiles, DataFormat, Paths, TaskConfig};
+use super::config::TaskConfig;
+use super::data_files::{DataFiles, DataFormat, Paths};
 use super::repository::{Layout, Repository, shards};
-use super::rows::Form;
+use super::rows::{Form, numbered_files};
 use super::template::{Engine, Fields};
 use crate::{Error, MissingData, Result};
 use serde_json::Value;
@@ -38,7 +39,7 @@ impl<'a> Finder<'a> {
         let own = self.own()?;
         for folder in self.folders {
             if folder.is_file() {
-                return Ok(self.alone(folder.clone(), own.map(|(files, _)| files)));
+                return self.alone(folder.clone(), own.map(|(files, _)| files));
             }
             let places = self.places(folder)?;
             if let Some((files, paths)) = own
@@ -51,7 +52,7 @@ impl<'a> Finder<'a> {
                     }
                     None => None,
                 };
-                let found = self.alone(path, Some(files));
+                let found = self.alone(path, Some(files))?;
                 return Ok(Found { labels, ..found });
             }
             let layout = Layout::parquet(self.task.dataset_name.as_deref(), self.split);
@@ -92,7 +93,8 @@ impl<'a> Finder<'a> {
         }
     }
 
-    fn alone(&self, path: PathBuf, files: Option<&'a DataFiles>) -> Found<'a> {
+    /// What the task's own path leads to: a file, or a folder of files.
+    fn alone(&self, path: PathBuf, files: Option<&'a DataFiles>) -> Result<Found<'a>> {
         let form = match files {
             // A Parquet file says what it is, whatever form the task's own files have.
             Some(files) if DataFormat::of(&path) != Some(DataFormat::Parquet) => {
@@ -100,11 +102,14 @@ impl<'a> Finder<'a> {
             }
             _ => Form::by_name(self.split),
         };
-        Found {
-            paths: vec![path],
+        Ok(Found {
+            paths: match files.map(|files| files.format) {
+                Some(DataFormat::JsonFiles) => numbered_files(&path)?,
+                _ => vec![path],
+            },
             form,
             labels: None,
-        }
+        })
     }
 
     fn several(&self, paths: Vec<PathBuf>) -> Result<Found<'a>> {
@@ -133,13 +138,15 @@ impl<'a> Finder<'a> {
         paths: &Paths,
         tried: &mut Vec<PathBuf>,
     ) -> Result<Option<PathBuf>> {
+        let files = self.task.data_files.as_ref();
+        let is_folder = files.is_some_and(|files| files.format == DataFormat::JsonFiles);
         for place in places {
             for path in &paths.0 {
                 let path = place.join(self.filled(path)?);
                 let mut packed = path.clone().into_os_string();
                 packed.push(".gz");
                 for candidate in [path, packed.into()] {
-                    if candidate.is_file() {
+                    if candidate.is_file() || is_folder && candidate.is_dir() {
                         return Ok(Some(candidate));
                     }
                     tried.push(candidate);
@@ -209,6 +216,7 @@ fn format_name(files: &DataFiles) -> String {
     let format = match files.format {
         DataFormat::Jsonl => "one JSON object a line",
         DataFormat::Json => "a JSON array of rows, or an object with one for each split",
+        DataFormat::JsonFiles => "a folder with one JSON object a file",
         DataFormat::Csv => "comma-separated columns",
         DataFormat::Tsv => "tab-separated columns",
         DataFormat::Parquet => "Parquet",

@@ -9,10 +9,12 @@ mod builtin;
 mod catalogue;
 mod check;
 mod config;
+mod data_files;
 mod docs;
 mod fewshot;
 mod find;
 mod group;
+pub mod latex;
 mod parquet;
 mod prompt;
 pub mod python;
@@ -23,9 +25,11 @@ mod texts;
 
 pub use catalogue::{Benchmark, Catalogue};
 pub use config::{
-    Choices, DataFiles, DataFormat, FilterChain, FilterStep, GenerationConfig, MetricConfig,
-    NO_FILTER, OutputType, TaskConfig,
+    Choices, FilterChain, FilterStep, GenerationConfig, MetricConfig, NO_FILTER, OutputType,
+    TaskConfig,
 };
+pub use data_files::{DataFiles, DataFormat};
 pub use docs::Doc;
 pub use group::{GroupConfig, GroupMetric};
 pub use prompt::{Chat, Item, PromptOptions, Prompts, Request, Turns, build_prompts};
+pub use template::{Engine, Fields};

@@ -117,7 +117,7 @@ pub fn build_prompts(
     folders: &[PathBuf],
     options: &PromptOptions<'_>,
 ) -> Result<Prompts> {
-    let engine = Engine::new();
+    let engine = Engine::default();
     let builder = Builder {
         task,
         texts: Texts {

@@ -1,14 +1,14 @@
 //! The rows of a data file in a benchmark's own form.
 
-use super::config::{DataFiles, DataFormat};
+use super::data_files::{DataFiles, DataFormat};
 use super::parquet::parquet_rows;
 use super::template::Fields;
 use crate::{Error, Result};
 use flate2::read::MultiGzDecoder;
 use serde_json::Value;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A row, and the 1-based line where it begins, or its number where there are no lines.
 pub(super) type Row = (usize, Fields);
@@ -68,6 +68,7 @@ pub(super) fn read_rows(path: &Path, form: &Form<'_>) -> Result<Vec<Row>> {
             text => json_lines(path, &text)?,
         },
         DataFormat::Json => json_array(path, &text()?, split, columns)?,
+        DataFormat::JsonFiles => json_object(path, &text()?)?,
         DataFormat::Csv => table(path, &text()?, columns, b',', true)?,
         DataFormat::Tsv => table(path, &text()?, columns, b'\t', false)?,
         DataFormat::Text => vec![(1, field("text", text()?))],
@@ -76,6 +77,35 @@ pub(super) fn read_rows(path: &Path, form: &Form<'_>) -> Result<Vec<Row>> {
     match rows.is_empty() {
         true => Err(Error::Empty { path: path.into() }),
         false => Ok(rows),
+    }
+}
+
+/// The JSON files of a folder, in the order of the numbers that they are named by; a file itself.
+///
+/// # Errors
+/// [`Error::Read`], and [`Error::Empty`] if there is none.
+pub(super) fn numbered_files(path: &Path) -> Result<Vec<PathBuf>> {
+    if path.is_file() {
+        return Ok(vec![path.into()]);
+    }
+    let read = |source| Error::Read {
+        path: path.into(),
+        source,
+    };
+    let mut files = Vec::new();
+    for entry in fs::read_dir(path).map_err(read)? {
+        let file = entry.map_err(read)?.path();
+        if file.extension().is_some_and(|e| e == "json") {
+            let number = file
+                .file_stem()
+                .and_then(|name| name.to_str()?.parse().ok());
+            files.push((number.unwrap_or(u64::MAX), file));
+        }
+    }
+    files.sort();
+    match files.is_empty() {
+        true => Err(Error::Empty { path: path.into() }),
+        false => Ok(files.into_iter().map(|(_, file)| file).collect()),
     }
 }
 
@@ -176,6 +206,15 @@ fn json_array(path: &Path, text: &str, split: &str, columns: &[String]) -> Resul
             )),
         })
         .collect()
+}
+
+fn json_object(path: &Path, text: &str) -> Result<Vec<Row>> {
+    let row = serde_json::from_str(text).map_err(|e| Error::Row {
+        path: path.into(),
+        line: e.line(),
+        problem: format!("no JSON object ({e})"),
+    })?;
+    Ok(vec![(1, row)])
 }
 
 fn table(

@@ -1,5 +1,6 @@
 //! The templates of a task over the fields of a document.
 
+use super::latex::last_boxed;
 use super::python::{regex, substitute, text_of};
 use minijinja::value::{Serde, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior, Value};
@@ -14,21 +15,24 @@ const MOST_STEPS: u64 = 1_000_000;
 pub type Fields = Map<String, serde_json::Value>;
 
 /// The template engine, with what the harness's templates rely on: a name that is not there is an
-/// error, line breaks at the end stay, Python's methods and words for values, `regex_replace`.
+/// error, line breaks at the end stay, Python's methods and words for values, `regex_replace`; and
+/// `last_boxed`.
 pub struct Engine(Environment<'static>);
 
-impl Engine {
-    /// The engine.
-    pub fn new() -> Self {
+impl Default for Engine {
+    fn default() -> Self {
         let mut environment = Environment::new();
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
         environment.set_unknown_method_callback(method);
         environment.set_formatter(write_python);
         environment.set_fuel(Some(MOST_STEPS));
         environment.add_filter("regex_replace", regex_replace);
+        environment.add_filter("last_boxed", boxed);
         Self(environment)
     }
+}
 
+impl Engine {
     /// What `template` says of a document: the field of that name, the value of the expression if
     /// the template is nothing but one, or its text.
     ///
@@ -145,6 +149,12 @@ fn regex_replace(text: String, pattern: String, replacement: String) -> Result<S
         .into_owned())
 }
 
+/// What the last `\boxed` of a text holds.
+fn boxed(text: String) -> Result<String, Error> {
+    let fail = || Error::new(ErrorKind::InvalidOperation, "the text has no `\\boxed{…}`");
+    last_boxed(&text).map(str::to_owned).ok_or_else(fail)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,7 +170,7 @@ mod tests {
 
     #[test]
     fn fields_expressions_and_texts() {
-        let value = |template: &str| Engine::new().value(template, &doc()).unwrap();
+        let value = |template: &str| Engine::default().value(template, &doc()).unwrap();
         assert_eq!(value("question"), " Who? ");
         assert_eq!(value("{{choices.text}}"), json!(["a", "b"]));
         assert_eq!(value("{{choices.label.index('B')}}"), 1);
@@ -175,7 +185,7 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_named() {
-        let error = |template: &str| Engine::new().value(template, &doc()).unwrap_err();
+        let error = |template: &str| Engine::default().value(template, &doc()).unwrap_err();
         let (begin, end) = ("{% for i in range(9999) %}", "{% endfor %}");
         let endless = format!("{}{}", begin.repeat(3), end.repeat(3));
         assert!(error(&endless).contains("fuel"), "{}", error(&endless));

@@ -68,7 +68,7 @@ pub struct Divergence {
 /// and each window predicts `stride` tokens more [default: as many as it can].
 ///
 /// # Errors
-/// If the text has no tokens, or cannot be made into some.
+/// For windows without room, and a text that cannot be made into tokens.
 pub fn text_rows(
     tokenizer: &ModelTokenizer,
     text: &str,

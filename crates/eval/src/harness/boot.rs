@@ -3,22 +3,27 @@
 use lightmoe_data::harness::python::Random;
 use rayon::prelude::*;
 
-/// Resamples in all, and from one seed.
-const RESAMPLES: u32 = 100_000;
+/// Most resamples from one seed.
 const OF_ONE_SEED: u32 = 1000;
 
-/// The standard deviation of `statistic` over resamples of `values`.
-pub(super) fn bootstrap(values: &[f64], statistic: &(impl Fn(&[f64]) -> f64 + Sync)) -> f64 {
+/// The standard deviation of `statistic` over resamples of `values`, of which there are `resamples`: up
+/// to 1000, or a multiple of it.
+pub(super) fn bootstrap<T: Clone + Sync>(
+    values: &[T],
+    resamples: u32,
+    statistic: &(impl Fn(&[T]) -> f64 + Sync),
+) -> f64 {
+    let of_one_seed = resamples.min(OF_ONE_SEED);
     let of_seed = |seed: u32| -> Vec<f64> {
         let mut random = Random::new(seed);
-        (0..OF_ONE_SEED)
+        (0..of_one_seed)
             .map(|_| {
-                let drawn = random.resample(values.len());
-                statistic(&drawn.into_iter().map(|i| values[i]).collect::<Vec<_>>())
+                let drawn = random.resample(values.len()).into_iter();
+                statistic(&drawn.map(|i| values[i].clone()).collect::<Vec<_>>())
             })
             .collect()
     };
-    let all: Vec<Vec<f64>> = (0..RESAMPLES / OF_ONE_SEED)
+    let all: Vec<Vec<f64>> = (0..resamples / of_one_seed)
         .into_par_iter()
         .map(of_seed)
         .collect();

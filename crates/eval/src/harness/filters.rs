@@ -2,7 +2,9 @@
 
 use crate::{Error, Result};
 use fancy_regex::Regex;
-use lightmoe_data::harness::{FilterChain, FilterStep, NO_FILTER, TaskConfig, python};
+use lightmoe_data::harness::{
+    Engine, Fields, FilterChain, FilterStep, NO_FILTER, TaskConfig, latex, python,
+};
 
 /// The filters of a task, ready to use.
 pub(super) struct Filters(Vec<(String, Vec<Filter>)>);
@@ -12,6 +14,10 @@ enum Filter {
         regex: Regex,
         group_select: i64,
         fallback: String,
+    },
+    Template {
+        engine: Engine,
+        template: String,
     },
     Plain(FilterStep),
 }
@@ -39,15 +45,21 @@ impl Filters {
         self.0.iter().map(|(name, _)| name.as_str())
     }
 
-    /// What chain `number` takes from an answer.
+    /// Whether chain `number` leaves one of several answers.
+    pub(super) fn takes_first(&self, number: usize) -> bool {
+        let mut steps = self.0[number].1.iter();
+        steps.any(|step| matches!(step, Filter::Plain(FilterStep::TakeFirst)))
+    }
+
+    /// What chain `number` takes from an answer to a document.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if a pattern takes too many steps.
-    pub(super) fn apply(&self, number: usize, answer: &str) -> Result<String> {
+    /// [`Error::Invalid`] if a pattern takes too many steps, or a template cannot be filled.
+    pub(super) fn apply(&self, number: usize, answer: &str, doc: &Fields) -> Result<String> {
         let steps = &self.0[number].1;
         steps
             .iter()
-            .try_fold(answer.to_owned(), |text, step| step.apply(&text))
+            .try_fold(answer.to_owned(), |text, step| step.apply(&text, doc))
     }
 }
 
@@ -65,17 +77,30 @@ impl Filter {
                 group_select,
                 fallback,
             },
+            FilterStep::Template { template } => Self::Template {
+                engine: Engine::default(),
+                template,
+            },
             plain => Self::Plain(plain),
         })
     }
 
-    fn apply(&self, text: &str) -> Result<String> {
+    fn apply(&self, text: &str, doc: &Fields) -> Result<String> {
         Ok(match self {
             Self::Regex {
                 regex,
                 group_select,
                 fallback,
             } => selected(regex, *group_select, text)?.unwrap_or_else(|| fallback.clone()),
+            Self::Template { engine, template } => {
+                let mut fields = doc.clone();
+                fields.insert("response".into(), text.into());
+                engine.text(template, &fields).map_err(Error::Invalid)?
+            }
+            Self::Plain(FilterStep::LastBoxed { fallback }) => {
+                latex::last_boxed(text).unwrap_or(fallback).to_owned()
+            }
+            Self::Plain(FilterStep::InsideDollars) => latex::inside_dollars(text).to_owned(),
             Self::Plain(FilterStep::RemoveWhitespace) => text.trim_start().to_owned(),
             Self::Plain(FilterStep::Lowercase) => text.to_lowercase(),
             Self::Plain(FilterStep::Uppercase) => text.to_uppercase(),
@@ -86,7 +111,6 @@ impl Filter {
                 Some(value) => python::text_of(value),
                 None => default_value.clone().unwrap_or_else(|| "None".into()),
             },
-            // There is one answer to each request.
             Self::Plain(_) => text.to_owned(),
         })
     }

@@ -1,14 +1,23 @@
 //! What is computed of each document, and how one number comes of it.
 
 use super::boot::bootstrap;
+use super::cleaning::Cleaning;
 use crate::score::Score;
 use crate::{Error, Result};
-use fancy_regex::Regex;
-use lightmoe_data::harness::{MetricConfig, OutputType, TaskConfig, python};
+use lightmoe_data::harness::{MetricConfig, OutputType, TaskConfig};
+use lightmoe_data::overlap::{
+    Bleu, Case, Chrf, CorpusMetric, Rouge, Stemming, Tokenizer, Unit as Overlap, add_counts,
+};
+
+/// Resamples of the harness: for what is the mean of something, and for metrics of a corpus.
+const RESAMPLES: u32 = 100_000;
+const CORPUS_RESAMPLES: u32 = 100;
 
 /// A metric of a task, ready to use.
 pub(super) struct Metric {
     pub(super) name: String,
+    /// What the task calls it.
+    pub(super) asked: String,
     pub(super) higher_is_better: bool,
     pub(super) kind: Kind,
     aggregation: Aggregation,
@@ -22,6 +31,12 @@ pub(super) enum Kind {
     AccuracyByLength,
     /// Whether an answer is the target as text.
     ExactMatch(Cleaning),
+    /// What an answer has in common with the nearest target.
+    Rouge(Rouge),
+    /// Counts of an answer and its targets.
+    Corpus(Box<dyn CorpusMetric>),
+    /// How likely one of so many answers is a program that passes the tests.
+    Passes(usize),
     /// Log-likelihood of an answer.
     Likelihood,
     /// Log-likelihood of a text, and its words, bytes or tokens.
@@ -39,24 +54,19 @@ pub(super) enum Unit {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Aggregation {
     Mean,
+    /// The score of counts, under the metric's own name.
+    Corpus,
     Perplexity,
     WeightedPerplexity,
     BitsPerByte,
 }
 
 /// A document's value: log-likelihoods come with the units that they are of.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) enum Value {
     One(f64),
     Of(f64, f64),
-}
-
-/// What is left out before texts are compared.
-pub(super) struct Cleaning {
-    regexes: Vec<Regex>,
-    case: bool,
-    punctuation: bool,
-    numbers: bool,
+    Counts(Vec<usize>),
 }
 
 /// The metrics of a task.
@@ -64,20 +74,23 @@ pub(super) struct Cleaning {
 /// # Errors
 /// [`Error::Invalid`] for one that is not known, or not of the task's output type.
 pub(super) fn metrics(task: &TaskConfig) -> Result<Vec<Metric>> {
-    let defaults = known(task.output_type());
     let configs = match &task.metric_list {
         Some(list) => list.clone(),
-        // Per token is ours, not the harness's.
-        None => defaults
-            .iter()
-            .filter(|name| **name != "token_perplexity")
-            .map(plain)
-            .collect(),
+        None => defaults(task.output_type()).iter().map(plain).collect(),
     };
-    configs
-        .iter()
-        .map(|config| Metric::new(task, config))
-        .collect()
+    let mut metrics = Vec::new();
+    for config in &configs {
+        match config.metric.as_str() {
+            // One metric for each number of programs.
+            "pass_at_k" if !config.k.is_empty() => {
+                for &k in &config.k {
+                    metrics.push(Metric::new(task, config, k)?);
+                }
+            }
+            _ => metrics.push(Metric::new(task, config, 1)?),
+        }
+    }
+    Ok(metrics)
 }
 
 fn plain(name: &&str) -> MetricConfig {
@@ -98,12 +111,33 @@ fn known(output: OutputType) -> &'static [&'static str] {
             "token_perplexity",
         ],
         OutputType::MultipleChoice => &["acc", "acc_norm"],
-        OutputType::GenerateUntil => &["exact_match"],
+        OutputType::GenerateUntil => &[
+            "exact_match",
+            "rouge1",
+            "rouge2",
+            "rougeL",
+            "bleu",
+            "chrf",
+            "chrf++",
+            "pass_at_k",
+            "pass_at_1",
+        ],
+    }
+}
+
+/// Those that the harness takes where a task names none.
+fn defaults(output: OutputType) -> &'static [&'static str] {
+    let known = known(output);
+    match output {
+        // Per token is ours, not the harness's.
+        OutputType::LoglikelihoodRolling => &known[..3],
+        OutputType::GenerateUntil => &known[..1],
+        _ => known,
     }
 }
 
 impl Metric {
-    fn new(task: &TaskConfig, config: &MetricConfig) -> Result<Self> {
+    fn new(task: &TaskConfig, config: &MetricConfig, k: usize) -> Result<Self> {
         let name = config.metric.as_str();
         let invalid = |problem: String| {
             Error::Invalid(format!(
@@ -118,20 +152,15 @@ impl Metric {
                 names.join(", ")
             )));
         }
-        let (kind, aggregation) = match name {
-            "acc" => (Kind::Accuracy, Aggregation::Mean),
-            "acc_norm" => (Kind::AccuracyByLength, Aggregation::Mean),
-            "perplexity" => (Kind::Likelihood, Aggregation::Perplexity),
-            "word_perplexity" => (Kind::PerUnit(Unit::Words), Aggregation::WeightedPerplexity),
-            "byte_perplexity" => (Kind::PerUnit(Unit::Bytes), Aggregation::WeightedPerplexity),
-            "token_perplexity" => (Kind::PerUnit(Unit::Tokens), Aggregation::WeightedPerplexity),
-            "bits_per_byte" => (Kind::PerUnit(Unit::Bytes), Aggregation::BitsPerByte),
-            _ => {
-                let cleaning = Cleaning::new(config).map_err(invalid)?;
-                (Kind::ExactMatch(cleaning), Aggregation::Mean)
-            }
+        let kind = Kind::new(config, k, task.repeats()).map_err(invalid)?;
+        let aggregation = match (&kind, name) {
+            (Kind::Likelihood, _) => Aggregation::Perplexity,
+            (Kind::PerUnit(_), "bits_per_byte") => Aggregation::BitsPerByte,
+            (Kind::PerUnit(_), _) => Aggregation::WeightedPerplexity,
+            (Kind::Corpus(_), _) => Aggregation::Corpus,
+            _ => Aggregation::Mean,
         };
-        let expected = aggregation.name();
+        let expected = aggregation.name(name);
         if config
             .aggregation
             .as_deref()
@@ -141,11 +170,14 @@ impl Metric {
                 "its aggregation is `{expected}`; leave the key out"
             )));
         }
+        let is_score = matches!(aggregation, Aggregation::Mean | Aggregation::Corpus);
         Ok(Self {
-            name: name.to_owned(),
-            higher_is_better: config
-                .higher_is_better
-                .unwrap_or(aggregation == Aggregation::Mean),
+            name: match name {
+                "pass_at_k" => format!("pass@{k}"),
+                other => other.to_owned(),
+            },
+            asked: name.to_owned(),
+            higher_is_better: config.higher_is_better.unwrap_or(is_score),
             kind,
             aggregation,
         })
@@ -158,28 +190,117 @@ impl Metric {
             let units: f64 = values.iter().map(|value| value.pair().1).sum();
             ones.iter().sum::<f64>() / units
         };
-        match self.aggregation {
-            Aggregation::Mean => {
+        match (self.aggregation, &self.kind) {
+            (Aggregation::Corpus, Kind::Corpus(metric)) => {
+                let score = |values: &[Value]| {
+                    let mut sums = Vec::new();
+                    for value in values {
+                        if let Value::Counts(counts) = value {
+                            add_counts(&mut sums, counts);
+                        }
+                    }
+                    metric.score(&sums)
+                };
+                let stderr = || bootstrap(values, CORPUS_RESAMPLES, &score);
+                (score(values), (values.len() > 1).then(stderr))
+            }
+            (Aggregation::Mean | Aggregation::Corpus, _) => {
                 let score = Score::mean(&ones);
                 (score.value, (score.n > 1).then_some(score.stderr))
             }
-            Aggregation::Perplexity => {
+            (Aggregation::Perplexity, _) => {
                 let perplexity = |values: &[f64]| (-Score::mean(values).value).exp();
                 (
                     perplexity(&ones),
-                    (ones.len() > 1).then(|| bootstrap(&ones, &perplexity)),
+                    (ones.len() > 1).then(|| bootstrap(&ones, RESAMPLES, &perplexity)),
                 )
             }
-            Aggregation::WeightedPerplexity => ((-per_unit()).exp(), None),
-            Aggregation::BitsPerByte => (-per_unit() / std::f64::consts::LN_2, None),
+            (Aggregation::WeightedPerplexity, _) => ((-per_unit()).exp(), None),
+            (Aggregation::BitsPerByte, _) => (-per_unit() / std::f64::consts::LN_2, None),
+        }
+    }
+
+    /// What decides the score of a corpus besides the texts, which have so many references each.
+    pub(super) fn signature(&self, references: Option<usize>) -> Option<String> {
+        match &self.kind {
+            Kind::Corpus(metric) => Some(metric.signature(references)),
+            _ => None,
         }
     }
 }
 
+impl Kind {
+    fn new(config: &MetricConfig, k: usize, answers: usize) -> std::result::Result<Self, String> {
+        let name = config.metric.as_str();
+        for (key, is_there, metrics) in [
+            (
+                "use_stemmer",
+                config.use_stemmer,
+                &["rouge1", "rouge2", "rougeL"][..],
+            ),
+            (
+                "math_equivalence",
+                config.math_equivalence,
+                &["exact_match"],
+            ),
+            ("tokenize", config.tokenize.is_some(), &["bleu"]),
+            ("k", !config.k.is_empty(), &["pass_at_k"]),
+        ] {
+            if is_there && !metrics.contains(&name) {
+                return Err(format!(
+                    "it has no `{key}`, which is for {}",
+                    metrics.join(", ")
+                ));
+            }
+        }
+        let case = match config.ignore_case {
+            true => Case::Lower,
+            false => Case::Mixed,
+        };
+        let rouge = |unit| {
+            Self::Rouge(Rouge {
+                unit,
+                stemming: match config.use_stemmer {
+                    true => Stemming::Porter,
+                    false => Stemming::None,
+                },
+            })
+        };
+        Ok(match name {
+            "acc" => Self::Accuracy,
+            "acc_norm" => Self::AccuracyByLength,
+            "perplexity" => Self::Likelihood,
+            "word_perplexity" => Self::PerUnit(Unit::Words),
+            "byte_perplexity" | "bits_per_byte" => Self::PerUnit(Unit::Bytes),
+            "token_perplexity" => Self::PerUnit(Unit::Tokens),
+            "rouge1" => rouge(Overlap::Ngrams(1)),
+            "rouge2" => rouge(Overlap::Ngrams(2)),
+            "rougeL" => rouge(Overlap::Subsequence),
+            "bleu" => {
+                let given = config.tokenize.as_deref();
+                let tokenizer = given.map_or(Some(Tokenizer::default()), Tokenizer::named);
+                let tokenizer = tokenizer.ok_or("its `tokenize` is neither `13a` nor `zh`")?;
+                Self::Corpus(Box::new(Bleu { tokenizer, case }))
+            }
+            "chrf" => Self::Corpus(Box::new(Chrf { words: 0, case })),
+            "chrf++" => Self::Corpus(Box::new(Chrf { words: 2, case })),
+            "pass_at_k" | "pass_at_1" if k == 0 || k > answers => {
+                return Err(format!(
+                    "`k` is {k} and each document has {answers} answers; use 1 to that many, or raise \
+                     `repeats`"
+                ));
+            }
+            "pass_at_k" | "pass_at_1" => Self::Passes(k),
+            _ => Self::ExactMatch(Cleaning::new(config)?),
+        })
+    }
+}
+
 impl Aggregation {
-    fn name(self) -> &'static str {
+    fn name(self, metric: &str) -> &str {
         match self {
             Self::Mean => "mean",
+            Self::Corpus => metric,
             Self::Perplexity => "perplexity",
             Self::WeightedPerplexity => "weighted_perplexity",
             Self::BitsPerByte => "bits_per_byte",
@@ -188,49 +309,11 @@ impl Aggregation {
 }
 
 impl Value {
-    fn pair(self) -> (f64, f64) {
+    fn pair(&self) -> (f64, f64) {
         match self {
-            Self::One(value) => (value, 1.0),
-            Self::Of(value, units) => (value, units),
+            Self::One(value) => (*value, 1.0),
+            Self::Of(value, units) => (*value, *units),
+            Self::Counts(_) => (f64::NAN, f64::NAN),
         }
-    }
-}
-
-impl Cleaning {
-    fn new(config: &MetricConfig) -> std::result::Result<Self, String> {
-        let regexes = config
-            .regexes_to_ignore
-            .iter()
-            .map(|pattern| python::regex(pattern));
-        Ok(Self {
-            regexes: regexes.collect::<std::result::Result<_, _>>()?,
-            case: config.ignore_case,
-            punctuation: config.ignore_punctuation,
-            numbers: config.ignore_numbers,
-        })
-    }
-
-    /// Whether two texts are the same once cleaned.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] if a pattern takes too many steps.
-    pub(super) fn is_same(&self, a: &str, b: &str) -> Result<bool> {
-        Ok(self.cleaned(a)? == self.cleaned(b)?)
-    }
-
-    fn cleaned(&self, text: &str) -> Result<String> {
-        let mut text = text.to_owned();
-        for regex in &self.regexes {
-            text = python::substitute(regex, "", &text)
-                .map_err(Error::Invalid)?
-                .into_owned();
-        }
-        if self.case {
-            text = text.to_lowercase();
-        }
-        text.retain(|c| {
-            !(self.punctuation && c.is_ascii_punctuation() || self.numbers && c.is_ascii_digit())
-        });
-        Ok(text)
     }
 }

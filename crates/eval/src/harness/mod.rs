@@ -4,10 +4,12 @@
 //! kept in a journal, so that an interrupted evaluation goes on and ends with the same numbers.
 
 mod boot;
+mod cleaning;
 pub(crate) mod encode;
 mod filters;
 mod journal;
 mod metrics;
+mod programs;
 mod reference;
 mod results;
 mod sample;
@@ -15,6 +17,7 @@ mod score;
 mod work;
 
 pub use encode::BeginOfText;
+pub use programs::Judge;
 pub use reference::reference_rows;
 pub use results::{RunFacts, results};
 
@@ -24,15 +27,16 @@ use filters::Filters;
 use journal::Journal;
 use lightmoe_data::harness::{Prompts, TaskConfig};
 use lightmoe_models::{LanguageModel, ModelTokenizer};
-use metrics::{Value, metrics};
+use metrics::{Kind, Metric, Value, metrics};
+use programs::Verdicts;
 use serde_json::{Map, Value as Json};
 use sha2::{Digest, Sha256};
 use std::path::Path;
 use work::{Found, Place, Work};
 
 /// How benchmarks are run.
-#[derive(Debug, Clone)]
-pub struct HarnessOptions {
+#[derive(Clone)]
+pub struct HarnessOptions<'a> {
     /// The most tokens of a batch, padding and answers included; a longer request is alone.
     pub batch_tokens: usize,
     /// Most tokens that the model reads at once [default: `max_position_embeddings`].
@@ -41,15 +45,18 @@ pub struct HarnessOptions {
     pub begin: BeginOfText,
     /// Tokens from one window of a text to the next, instead of the task's own.
     pub stride: Option<usize>,
+    /// Runs programs that the model writes; without it, tasks that need it are refused.
+    pub judge: Option<&'a dyn Judge>,
 }
 
-impl Default for HarnessOptions {
+impl Default for HarnessOptions<'_> {
     fn default() -> Self {
         Self {
             batch_tokens: 8192,
             max_length: None,
             begin: BeginOfText::None,
             stride: None,
+            judge: None,
         }
     }
 }
@@ -104,6 +111,8 @@ pub struct TaskScore {
     pub value: f64,
     /// Its standard error, where the harness knows one.
     pub stderr: Option<f64>,
+    /// Of a metric of the corpus, what decides it besides the texts, as sacreBLEU writes it.
+    pub signature: Option<String>,
 }
 
 /// Runs the tasks on `model`. `progress` sees how many requests are done, of how many; its `false`
@@ -116,7 +125,7 @@ pub fn evaluate_tasks(
     model: &dyn LanguageModel,
     tokenizer: &ModelTokenizer,
     tasks: &[TaskPrompts],
-    options: &HarnessOptions,
+    options: &HarnessOptions<'_>,
     kept: Option<Kept<'_>>,
     progress: &mut (dyn FnMut(usize, usize) -> bool + Send),
 ) -> Result<Outcome> {
@@ -144,6 +153,12 @@ pub fn evaluate_tasks(
     let mut prepared = Vec::new();
     for TaskPrompts { task, prompts } in tasks {
         let (metrics, filters) = (metrics(task)?, Filters::new(task)?);
+        if options.judge.is_none() && metrics.iter().any(runs_programs) {
+            return Err(Error::Invalid(format!(
+                "task `{}` runs programs that the model writes, and nothing is there to run them",
+                task.name()
+            )));
+        }
         let places = work.add(task, prompts, &encoder, options.stride)?;
         prepared.push((metrics, filters, places));
     }
@@ -160,22 +175,52 @@ pub fn evaluate_tasks(
         report: progress,
     };
     let found = work.run(model, tokenizer, options, &mut journal, &mut progress)?;
-    let outcomes = tasks
-        .iter()
-        .zip(&prepared)
-        .map(|(task, (metrics, filters, places))| {
-            let scorer = score::Scorer {
-                task: &task.task,
-                metrics,
-                filters,
-            };
-            outcome(&scorer, task, places, &found)
-        });
+    let mut programs = Vec::new();
+    for (scorer, task, places) in scorers(tasks, &prepared, &Verdicts::default()) {
+        for (item, places) in task.prompts.items.iter().zip(places) {
+            programs.extend(scorer.programs(item, places, &found)?);
+        }
+    }
+    let verdicts = match options.judge {
+        Some(judge) if found.is_whole() => Verdicts::run(programs, judge, &mut progress)?,
+        _ => Verdicts::default(),
+    };
+    let outcomes = scorers(tasks, &prepared, &verdicts)
+        .map(|(scorer, task, places)| outcome(&scorer, task, places, &found));
+    let outcomes: Vec<TaskOutcome> = outcomes.collect::<Result<_>>()?;
+    let is_scored = |(task, outcome): (&TaskPrompts, &TaskOutcome)| {
+        task.prompts.items.len() == outcome.documents
+    };
     Ok(Outcome {
-        tasks: outcomes.collect::<Result<_>>()?,
-        is_whole: found.is_whole(),
+        is_whole: tasks.iter().zip(&outcomes).all(is_scored),
+        tasks: outcomes,
         max_length,
     })
+}
+
+/// What is made of a task before the model runs.
+type Prepared = (Vec<Metric>, Filters, Vec<Vec<Place>>);
+
+/// What scores each task, with the task and the places of its results.
+fn scorers<'a>(
+    tasks: &'a [TaskPrompts],
+    prepared: &'a [Prepared],
+    verdicts: &'a Verdicts,
+) -> impl Iterator<Item = (score::Scorer<'a>, &'a TaskPrompts, &'a [Vec<Place>])> {
+    let all = tasks.iter().zip(prepared);
+    all.map(move |(task, (metrics, filters, places))| {
+        let scorer = score::Scorer {
+            task: &task.task,
+            metrics,
+            filters,
+            verdicts,
+        };
+        (scorer, task, places.as_slice())
+    })
+}
+
+fn runs_programs(metric: &Metric) -> bool {
+    matches!(metric.kind, Kind::Passes(_))
 }
 
 fn outcome(
@@ -187,6 +232,9 @@ fn outcome(
     let items = &task.prompts.items;
     let (mut scores, mut samples, mut documents) = (Vec::new(), Vec::new(), 0);
     let mut hashes = String::new();
+    let mut references = items.iter().map(|item| score::targets(item).len());
+    let first = references.next();
+    let references = first.filter(|first| references.all(|other| other == *first));
     for (chain, filter) in scorer.chains().into_iter().enumerate() {
         let mut scored = Vec::new();
         for (numbered, places) in items.iter().enumerate().zip(places) {
@@ -194,7 +242,10 @@ fn outcome(
         }
         documents = scored.len();
         for (number, metric) in scorer.metrics.iter().enumerate() {
-            let values: Vec<Value> = scored.iter().map(|scored| scored.values[number]).collect();
+            let values: Vec<Value> = scored
+                .iter()
+                .map(|scored| scored.values[number].clone())
+                .collect();
             if values.is_empty() {
                 continue;
             }
@@ -204,6 +255,7 @@ fn outcome(
                 filter: filter.to_owned(),
                 value,
                 stderr,
+                signature: metric.signature(references),
             });
         }
         for scored in scored {

@@ -57,7 +57,7 @@ pub fn results(
     let direction = |task: &TaskConfig| -> Result<Map<String, Json>> {
         let metrics = metrics(task)?.into_iter();
         Ok(metrics
-            .map(|metric| (metric.name, metric.higher_is_better.into()))
+            .map(|metric| (metric.asked, metric.higher_is_better.into()))
             .collect())
     };
     let mut directions = by_task(&|t| Ok(direction(&t.task)?.into()))?;
@@ -102,6 +102,10 @@ pub fn results(
     put("tokenizer_bos_token", token(tokenizer.bos)?);
     put("eot_token_id", tokenizer.eos.into());
     put("max_length", outcome.max_length.into());
+    let signatures = signatures(outcome);
+    if !signatures.is_empty() {
+        put("signatures", signatures.into());
+    }
     put("task_hashes", hashes.into());
     put("model_source", "lightmoe".into());
     put("model_name", facts.model.into());
@@ -130,6 +134,19 @@ pub fn results(
         );
     }
     Ok(all)
+}
+
+/// By task and metric, what decides the scores of a corpus besides the texts.
+fn signatures(outcome: &Outcome) -> Map<String, Json> {
+    let of_task = |task: &TaskOutcome| {
+        let signed = task
+            .scores
+            .iter()
+            .filter_map(|score| Some((score.metric.clone(), score.signature.clone()?.into())));
+        let signed: Map<String, Json> = signed.collect();
+        (!signed.is_empty()).then(|| (task.name.clone(), signed.into()))
+    };
+    outcome.tasks.iter().filter_map(of_task).collect()
 }
 
 /// Characters that names of files may not hold become `__`, a run of them one.

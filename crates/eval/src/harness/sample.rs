@@ -46,7 +46,7 @@ pub(super) fn sample(
         ("target", json!(target)),
         ("arguments", arguments.into()),
         ("resps", scored.responses.into()),
-        ("filtered_resps", scored.filtered.into()),
+        ("filtered_resps", scored.filtered.clone().into()),
         ("filter", json!(filter)),
         ("metrics", json!(names)),
         ("doc_hash", json!(doc_hash)),
@@ -59,6 +59,7 @@ pub(super) fn sample(
             match value {
                 Value::One(value) => json!(value),
                 Value::Of(value, units) => json!([value, units]),
+                Value::Counts(_) => json!([item.target, scored.filtered[0]]),
             },
         )
     });

@@ -2,6 +2,7 @@
 
 use super::filters::Filters;
 use super::metrics::{Kind, Metric, Unit, Value};
+use super::programs::{Verdicts, pass_at_k, program};
 use super::work::{Found, Place, RowScore};
 use crate::{Error, Result};
 use lightmoe_data::harness::{Item, NO_FILTER, OutputType, TaskConfig, python};
@@ -24,6 +25,7 @@ pub(super) struct Scorer<'a> {
     pub(super) task: &'a TaskConfig,
     pub(super) metrics: &'a [Metric],
     pub(super) filters: &'a Filters,
+    pub(super) verdicts: &'a Verdicts,
 }
 
 impl Scorer<'_> {
@@ -48,21 +50,23 @@ impl Scorer<'_> {
         chain: usize,
     ) -> Result<Option<Scored>> {
         if self.task.output_type() == OutputType::GenerateUntil {
-            let answers = places.iter().map(|place| found.answer(place));
-            let Some(answers) = answers.collect::<Option<Vec<&str>>>() else {
+            let Some(answers) = places.first().and_then(|place| found.answers(place)) else {
                 return Ok(None);
             };
-            let answer = answers.first().copied().unwrap_or_default();
-            let filtered = self.filters.apply(chain, answer)?;
+            let filtered = self.filtered(item, &answers, chain)?;
             let values = self
                 .metrics
                 .iter()
                 .map(|metric| self.answer_value(metric, item, &filtered));
-            return Ok(Some(Scored {
+            let values: Option<Vec<Value>> = values.collect::<Result<_>>()?;
+            return Ok(values.map(|values| Scored {
                 number,
-                responses: vec![Json::from(vec![answer])],
-                values: values.collect::<Result<_>>()?,
-                filtered: vec![filtered.into()],
+                responses: vec![Json::from(answers)],
+                values,
+                filtered: vec![match self.filters.takes_first(chain) {
+                    true => Json::from(filtered.into_iter().next()),
+                    false => Json::from(filtered),
+                }],
             }));
         }
         let scores = places.iter().map(|place| found.score(place));
@@ -93,24 +97,79 @@ impl Scorer<'_> {
         }))
     }
 
-    fn answer_value(&self, metric: &Metric, item: &Item, answer: &str) -> Result<Value> {
-        let Kind::ExactMatch(cleaning) = &metric.kind else {
-            return Err(Error::Invalid(format!(
-                "metric `{}` needs likelihoods",
-                metric.name
-            )));
-        };
-        let targets = match (&item.target, item.right.as_slice()) {
-            (Json::Array(list), []) => list.iter().map(python::text_of).collect(),
-            (other, []) => vec![python::text_of(other)],
-            (_, right) => right.iter().map(|&n| item.choices[n].clone()).collect(),
-        };
-        for target in targets {
-            if cleaning.is_same(answer, &target)? {
-                return Ok(Value::One(1.0));
+    /// What chain `chain` takes from each of a document's answers.
+    fn filtered(&self, item: &Item, answers: &[&str], chain: usize) -> Result<Vec<String>> {
+        let filtered = answers
+            .iter()
+            .map(|answer| self.filters.apply(chain, answer, &item.doc.fields));
+        filtered.collect()
+    }
+
+    /// The programs that verdicts are needed for: of all chains, if a metric asks for them.
+    pub(super) fn programs(
+        &self,
+        item: &Item,
+        places: &[Place],
+        found: &Found,
+    ) -> Result<Vec<String>> {
+        let answers = places.first().and_then(|place| found.answers(place));
+        let mut programs = Vec::new();
+        if let Some(answers) = answers.filter(|_| self.metrics.iter().any(super::runs_programs)) {
+            let tests = python::text_of(&item.target);
+            for chain in 0..self.chains().len() {
+                let filtered = self.filtered(item, &answers, chain)?;
+                programs.extend(filtered.iter().map(|answer| program(answer, &tests)));
             }
         }
-        Ok(Value::One(0.0))
+        Ok(programs)
+    }
+
+    /// A metric of a document's answers, of which most need the first only; nothing if a program was
+    /// not run.
+    fn answer_value(
+        &self,
+        metric: &Metric,
+        item: &Item,
+        answers: &[String],
+    ) -> Result<Option<Value>> {
+        let answer = answers.first().map_or("", String::as_str);
+        let targets = targets(item);
+        let targets: Vec<&str> = targets.iter().map(String::as_str).collect();
+        if targets.is_empty() {
+            return Err(Error::Document {
+                path: item.doc.path.clone(),
+                line: item.doc.line,
+                message: "the target is an empty list; give it one text or more".into(),
+            });
+        }
+        Ok(Some(match &metric.kind {
+            Kind::ExactMatch(cleaning) => {
+                let mut is_right = false;
+                for target in targets {
+                    is_right |= cleaning.is_same(answer, target)?;
+                }
+                Value::One(f64::from(u8::from(is_right)))
+            }
+            Kind::Rouge(rouge) => Value::One(rouge.score(answer, &targets)),
+            Kind::Corpus(metric) => Value::Counts(metric.counts(answer, &targets)),
+            Kind::Passes(k) => {
+                let tests = python::text_of(&item.target);
+                let verdicts = answers
+                    .iter()
+                    .map(|answer| self.verdicts.of(&program(answer, &tests)));
+                let Some(verdicts) = verdicts.collect::<Option<Vec<bool>>>() else {
+                    return Ok(None);
+                };
+                let passed = verdicts.iter().filter(|passed| **passed).count();
+                Value::One(pass_at_k(verdicts.len(), passed, *k))
+            }
+            _ => {
+                return Err(Error::Invalid(format!(
+                    "metric `{}` needs likelihoods",
+                    metric.name
+                )));
+            }
+        }))
     }
 
     fn likelihood_value(&self, metric: &Metric, item: &Item, scores: &[RowScore]) -> Result<Value> {
@@ -140,13 +199,22 @@ impl Scorer<'_> {
                     Unit::Tokens => first.tokens as f64,
                 },
             ),
-            Kind::ExactMatch(_) => {
+            Kind::ExactMatch(_) | Kind::Rouge(_) | Kind::Corpus(_) | Kind::Passes(_) => {
                 return Err(Error::Invalid(format!(
                     "metric `{}` needs an answer",
                     metric.name
                 )));
             }
         })
+    }
+}
+
+/// The texts that are right answers to a document.
+pub(super) fn targets(item: &Item) -> Vec<String> {
+    match (&item.target, item.right.as_slice()) {
+        (Json::Array(list), []) => list.iter().map(python::text_of).collect(),
+        (other, []) => vec![python::text_of(other)],
+        (_, right) => right.iter().map(|&n| item.choices[n].clone()).collect(),
     }
 }
 

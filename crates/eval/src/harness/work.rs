@@ -28,13 +28,23 @@ pub(super) struct Work {
 }
 
 /// A prompt whose answer is generated.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Prompt {
     tokens: Vec<u32>,
     /// Texts that end the answer.
     until: Vec<String>,
     /// Most tokens of the answer.
     most: usize,
+    /// How its tokens are drawn, if they are.
+    draw: Option<Draw>,
+}
+
+/// One of the answers that are drawn for a request.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Draw {
+    /// Temperature and `top_p`.
+    sampling: (f64, Option<f64>),
+    /// Its own among those of the task; those of a request follow each other.
+    seed: u64,
 }
 
 /// A request as tokens.
@@ -47,8 +57,8 @@ enum Encoding {
 pub(super) enum Place {
     /// Rows whose likelihoods are added up.
     Rows(Range<usize>),
-    /// A prompt.
-    Prompt(usize),
+    /// Prompts, one for each answer to a request.
+    Prompts(Range<usize>),
 }
 
 /// What is known so far, by row and by prompt.
@@ -93,6 +103,7 @@ impl Work {
         // The end token as text, which generation never returns, ends an answer written out, too.
         until.push(encoder.tokenizer.decode_all(&[encoder.tokenizer.eos])?);
         until.retain(|text| !text.is_empty());
+        let (repeats, sampling) = (task.repeats(), task.generation().sampling());
         let encode = |request: &Request| -> Result<Encoding> {
             Ok(match request {
                 Request::Loglikelihood {
@@ -111,6 +122,7 @@ impl Work {
             encoded.map_err(|e| of_document(item, e))
         });
         let items: Vec<Result<Vec<Encoding>>> = items.collect();
+        let mut seeds = 0..;
         let mut place = |encoding: Encoding| match encoding {
             Encoding::Rows(rows) => {
                 let begin = self.rows.len();
@@ -118,12 +130,16 @@ impl Work {
                 Place::Rows(begin..self.rows.len())
             }
             Encoding::Prompt(tokens) => {
-                self.prompts.push(Prompt {
-                    tokens,
-                    until: until.clone(),
-                    most,
-                });
-                Place::Prompt(self.prompts.len() - 1)
+                let begin = self.prompts.len();
+                for seed in seeds.by_ref().take(repeats) {
+                    self.prompts.push(Prompt {
+                        tokens: tokens.clone(),
+                        until: until.clone(),
+                        most,
+                        draw: sampling.map(|sampling| Draw { sampling, seed }),
+                    });
+                }
+                Place::Prompts(begin..self.prompts.len())
             }
         };
         let items = items.into_iter();
@@ -150,6 +166,9 @@ impl Work {
             .for_each(|prompt| add(&prompt.tokens, prompt.most));
         for prompt in &self.prompts {
             hash.update(prompt.until.join("\0"));
+            if let Some(draw) = prompt.draw {
+                hash.update(format!("{draw:?}"));
+            }
         }
         super::hex(&hash.finalize())
     }
@@ -163,7 +182,7 @@ impl Work {
         &self,
         model: &dyn LanguageModel,
         tokenizer: &ModelTokenizer,
-        options: &HarnessOptions,
+        options: &HarnessOptions<'_>,
         journal: &mut Journal,
         progress: &mut Progress<'_>,
     ) -> Result<Found> {
@@ -188,7 +207,7 @@ impl Work {
     fn score(
         &self,
         model: &dyn LanguageModel,
-        options: &HarnessOptions,
+        options: &HarnessOptions<'_>,
         state: &Mutex<State<'_, '_>>,
     ) -> Result<()> {
         let batches = batches(&self.rows, options.batch_tokens);
@@ -212,7 +231,7 @@ impl Work {
         &self,
         model: &dyn LanguageModel,
         tokenizer: &ModelTokenizer,
-        options: &HarnessOptions,
+        options: &HarnessOptions<'_>,
         state: &Mutex<State<'_, '_>>,
     ) -> Result<()> {
         let queues = self.prompt_queues(options.batch_tokens);
@@ -232,15 +251,27 @@ impl Work {
         })
     }
 
-    /// Prompts of one kind, longest first. What is in the places of a queue together depends on nothing
+    /// Prompts of one kind, longest first; drawn answers are with others to the same request only, whose
+    /// seeds follow each other. What is in the places of a queue together depends on nothing
     /// but its prompts and their answers, so a queue is done whole or anew.
     fn prompt_queues(&self, batch_tokens: usize) -> Vec<Queue> {
         let mut order: Vec<usize> = (0..self.prompts.len()).collect();
         let kind = |prompt: usize| (self.prompts[prompt].most, &self.prompts[prompt].until);
         let length = |prompt: usize| self.prompts[prompt].tokens.len();
         order.sort_by_key(|&prompt| (kind(prompt), Reverse(length(prompt))));
+        let goes_with = |prompt: usize, next: usize| {
+            let (prompt, next) = (&self.prompts[prompt], &self.prompts[next]);
+            match (prompt.draw, next.draw) {
+                (None, None) => true,
+                (Some(a), Some(b)) => {
+                    let seed = a.seed + 1;
+                    prompt.tokens == next.tokens && b == Draw { seed, ..a }
+                }
+                _ => false,
+            }
+        };
         order
-            .chunk_by(|&a, &b| kind(a) == kind(b))
+            .chunk_by(|&a, &b| kind(a) == kind(b) && goes_with(a, b))
             .flat_map(|same| queues(same, length, kind(same[0]).0, batch_tokens))
             .collect()
     }
@@ -258,7 +289,11 @@ impl Work {
         let prompts: Vec<Vec<u32>> = (queue.prompts.iter())
             .map(|&prompt| self.prompts[prompt].tokens.clone())
             .collect();
+        let draw = first.draw;
         let options = GenerateOptions {
+            temperature: draw.map_or(0.0, |draw| draw.sampling.0),
+            top_p: draw.and_then(|draw| draw.sampling.1),
+            seed: draw.map_or(0, |draw| draw.seed),
             at_once: queue.at_once,
             ..GenerateOptions::greedy(most, vec![tokenizer.eos])
         };
@@ -341,10 +376,13 @@ impl Found {
         })
     }
 
-    /// The answer at a place, if it is known.
-    pub(super) fn answer(&self, place: &Place) -> Option<&str> {
+    /// The answers at a place, if all are known.
+    pub(super) fn answers(&self, place: &Place) -> Option<Vec<&str>> {
         match place {
-            Place::Prompt(prompt) => self.answers[*prompt].as_deref(),
+            Place::Prompts(prompts) => {
+                let answers = self.answers[prompts.clone()].iter();
+                answers.map(Option::as_deref).collect()
+            }
             Place::Rows(_) => None,
         }
     }

@@ -9,6 +9,7 @@ use crate::cli::BenchmarkArgs;
 use crate::pipeline::load_model;
 use crate::preflight::Refused;
 use crate::progress::{Progress, stopped};
+use crate::sandbox::{Limits, Sandbox};
 use crate::settings::Settings;
 use crate::source::{BUILT_IN, model_fingerprint, open_model, rendered};
 use anyhow::{Context, Result, bail};
@@ -17,7 +18,8 @@ use data::{Download, prompts_of};
 use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns};
 use lightmoe_data::records::Message;
 use lightmoe_eval::harness::{
-    BeginOfText, HarnessOptions, Kept, Outcome, RunFacts, TaskPrompts, evaluate_tasks, results,
+    BeginOfText, HarnessOptions, Judge, Kept, Outcome, RunFacts, TaskPrompts, evaluate_tasks,
+    results,
 };
 use lightmoe_models::{ModelTokenizer, folder};
 use serde_json::{Map, Value, json};
@@ -48,6 +50,7 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
         let message = "with `--tasks`, `--out` is a folder, and a file has its name; give another";
         return Err(Refused(message.into()).into());
     }
+    let sandbox = sandbox(args, &selected)?;
     let name = settings.model.as_deref().unwrap_or(BUILT_IN);
     let checkpoint = open_model(name)?;
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
@@ -66,6 +69,7 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
             false => BeginOfText::None,
         },
         stride: args.stride,
+        judge: sandbox.as_ref().map(|sandbox| sandbox as &dyn Judge),
     };
     // Batches are part of it: their size moves likelihoods in the last digits.
     let depends = (
@@ -115,6 +119,25 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
     Ok(table(&results, out))
 }
 
+/// Where the programs that the model writes are run, if a task asks for that.
+fn sandbox(args: &BenchmarkArgs, selected: &[Benchmark]) -> Result<Option<Sandbox>> {
+    let mut tasks = selected.iter().flat_map(Benchmark::tasks);
+    let Some(task) = tasks.find(|task| task.runs_programs()) else {
+        return Ok(None);
+    };
+    if !args.allow_code {
+        let message = format!(
+            "`{}` runs programs that the model writes; give `--allow-code` to let them run in a \
+             sandbox",
+            task.name()
+        );
+        return Err(Refused(message).into());
+    }
+    let itself = std::env::current_exe().context("cannot find this program's own file")?;
+    let sandbox = Sandbox::new(&itself, Limits::default()).map_err(Refused)?;
+    Ok(Some(sandbox))
+}
+
 /// The seed of the few-shot examples.
 ///
 /// # Errors
@@ -137,8 +160,8 @@ pub(crate) fn prompts(
     }
     let render = |messages: &[Message]| rendered(tokenizer, messages);
     let options = PromptOptions {
-        num_fewshot: args.num_fewshot,
-        limit: args.limit,
+        num_fewshot: args.documents.num_fewshot,
+        limit: args.documents.limit,
         seed,
         system_instruction: args.system_instruction.as_deref(),
         chat: args.apply_chat_template.then_some(Chat {
@@ -150,7 +173,7 @@ pub(crate) fn prompts(
         }),
         repositories: &[],
     };
-    let download = match args.download {
+    let download = match args.documents.download {
         true => Download::Missing,
         false => Download::Never,
     };
@@ -161,7 +184,7 @@ pub(crate) fn prompts(
         }
         if !tasks.iter().any(|other| other.task.name() == task.name()) {
             tasks.push(TaskPrompts {
-                prompts: prompts_of(task, &args.data, download, &options)?,
+                prompts: prompts_of(task, &args.documents.data, download, &options)?,
                 task: task.clone(),
             });
         }
@@ -178,7 +201,8 @@ fn config(name: &str, args: &BenchmarkArgs, settings: &Settings, seed: u32) -> M
         "max_length": settings.max_length,
         "add_bos_token": args.add_bos_token,
         "stride": args.stride,
-        "limit": args.limit,
+        "allow_code": args.allow_code,
+        "limit": args.documents.limit,
         "bootstrap_iters": 100_000,
         "fewshot_seed": seed,
     });

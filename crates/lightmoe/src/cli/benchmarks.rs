@@ -12,24 +12,13 @@ pub struct BenchmarkArgs {
     /// (of what the model reads at once) and `seed` (of the few-shot examples, 1234) matter
     #[arg(long, value_delimiter = ',', value_name = "NAME|FILE.yaml,...")]
     pub tasks: Vec<String>,
-    /// Where the benchmarks' files lie, in their own form or as Parquet; several folders are searched in
-    /// turn, and then the Hugging Face Hub's cache
-    #[arg(
-        long,
-        value_delimiter = ',',
-        requires = "tasks",
-        value_name = "DIR,..."
-    )]
-    pub data: Vec<PathBuf>,
-    /// Download what is in no folder and not in the cache from the Hugging Face Hub
+    /// Their documents
+    #[command(flatten)]
+    pub documents: DocumentArgs,
+    /// Run the programs that the model writes, which some tasks ask for, in a sandbox: in a folder that
+    /// goes, without a network, for some seconds
     #[arg(long, requires = "tasks")]
-    pub download: bool,
-    /// Few-shot examples in a prompt [default: the task's own number]
-    #[arg(long, requires = "tasks")]
-    pub num_fewshot: Option<usize>,
-    /// Only the first documents of each task
-    #[arg(long, requires = "tasks")]
-    pub limit: Option<usize>,
+    pub allow_code: bool,
     /// The most tokens of a batch
     #[arg(long, requires = "tasks", default_value_t = 8192)]
     pub batch_tokens: usize,
@@ -48,6 +37,29 @@ pub struct BenchmarkArgs {
     /// Tokens from one window of a text to the next, for perplexity [default: a whole window]
     #[arg(long, requires = "tasks")]
     pub stride: Option<usize>,
+}
+
+/// Which documents of the benchmarks that `tasks` names
+#[derive(Debug, Clone, Default, Args)]
+pub struct DocumentArgs {
+    /// Where the benchmarks' files lie, in their own form or as Parquet; several folders are searched in
+    /// turn, and then the Hugging Face Hub's cache
+    #[arg(
+        long,
+        value_delimiter = ',',
+        requires = "tasks",
+        value_name = "DIR,..."
+    )]
+    pub data: Vec<PathBuf>,
+    /// Download what is in no folder and not in the cache from the Hugging Face Hub
+    #[arg(long, requires = "tasks")]
+    pub download: bool,
+    /// Few-shot examples in a prompt [default: the task's own number]
+    #[arg(long, requires = "tasks")]
+    pub num_fewshot: Option<usize>,
+    /// Only the first documents of each benchmark
+    #[arg(long, requires = "tasks")]
+    pub limit: Option<usize>,
 }
 
 /// `tasks`

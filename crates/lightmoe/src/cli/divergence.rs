@@ -1,6 +1,6 @@
 //! What `divergence` takes.
 
-use super::RecipeArgs;
+use super::{DocumentArgs, RecipeArgs};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -39,24 +39,9 @@ pub struct TextArgs {
     /// The right answers of benchmarks, as `evaluate` takes them, each by itself, instead
     #[arg(long, value_delimiter = ',', value_name = "NAME|FILE.yaml,...")]
     pub tasks: Vec<String>,
-    /// Where the benchmarks' files lie, in their own form or as Parquet; several folders are searched in
-    /// turn, and then the Hugging Face Hub's cache
-    #[arg(
-        long,
-        value_delimiter = ',',
-        requires = "tasks",
-        value_name = "DIR,..."
-    )]
-    pub data: Vec<PathBuf>,
-    /// Download what is in no folder and not in the cache from the Hugging Face Hub
-    #[arg(long, requires = "tasks")]
-    pub download: bool,
-    /// Few-shot examples in a prompt [default: the task's own number]
-    #[arg(long, requires = "tasks")]
-    pub num_fewshot: Option<usize>,
-    /// Only the first documents of each benchmark
-    #[arg(long, requires = "tasks")]
-    pub limit: Option<usize>,
+    /// Their documents
+    #[command(flatten)]
+    pub documents: DocumentArgs,
     /// Tokens from one window of a text to the next [default: a whole window]
     #[arg(long)]
     pub stride: Option<usize>,

@@ -111,10 +111,7 @@ fn benchmarks(
         .map_err(Refused::of)?;
     let of_tasks = BenchmarkArgs {
         tasks: args.tasks.clone(),
-        data: args.data.clone(),
-        download: args.download,
-        num_fewshot: args.num_fewshot,
-        limit: args.limit,
+        documents: args.documents.clone(),
         ..BenchmarkArgs::default()
     };
     let options = HarnessOptions {

@@ -1,7 +1,7 @@
 //! How a score comes of the values of items, and the difference of two scores of the same items.
 
 use super::evaluation::{Item, ItemValue, Key, Recorded};
-use lightmoe_data::corpus_chrf;
+use lightmoe_data::overlap::corpus_chrf;
 use lightmoe_eval::paired::Difference;
 
 /// Resamples of the bootstrap of scores that sum numbers, and of those that read texts, which takes

@@ -270,6 +270,6 @@ fn lightmoe_with_other_parts_runs_from_one_call() {
 
     let mut call = tiny("compress");
     call.args(["--method", "svd", "--select", "reap", "--out"]);
-    let message = call.arg(folder.path().join("other")).fails(1);
+    let message = call.arg(folder.path().join("other")).fails(2);
     assert!(message.contains("`select`"), "{message}");
 }
