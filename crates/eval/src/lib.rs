@@ -20,6 +20,7 @@ mod items;
 mod likelihood;
 mod load;
 pub mod paired;
+mod queues;
 mod sample;
 mod score;
 mod side_by_side;

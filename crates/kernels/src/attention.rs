@@ -8,14 +8,49 @@ use crate::lanes::{dot, max, simd, sum};
 use crate::real::{Real, dispatch, same_dtype, slice, storage, tracked, view};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Query rows of a strip.
 const STRIP: usize = 64;
 
+/// Which keys a query of [`attention`] sees, of its own position and those before it.
+#[derive(Debug, Clone, Default)]
+pub struct Seen {
+    /// At most so many, its own the last (Mistral, arXiv 2310.06825, section 2). None: all.
+    pub window: Option<usize>,
+    /// By row of the batch, the first position; keys and values before it are padding. Empty: no row
+    /// has any.
+    pub starts: Arc<[usize]>,
+}
+
+impl Seen {
+    /// The first position of a row.
+    fn start(&self, row: usize) -> usize {
+        self.starts.get(row).copied().unwrap_or(0)
+    }
+
+    fn check(&self, d: Dims) -> Result<()> {
+        if self.window == Some(0) {
+            candle_core::bail!("attention: a window of 0 keys, expected at least 1")
+        }
+        let fits = self.starts.is_empty() || self.starts.len() == d.batch;
+        if !fits || self.starts.iter().any(|start| start + d.queries > d.keys) {
+            candle_core::bail!(
+                "attention: rows that start at {:?} do not fit {} rows of {} keys for {} queries; \
+                 give one start a row, before its first query",
+                self.starts,
+                d.batch,
+                d.keys,
+                d.queries
+            )
+        }
+        Ok(())
+    }
+}
+
 struct Attention {
     scale: f64,
-    /// Keys that a query sees, its own the last.
-    window: usize,
+    seen: Seen,
 }
 
 /// `q: [B, T, Hq, D]`, `k, v: [B, S, Hkv, D]`; query `t` sees keys `0 ..= S - T + t`.
@@ -27,6 +62,8 @@ struct Dims {
     heads: usize,
     kv_heads: usize,
     dim: usize,
+    /// From one row of the batch to the next in `k` and in `v`.
+    rows: [usize; 2],
 }
 
 impl Dims {
@@ -49,6 +86,7 @@ impl Dims {
             heads,
             kv_heads,
             dim,
+            rows: [keys * kv_heads * dim; 2],
         })
     }
 
@@ -67,13 +105,17 @@ impl Dims {
             .map(move |i| (i / self.kv_heads, i % self.kv_heads))
     }
 
-    /// Strips of one unit: (query head, first query, queries, visible keys).
-    fn strips(self, kv_head: usize) -> impl Iterator<Item = (usize, usize, usize, usize)> {
+    /// Strips of one unit whose keys begin at `start`: (query head, first query, queries, visible keys).
+    fn strips(
+        self,
+        kv_head: usize,
+        start: usize,
+    ) -> impl Iterator<Item = (usize, usize, usize, usize)> {
         let group = self.heads / self.kv_heads;
         (kv_head * group..(kv_head + 1) * group).flat_map(move |head| {
             (0..self.queries).step_by(STRIP).map(move |t| {
                 let n = STRIP.min(self.queries - t);
-                (head, t, n, self.keys - self.queries + t + n)
+                (head, t, n, self.keys - start - self.queries + t + n)
             })
         })
     }
@@ -82,8 +124,10 @@ impl Dims {
         ((batch * self.queries + t) * self.heads + head) * self.dim
     }
 
-    fn k_at(self, batch: usize, kv_head: usize) -> usize {
-        (batch * self.keys * self.kv_heads + kv_head) * self.dim
+    /// Where keys and values of a unit begin.
+    fn kv_at(self, batch: usize, start: usize, kv_head: usize) -> [usize; 2] {
+        let within = (start * self.kv_heads + kv_head) * self.dim;
+        self.rows.map(|row| batch * row + within)
     }
 
     fn q_stride(self) -> usize {
@@ -144,20 +188,26 @@ simd! {
 }
 
 impl Attention {
+    fn window(&self) -> usize {
+        self.seen.window.unwrap_or(usize::MAX)
+    }
+
     fn forward<T: Real>(&self, d: Dims, q: &[T], k: &[T], v: &[T]) -> Vec<T> {
         let mut y = vec![T::zero(); q.len()];
         let out = Output::new(&mut y);
         let (qs, ks) = (d.q_stride(), d.k_stride());
+        let window = self.window();
         d.units().for_each(|(batch, kv_head)| {
             let mut p = vec![T::zero(); d.strip() * d.keys];
-            let at = d.k_at(batch, kv_head);
-            let (k, v) = (Mat::new(&k[at..], ks, 1), Mat::new(&v[at..], ks, 1));
-            for (head, t, n, visible) in d.strips(kv_head) {
+            let start = self.seen.start(batch);
+            let [k_at, v_at] = d.kv_at(batch, start, kv_head);
+            let (k, v) = (Mat::new(&k[k_at..], ks, 1), Mat::new(&v[v_at..], ks, 1));
+            for (head, t, n, visible) in d.strips(kv_head, start) {
                 let at = d.q_at(batch, t, head);
                 let p = &mut p[..n * visible];
                 let q = Mat::new(&q[at..], qs, 1);
                 let scale = T::from_f64(self.scale);
-                d.probabilities((q, k), (n, visible, self.window), scale, p);
+                d.probabilities((q, k), (n, visible, window), scale, p);
                 let shape = (n, visible, d.dim);
                 // SAFETY: every (batch, head, strip) owns its rows and columns of the output.
                 unsafe {
@@ -186,15 +236,17 @@ impl Attention {
         );
         let (qs, ks) = (d.q_stride(), d.k_stride());
         let (one, zero, scale) = (T::one(), T::zero(), T::from_f64(self.scale));
+        let window = self.window();
         d.units().for_each(|(batch, kv_head)| {
             let (mut p, mut ds) = (zeros(d.strip() * d.keys), zeros(d.strip() * d.keys));
-            let kv_at = d.k_at(batch, kv_head);
-            let (k, v) = (Mat::new(&k[kv_at..], ks, 1), Mat::new(&v[kv_at..], ks, 1));
-            for (head, t, n, visible) in d.strips(kv_head) {
+            let start = self.seen.start(batch);
+            let [k_at, v_at] = d.kv_at(batch, start, kv_head);
+            let (k, v) = (Mat::new(&k[k_at..], ks, 1), Mat::new(&v[v_at..], ks, 1));
+            for (head, t, n, visible) in d.strips(kv_head, start) {
                 let at = d.q_at(batch, t, head);
                 let (p, ds) = (&mut p[..n * visible], &mut ds[..n * visible]);
                 let (q, dyt) = (Mat::new(&q[at..], qs, 1), Mat::new(&dy[at..], qs, 1));
-                d.probabilities((q, k), (n, visible, self.window), scale, p);
+                d.probabilities((q, k), (n, visible, window), scale, p);
                 // SAFETY: `ds` is this task's own buffer.
                 unsafe {
                     let shape = (n, d.dim, visible);
@@ -209,14 +261,30 @@ impl Attention {
                 // SAFETY: every (batch, head, strip) owns its part of dq; one (batch, key head) is
                 // one task, so its parts of dk and dv are written by this task alone.
                 unsafe {
-                    out_v.matmul((kv_at, ks, 1), (visible, n, d.dim), p.t(), dyt, one, one);
+                    out_v.matmul((v_at, ks, 1), (visible, n, d.dim), p.t(), dyt, one, one);
                     out_q.matmul((at, qs, 1), (n, visible, d.dim), ds, k, scale, zero);
-                    out_k.matmul((kv_at, ks, 1), (visible, n, d.dim), ds.t(), q, scale, one);
+                    out_k.matmul((k_at, ks, 1), (visible, n, d.dim), ds.t(), q, scale, one);
                 }
             }
         });
         [dq, dk, dv]
     }
+}
+
+/// Whether every row of a batch is contiguous, whatever lies between rows.
+fn has_whole_rows(layout: &Layout) -> bool {
+    match (layout.dims(), layout.stride()) {
+        (&[_, _, heads, dim], &[_, s, h, d]) => (s, h, d) == (heads * dim, dim, 1),
+        _ => false,
+    }
+}
+
+/// The elements from the first row of the batch on.
+fn rows<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+    if !has_whole_rows(layout) {
+        candle_core::bail!("attention: keys and values of contiguous rows were expected")
+    }
+    Ok(&T::cpu_storage_as_slice(storage)?[layout.start_offset()..])
 }
 
 impl CustomOp3 for Attention {
@@ -235,9 +303,11 @@ impl CustomOp3 for Attention {
     ) -> Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
         same_dtype(self.name(), q.dtype(), k.dtype())?;
-        let d = Dims::new(lq.shape(), lk.shape(), lv.shape())?;
+        let mut d = Dims::new(lq.shape(), lk.shape(), lv.shape())?;
+        self.seen.check(d)?;
+        d.rows = [lk.stride()[0], lv.stride()[0]];
         let y = dispatch!(q.dtype(), self.name(), T => {
-            storage(self.forward::<T>(d, slice(q, lq)?, slice(k, lk)?, slice(v, lv)?))
+            storage(self.forward::<T>(d, slice(q, lq)?, rows(k, lk)?, rows(v, lv)?))
         });
         Ok((y, lq.shape().clone()))
     }
@@ -251,8 +321,8 @@ impl CustomOp3 for Attention {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let d = Dims::new(q.shape(), k.shape(), v.shape())?;
-        let dy = dy.contiguous()?;
-        let views = [q, k, v, y, &dy].map(view);
+        let (k, v, dy) = (&k.contiguous()?, &v.contiguous()?, &dy.contiguous()?);
+        let views = [q, k, v, y, dy].map(view);
         dispatch!(q.dtype(), self.name(), T => {
             let [a, b, c, e, f] = &views;
             let slices = [a.slice::<T>()?, b.slice()?, c.slice()?, e.slice()?, f.slice()?];
@@ -265,24 +335,16 @@ impl CustomOp3 for Attention {
 /// Causal softmax attention: `q: [B, T, heads, D]`, `k, v: [B, S, kv_heads, D]` with `S ≥ T` (the
 /// queries are the last `T` of the `S` positions); result `[B, T, heads, D]`.
 pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
-    sliding_window_attention(q, k, v, scale, usize::MAX)
+    attention(q, k, v, scale, Seen::default())
 }
 
-/// As [`causal_attention`], but a query sees at most `window` keys (at least 1): its own position and
-/// those right before it (Mistral, arXiv 2310.06825, section 2).
-pub fn sliding_window_attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    scale: f64,
-    window: usize,
-) -> Result<Tensor> {
-    if window == 0 {
-        candle_core::bail!("attention: a window of 0 keys, expected at least 1")
-    }
-    q.contiguous()?.apply_op3(
-        &k.contiguous()?,
-        &v.contiguous()?,
-        Attention { scale, window },
-    )
+/// As [`causal_attention`], but a query sees only a part of the keys. The first positions of a longer
+/// `k` and `v` are read where they are.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, seen: Seen) -> Result<Tensor> {
+    let in_rows = |x: &Tensor| match has_whole_rows(x.layout()) {
+        true => Ok(x.clone()),
+        false => x.contiguous(),
+    };
+    let op = Attention { scale, seen };
+    q.contiguous()?.apply_op3(&in_rows(k)?, &in_rows(v)?, op)
 }

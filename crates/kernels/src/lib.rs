@@ -30,7 +30,7 @@ mod spread;
 mod swiglu;
 
 pub use adamw::{AdamW, Moments};
-pub use attention::{causal_attention, sliding_window_attention};
+pub use attention::{Seen, attention, causal_attention};
 pub use grouped::{Segment, grouped_linear, linear};
 pub use loss::cross_entropy;
 pub use memory::{keep_freed_memory, tune_process};

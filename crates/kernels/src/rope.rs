@@ -88,7 +88,8 @@ impl Rope {
 
 struct ApplyRope {
     rope: Rope,
-    offset: usize,
+    /// Of all rows, or of each.
+    offsets: Vec<usize>,
     /// `1.0` rotates, `-1.0` rotates back (the gradient of a rotation is its inverse).
     direction: f64,
 }
@@ -97,7 +98,9 @@ impl ApplyRope {
     fn rotate<T: Real>(&self, x: &[T], (len, heads): (usize, usize)) -> Vec<T> {
         let half = self.rope.frequencies.len();
         let row = (heads * 2 * half).max(1);
-        let table = self.rope.table(self.offset, len);
+        let tables = self.offsets.iter();
+        let table: Vec<_> = tables.flat_map(|&at| self.rope.table(at, len)).collect();
+        let positions = self.offsets.len() * len;
         // The places of pair `j` in a head.
         let (step, apart) = match self.rope.pairs {
             RopePairs::Halves => (1, half),
@@ -108,7 +111,7 @@ impl ApplyRope {
             .zip(x.par_chunks(row))
             .enumerate()
             .for_each(|(i, (y, x))| {
-                let angles = &table[i % len * half..][..half];
+                let angles = &table[i % positions * half..][..half];
                 for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
                     for (j, &(cos, sin)) in angles.iter().enumerate() {
                         let (cos, sin) = (T::from_f64(cos), T::from_f64(sin * self.direction));
@@ -129,13 +132,19 @@ impl CustomOp1 for ApplyRope {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
-        let (_, len, heads, dim) = layout.shape().dims4()?;
-        let width = 2 * self.rope.frequencies.len();
-        if dim == 0 || dim != width || self.offset + len > self.rope.positions {
+        let (rows, len, heads, dim) = layout.shape().dims4()?;
+        if ![1, rows].contains(&self.offsets.len()) {
             candle_core::bail!(
-                "rope: {len} tokens from position {} of heads of {dim} do not fit a context of {} \
+                "rope: {} offsets for {rows} rows; give one for all or one for each",
+                self.offsets.len()
+            )
+        }
+        let width = 2 * self.rope.frequencies.len();
+        let last = self.offsets.iter().max().copied().unwrap_or(0);
+        if dim == 0 || dim != width || last + len > self.rope.positions {
+            candle_core::bail!(
+                "rope: {len} tokens from position {last} of heads of {dim} do not fit a context of {} \
                  positions and head size {width}; shorten the input to the model's context",
-                self.offset,
                 self.rope.positions,
             )
         }
@@ -149,7 +158,7 @@ impl CustomOp1 for ApplyRope {
         let (_, len, heads, _) = x.dims4()?;
         let back = Self {
             rope: self.rope.clone(),
-            offset: self.offset,
+            offsets: self.offsets.clone(),
             direction: -self.direction,
         };
         let dy = dy.contiguous()?;
@@ -160,11 +169,12 @@ impl CustomOp1 for ApplyRope {
     }
 }
 
-/// Rotates queries or keys `x: [B, T, heads, D]` whose first token stands at position `offset`.
-pub fn apply_rope(x: &Tensor, rope: &Rope, offset: usize) -> Result<Tensor> {
+/// Rotates queries or keys `x: [B, T, heads, D]`; the first token of every row stands at the one position
+/// in `offsets`, or that of each row at its own.
+pub fn apply_rope(x: &Tensor, rope: &Rope, offsets: &[usize]) -> Result<Tensor> {
     x.contiguous()?.apply_op1(ApplyRope {
         rope: rope.clone(),
-        offset,
+        offsets: offsets.to_vec(),
         direction: 1.0,
     })
 }

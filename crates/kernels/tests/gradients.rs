@@ -7,8 +7,8 @@ mod common;
 use candle_core::{Result, Tensor, Var};
 use common::{random, segments, values};
 use lightmoe_kernels::{
-    Rope, apply_rope, causal_attention, cross_entropy, grouped_linear, linear, rms_norm,
-    sliding_window_attention, spread_columns, swiglu, weighted_scatter,
+    Rope, Seen, apply_rope, causal_attention, cross_entropy, grouped_linear, linear, rms_norm,
+    spread_columns, swiglu, weighted_scatter,
 };
 use std::sync::Arc;
 
@@ -139,13 +139,13 @@ fn rms_norm_over_chunks_and_strided() {
 #[test]
 fn rope_with_offset_and_strided() {
     let rope = Rope::new(4, 10_000.0, 16);
-    for offset in [0, 7] {
+    for offsets in [&[0][..], &[7], &[9, 2]] {
         check(&[random(1, &[2, 3, 2, 4])], |v| {
-            apply_rope(&v[0], &rope, offset)
+            apply_rope(&v[0], &rope, offsets)
         });
     }
     check(&[random(1, &[2, 2, 3, 4])], |v| {
-        apply_rope(&v[0].transpose(1, 2)?, &rope, 2)
+        apply_rope(&v[0].transpose(1, 2)?, &rope, &[2])
     });
 }
 
@@ -154,9 +154,19 @@ fn attention(batch: usize, (t, s): (usize, usize), (heads, kv): (usize, usize), 
     let (q, k) = ([batch, t, heads, dim], [batch, s, kv, dim]);
     let inputs = [random(1, &q), random(2, &k), random(3, &k)];
     check(&inputs, |v| causal_attention(&v[0], &v[1], &v[2], 0.7));
-    check(&inputs, |v| {
-        sliding_window_attention(&v[0], &v[1], &v[2], 0.7, 3)
-    });
+    // Rows with padding before them, as much as leaves the queries.
+    let starts: Vec<usize> = (0..batch).map(|row| (s - t).saturating_sub(row)).collect();
+    for (window, starts) in [
+        (Some(3), Vec::new()),
+        (None, starts.clone()),
+        (Some(3), starts),
+    ] {
+        let starts = starts.into();
+        let seen = Seen { window, starts };
+        check(&inputs, |v| {
+            lightmoe_kernels::attention(&v[0], &v[1], &v[2], 0.7, seen.clone())
+        });
+    }
 }
 
 #[test]

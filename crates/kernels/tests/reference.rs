@@ -8,8 +8,8 @@ mod common;
 use candle_core::{D, DType, Device, Result, Tensor};
 use common::{close, random, segments, values};
 use lightmoe_kernels::{
-    AdamW, Moments, Rope, Segment, apply_rope, causal_attention, cross_entropy, grouped_linear,
-    linear, rms_norm, sliding_window_attention, spread_columns, swiglu, top_k, weighted_scatter,
+    AdamW, Moments, Rope, Seen, Segment, apply_rope, attention, causal_attention, cross_entropy,
+    grouped_linear, linear, rms_norm, spread_columns, swiglu, top_k, weighted_scatter,
 };
 use std::sync::Arc;
 
@@ -127,7 +127,7 @@ fn rope_rotates_pairs_half_a_head_apart() {
     let rope = Rope::new(dim, theta, 8);
     compare(
         &[random(1, &[2, len, heads, dim])],
-        |v| apply_rope(&v[0], &rope, offset),
+        |v| apply_rope(&v[0], &rope, &[offset]),
         |v| {
             let (x, half) = (values(&v[0]), dim / 2);
             let mut y = x.clone();
@@ -175,6 +175,13 @@ fn attention_reference(v: &[Tensor], scale: f64, window: usize) -> Result<Tensor
         .contiguous()
 }
 
+fn within(window: usize) -> Seen {
+    Seen {
+        window: Some(window),
+        ..Seen::default()
+    }
+}
+
 #[test]
 fn attention_is_the_masked_softmax() {
     for (b, t, s, heads, kv, dim) in [
@@ -194,7 +201,7 @@ fn attention_is_the_masked_softmax() {
         for window in [1, 2, 7, 65, s + 3] {
             compare(
                 &inputs,
-                |v| sliding_window_attention(&v[0], &v[1], &v[2], 3.0, window),
+                |v| attention(&v[0], &v[1], &v[2], 3.0, within(window)),
                 |v| attention_reference(v, 3.0, window),
             );
         }
@@ -359,11 +366,23 @@ fn shapes_that_do_not_fit_are_errors() {
     attention(&[1, 2, 2, 4], &[1, 2, 0, 4], &[1, 2, 0, 4]);
     attention(&[2, 2, 4], &[1, 2, 2, 4], &[1, 2, 2, 4]);
     let rope = Rope::new(4, 10_000.0, 8);
-    fails(apply_rope(&r(&[1, 9, 2, 4]), &rope, 0));
-    fails(apply_rope(&r(&[1, 2, 2, 4]), &rope, 7));
-    fails(apply_rope(&r(&[1, 2, 2, 6]), &rope, 0));
-    fails(apply_rope(&r(&[2, 2, 4]), &rope, 0));
-    fails(apply_rope(&r(&[1, 2, 2, 0]), &Rope::new(0, 10_000.0, 8), 0));
+    fails(apply_rope(&r(&[1, 9, 2, 4]), &rope, &[0]));
+    fails(apply_rope(&r(&[1, 2, 2, 4]), &rope, &[7]));
+    fails(apply_rope(&r(&[1, 2, 2, 6]), &rope, &[0]));
+    fails(apply_rope(&r(&[2, 2, 4]), &rope, &[0]));
+    fails(apply_rope(
+        &r(&[1, 2, 2, 0]),
+        &Rope::new(0, 10_000.0, 8),
+        &[0],
+    ));
+    fails(apply_rope(&r(&[3, 2, 2, 4]), &rope, &[0, 1]));
+    fails(apply_rope(&r(&[2, 2, 2, 4]), &rope, &[0, 7]));
+    let (q, k) = (r(&[2, 2, 1, 4]), r(&[2, 5, 1, 4]));
+    for starts in [&[0][..], &[3, 4], &[0, 0, 0]] {
+        let (window, starts) = (None, starts.into());
+        let seen = Seen { window, starts };
+        fails(lightmoe_kernels::attention(&q, &k, &k, 1.0, seen));
+    }
     fails(cross_entropy(&r(&[2, 3]), &[0, 3]));
     fails(cross_entropy(&r(&[2, 3]), &[0]));
     fails(cross_entropy(&r(&[2]), &[0, 1]));
@@ -396,7 +415,7 @@ fn element_types_that_do_not_fit_are_errors() {
     assert!(rms_norm(&r(&[2, 3]), &single(&[3]), 1.0).is_err());
     let (q, k) = (r(&[1, 2, 2, 4]), single(&[1, 2, 2, 4]));
     assert!(causal_attention(&q, &k, &q, 1.0).is_err());
-    assert!(sliding_window_attention(&q, &q, &q, 1.0, 0).is_err());
+    assert!(attention(&q, &q, &q, 1.0, within(0)).is_err());
     assert!(causal_attention(&q, &q, &k, 1.0).is_err());
     assert!(weighted_scatter(&r(&[2, 3]), &single(&[2]), &[0, 1].into(), 2).is_err());
     assert!(linear(&half(&[2, 3]), &half(&[2, 3])).is_err());

@@ -46,12 +46,11 @@ impl<'a> Speaker<'a> {
             conversation: Conversation::new(model),
             tokenizer,
             options: GenerateOptions {
-                max_new_tokens: args.max_new_tokens,
                 temperature: args.temperature,
                 top_k: args.top_k,
                 top_p: args.top_p,
                 seed: args.seed,
-                ends,
+                ..GenerateOptions::greedy(args.max_new_tokens, ends)
             },
             stop: args.stop,
         }

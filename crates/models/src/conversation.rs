@@ -1,8 +1,9 @@
 //! One sequence that grows turn by turn, of which nothing is read twice.
 
 use crate::Result;
+use crate::cache::Cache;
 use crate::config::RopeScaling;
-use crate::decoder::{Cache, LanguageModel};
+use crate::decoder::LanguageModel;
 use crate::generate::{GenerateOptions, Next, go_on};
 
 /// Keys and values of what a model has read, for the next turn to go on from.
@@ -53,11 +54,13 @@ impl<'m> Conversation<'m> {
             // The last token says what comes next.
             _ => same.min(prompt.len().saturating_sub(1)),
         };
-        cache.truncate(known)?;
+        cache.truncate(known);
         let prompts = [prompt.to_vec()];
-        let mut rows = go_on(self.model, &mut cache, &prompts, options, &mut |_, row| {
-            row.last().map_or(Ok(Next::Continue), |&token| each(token))
-        })?;
+        let each = &mut |_, row: &[u32]| match row.last() {
+            Some(&token) => each(token),
+            None => Ok(Next::Continue),
+        };
+        let (mut rows, cache) = go_on(self.model, cache, &prompts, options, each)?;
         let tokens = rows.pop().unwrap_or_default();
         let [mut read] = prompts;
         read.extend(&tokens);

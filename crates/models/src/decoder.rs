@@ -2,6 +2,7 @@
 
 use crate::attention::LayerCache;
 use crate::bank::Bank;
+use crate::cache::Cache;
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::layer::{Layer, ParameterKind, Source, Visitor};
@@ -28,37 +29,6 @@ impl<'a> Tokens<'a> {
     /// One sequence.
     pub fn one(ids: &'a [u32]) -> Self {
         Self { ids, rows: 1 }
-    }
-}
-
-/// Keys and values of all layers.
-#[derive(Debug, Clone)]
-pub struct Cache(Vec<LayerCache>);
-
-impl Cache {
-    /// The cache of some rows, in the order given; a row may be taken more than once, to go on from the
-    /// same beginning in several ways.
-    ///
-    /// # Errors
-    /// If there is no such row.
-    pub fn select(&self, rows: &[u32]) -> Result<Self> {
-        let rows = Tensor::new(rows, &Device::Cpu)?;
-        Ok(Self(
-            self.0
-                .iter()
-                .map(|layer| layer.select(&rows))
-                .collect::<Result<_>>()?,
-        ))
-    }
-
-    /// Tokens that were read.
-    pub(crate) fn len(&self) -> usize {
-        self.0.first().map_or(0, LayerCache::len)
-    }
-
-    /// Forgets all but the first `len` tokens.
-    pub(crate) fn truncate(&mut self, len: usize) -> Result<()> {
-        self.0.iter_mut().try_for_each(|layer| layer.truncate(len))
     }
 }
 
@@ -232,7 +202,8 @@ pub trait LanguageModel: Sync {
 
     /// An empty cache for [`LanguageModel::forward`].
     fn cache(&self) -> Cache {
-        Cache(vec![LayerCache::default(); self.config().num_layers])
+        let layers = (0..self.config().num_layers).map(|_| LayerCache::default());
+        Cache(layers.collect())
     }
 
     /// Hidden states after the last norm, `[B · T, H]`. With a cache the tokens continue it. The

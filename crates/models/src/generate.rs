@@ -1,9 +1,16 @@
-//! Token-by-token generation with a key-value cache and candle's sampler.
+//! Token-by-token generation with a key-value cache and candle's sampler. Where an answer ends, a
+//! waiting prompt takes its place (continuous batching, Orca, Yu et al., OSDI 2022).
 
-use crate::decoder::{Cache, LanguageModel, Tokens};
+use crate::cache::{Cache, Span};
+use crate::config::RopeScaling;
+use crate::decoder::{LanguageModel, Tokens};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_transformers::generation::{LogitsProcessor, Sampling};
+use std::ops::Range;
+
+/// Prompts enter where one in so many places is free: whenever some do, all that is kept is moved.
+const FREE: usize = 8;
 
 /// How to generate.
 #[derive(Debug, Clone)]
@@ -20,6 +27,8 @@ pub struct GenerateOptions {
     pub seed: u64,
     /// Stop after any of these tokens.
     pub ends: Vec<u32>,
+    /// The most prompts to work on at a time; the others wait, in their order.
+    pub at_once: usize,
 }
 
 impl GenerateOptions {
@@ -32,6 +41,7 @@ impl GenerateOptions {
             top_p: None,
             seed: 0,
             ends,
+            at_once: usize::MAX,
         }
     }
 
@@ -61,8 +71,8 @@ pub enum Next {
 }
 
 /// Continues `prompts` and returns the new tokens of each (up to and without the one that ends it). `each` sees every
-/// new token of the first prompt and may stop the work by `false`. Prompts of about one length take
-/// the least time: they are read together up to the shortest one's end.
+/// new token of the first prompt and may stop the work by `false`. Prompts that begin together are read
+/// as if all were as long as the longest, so prompts in order of their lengths take the least time.
 pub fn generate(
     model: &dyn LanguageModel,
     prompts: &[Vec<u32>],
@@ -85,21 +95,20 @@ pub fn generate_rows(
     options: &GenerateOptions,
     each: &mut dyn FnMut(usize, &[u32]) -> Result<Next>,
 ) -> Result<Vec<Vec<u32>>> {
-    go_on(model, &mut model.cache(), prompts, options, each)
+    Ok(go_on(model, model.cache(), prompts, options, each)?.0)
 }
 
-/// As [`generate_rows`], where `cache` holds a beginning of every prompt, shorter than the shortest; it
-/// is left with what was read of the rows that were the last to go on.
+/// As [`generate_rows`], where `cache` is empty or holds a beginning of the only prompt, shorter than it;
+/// also returns what was read of the prompts that were the last to go on.
 pub(crate) fn go_on(
     model: &dyn LanguageModel,
-    cache: &mut Cache,
+    cache: Cache,
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
     each: &mut dyn FnMut(usize, &[u32]) -> Result<Next>,
-) -> Result<Vec<Vec<u32>>> {
+) -> Result<(Vec<Vec<u32>>, Cache)> {
     let context = model.config().max_position_embeddings;
-    let shortest = prompts.iter().map(Vec::len).min().unwrap_or(0);
-    if shortest == 0 {
+    if prompts.iter().map(Vec::len).min().unwrap_or(0) == 0 {
         return Err(Error::Invalid(
             "generation needs prompts of at least one token; give a text".into(),
         ));
@@ -109,64 +118,177 @@ pub(crate) fn go_on(
             "a prompt of {full} tokens fills the context of {context}; shorten it"
         )));
     }
-    // One for each prompt, so that an answer does not depend on what is generated beside it.
-    let mut samplers: Vec<LogitsProcessor> = (0..prompts.len() as u64)
-        .map(|row| options.sampler(row))
-        .collect();
-    let mut out = vec![Vec::new(); prompts.len()];
-    let mut active: Vec<u32> = match options.max_new_tokens {
-        0 => Vec::new(),
-        _ => (0..prompts.len() as u32).collect(),
+    let waiting = match options.max_new_tokens {
+        0 => 0..0,
+        _ => 0..prompts.len(),
     };
-    let begin = cache.len();
-    let mut input: Vec<u32> = prompts
-        .iter()
-        .flat_map(|p| &p[begin..shortest])
-        .copied()
-        .collect();
-    // Tokens that every row has been read up to.
-    let mut read = shortest;
-    while !active.is_empty() {
-        let (rows, width) = (active.len(), input.len() / active.len());
-        let tokens = Tokens { ids: &input, rows };
-        let hidden = model.forward(tokens, Some(cache), &mut |_, _, _| Ok(()))?;
-        let last: Vec<u32> = (1..=rows).map(|r| (r * width - 1) as u32).collect();
-        let logits =
-            model.logits(&hidden.index_select(&Tensor::new(last, hidden.device())?, 0)?)?;
-        input.clear();
-        let mut staying = Vec::with_capacity(rows);
-        for (place, &row) in (0..).zip(&active) {
-            let row = row as usize;
-            // A longer prompt is still read while shorter ones have their answers begun.
-            if let Some(&token) = prompts[row].get(read) {
-                input.push(token);
-                staying.push(place);
+    let numbers = 0..prompts.len() as u64;
+    let generation = Generation {
+        model,
+        prompts,
+        options,
+        each,
+        // One for each prompt, so that an answer does not depend on what is generated beside it.
+        samplers: numbers.map(|prompt| options.sampler(prompt)).collect(),
+        answers: vec![Vec::new(); prompts.len()],
+        waiting,
+        is_stopped: false,
+    };
+    generation.run(cache)
+}
+
+/// A prompt whose answer is being made.
+struct Row {
+    prompt: usize,
+    /// What was read of it and its answer.
+    read: Span,
+    /// What is to be read next.
+    token: u32,
+}
+
+struct Generation<'a> {
+    model: &'a dyn LanguageModel,
+    prompts: &'a [Vec<u32>],
+    options: &'a GenerateOptions,
+    each: &'a mut dyn FnMut(usize, &[u32]) -> Result<Next>,
+    samplers: Vec<LogitsProcessor>,
+    answers: Vec<Vec<u32>>,
+    /// Prompts that nothing was read of.
+    waiting: Range<usize>,
+    is_stopped: bool,
+}
+
+impl Generation<'_> {
+    fn run(mut self, mut cache: Cache) -> Result<(Vec<Vec<u32>>, Cache)> {
+        let mut rows: Vec<Row> = Vec::new();
+        loop {
+            let entering = self.entering(rows.len());
+            if self.is_stopped || entering.is_empty() && rows.is_empty() {
+                return Ok((self.answers, cache));
+            }
+            if !entering.is_empty() {
+                self.waiting.start = entering.end;
+                if rows.is_empty() {
+                    // But for the beginning of the only prompt, what is kept is of no use.
+                    if entering.start > 0 {
+                        cache = self.model.cache();
+                    }
+                    rows = self.read(entering, &mut cache)?;
+                } else {
+                    let mut fresh = self.model.cache();
+                    let entered = self.read(entering, &mut fresh)?;
+                    rows.extend(entered.into_iter().map(|row| row.of_cache(1)));
+                    cache = settle(vec![cache, fresh], &mut rows)?;
+                }
+            } else {
+                // Whole answers take no more time.
+                cache = settle(vec![cache], &mut rows)?;
+                let ids: Vec<u32> = rows.iter().map(|row| row.token).collect();
+                rows.iter_mut().for_each(|row| row.read.positions.end += 1);
+                rows = self.forward(&ids, rows, &mut cache)?;
+            }
+        }
+    }
+
+    /// The waiting prompts that begin now, beside `busy` others.
+    fn entering(&self, busy: usize) -> Range<usize> {
+        let begin = self.waiting.start;
+        let places = self.options.at_once.max(1);
+        let most = self.waiting.len().min(places.saturating_sub(busy));
+        let count = match self.model.config().rope_scaling {
+            // Its angles depend on how long the whole sequence is, so all must be of one length.
+            RopeScaling::Long(_) if busy > 0 => 0,
+            _ if busy > 0 && most < self.waiting.len().min(places / FREE) => 0,
+            RopeScaling::Long(_) => {
+                let lengths = self.prompts[begin..begin + most].iter().map(Vec::len);
+                let first = self.prompts.get(begin).map_or(0, Vec::len);
+                lengths.take_while(|&length| length == first).count()
+            }
+            _ => most,
+        };
+        begin..begin + count
+    }
+
+    /// Reads what `cache` has not of the prompts, with padding behind the shorter ones.
+    fn read(&mut self, entering: Range<usize>, cache: &mut Cache) -> Result<Vec<Row>> {
+        let (known, prompts) = (cache.len(), self.prompts);
+        let longest = prompts[entering.clone()].iter().map(Vec::len).max();
+        let width = longest.unwrap_or(0) - known;
+        let mut ids = Vec::with_capacity(entering.len() * width);
+        let mut rows = Vec::with_capacity(entering.len());
+        for prompt in entering {
+            let unread = &prompts[prompt][known..];
+            ids.extend_from_slice(unread);
+            // The value of the padding does not matter: nothing on its left sees it.
+            ids.resize(ids.len() + width - unread.len(), 0);
+            rows.push(Row {
+                prompt,
+                read: Span {
+                    cache: 0,
+                    row: rows.len(),
+                    positions: 0..prompts[prompt].len(),
+                },
+                token: 0,
+            });
+        }
+        self.forward(&ids, rows, cache)
+    }
+
+    /// Reads tokens of all rows, up to the ends of their spans, and gives the rows that go on.
+    fn forward(&mut self, ids: &[u32], rows: Vec<Row>, cache: &mut Cache) -> Result<Vec<Row>> {
+        let (known, width) = (cache.len(), ids.len() / rows.len());
+        let tokens = Tokens {
+            ids,
+            rows: rows.len(),
+        };
+        let hidden = (self.model).forward(tokens, Some(cache), &mut |_, _, _| Ok(()))?;
+        let ends = rows.iter().map(|row| row.read.positions.end - known);
+        let last = ends
+            .enumerate()
+            .map(|(r, end)| (r * width + end - 1) as u32);
+        let last = Tensor::new(last.collect::<Vec<_>>(), hidden.device())?;
+        let logits = self.model.logits(&hidden.index_select(&last, 0)?)?;
+        let mut staying = Vec::with_capacity(rows.len());
+        for (r, row) in rows.into_iter().enumerate() {
+            let token = self.samplers[row.prompt].sample(&logits.get(r)?)?;
+            if self.options.ends.contains(&token) {
                 continue;
             }
-            let token = samplers[row].sample(&logits.get(place as usize)?)?;
-            if options.ends.contains(&token) {
-                continue;
-            }
-            out[row].push(token);
-            let is_whole = match each(row, &out[row])? {
-                Next::Continue => out[row].len() == options.max_new_tokens || read + 1 == context,
+            let answer = &mut self.answers[row.prompt];
+            answer.push(token);
+            let is_whole = match (self.each)(row.prompt, answer)? {
+                Next::Continue => {
+                    let context = self.model.config().max_position_embeddings;
+                    let is_full = row.read.positions.len() + 1 == context;
+                    is_full || answer.len() == self.options.max_new_tokens
+                }
                 Next::EndRow => true,
-                Next::Stop => return Ok(out),
+                Next::Stop => {
+                    self.is_stopped = true;
+                    return Ok(Vec::new());
+                }
             };
             if !is_whole {
-                input.push(token);
-                staying.push(place);
+                staying.push(Row { token, ..row });
             }
         }
-        read += 1;
-        // Whole answers take no more time.
-        if staying.len() < rows && !staying.is_empty() {
-            *cache = cache.select(&staying)?;
-        }
-        active = staying
-            .iter()
-            .map(|&place| active[place as usize])
-            .collect();
+        Ok(staying)
     }
-    Ok(out)
+}
+
+impl Row {
+    fn of_cache(mut self, number: usize) -> Self {
+        self.read.cache = number;
+        self
+    }
+}
+
+/// One cache of all rows.
+fn settle(caches: Vec<Cache>, rows: &mut [Row]) -> Result<Cache> {
+    let mut spans: Vec<Span> = rows.iter().map(|row| row.read.clone()).collect();
+    let cache = Cache::gather(caches, &mut spans)?;
+    for (row, span) in rows.iter_mut().zip(spans) {
+        row.read = span;
+    }
+    Ok(cache)
 }

@@ -7,6 +7,7 @@
 mod attention;
 mod bank;
 mod bank_io;
+mod cache;
 mod checkpoint;
 mod conversation;
 mod decoder;
@@ -41,13 +42,12 @@ pub use bank::{
     Adapters, Bank, ExpertRows, Factored, MixedSlots, Mixture, Projections, Scales, largest_rows,
 };
 pub use bank_io::{load_experts, multiplied_out};
+pub use cache::Cache;
 pub use candle_core::DType;
 pub use checkpoint::{Checkpoint, Extra};
 pub use config::{Family, ModelConfig, torch_dtype};
 pub use conversation::{Conversation, Turn};
-pub use decoder::{
-    Cache, Decoder, Embedding, Ends, LanguageModel, Observer, StreamedDecoder, Tokens,
-};
+pub use decoder::{Decoder, Embedding, Ends, LanguageModel, Observer, StreamedDecoder, Tokens};
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Next, generate, generate_rows};
 pub use index::parse_index;

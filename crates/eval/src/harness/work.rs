@@ -5,6 +5,7 @@ use super::encode::Encoder;
 use super::journal::Journal;
 use crate::batches::batches;
 use crate::likelihood::{Answer, score_batch};
+use crate::queues::{Queue, queues};
 use crate::side_by_side::{lock, side_by_side};
 use crate::{Error, Progress, Result};
 use lightmoe_data::Encoded;
@@ -18,9 +19,6 @@ use std::sync::{Mutex, PoisonError};
 
 /// Most tokens of an answer, where the task does not say: the harness's number.
 const ANSWER_TOKENS: usize = 256;
-
-/// Prompts of a batch differ in length by so many tokens at most: what is longer is read token by token.
-const SPREAD: usize = 8;
 
 /// All that the model is to do.
 #[derive(Default)]
@@ -175,8 +173,8 @@ impl Work {
         super::hex(&hash.finalize())
     }
 
-    /// Does what the journal does not know yet, batch by batch: whole batches alone are left out, so
-    /// that a resumed run computes what an undisturbed one would.
+    /// Does what the journal does not know yet, by batches of rows and queues of prompts: only whole ones
+    /// are left out, so that a resumed run computes what an undisturbed one would.
     ///
     /// # Errors
     /// What the model and the journal bring; not an interruption, after which `Found` has gaps.
@@ -236,79 +234,76 @@ impl Work {
         options: &HarnessOptions<'_>,
         state: &Mutex<State<'_, '_>>,
     ) -> Result<()> {
-        let batches = self.prompt_batches(options.batch_tokens);
-        side_by_side(model, batches.len(), &|number| {
-            let batch = &batches[number];
+        let queues = self.prompt_queues(options.batch_tokens);
+        side_by_side(model, queues.len(), &|number| {
+            let queue = &queues[number];
             let is_known = |prompt: &usize| lock(state).found.answers[*prompt].is_some();
-            if batch.iter().all(is_known) {
-                return lock(state).progress.advance(batch.len());
+            if queue.prompts.iter().all(is_known) {
+                return lock(state).progress.advance(queue.prompts.len());
             }
-            let answers = self.answer(model, tokenizer, batch, state)?;
+            let (answers, told) = self.answer(model, tokenizer, queue, state)?;
             let state = &mut *lock(state);
-            for (&prompt, answer) in batch.iter().zip(answers) {
+            for (&prompt, answer) in queue.prompts.iter().zip(answers) {
                 state.found.answers[prompt] = Some(answer);
             }
-            state.journal.add_answers(batch, &state.found)?;
-            state.progress.advance(batch.len())
+            state.journal.add_answers(&queue.prompts, &state.found)?;
+            state.progress.advance(queue.prompts.len() - told)
         })
     }
 
-    /// Prompts of one kind and about one length, longest first, at most `batch_tokens` tokens with the
-    /// answers. Drawn answers are with others to the same request only, whose seeds follow each other.
-    fn prompt_batches(&self, batch_tokens: usize) -> Vec<Vec<usize>> {
+    /// Prompts of one kind, longest first; drawn answers are with others to the same request only, whose
+    /// seeds follow each other. What is in the places of a queue together depends on nothing
+    /// but its prompts and their answers, so a queue is done whole or anew.
+    fn prompt_queues(&self, batch_tokens: usize) -> Vec<Queue> {
         let mut order: Vec<usize> = (0..self.prompts.len()).collect();
         let kind = |prompt: usize| (self.prompts[prompt].most, &self.prompts[prompt].until);
         let length = |prompt: usize| self.prompts[prompt].tokens.len();
         order.sort_by_key(|&prompt| (kind(prompt), Reverse(length(prompt))));
-        let goes_with = |batch: &[usize], prompt: usize| {
-            let (first, next) = (&self.prompts[batch[0]], &self.prompts[prompt]);
-            match (first.draw, next.draw) {
-                (None, None) => first.tokens.len() - next.tokens.len() <= SPREAD,
+        let goes_with = |prompt: usize, next: usize| {
+            let (prompt, next) = (&self.prompts[prompt], &self.prompts[next]);
+            match (prompt.draw, next.draw) {
+                (None, None) => true,
                 (Some(a), Some(b)) => {
-                    first.tokens == next.tokens && a.seed + batch.len() as u64 == b.seed
+                    let seed = a.seed + 1;
+                    prompt.tokens == next.tokens && b == Draw { seed, ..a }
                 }
                 _ => false,
             }
         };
-        let mut batches: Vec<Vec<usize>> = Vec::new();
-        for prompt in order {
-            match batches.last_mut() {
-                Some(batch)
-                    if kind(batch[0]) == kind(prompt)
-                        && goes_with(batch, prompt)
-                        && (batch.len() + 1) * (length(batch[0]) + kind(prompt).0)
-                            <= batch_tokens =>
-                {
-                    batch.push(prompt);
-                }
-                _ => batches.push(vec![prompt]),
-            }
-        }
-        batches
+        order
+            .chunk_by(|&a, &b| kind(a) == kind(b) && goes_with(a, b))
+            .flat_map(|same| queues(same, length, kind(same[0]).0, batch_tokens))
+            .collect()
     }
 
+    /// The answers to the prompts of a queue, and how many of them the progress was told of.
     fn answer(
         &self,
         model: &dyn LanguageModel,
         tokenizer: &ModelTokenizer,
-        batch: &[usize],
+        queue: &Queue,
         state: &Mutex<State<'_, '_>>,
-    ) -> Result<Vec<String>> {
-        let (until, most) = (&self.prompts[batch[0]].until, self.prompts[batch[0]].most);
-        let prompts: Vec<Vec<u32>> = batch
-            .iter()
+    ) -> Result<(Vec<String>, usize)> {
+        let first = &self.prompts[queue.prompts[0]];
+        let (until, most) = (&first.until, first.most);
+        let prompts: Vec<Vec<u32>> = (queue.prompts.iter())
             .map(|&prompt| self.prompts[prompt].tokens.clone())
             .collect();
-        let draw = self.prompts[batch[0]].draw;
+        let draw = first.draw;
         let options = GenerateOptions {
             temperature: draw.map_or(0.0, |draw| draw.sampling.0),
             top_p: draw.and_then(|draw| draw.sampling.1),
             seed: draw.map_or(0, |draw| draw.seed),
+            at_once: queue.at_once,
             ..GenerateOptions::greedy(most, vec![tokenizer.eos])
         };
-        let mut interrupted = false;
-        let answers = generate_rows(model, &prompts, &options, &mut |_, tokens| {
-            if lock(state).progress.advance(0).is_err() {
+        let (mut interrupted, mut told) = (false, 0);
+        let answers = generate_rows(model, &prompts, &options, &mut |prompt, tokens| {
+            // As many have ended as have begun beyond those that are worked on at a time.
+            let ended = (prompt + 1).saturating_sub(queue.at_once);
+            let more = ended.saturating_sub(told);
+            told += more;
+            if lock(state).progress.advance(more).is_err() {
                 interrupted = true;
                 return Ok(Next::Stop);
             }
@@ -329,7 +324,8 @@ impl Work {
                 .fold(text.len(), |length, end| cut(&text[..length], end));
             Ok(text[..length].to_owned())
         };
-        answers.into_iter().map(text).collect()
+        let answers = answers.into_iter().map(text).collect::<Result<_>>()?;
+        Ok((answers, told))
     }
 }
 

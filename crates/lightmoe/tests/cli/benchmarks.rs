@@ -1,7 +1,8 @@
 //! `evaluate --tasks` and `tasks`.
 
-use crate::support::{Outcome, command, end, files, json, names, repository};
-use serde_json::Value;
+use crate::support::{self, Outcome, command, end, files, names, repository};
+use serde_json::{Value, json};
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -17,7 +18,7 @@ fn benchmarks(tasks: &str, out: &Path) -> Command {
 
 /// What a run leaves but for times.
 fn lasting(out: &Path) -> Value {
-    let mut results = json(&out.join("results.json"));
+    let mut results = support::json(&out.join("results.json"));
     for timed in ["date", "total_evaluation_time_seconds"] {
         results.as_object_mut().unwrap().remove(timed).unwrap();
     }
@@ -58,7 +59,7 @@ fn results_lie_in_the_harness_layout() {
     benchmarks("gsm8k", &out)
         .args(["--apply-chat-template", "--limit", "2"])
         .ok();
-    let chat = json(&out.join("results.json"));
+    let chat = support::json(&out.join("results.json"));
     assert_eq!(chat["chat_template_sha"].as_str().unwrap().len(), 64);
     assert_eq!(chat["n-samples"]["gsm8k"]["effective"], 2);
 }
@@ -79,7 +80,7 @@ fn an_interrupted_run_says_so_and_goes_on() {
     let code = end(&mut run(&out), "-INT", || lines() > 20);
     assert_eq!(code, Some(130));
     assert_eq!(names(&out), ["requests.jsonl", "results.partial.json"]);
-    let partial = json(&out.join("results.partial.json"));
+    let partial = support::json(&out.join("results.partial.json"));
     let (done, all) = (
         &partial["partial"]["documents_done"],
         &partial["partial"]["documents"],
@@ -95,6 +96,55 @@ fn an_interrupted_run_says_so_and_goes_on() {
         files.remove("results.json");
         files
     };
+    assert_eq!(samples(&out), samples(&whole));
+}
+
+/// Questions of several lengths, with answers of none to some tens of tokens.
+fn questions(count: usize) -> String {
+    let facts = [
+        "Natalia sold clips to friends",
+        "Weng has dollars for an hour of work",
+        "Betty is saving money for a wallet",
+        "Julie is reading a book of many pages",
+    ];
+    let question = |i: usize| {
+        let more = format!(", and {}", facts[(i * 3 + 1) % 4]).repeat(i % 7 + 1);
+        let question = format!("{}{more}?", facts[i % 4]);
+        json!({"question": question, "answer": format!("#### {i}")}).to_string() + "\n"
+    };
+    (0..count).map(question).collect()
+}
+
+/// What is generated together is a function of all requests, so answers are found again by queues.
+#[test]
+fn an_interrupted_run_goes_on_with_the_queue_where_it_stopped() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data/gsm8k");
+    fs::create_dir_all(&data).unwrap();
+    fs::write(data.join("train.jsonl"), questions(5)).unwrap();
+    fs::write(data.join("test.jsonl"), questions(300)).unwrap();
+    let run = |out: &Path| {
+        let mut command = command("evaluate");
+        command.args(["--tasks", "gsm8k", "--num-fewshot", "0"]);
+        // Several at a time, and so queues of some more.
+        command.args(["--batch-tokens", "1200", "--data"]);
+        command.arg(data.parent().unwrap()).arg("--out").arg(out);
+        command
+    };
+    let (whole, out) = (folder.path().join("whole"), folder.path().join("out"));
+    run(&whole).ok();
+    let samples = |out: &Path| fs::read_to_string(out.join("samples_gsm8k.jsonl")).unwrap();
+    let answer = |line: &str| serde_json::from_str::<Value>(line).unwrap()["resps"].clone();
+    let answers: HashSet<String> = (samples(&whole).lines())
+        .map(|line| answer(line).to_string())
+        .collect();
+    assert!(answers.len() > 10, "{answers:?}");
+    let journal = out.join("requests.jsonl");
+    let lines = || fs::read_to_string(&journal).map_or(0, |text| text.lines().count());
+    assert_eq!(end(&mut run(&out), "-INT", || lines() > 8), Some(130));
+    assert!((8..300).contains(&lines()), "{} answers", lines());
+    run(&out).ok();
+    assert_eq!(lasting(&out), lasting(&whole));
     assert_eq!(samples(&out), samples(&whole));
 }
 
@@ -124,7 +174,7 @@ fn perplexity_of_a_file_with_and_without_stride() {
             .arg("--out")
             .arg(&out)
             .ok();
-        let scores = &json(&out.join("results.json"))["results"]["perplexity"];
+        let scores = &support::json(&out.join("results.json"))["results"]["perplexity"];
         [
             "token_perplexity,none",
             "byte_perplexity,none",

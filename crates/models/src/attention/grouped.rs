@@ -1,13 +1,13 @@
 //! Grouped-query attention with rotary positions; biases, norms of queries and keys, clipping and a
 //! sliding window where the family has them.
 
-use super::LayerCache;
+use super::{LayerCache, Place};
 use crate::config::{ModelConfig, ProjectionBias, QkNorm};
 use crate::layer::{ParameterKind, Source, Visitor};
 use crate::rotary::Rotary;
 use crate::{Error, Result};
 use candle_core::Tensor;
-use lightmoe_kernels::{apply_rope, causal_attention, linear, rms_norm, sliding_window_attention};
+use lightmoe_kernels::{Seen, apply_rope, attention, linear, rms_norm};
 
 /// The weights of one attention.
 #[derive(Debug, Clone)]
@@ -103,8 +103,8 @@ impl GroupedAttention {
     ) -> Result<Tensor> {
         let (b, t, _) = x.dims3()?;
         let (heads, kv_heads, d) = (config.num_heads, config.num_kv_heads, config.head_dim);
-        let offset = cache.as_ref().map_or(0, |c| c.len());
-        let rope = rotary.of_length(offset + t);
+        let place = Place::new(cache.as_deref());
+        let rope = rotary.of_length(place.behind + t);
         let [q, k, v, o] = &self.projections;
         // Queries or keys: projected, normed as a whole or per head, rotated.
         let rotated = |projection: &Projection, heads: usize, norm: Option<&Tensor>| {
@@ -116,7 +116,7 @@ impl GroupedAttention {
                 x = rms_norm(&x, norm, config.norm_eps)?;
             }
             let x = self.clipped(x)?.reshape((b, t, heads, d))?;
-            Ok::<_, Error>(apply_rope(&x, rope, offset)?)
+            Ok::<_, Error>(apply_rope(&x, rope, &place.offsets)?)
         };
         let norms = self.norms.as_ref();
         let q = rotated(q, heads, norms.map(|n| &n[0]))?;
@@ -126,11 +126,11 @@ impl GroupedAttention {
             Some(cache) => cache.append(k, v)?,
             None => (k, v),
         };
-        let scale = config.attention_scale();
-        let y = match self.facts.window {
-            Some(window) => sliding_window_attention(&q, &k, &v, scale, window)?,
-            None => causal_attention(&q, &k, &v, scale)?,
+        let seen = Seen {
+            window: self.facts.window,
+            starts: place.starts,
         };
+        let y = attention(&q, &k, &v, config.attention_scale(), seen)?;
         o.forward(&y.reshape((b, t, heads * d))?)
     }
 

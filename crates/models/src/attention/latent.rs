@@ -1,13 +1,13 @@
 //! Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values of all heads come from one
 //! narrow latent, beside one rotated key that the heads share. The cache holds these two.
 
-use super::LayerCache;
+use super::{LayerCache, Place};
 use crate::Result;
 use crate::config::ModelConfig;
 use crate::layer::{ParameterKind, Source, Visitor};
 use crate::rotary::Rotary;
 use candle_core::{D, Tensor};
-use lightmoe_kernels::{apply_rope, causal_attention, linear, rms_norm};
+use lightmoe_kernels::{Seen, apply_rope, attention, linear, rms_norm};
 
 /// Epsilon of the norms on the latents; no configuration has a key for it.
 const EPS: f64 = 1e-6;
@@ -107,20 +107,20 @@ impl LatentAttention {
         let (b, t, _) = x.dims3()?;
         let w = self.widths;
         let heads = config.num_heads;
-        let offset = cache.as_ref().map_or(0, |c| c.len());
-        let rope = rotary.of_length(offset + t);
+        let place = Place::new(cache.as_deref());
+        let (rope, offsets) = (rotary.of_length(place.behind + t), &place.offsets);
         let q = match &self.query {
             Query::Whole(q) => linear(x, q)?,
             Query::Latent { a, norm, b } => linear(&rms_norm(&linear(x, a)?, norm, EPS)?, b)?,
         };
         let q = q.reshape((b, t, heads, w.nope + w.rope))?;
-        let q_rotated = apply_rope(&q.narrow(D::Minus1, w.nope, w.rope)?, rope, offset)?;
+        let q_rotated = apply_rope(&q.narrow(D::Minus1, w.nope, w.rope)?, rope, offsets)?;
         let q = Tensor::cat(&[&q.narrow(D::Minus1, 0, w.nope)?, &q_rotated], 3)?;
 
         let kv = linear(x, &self.kv_a)?;
         let latent = rms_norm(&kv.narrow(D::Minus1, 0, w.latent)?, &self.kv_norm, EPS)?;
         let key = kv.narrow(D::Minus1, w.latent, w.rope)?;
-        let key = apply_rope(&key.reshape((b, t, 1, w.rope))?, rope, offset)?;
+        let key = apply_rope(&key.reshape((b, t, 1, w.rope))?, rope, offsets)?;
         let (latent, key) = match cache {
             Some(cache) => cache.append(latent.unsqueeze(2)?, key)?,
             None => (latent.unsqueeze(2)?, key),
@@ -135,7 +135,11 @@ impl LatentAttention {
         // The kernel wants heads of one width; zeros add nothing to a score or a sum.
         let width = (w.nope + w.rope).max(w.value);
         let [q, k, v] = [q, k, v].map(|x| widened(&x, width));
-        let y = causal_attention(&q?, &k?, &v?, config.attention_scale())?;
+        let seen = Seen {
+            window: None,
+            starts: place.starts,
+        };
+        let y = attention(&q?, &k?, &v?, config.attention_scale(), seen)?;
         let y = y.narrow(D::Minus1, 0, w.value)?.contiguous()?;
         Ok(linear(&y.reshape((b, t, heads * w.value))?, &self.o)?)
     }

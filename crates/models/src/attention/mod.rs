@@ -4,62 +4,134 @@ mod grouped;
 mod latent;
 
 use crate::Result;
+use crate::cache::Places;
 use crate::config::{Attention, ModelConfig};
 use crate::layer::{Source, Visitor};
 use crate::rotary::Rotary;
 use candle_core::Tensor;
 use grouped::GroupedAttention;
 use latent::LatentAttention;
+use std::sync::Arc;
+
+/// Positions that a cache grows by, so that a token more seldom moves those before it.
+pub(crate) const GROWTH: usize = 64;
 
 /// What one layer keeps of the tokens seen so far, two tensors `[B, S, .., ..]`: keys and values of
-/// grouped attention, or the latent and the rotated part of the keys.
-#[derive(Debug, Clone, Default)]
-pub struct LayerCache(Option<(Tensor, Tensor)>);
+/// grouped attention, or the latent and the rotated part of the keys. They are written in place, so a
+/// cache has no copies that share them.
+#[derive(Debug, Default)]
+pub struct LayerCache {
+    /// With room behind the tokens.
+    kept: Option<(Tensor, Tensor)>,
+    len: usize,
+    /// By row, the first position that is no padding. Empty: no row has any.
+    starts: Arc<[usize]>,
+}
 
 impl LayerCache {
     /// Adds new tokens behind those kept and returns all.
     fn append(&mut self, a: Tensor, b: Tensor) -> Result<(Tensor, Tensor)> {
-        let (a, b) = match self.0.take() {
-            Some((old_a, old_b)) => (
-                Tensor::cat(&[&old_a, &a], 1)?,
-                Tensor::cat(&[&old_b, &b], 1)?,
-            ),
-            None => (a, b),
+        let before = self.len;
+        self.len += a.dim(1)?;
+        let Some((old_a, old_b)) = self.kept.take() else {
+            self.kept = Some((a.detach().contiguous()?, b.detach().contiguous()?));
+            return Ok((a, b));
         };
-        // Without their history, or a model under training would keep the graph of every step.
-        self.0 = Some((a.detach(), b.detach()));
+        let added = |old: Tensor, new: &Tensor| -> Result<(Tensor, Tensor)> {
+            let missing = self.len.saturating_sub(old.dim(1)?);
+            let kept = match missing {
+                0 => old,
+                _ => old.pad_with_zeros(1, 0, missing.next_multiple_of(GROWTH))?,
+            };
+            // Without their history, or a model under training would keep the graph of every step.
+            kept.slice_set(&new.detach().contiguous()?, 1, before)?;
+            let all = match new.track_op() {
+                true => Tensor::cat(&[&kept.narrow(1, 0, before)?, new], 1)?,
+                false => kept.narrow(1, 0, self.len)?,
+            };
+            Ok((kept, all))
+        };
+        let ((kept_a, a), (kept_b, b)) = (added(old_a, &a)?, added(old_b, &b)?);
+        self.kept = Some((kept_a, kept_b));
         Ok((a, b))
     }
 
-    /// The cached tokens of some rows, in the order given; a row may be taken more than once.
-    pub(crate) fn select(&self, rows: &Tensor) -> Result<Self> {
-        Ok(Self(match &self.0 {
-            Some((a, b)) => Some((a.index_select(rows, 0)?, b.index_select(rows, 0)?)),
-            None => None,
-        }))
+    /// What is kept at some places of several caches, as a new one.
+    pub(crate) fn gather(parts: &[&Self], places: &Places) -> Result<Self> {
+        let starts = &places.starts;
+        let kept = parts.iter().filter_map(|part| part.kept.as_ref());
+        let (a, b): (Vec<&Tensor>, Vec<&Tensor>) = kept.map(|(a, b)| (a, b)).unzip();
+        let gathered = |parts: Vec<&Tensor>| -> Result<Tensor> {
+            let flat = parts.iter().map(|part| part.flatten(0, 1));
+            let flat = flat.collect::<candle_core::Result<Vec<_>>>()?;
+            let rows = Tensor::cat(&flat, 0)?.index_select(&places.index, 0)?;
+            let (_, x, y) = rows.dims3()?;
+            Ok(rows.reshape((starts.len(), (), x, y))?)
+        };
+        Ok(Self {
+            kept: Some((gathered(a)?, gathered(b)?)),
+            len: places.len,
+            // Where there is no padding, nothing is to be looked up.
+            starts: match starts.iter().all(|&start| start == 0) {
+                true => Arc::default(),
+                false => starts.clone(),
+            },
+        })
     }
 
     /// Keeps the first `len` positions.
-    pub(crate) fn truncate(&mut self, len: usize) -> Result<()> {
-        if let Some((a, b)) = &self.0
-            && len < self.len()
-        {
-            self.0 = match len {
-                0 => None,
-                _ => Some((a.narrow(1, 0, len)?, b.narrow(1, 0, len)?)),
-            };
+    pub(crate) fn truncate(&mut self, len: usize) {
+        match len {
+            0 => *self = Self::default(),
+            _ => self.len = self.len.min(len),
         }
-        Ok(())
     }
 
     /// Number of cached positions.
     pub fn len(&self) -> usize {
-        self.0.as_ref().map_or(0, |(a, _)| a.dims()[1])
+        self.len
     }
 
     /// Whether nothing is cached.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The first position of a row that is no padding.
+    pub(crate) fn start(&self, row: usize) -> usize {
+        self.starts.get(row).copied().unwrap_or(0)
+    }
+
+    /// Number of rows, and of the positions that each has room for.
+    pub(crate) fn room(&self) -> (usize, usize) {
+        (self.kept.as_ref()).map_or((0, 0), |(a, _)| (a.dims()[0], a.dims()[1]))
+    }
+}
+
+/// Where new tokens stand.
+struct Place {
+    /// Tokens of the cache.
+    behind: usize,
+    /// The position of the first new token of all rows, or of each.
+    offsets: Vec<usize>,
+    /// As those of [`Seen`](lightmoe_kernels::Seen).
+    starts: Arc<[usize]>,
+}
+
+impl Place {
+    /// Behind what is cached.
+    fn new(cache: Option<&LayerCache>) -> Self {
+        let behind = cache.map_or(0, LayerCache::len);
+        let starts = cache.map_or_else(Arc::default, |cache| cache.starts.clone());
+        let offsets = match starts.len() {
+            0 => vec![behind],
+            _ => starts.iter().map(|start| behind - start).collect(),
+        };
+        Self {
+            behind,
+            offsets,
+            starts,
+        }
     }
 }
 
