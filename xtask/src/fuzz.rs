@@ -1,4 +1,4 @@
-//! `fuzz`: feeds damaged files to everything that reads one. Needs a nightly compiler and
+//! `fuzz`: feeds damaged files to what reads them. Needs a nightly compiler and
 //! `cargo-fuzz`, which nothing else here does.
 
 use std::fs;

@@ -77,7 +77,7 @@ const COMMANDS: &[Command] = &[
     Command {
         name: "fuzz",
         arguments: "[--runs N] [TARGET]...",
-        about: "Feed damaged files to everything that reads one; needs a nightly compiler and cargo-fuzz",
+        about: "Feed damaged files to what reads them; needs a nightly compiler and cargo-fuzz",
         run: fuzz::run,
     },
     Command {

@@ -37,7 +37,7 @@ pub(crate) fn generate_answers(
         let prompts: Vec<Vec<u32>> = queue.prompts.iter().map(prompt).collect();
         let options = GenerateOptions {
             at_once: queue.at_once,
-            ..GenerateOptions::greedy(most, vec![tokenizer.eos])
+            ..GenerateOptions::greedy(most, tokenizer.ends.clone())
         };
         let answers = generate(model, &prompts, &options, &mut |_| true)?;
         let (texts, each) = &mut *lock(&shared);
