@@ -91,7 +91,7 @@ fn a_damaged_file_is_named() {
         bytes[at..at + from.len()].copy_from_slice(to.as_bytes());
         bytes
     };
-    let schema = ("schema_version\\\":2", "schema_version\\\":7");
+    let schema = ("schema_version\\\":3", "schema_version\\\":7");
     for (bytes, words) in [
         (whole[..whole.len() - 8].to_vec(), vec!["not a whole"]),
         (whole[..4].to_vec(), vec!["not a whole"]),
