@@ -41,12 +41,11 @@ impl Gram {
     /// A matrix that is positive semidefinite, with `damping` times its mean diagonal added to the
     /// diagonal; all zeros count as the identity.
     pub(crate) fn damped(mut matrix: Mat<f64>, damping: f64) -> Self {
-        let n = matrix.nrows();
-        let mean = (0..n).map(|i| matrix[(i, i)]).sum::<f64>() / n as f64;
+        let mean = mean_diagonal(&matrix);
         if mean <= 0.0 {
             return Self::identity();
         }
-        (0..n).for_each(|i| matrix[(i, i)] += damping * mean);
+        lift(&mut matrix, damping * mean);
         Self(Some(Arc::new(matrix)))
     }
 
@@ -245,14 +244,12 @@ pub fn fitted(w: &Tensor, metric: &Metric, rank: usize) -> Result<Factors> {
 pub fn least_squares(w: &Tensor, v: &Tensor) -> Result<Tensor> {
     let (w, v) = (matrix(w)?, matrix(v)?);
     let mut gram = &v * v.transpose();
-    let rank = gram.nrows();
-    let mean = (0..rank).map(|i| gram[(i, i)]).sum::<f64>() / rank.max(1) as f64;
-    (0..rank).for_each(|i| gram[(i, i)] += 1e-8 * mean + f64::MIN_POSITIVE);
-    let factor = gram.llt(Side::Lower).map_err(|_| {
+    let tiny = 1e-8 * mean_diagonal(&gram) + f64::MIN_POSITIVE;
+    lift(&mut gram, tiny);
+    let found = solved(&gram, (w * v.transpose()).as_ref());
+    found.ok_or_else(|| {
         Error::Invalid("the bases of mixed experts are no numbers any more; report it".to_owned())
-    })?;
-    let transposed = factor.solve(&v * w.transpose());
-    tensor(transposed.transpose())
+    })?
 }
 
 /// The `B: [out, in]` with `B·(G + λ) = P + λ·mean`, where `λ` is `damping` times the mean diagonal of `G`;
@@ -266,14 +263,28 @@ pub(crate) fn ridge(
     mean: Tensor,
     damping: f64,
 ) -> Result<Tensor> {
-    let n = gram.nrows();
-    let lambda = damping * (0..n).map(|i| gram[(i, i)]).sum::<f64>() / n as f64;
+    let lambda = damping * mean_diagonal(&gram);
     if lambda == 0.0 {
         return Ok(mean);
     }
     product += matrix(&mean)? * faer::Scale(lambda);
-    (0..n).for_each(|i| gram[(i, i)] += lambda);
-    let factor = gram.llt(Side::Lower);
-    let factor = factor.map_err(|_| failed("Cholesky factor"))?;
-    tensor(factor.solve(product.transpose()).transpose())
+    lift(&mut gram, lambda);
+    solved(&gram, product.as_ref()).ok_or_else(|| failed("Cholesky factor"))?
+}
+
+/// The `B` with `B·G = P` for a positive definite `G`; `None` where it is not, as with numbers that are not
+/// finite.
+fn solved(gram: &Mat<f64>, product: MatRef<'_, f64>) -> Option<Result<Tensor>> {
+    let factor = gram.llt(Side::Lower).ok()?;
+    Some(tensor(factor.solve(product.transpose()).transpose()))
+}
+
+fn mean_diagonal(m: &Mat<f64>) -> f64 {
+    let n = m.nrows();
+    (0..n).map(|i| m[(i, i)]).sum::<f64>() / n.max(1) as f64
+}
+
+/// Adds `by` times the identity.
+fn lift(m: &mut Mat<f64>, by: f64) {
+    (0..m.nrows()).for_each(|i| m[(i, i)] += by);
 }

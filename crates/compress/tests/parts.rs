@@ -220,9 +220,13 @@ fn experts_are_chosen_by_what_is_asked_for_and_weigh_by_the_base() {
         let weights: Vec<f64> = layer.slots.iter().map(|slot| slot.weight()).collect();
         assert_eq!(weights, seen.importance());
     }
-    let refused = with(Selection::Reap, BaseInit::GateWeighted)
-        .check_method(MethodName::Svd, model.checkpoint.config());
-    assert!(refused.unwrap_err().to_string().contains("`select`"));
+    for (select, base) in [
+        (Selection::Reap, BaseInit::GateWeighted),
+        (Selection::Gate, BaseInit::FisherWeighted),
+    ] {
+        let refused = with(select, base).check_method(MethodName::D2moe, model.checkpoint.config());
+        assert!(refused.unwrap_err().to_string().contains("`select`"));
+    }
 }
 
 #[test]

@@ -126,11 +126,7 @@ impl Layer<'_> {
         writer: &mut CheckpointWriter,
     ) -> Result<()> {
         for some in items.chunks(rayon::current_num_threads()) {
-            let made: Vec<Named> = some
-                .par_iter()
-                .with_max_len(1)
-                .map(&make)
-                .collect::<Result<_>>()?;
+            let made: Vec<Named> = some.par_iter().map(&make).collect::<Result<_>>()?;
             push(writer, made.concat())?;
         }
         Ok(())

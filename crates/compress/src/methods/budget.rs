@@ -9,7 +9,7 @@ use lightmoe_models::{BankLayout, DType, Manifest};
 
 use super::svd::{by_rule, form};
 use super::{AdapterInit, MethodName, PlanModel, PlanOptions, Target, finish};
-use crate::observations::{Damage, LayerObservations, Observations};
+use crate::observations::{Damage, Observations};
 use crate::plan::{CurvePoint, LayerPlan, Plan, PlanDamage, PlanSettings, SlotForm};
 use crate::ranks::{Costs, Limit, Point, RankRule, curve, spend};
 use crate::{Error, Result};
@@ -155,28 +155,8 @@ fn bytes_of(model: &PlanModel<'_>) -> Result<(u64, u64)> {
 
 /// What was observed of every layer.
 fn damages<'a>(config: &ModelConfig, observations: &'a Observations) -> Result<Vec<&'a Damage>> {
-    let numbers = config.moe.num_experts * config.hidden_size.min(config.moe.intermediate_size);
-    let of = |layer: &'a LayerObservations| {
-        let found = layer.damage.as_ref().ok_or_else(|| {
-            Error::Invalid(format!(
-                "`budget` plans by what errors of the experts cost, and layer {} was observed \
-                 without; observe with `--damage fisher`",
-                layer.layer
-            ))
-        })?;
-        let all = [&found.gate, &found.up, &found.down];
-        if all.iter().any(|values| values.len() != numbers) {
-            return Err(Error::Invalid(format!(
-                "layer {}: the damages are not of {} experts with {} components each; observe this \
-                 model",
-                layer.layer,
-                config.moe.num_experts,
-                numbers / config.moe.num_experts.max(1)
-            )));
-        }
-        Ok(found)
-    };
-    observations.layers.iter().map(of).collect()
+    let layers = observations.layers.iter();
+    layers.map(|layer| layer.damage(config)).collect()
 }
 
 /// What each expert may become, from the smallest form on.

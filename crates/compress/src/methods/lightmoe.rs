@@ -6,7 +6,7 @@ use lightmoe_models::config::ModelConfig;
 use super::{BaseInit, MethodName, PlanOptions, Selection, Target, finish, ratio_of};
 use crate::group::Selected;
 use crate::merge::shares;
-use crate::observations::{Damage, LayerObservations, Observations};
+use crate::observations::{LayerObservations, Observations};
 use crate::plan::{LayerPlan, Plan, SlotForm};
 use crate::search::{LayerChoices, search};
 use crate::select::{ascending, layer_thresholds, prefix, threshold_factors};
@@ -171,7 +171,7 @@ fn layers<'a>(
             Selection::Gate => observed.importance(),
             Selection::Reap => shares(&observed.outputs()?.gated),
             Selection::Damage => {
-                let damage = damage(observed)?;
+                let damage = observed.damage(config)?;
                 let experts = 0..observed.gate_mass.len();
                 let lost: Vec<f64> = experts
                     .map(|expert| damage.of_ranks(expert)[options.rank])
@@ -181,7 +181,7 @@ fn layers<'a>(
         };
         let weights = match options.base {
             BaseInit::ReapWeighted => Some(shares(&observed.outputs()?.gated)),
-            BaseInit::FisherWeighted => Some(shares(&damage(observed)?.mass)),
+            BaseInit::FisherWeighted => Some(shares(&observed.damage(config)?.mass)),
             _ if options.select != Selection::Gate => Some(observed.importance()),
             _ => None,
         };
@@ -194,14 +194,4 @@ fn layers<'a>(
         })
     };
     observations.layers.iter().map(layer).collect()
-}
-
-fn damage(observed: &LayerObservations) -> Result<&Damage> {
-    observed.damage.as_ref().ok_or_else(|| {
-        Error::Invalid(format!(
-            "the plan goes by what errors of the experts cost, and layer {} was observed without; \
-             observe with `--damage fisher`",
-            observed.layer
-        ))
-    })
 }

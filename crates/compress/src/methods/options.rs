@@ -170,6 +170,18 @@ impl PlanOptions {
         }
     }
 
+    /// Whether it asks for parts of LightMoE that the paper does not have, aligned and random bases aside.
+    fn has_other_parts(&self) -> bool {
+        let bases = [
+            BaseInit::ReapWeighted,
+            BaseInit::FisherWeighted,
+            BaseInit::LeastSquares,
+        ];
+        self.select != Selection::Gate
+            || self.adapters != AdapterInit::Fresh
+            || bases.contains(&self.base)
+    }
+
     /// What has to be observed beside routing and outputs for a plan by `method`.
     pub fn statistics(&self, method: MethodName) -> Statistics {
         let own = method.statistics();
@@ -230,12 +242,10 @@ impl PlanOptions {
                 "`replace` has no base or one, not {groups}; set `groups` to 0 or 1, or use the \
                  method `lightmoe`"
             ))),
-            _ if method.kind() != Kind::Replace
-                && (self.select, self.adapters) != (Selection::Gate, AdapterInit::Fresh) =>
-            {
+            _ if method.kind() != Kind::Replace && self.has_other_parts() => {
                 Err(Error::Invalid(format!(
-                    "`{method}` chooses and starts in its own way; `select` and `adapters` are for \
-                     `lightmoe` and `replace`"
+                    "`{method}` chooses and starts in its own way; `select`, `adapters` and the bases \
+                     reap-weighted, fisher-weighted and least-squares are for `lightmoe` and `replace`"
                 )))
             }
             (MethodName::Compressed, _) => main_experts(config, self).map(|_| ()),

@@ -220,6 +220,32 @@ impl LayerObservations {
         })
     }
 
+    /// What errors of the experts of a model like `config` cost.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where that was not observed, or of other experts.
+    pub fn damage(&self, config: &ModelConfig) -> Result<&Damage> {
+        let layer = self.layer;
+        let found = self.damage.as_ref().ok_or_else(|| {
+            Error::Invalid(format!(
+                "the plan goes by what errors of the experts cost, and layer {layer} was observed \
+                 without; observe with `--damage fisher`"
+            ))
+        })?;
+        let (experts, width) = (
+            config.moe.num_experts,
+            config.hidden_size.min(config.moe.intermediate_size),
+        );
+        let all = [&found.gate, &found.up, &found.down];
+        if all.iter().any(|values| values.len() != experts * width) {
+            return Err(Error::Invalid(format!(
+                "layer {layer}: the damages are not of {experts} experts with {width} components each; \
+                 observe this model"
+            )));
+        }
+        Ok(found)
+    }
+
     /// `[E * E]` row-major: cosines of two experts' router logits over all tokens.
     ///
     /// # Errors
