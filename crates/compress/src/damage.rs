@@ -25,7 +25,7 @@ mod sums;
 
 use crate::Result;
 use crate::beside;
-use crate::factor::{DAMPING, Gram, Metric, matrix, singular_values, symmetric};
+use crate::factor::{DAMPING, Gram, Metric, matrix, singular_values, symmetric, tiled};
 use candle_core::{Device, Tensor};
 use faer::Mat;
 use lightmoe_kernels::linear;
@@ -169,7 +169,7 @@ impl Parts {
         let f = self.mean.len();
         let moved = |slopes: &[Vec<f64>]| {
             let (mean, square) = (&slopes[0], &slopes[1]);
-            let metric = Mat::from_fn(f, f, |i, j| {
+            let metric = tiled(f, f, |i, j| {
                 let product = match i == j {
                     true => square[i],
                     false => mean[i] * mean[j],
@@ -198,8 +198,8 @@ impl Parts {
             let covariance = self.hidden[(i, j)] - self.mass * self.mean[i] * self.mean[j];
             self.outer[(i, j)] * covariance
         };
-        let rows = (0..f).map(|i| (0..f).map(|j| of(i, j)).sum::<f64>());
-        rows.sum::<f64>().max(0.0)
+        let columns = (0..f).map(|j| (0..f).map(|i| of(i, j)).sum::<f64>());
+        columns.sum::<f64>().max(0.0)
     }
 }
 
@@ -211,5 +211,5 @@ fn triangle(n: usize) -> usize {
 /// A symmetric matrix from its upper half, row by row.
 fn unpacked(n: usize, values: &[f32]) -> Mat<f64> {
     let place = |i: usize, j: usize| i * (2 * n + 1 - i) / 2 + j - i;
-    Mat::from_fn(n, n, |i, j| f64::from(values[place(i.min(j), i.max(j))]))
+    tiled(n, n, |i, j| f64::from(values[place(i.min(j), i.max(j))]))
 }

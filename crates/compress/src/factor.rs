@@ -22,6 +22,8 @@ use std::sync::Arc;
 
 /// What is added to the diagonal of a second moment, as a share of its mean.
 pub const DAMPING: f64 = 0.01;
+/// Rows and columns of a tile of [`tiles`].
+const TILE: usize = 16;
 
 /// A second moment `[n, n]`, damped, and positive definite; `None` for the identity. A clone shares it.
 #[derive(Debug, Clone)]
@@ -70,9 +72,28 @@ impl Gram {
 
 /// `[n, n]` row-major as f64: sums in f32 are not quite symmetric.
 pub(crate) fn symmetric(n: usize, values: &[f32]) -> Mat<f64> {
-    Mat::from_fn(n, n, |i, j| {
+    tiled(n, n, |i, j| {
         0.5 * (f64::from(values[i * n + j]) + f64::from(values[j * n + i]))
     })
+}
+
+/// A matrix made tile by tile: what `of` reads row by row would else leave the cache before it is read
+/// again.
+pub(crate) fn tiled(rows: usize, columns: usize, of: impl Fn(usize, usize) -> f64) -> Mat<f64> {
+    let mut made = Mat::zeros(rows, columns);
+    tiles(rows, columns, |i, j| made[(i, j)] = of(i, j));
+    made
+}
+
+/// Visits all places of a matrix, tile by tile, each along its columns.
+fn tiles(rows: usize, columns: usize, mut visit: impl FnMut(usize, usize)) {
+    for left in (0..columns).step_by(TILE) {
+        for top in (0..rows).step_by(TILE) {
+            for j in left..columns.min(left + TILE) {
+                (top..rows.min(top + TILE)).for_each(|i| visit(i, j));
+            }
+        }
+    }
 }
 
 /// A matrix as the product of two.
@@ -88,22 +109,19 @@ pub struct Factors {
 pub(crate) fn matrix(w: &Tensor) -> Result<Mat<f64>> {
     let (rows, columns) = w.dims2()?;
     let values = w.flatten_all()?.to_vec1::<f32>()?;
-    Ok(Mat::from_fn(rows, columns, |i, j| {
+    Ok(tiled(rows, columns, |i, j| {
         f64::from(values[i * columns + j])
     }))
 }
 
 /// Back to f32.
 fn tensor(m: MatRef<'_, f64>) -> Result<Tensor> {
-    let rows = 0..m.nrows();
-    let values: Vec<f32> = rows
-        .flat_map(|i| (0..m.ncols()).map(move |j| m[(i, j)] as f32))
-        .collect();
-    Ok(Tensor::from_vec(
-        values,
-        (m.nrows(), m.ncols()),
-        &Device::Cpu,
-    )?)
+    let (rows, columns) = m.shape();
+    let mut values = vec![0.0; rows * columns];
+    tiles(rows, columns, |i, j| {
+        values[i * columns + j] = m[(i, j)] as f32
+    });
+    Ok(Tensor::from_vec(values, (rows, columns), &Device::Cpu)?)
 }
 
 fn failed(what: &str) -> Error {
@@ -234,6 +252,26 @@ pub fn fitted(w: &Tensor, metric: &Metric, rank: usize) -> Result<Factors> {
         a: tensor(a.as_ref())?,
         b: tensor(b.as_ref())?,
     })
+}
+
+/// The leading right singular vectors of `w: [out, in]`, `[rank, in]`; `rank` at most the smaller side. Those
+/// of a wide matrix come times their singular values.
+///
+/// # Errors
+/// If numbers are not finite.
+pub fn leading_rows(w: &Tensor, rank: usize) -> Result<Tensor> {
+    let Seen {
+        is_wide,
+        seen,
+        small,
+        ..
+    } = Metric::of_inputs(Gram::identity()).see(w)?;
+    let vectors = eigenvectors(&small)?;
+    let leading = vectors.subcols(0, rank);
+    match is_wide {
+        true => tensor((leading.transpose() * &seen).as_ref()),
+        false => tensor(leading.transpose()),
+    }
 }
 
 /// The `A: [out, rank]` for which `A·v` is closest to `w: [out, in]`, `v: [rank, in]`. Rows of `v` that

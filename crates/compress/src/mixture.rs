@@ -6,10 +6,10 @@
 //! bases, mixing weights and transforms together; at the start and the end the transforms, on which the
 //! error depends quadratically, are solved for. The gradients are written out, as matrix products.
 
-use crate::factor::{Gram, least_squares, whitened};
+use crate::factor::{leading_rows, least_squares};
 use crate::{Error, Result};
 use candle_core::{D, Device, Tensor};
-use lightmoe_kernels::{AdamW, Moments};
+use lightmoe_kernels::{AdamW, Moments, silu_with_slope};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -98,12 +98,16 @@ impl State {
         let basis = |members: &Range<usize>| -> Result<Tensor> {
             let stacked = target.narrow(0, members.start, members.len())?;
             let stacked = stacked.reshape((members.len() * f, h))?;
-            let rows = whitened(&stacked, &Gram::identity(), rank)?.a;
+            let rows = leading_rows(&stacked, rank)?;
             // Rows of unit mean square, where the nonlinearity is felt.
             let norms = rows.sqr()?.mean_keepdim(D::Minus1)?.sqrt()?;
             Ok(rows.broadcast_div(&(norms + 1e-12)?)?)
         };
-        let bases: Vec<Tensor> = groups.iter().map(basis).collect::<Result<_>>()?;
+        let mut bases = Vec::new();
+        // As many at a time as there are threads: each holds the matrices of one group in f64.
+        for some in groups.chunks(rayon::current_num_threads()) {
+            bases.extend(some.par_iter().map(basis).collect::<Result<Vec<_>>>()?);
+        }
         let lean = |i: usize| groups.iter().map(move |group| group.contains(&i));
         let weights: Vec<f32> = (0..n)
             .flat_map(|i| lean(i).map(|own| if own { LEAN } else { 0.0 }))
@@ -145,7 +149,8 @@ impl State {
     fn solve(&mut self, target: &Tensor) -> Result<()> {
         let outer = self.mixed()?;
         let of_slot = |i: usize| least_squares(&target.get(i)?, &outer.get(i)?);
-        let each: Vec<Tensor> = (0..target.dim(0)?).map(of_slot).collect::<Result<_>>()?;
+        let slots = (0..target.dim(0)?).into_par_iter();
+        let each: Vec<Tensor> = slots.map(of_slot).collect::<Result<_>>()?;
         self.transforms = Tensor::stack(&each, 0)?;
         Ok(())
     }
@@ -191,12 +196,7 @@ fn slot_gradients(
     of_inner: &mut [f32],
 ) -> Result<(Tensor, Tensor)> {
     let mut outer = shares.matmul(rows)?.flatten_all()?.to_vec1::<f32>()?;
-    for (outer, slope) in outer.iter_mut().zip(of_inner.iter_mut()) {
-        let sigmoid = 1.0 / (1.0 + (-*outer).exp());
-        *outer *= sigmoid;
-        // silu' = σ + silu · (1 − σ)
-        *slope = sigmoid + *outer * (1.0 - sigmoid);
-    }
+    silu_with_slope(&mut outer, of_inner);
     let (n, _, rank) = transforms.dims3()?;
     let outer = Tensor::from_vec(outer, (n, rank, width), &Device::Cpu)?;
     let residuals = (transforms.matmul(&outer)? - target)?;

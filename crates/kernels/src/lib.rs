@@ -39,4 +39,4 @@ pub use rope::{Rope, RopePairs, apply_rope};
 pub use route::{Dispatch, TokenGroups, top_k};
 pub use scatter::weighted_scatter;
 pub use spread::spread_columns;
-pub use swiglu::swiglu;
+pub use swiglu::{silu_with_slope, swiglu};

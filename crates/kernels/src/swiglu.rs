@@ -33,6 +33,23 @@ simd! {
     }
 }
 
+simd! {
+    fn silu_chunk<T: Real>(x: &mut [T], slope: &mut [T]) {
+        for (x, slope) in x.iter_mut().zip(slope) {
+            let s = sigmoid(*x);
+            *x *= s;
+            // silu' = σ + silu · (1 − σ)
+            *slope = s + *x * (T::one() - s);
+        }
+    }
+}
+
+/// Puts `silu(x)` in place of each `x` and its derivative there into `slope`, for gradients that are written
+/// out; on the calling thread.
+pub fn silu_with_slope(x: &mut [f32], slope: &mut [f32]) {
+    silu_chunk(x, slope);
+}
+
 fn forward<T: Real>(gate: &[T], up: &[T]) -> Vec<T> {
     let mut h = vec![T::zero(); gate.len()];
     h.par_chunks_mut(CHUNK)

@@ -98,7 +98,7 @@ pub fn run(args: ScaleArgs) -> Result<String> {
             fs::remove_dir_all(left)?;
         }
     }
-    let before = dense_products(DType::F32)?;
+    let before = dense_products()?;
     let batch = TokenBatch::spread(args.tokens.div_ceil(LENGTH), LENGTH, config.vocab_size);
     let options = ObserveOptions {
         fingerprint: "scale",
@@ -116,7 +116,7 @@ pub fn run(args: ScaleArgs) -> Result<String> {
             bar.of(d, all)
         })?)
     })?;
-    let after = dense_products(DType::F32)?;
+    let after = dense_products()?;
     let products = (before.0 + after.0) as f64;
     let dense_flops = products * 2.0 * (SIDE as f64).powi(3) / (before.1 + after.1);
     let recipe = Recipe::resolve(Settings::default(), &config)?;
@@ -188,10 +188,10 @@ fn timed<T>(step: impl FnOnce() -> Result<T>) -> Result<(Cost, T)> {
     Ok((cost, out))
 }
 
-/// Dense products of candle in `dtype`, one after the other for [`DENSE_SECONDS`]: how many, and the
+/// Dense products of candle in f32, one after the other for [`DENSE_SECONDS`]: how many, and the
 /// seconds they took.
-fn dense_products(dtype: DType) -> Result<(usize, f64)> {
-    let matrix = || Tensor::rand(-1f32, 1f32, (SIDE, SIDE), &Device::Cpu)?.to_dtype(dtype);
+fn dense_products() -> Result<(usize, f64)> {
+    let matrix = || Tensor::rand(-1f32, 1f32, (SIDE, SIDE), &Device::Cpu);
     let (x, w) = (matrix()?, matrix()?);
     x.matmul(&w)?;
     let (begin, mut count) = (Instant::now(), 0);

@@ -33,7 +33,7 @@ pub fn synthesize(
     let layout = BankLayout::dense(config);
     let manifest = Manifest::of(config, &layout)?;
     let format = Format::new(dtype, Scheme::published(config.family));
-    let mut writer = CheckpointWriter::new(target, &format, &manifest, &[])?;
+    let writer = CheckpointWriter::new(target, &format, &manifest, &[])?;
     let mut layer = None;
     for (name, shape) in &manifest.tensors {
         let here = layer_of(name);

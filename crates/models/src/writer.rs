@@ -47,7 +47,7 @@ pub struct CheckpointWriter {
     folder: PartialFolder,
     shards: Shards,
     files: Vec<File>,
-    done: Vec<bool>,
+    done: Vec<AtomicBool>,
     /// What a run that goes on must agree with.
     key: String,
     /// Whether there is something to go on with.
@@ -117,7 +117,7 @@ impl CheckpointWriter {
             Ok(files) if whole => Ok(Self {
                 journaled: true,
                 failed: AtomicBool::new(false),
-                done: journal.done,
+                done: journal.done.into_iter().map(AtomicBool::new).collect(),
                 key: key.to_owned(),
                 folder,
                 shards,
@@ -147,7 +147,11 @@ impl CheckpointWriter {
             journaled: false,
             failed: AtomicBool::new(false),
             files: shards.shards.iter().map(create).collect::<Result<_>>()?,
-            done: vec![false; shards.slots.len()],
+            done: shards
+                .slots
+                .iter()
+                .map(|_| AtomicBool::new(false))
+                .collect(),
             key: key.to_owned(),
             folder,
             shards,
@@ -174,7 +178,15 @@ impl CheckpointWriter {
 
     /// Whether the tensor is written already, by this run or the one that it goes on with.
     pub fn is_done(&self, name: &str) -> bool {
-        self.number(name).is_ok_and(|number| self.done[number])
+        self.number(name).is_ok_and(|number| self.has(number))
+    }
+
+    fn has(&self, number: usize) -> bool {
+        self.done[number].load(Ordering::Relaxed)
+    }
+
+    fn mark(&self, number: usize) {
+        self.done[number].store(true, Ordering::Relaxed);
     }
 
     fn number(&self, name: &str) -> Result<usize> {
@@ -184,14 +196,14 @@ impl CheckpointWriter {
         })
     }
 
-    /// Writes one tensor by our name for it. One of another size or without a place, a second one of a
+    /// Writes one tensor by our name for it, also from several threads. One of another size or without a place, a second one of a
     /// name, and a number that is not finite as stored, are errors.
-    pub fn push(&mut self, name: impl AsRef<str>, tensor: &Tensor) -> Result<()> {
+    pub fn push(&self, name: impl AsRef<str>, tensor: &Tensor) -> Result<()> {
         let name = name.as_ref();
         let number = self.number(name)?;
         let fail = |message: String| Error::tensor(self.folder.target(), name, message);
         let expected = self.shards.slots[number].count;
-        if self.done[number] || tensor.elem_count() != expected {
+        if self.has(number) || tensor.elem_count() != expected {
             return Err(fail(format!(
                 "{} numbers for a place of {expected}, or written twice; this is a fault of the \
                  program, report it",
@@ -202,7 +214,7 @@ impl CheckpointWriter {
         let values = values.to_vec1::<f32>()?;
         let bytes = self.encoded(name, self.shards.slots[number].dtype, 0, &values)?;
         self.write(number, 0, &bytes)?;
-        self.done[number] = true;
+        self.mark(number);
         Ok(())
     }
 
@@ -234,11 +246,7 @@ impl CheckpointWriter {
 
     /// Copies tensors of `checkpoint` that keep their name and shape; those done are skipped. Bytes of
     /// the same element type are copied as they are.
-    pub fn copy(
-        &mut self,
-        checkpoint: &Checkpoint,
-        tensors: &[(String, Vec<usize>)],
-    ) -> Result<()> {
+    pub fn copy(&self, checkpoint: &Checkpoint, tensors: &[(String, Vec<usize>)]) -> Result<()> {
         let stored = |(name, shape): &(String, Vec<usize>)| {
             Ok((name.clone(), checkpoint.find(name, shape)?))
         };
@@ -246,20 +254,21 @@ impl CheckpointWriter {
     }
 
     /// Copies extra tensors of `checkpoint`; those done are skipped.
-    pub fn copy_extras(&mut self, checkpoint: &Checkpoint, extras: &[Extra]) -> Result<()> {
+    pub fn copy_extras(&self, checkpoint: &Checkpoint, extras: &[Extra]) -> Result<()> {
         let stored = |extra: &Extra| Ok((extra.name.clone(), checkpoint.find_extra(extra)?));
         self.copy_stored(extras.iter().map(stored).collect::<Result<Vec<_>>>()?)
     }
 
-    fn copy_stored(&mut self, tensors: Vec<(String, Stored<'_>)>) -> Result<()> {
+    fn copy_stored(&self, tensors: Vec<(String, Stored<'_>)>) -> Result<()> {
         let numbers = tensors.iter().map(|(name, _)| self.number(name));
         let numbers = numbers.collect::<Result<Vec<_>>>()?;
-        let writer = &*self;
         let todo = tensors.par_iter().zip(&numbers);
-        todo.filter(|(_, number)| !writer.done[**number])
-            .try_for_each(|((name, stored), &number)| writer.copy_one(name, stored, number))?;
-        numbers.iter().for_each(|&number| self.done[number] = true);
-        Ok(())
+        todo.filter(|(_, number)| !self.has(**number))
+            .try_for_each(|((name, stored), &number)| {
+                self.copy_one(name, stored, number)?;
+                self.mark(number);
+                Ok(())
+            })
     }
 
     fn copy_one(&self, name: &str, stored: &Stored<'_>, number: usize) -> Result<()> {
@@ -281,23 +290,22 @@ impl CheckpointWriter {
     /// Writes one tensor whose numbers are made piece by piece, from `first` on, in any order and on
     /// any thread; the caller makes all of them.
     pub(crate) fn fill(
-        &mut self,
+        &self,
         name: &str,
         piece: usize,
         make: &(dyn Fn(usize, &mut [f32]) + Sync),
     ) -> Result<()> {
         let number = self.number(name)?;
         let Slot { count, dtype, .. } = self.shards.slots[number];
-        let writer = &*self;
         (0..count.div_ceil(piece))
             .into_par_iter()
             .try_for_each(|i| {
                 let first = i * piece;
                 let mut values = vec![0f32; piece.min(count - first)];
                 make(i, &mut values);
-                writer.write(number, first, &writer.encoded(name, dtype, first, &values)?)
+                self.write(number, first, &self.encoded(name, dtype, first, &values)?)
             })?;
-        self.done[number] = true;
+        self.mark(number);
         Ok(())
     }
 
@@ -310,7 +318,9 @@ impl CheckpointWriter {
         }
         let journal = Journal {
             key: self.key.clone(),
-            done: self.done.clone(),
+            done: (0..self.done.len())
+                .map(|number| self.has(number))
+                .collect(),
         };
         write_file(&self.folder.path().join(JOURNAL), &json(JOURNAL, &journal)?)?;
         self.journaled = true;
@@ -344,7 +354,7 @@ impl CheckpointWriter {
     /// Writes the index if there are several shards, and `config.json`; then the folder appears. A
     /// tensor that was never written is an error.
     pub fn finish(mut self, config: &serde_json::Value) -> Result<()> {
-        let missing = self.done.iter().position(|done| !done);
+        let missing = (0..self.done.len()).find(|&number| !self.has(number));
         if let Some(missing) = missing {
             let found = self.shards.index.iter().find(|(_, i)| **i == missing);
             let name = found.map_or("", |(name, _)| name.as_str());

@@ -61,7 +61,7 @@ fn a_change_reaches_every_reader_and_is_rounded_as_a_copy_would() {
             let places = (first..).zip(values).filter(|_| name == "long");
             places.for_each(|(place, value)| *value += (place % 1009) as f32 * 1e-3);
         });
-        let mut writer = begin(&to, dtype, &all);
+        let writer = begin(&to, dtype, &all);
         writer.copy(&changed, &shapes).unwrap();
         writer.finish(&changed.config().raw).unwrap();
         for (name, shape) in &shapes {

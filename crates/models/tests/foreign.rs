@@ -122,7 +122,7 @@ fn fp8_models_are_written_as_bf16() {
     let format = Format::new(checkpoint.dtype(), checkpoint.scheme());
     let manifest = Manifest::of(config, layout).unwrap();
     let target = folder.path("bf16");
-    let mut writer = CheckpointWriter::new(&target, &format, &manifest, &[]).unwrap();
+    let writer = CheckpointWriter::new(&target, &format, &manifest, &[]).unwrap();
     writer.copy(&checkpoint, &manifest.tensors).unwrap();
     writer.finish(&layout.annotate(config).unwrap()).unwrap();
     let written = open(&target);
@@ -179,7 +179,7 @@ fn extra_tensors_are_carried_along() {
     manifest.types.insert(router.into(), DType::F32);
     let format = Format::new(DType::BF16, checkpoint.scheme());
     let target = folder.path("copy");
-    let mut writer = CheckpointWriter::new(&target, &format, &manifest, &extras).unwrap();
+    let writer = CheckpointWriter::new(&target, &format, &manifest, &extras).unwrap();
     writer.copy(&checkpoint, &manifest.tensors).unwrap();
     writer.copy_extras(&checkpoint, &extras).unwrap();
     writer.finish(&config.raw).unwrap();

@@ -105,7 +105,7 @@ fn a_model_is_replaced_whole_or_not_at_all() {
     let target = folder.original(&config()).dir().to_owned();
     fs::write(target.join("notes.txt"), "of the old one").unwrap();
     let before = fs::read(target.join("model.safetensors")).unwrap();
-    let mut writer = one(&target, DType::F32, 1);
+    let writer = one(&target, DType::F32, 1);
     writer.push("w", &tensor(&[1.0])).unwrap();
     assert_eq!(fs::read(target.join("model.safetensors")).unwrap(), before);
     drop(writer);
@@ -115,7 +115,7 @@ fn a_model_is_replaced_whole_or_not_at_all() {
     killed.push("a", &tensor(&[1.0, 2.0])).unwrap();
     killed.checkpoint().unwrap();
     std::mem::forget(killed);
-    let mut writer = one(&target, DType::BF16, 1);
+    let writer = one(&target, DType::BF16, 1);
     writer.push("w", &tensor(&[1.0])).unwrap();
     writer.finish(&config()).unwrap();
     assert_eq!(files(&target), ["config.json", "model.safetensors"]);
@@ -199,7 +199,7 @@ fn what_could_not_be_read_back_is_not_written() {
 fn a_tensor_that_was_forgotten_is_an_error() {
     let folder = Folder::new();
     let path = folder.path("out");
-    let mut writer = two_shards(&path, "");
+    let writer = two_shards(&path, "");
     writer.push("a", &tensor(&[1.0, 2.0])).unwrap();
     let message = writer.finish(&config()).unwrap_err().to_string();
     assert!(message.contains("`b`"), "{message}");
@@ -235,7 +235,7 @@ fn a_stopped_writer_goes_on() {
             std::mem::forget(writer);
         }
         assert_eq!(files(folder.dir.path()), [".out.partial"]);
-        let mut writer = two_shards(&path, "one");
+        let writer = two_shards(&path, "one");
         assert!(writer.is_done("b") && !writer.is_done("a"));
         writer.push("a", &tensor(&[1.0, 2.0])).unwrap();
         writer.finish(&config()).unwrap();

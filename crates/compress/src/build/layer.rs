@@ -22,6 +22,12 @@ use lightmoe_models::{
 };
 use rayon::prelude::*;
 
+/// Of how many groups or experts the matrices may be held at once, at worst: a thread works on one, but
+/// may take another up while it waits for a part of its own.
+fn at_once() -> usize {
+    4 * rayon::current_num_threads()
+}
+
 pub(super) struct Layer<'a> {
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) seed: u64,
@@ -38,11 +44,7 @@ type Named = Vec<(String, Tensor)>;
 impl Layer<'_> {
     /// Writes all tensors of the layer: those that stay, bases, merged experts, adapters, mixtures,
     /// constants.
-    pub(super) fn write(
-        &self,
-        tensors: &[NamedShape],
-        writer: &mut CheckpointWriter,
-    ) -> Result<()> {
+    pub(super) fn write(&self, tensors: &[NamedShape], writer: &CheckpointWriter) -> Result<()> {
         let Some(plan) = self.plan else {
             return Ok(writer.copy(self.checkpoint, tensors)?);
         };
@@ -75,22 +77,17 @@ impl Layer<'_> {
             push(writer, vec![(name.clone(), ones)])?;
         }
         let groups: Vec<usize> = (0..plan.groups).collect();
+        // Only factors of differences need them again.
+        let wanted = self.settings.adapters != AdapterInit::Fresh;
         let base = |&group: &usize| {
             let whole = self.base(plan, group)?;
-            Ok((self.stored(plan, group, &whole)?, whole))
+            push(writer, self.stored(plan, group, &whole)?)?;
+            Ok(wanted.then_some(whole))
         };
         let mut bases = Vec::new();
-        // As many at a time as there are threads: each holds the sums of one group.
-        for some in groups.chunks(rayon::current_num_threads()) {
-            let made: Vec<(Named, [Tensor; 3])> =
-                some.par_iter().map(base).collect::<Result<_>>()?;
-            for (stored, base) in made {
-                push(writer, stored)?;
-                // Only factors of differences need them again.
-                if self.settings.adapters != AdapterInit::Fresh {
-                    bases.push(base);
-                }
-            }
+        for some in groups.chunks(at_once()) {
+            let made = some.par_iter().map(base);
+            bases.extend(made.collect::<Result<Vec<_>>>()?.into_iter().flatten());
         }
         let merge = |&expert: &usize| self.merged(plan, expert);
         self.each(&merged, merge, writer)?;
@@ -118,18 +115,17 @@ impl Layer<'_> {
         self.each(&names::MIXED, mixture, writer)
     }
 
-    /// Makes and writes the tensors of `items`, as many at a time as there are threads.
+    /// Makes and writes the tensors of `items`.
     fn each<T: Sync>(
         &self,
         items: &[T],
         make: impl Fn(&T) -> Result<Named> + Sync,
-        writer: &mut CheckpointWriter,
+        writer: &CheckpointWriter,
     ) -> Result<()> {
-        for some in items.chunks(rayon::current_num_threads()) {
-            let made: Vec<Named> = some.par_iter().map(&make).collect::<Result<_>>()?;
-            push(writer, made.concat())?;
-        }
-        Ok(())
+        items.chunks(at_once()).try_for_each(|some| {
+            some.par_iter()
+                .try_for_each(|item| push(writer, make(item)?))
+        })
     }
 
     /// Gate `[F, H]`, up `[F, H]` and down `[H, F]` of an expert of the original.
@@ -345,7 +341,7 @@ impl Layer<'_> {
 }
 
 /// Writes what an earlier run did not.
-fn push(writer: &mut CheckpointWriter, tensors: Named) -> Result<()> {
+fn push(writer: &CheckpointWriter, tensors: Named) -> Result<()> {
     for (name, tensor) in tensors {
         if !writer.is_done(&name) {
             writer.push(name, &tensor)?;

@@ -116,7 +116,7 @@ pub fn build(
             damage: fitted.transpose()?,
         };
         if tensors.iter().any(|(name, _)| !writer.is_done(name)) {
-            layer.write(tensors, &mut writer)?;
+            layer.write(tensors, &writer)?;
             writer.checkpoint()?;
         }
         if !progress(l + 1, config.num_layers) {

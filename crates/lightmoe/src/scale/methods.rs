@@ -4,7 +4,7 @@
 //! Layers have the same shape, and methods work layer by layer, so a few layers tell of all.
 
 use super::work::{Rates, Work};
-use super::{Cost, SIDE, copy_model, forget, timed};
+use super::{Cost, copy_model, forget, timed};
 use crate::cli::MethodsArgs;
 use crate::machine::{max_memory, processor, today};
 use crate::pipeline::{build_stage, plan_stage};
@@ -37,6 +37,16 @@ struct Row {
     busy: f64,
     /// Its own arithmetic in plan and build.
     work: Work,
+    /// What the machine made of the same, before and behind the build; none where there is none.
+    rates: Vec<Rates>,
+}
+
+impl Row {
+    /// Seconds of its own arithmetic alone.
+    fn alone(&self) -> f64 {
+        let seconds = self.rates.iter().map(|rates| rates.seconds(&self.work));
+        seconds.sum::<f64>() / self.rates.len().max(1) as f64
+    }
 }
 
 /// All that was measured.
@@ -46,12 +56,24 @@ struct Methods {
     layers: usize,
     args: MethodsArgs,
     bytes: u64,
-    rates: Rates,
     copy: Cost,
     rows: Vec<Row>,
 }
 
 impl Methods {
+    /// The lowest and the highest that was measured, with so many digits.
+    fn range(&self, digits: usize, of: fn(&Rates) -> f64) -> String {
+        let all = || self.rows.iter().flat_map(|row| &row.rates).map(of);
+        let (low, high) = (
+            all().fold(f64::INFINITY, f64::min),
+            all().fold(0.0, f64::max),
+        );
+        match low <= high {
+            true => format!("{low:.digits$} to {high:.digits$}"),
+            false => "unmeasured".to_owned(),
+        }
+    }
+
     fn page(&self) -> String {
         let (whole, layers) = (self.layers, self.config.num_layers);
         let args = &self.args;
@@ -62,10 +84,10 @@ impl Methods {
              each step the model leaves the page cache. Methods work layer by layer, so the whole model \
              takes {:.0} times as long, the embeddings aside.\n\nA pass is a copy of the model, {:.1} s. \
              *Own arithmetic* is what the method computes beyond that, at the rate at which this machine \
-             does the same alone, on all cores: products, triangular solutions and fits at that of a dense \
-             product of {SIDE} x {SIDE} x {SIDE} ({:.0} GFLOP/s in f32, {:.0} in f64), \
-             eigendecompositions at {:.2} s each, those of the hidden size at {:.2} s (in parentheses), \
-             assignments of neurons at {:.3} s. *Bound* is a pass and the own arithmetic, *ratio* is plan \
+             does the same alone, on all cores, measured before and behind each build: products, triangular \
+             solutions and fits at that of products of the method's shapes ({} GFLOP/s in f32, {} in f64), \
+             eigendecompositions at {} s each, those of the hidden size at {} s (in parentheses), \
+             assignments of neurons at {} s. *Bound* is a pass and the own arithmetic, *ratio* is plan \
              and build over it. The search of MoE-I² is not counted. Observing is done once for all \
              methods that want the same statistics. Of the {} steps that the fit of MoBE has, it was given \
              {}, and both times are of these; each is as long as another.\n\n",
@@ -77,11 +99,11 @@ impl Methods {
             100.0 * args.ratio,
             whole as f64 / layers as f64,
             self.copy.seconds,
-            self.rates.products[0] / 1e9,
-            self.rates.products[1] / 1e9,
-            self.rates.decomposition,
-            self.rates.wide,
-            self.rates.assignment,
+            self.range(0, |rates| rates.products[0] / 1e9),
+            self.range(0, |rates| rates.products[1] / 1e9),
+            self.range(2, |rates| rates.decomposition),
+            self.range(2, |rates| rates.wide),
+            self.range(3, |rates| rates.assignment),
             mixture::STEPS,
             args.fit_steps,
         );
@@ -99,7 +121,7 @@ impl Methods {
         ];
         let mut section = Section::new(head);
         for row in &self.rows {
-            let bound = self.copy.seconds + self.rates.seconds(&row.work);
+            let bound = self.copy.seconds + row.alone();
             let made = row.plan.seconds + row.build.seconds;
             section.rows.push(vec![
                 row.method.to_string(),
@@ -141,7 +163,6 @@ pub fn run(args: MethodsArgs) -> Result<String> {
     );
     drop(bar);
     let original = Checkpoint::open(&model)?;
-    let rates = Rates::measure(&config)?;
     let copy = args.out.join("copy");
     forget(&model)?;
     let (copy_cost, ()) = timed(|| copy_model(&model, &copy))?;
@@ -168,7 +189,6 @@ pub fn run(args: MethodsArgs) -> Result<String> {
     let measured = Methods {
         layers: full.num_layers,
         bytes: original.bytes(),
-        rates,
         copy: copy_cost,
         args,
         rows,
@@ -212,10 +232,17 @@ fn row(
         fs::remove_dir_all(&built)?;
     }
     let path = args.out.join("plan.json");
-    let processors = processor_seconds();
+    let mut processors = processor_seconds();
     forget(original.dir())?;
     let (plan, planned): (Cost, Plan) =
         timed(|| plan_stage(config, Some(original), &observations, &recipe, &path))?;
+    let mut busy = processor_seconds() - processors;
+    let work = Work::of(config, &planned);
+    let measure = || match work.is_none() {
+        true => Ok(None),
+        false => Rates::measure(config, &planned).map(Some),
+    };
+    let before = measure()?;
     forget(original.dir())?;
     let inputs = BuildInputs {
         checkpoint: original,
@@ -223,16 +250,18 @@ fn row(
         observations: Some(&observations),
         seed: 0,
     };
+    processors = processor_seconds();
     let (build, ()) = timed(|| build_stage(&inputs, &built))?;
+    busy += processor_seconds() - processors;
     fs::remove_dir_all(&built)?;
-    let seconds = plan.seconds + build.seconds;
     Ok(Row {
         method,
         observe,
         plan,
         build,
-        busy: (processor_seconds() - processors) / seconds,
-        work: Work::of(config, &planned),
+        busy: busy / (plan.seconds + build.seconds),
+        rates: before.into_iter().chain(measure()?).collect(),
+        work,
     })
 }
 

@@ -1,9 +1,8 @@
 //! What a method computes beyond a pass over the weights, and what this machine makes of the same
 //! arithmetic alone.
 
-use super::{SIDE, dense_products};
 use anyhow::{Result, anyhow};
-use candle_core::DType;
+use candle_core::{Device, Tensor};
 use faer::{Mat, Side};
 use lightmoe_compress::methods::{AdapterInit, BaseInit, MethodName, moei2};
 use lightmoe_compress::plan::{Plan, SlotForm};
@@ -11,6 +10,9 @@ use lightmoe_compress::reception;
 use lightmoe_models::ModelConfig;
 use rayon::prelude::*;
 use std::time::Instant;
+
+/// Floating-point operations after which the rate of products is known.
+const PRODUCTS: f64 = 5e11;
 
 /// Arithmetic beyond what grows with the weights alone.
 #[derive(Default)]
@@ -76,6 +78,12 @@ impl Work {
         work
     }
 
+    /// Whether there is none.
+    pub(super) fn is_none(&self) -> bool {
+        let all = self.products.iter().sum::<f64>() + self.decompositions + self.wide;
+        all + self.assignments == 0.0
+    }
+
     /// Adds the fit of gate and up of `mixed` experts over `bases` bases of `rank` rows.
     fn mix(&mut self, [mixed, bases, rank, steps]: [f64; 4], [h, f]: [f64; 2]) {
         // The mixes, the products, and the gradients of both sides of each.
@@ -85,7 +93,8 @@ impl Work {
         // Each basis starts with singular vectors of the matrices of a group, as one.
         let rows = mixed * f;
         let side = h.min(rows / bases);
-        let start = 2.0 * rows * h * (side + rank);
+        let back = if side < h { rank } else { 0.0 };
+        let start = 2.0 * rows * h * (side + back);
         self.products[0] += 2.0 * mixed * steps * step;
         self.products[1] += 2.0 * (2.0 * mixed * solution + start);
         match side < h {
@@ -126,7 +135,7 @@ impl Work {
 
 /// What this machine makes of arithmetic, with all its cores at work.
 pub(super) struct Rates {
-    /// Floating-point operations of a dense product, a second, in f32 and in f64.
+    /// Floating-point operations of products, a second, in f32 and in f64.
     pub(super) products: [f64; 2],
     /// Seconds of an eigendecomposition of the smaller side of an expert's matrices.
     pub(super) decomposition: f64,
@@ -137,13 +146,24 @@ pub(super) struct Rates {
 }
 
 impl Rates {
-    /// Measures them at the shape of the experts of `config`.
-    pub(super) fn measure(config: &ModelConfig) -> Result<Self> {
-        let product = |dtype| {
-            let (count, seconds) = dense_products(dtype)?;
-            Ok::<_, anyhow::Error>(count as f64 * 2.0 * (SIDE as f64).powi(3) / seconds)
-        };
+    /// Measures them at the shapes of the experts of `config` under `plan`: products in f32 of transforms
+    /// and mixed bases, where there are such, else of the matrices of two experts; in f64 of a matrix and a
+    /// moment.
+    pub(super) fn measure(config: &ModelConfig, plan: &Plan) -> Result<Self> {
         let (h, f) = (config.hidden_size, config.moe.intermediate_size);
+        let mixed = plan.layers.iter().find_map(|layer| layer.mixture());
+        let (rows, inner, columns) = match mixed {
+            Some((_, rank)) => (f, rank, h),
+            None => (f, h, f),
+        };
+        let random = |m, n| Tensor::rand(-1f32, 1f32, (m, n), &Device::Cpu);
+        let (a, b) = (random(rows, inner)?, random(inner, columns)?);
+        let number = |i: usize, j: usize| ((i * j + i + j) as f64 * 0.7).sin();
+        let (w, gram) = (Mat::from_fn(f, h, number), Mat::from_fn(h, h, number));
+        let products = [
+            rate(rows * inner * columns, || Ok(a.matmul(&b)?))?,
+            rate(f * h * h, || Ok(&w * &gram))?,
+        ];
         let decomposition = |n: usize, seed: usize| {
             let number = |i: usize, j: usize| ((i * j + i + j + seed) as f64 * 0.7).sin();
             let done = Mat::from_fn(n, n, number).self_adjoint_eigen(Side::Lower);
@@ -158,7 +178,7 @@ impl Rates {
                 .map_err(|e| anyhow!("an assignment failed: {e:?}"))
         };
         Ok(Self {
-            products: [product(DType::F32)?, product(DType::F64)?],
+            products,
             decomposition: seconds_of_one(|seed| decomposition(h.min(f), seed))?,
             wide: seconds_of_one(|seed| decomposition(h, seed))?,
             assignment: seconds_of_one(assignment)?,
@@ -173,6 +193,17 @@ impl Rates {
             + work.wide * self.wide
             + work.assignments * self.assignment
     }
+}
+
+/// Floating-point operations a second of a product of so many multiplications, of which as many as there
+/// are threads run at once.
+fn rate<T>(multiplications: usize, product: impl Fn() -> Result<T> + Sync) -> Result<f64> {
+    let flops = 2.0 * multiplications as f64;
+    let (count, begin) = ((PRODUCTS / flops).ceil() as usize, Instant::now());
+    (0..count)
+        .into_par_iter()
+        .try_for_each(|_| product().map(drop))?;
+    Ok(count as f64 * flops / begin.elapsed().as_secs_f64())
 }
 
 /// Seconds of one of several like problems, of which as many as there are threads run at once, as build

@@ -305,7 +305,7 @@ impl Folder {
     /// Writes tensors and config as the checkpoint `name`.
     pub fn write(&self, name: &str, tensors: &[(String, Tensor)], config: &Value) -> PathBuf {
         let path = self.path(name);
-        let mut writer = begin(&path, DType::F32, tensors);
+        let writer = begin(&path, DType::F32, tensors);
         for (name, tensor) in tensors {
             writer.push(name, tensor).unwrap();
         }
@@ -461,7 +461,7 @@ pub fn write_sharded(path: &Path, tensors: &[(String, Tensor)], dtype: DType, sh
         shard_bytes,
         ..Format::new(dtype, Scheme::published(Family::Olmoe))
     };
-    let mut writer = CheckpointWriter::new(path, &format, &manifest(tensors), &[]).unwrap();
+    let writer = CheckpointWriter::new(path, &format, &manifest(tensors), &[]).unwrap();
     for (name, tensor) in tensors {
         writer.push(name, tensor).unwrap();
     }

@@ -151,7 +151,7 @@ pub fn write(
     let parsed = ModelConfig::from_json(config, path).unwrap();
     let layout = BankLayout::of(&parsed, path).unwrap();
     let format = Format::new(DType::F32, Scheme::published(Family::Olmoe));
-    let mut writer = CheckpointWriter::for_model(path, &format, &parsed, &layout).unwrap();
+    let writer = CheckpointWriter::for_model(path, &format, &parsed, &layout).unwrap();
     for (name, shape) in Manifest::of(&parsed, &layout).unwrap().tensors {
         writer.push(&name, &get(&name, &shape)).unwrap();
     }
