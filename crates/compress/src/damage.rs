@@ -155,7 +155,7 @@ impl LayerDamage {
 /// What the metrics of an expert are made of.
 struct Parts {
     mass: f64,
-    /// `Dᵀ·F·D`: `[F, F]`
+    /// The lower half of `Dᵀ·F·D`: `[F, F]`
     outer: Mat<f64>,
     input: Mat<f64>,
     hidden: Mat<f64>,
@@ -174,7 +174,7 @@ impl Parts {
                     true => square[i],
                     false => mean[i] * mean[j],
                 };
-                self.outer[(i, j)] * product
+                self.outer[(i.max(j), i.min(j))] * product
             });
             Metric {
                 out: Gram::damped(metric, HIDDEN_DAMPING),
@@ -196,7 +196,7 @@ impl Parts {
         let f = self.mean.len();
         let of = |i: usize, j: usize| {
             let covariance = self.hidden[(i, j)] - self.mass * self.mean[i] * self.mean[j];
-            self.outer[(i, j)] * covariance
+            self.outer[(i.max(j), i.min(j))] * covariance
         };
         let columns = (0..f).map(|j| (0..f).map(|i| of(i, j)).sum::<f64>());
         columns.sum::<f64>().max(0.0)

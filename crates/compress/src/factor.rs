@@ -15,9 +15,13 @@
 
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
+use faer::linalg::matmul::triangular::BlockStructure::{
+    self, Rectangular, TriangularLower, TriangularUpper,
+};
+use faer::linalg::matmul::triangular::matmul;
 use faer::linalg::solvers::Solve;
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
-use faer::{Mat, MatRef, Par, Side};
+use faer::{Accum, Mat, MatRef, Par, Side};
 use std::sync::Arc;
 
 /// What is added to the diagonal of a second moment, as a share of its mean.
@@ -51,11 +55,18 @@ impl Gram {
         Self(Some(Arc::new(matrix)))
     }
 
-    /// `W·G·Wᵀ` `[out, out]` of `w: [out, in]`.
+    /// The lower half of `W·G·Wᵀ` `[out, out]` of `w: [out, in]`; zeros above it.
     pub(crate) fn between(&self, w: MatRef<'_, f64>) -> Mat<f64> {
+        let half = |left: MatRef<'_, f64>| {
+            product(
+                TriangularLower,
+                (left, Rectangular),
+                (w.transpose(), Rectangular),
+            )
+        };
         match &self.0 {
-            Some(gram) => w * gram.as_ref() * w.transpose(),
-            None => w * w.transpose(),
+            Some(gram) => half((w * gram.as_ref()).as_ref()),
+            None => half(w),
         }
     }
 
@@ -130,7 +141,30 @@ fn failed(what: &str) -> Error {
     ))
 }
 
-/// The eigenvectors of a symmetric matrix, those of the largest eigenvalues first.
+/// The product of two matrices, reckoned where `wanted` says, of factors that are zero where their structure
+/// says so: half the work of a whole one for each triangle.
+fn product(
+    wanted: BlockStructure,
+    (left, left_has): (MatRef<'_, f64>, BlockStructure),
+    (right, right_has): (MatRef<'_, f64>, BlockStructure),
+) -> Mat<f64> {
+    let mut made = Mat::zeros(left.nrows(), right.ncols());
+    let threads = faer::get_global_parallelism();
+    matmul(
+        made.as_mut(),
+        wanted,
+        Accum::Replace,
+        left,
+        left_has,
+        right,
+        right_has,
+        1.0,
+        threads,
+    );
+    made
+}
+
+/// The eigenvectors of a symmetric matrix by its lower half, those of the largest eigenvalues first.
 fn eigenvectors(m: &Mat<f64>) -> Result<Mat<f64>> {
     let decomposed = m
         .self_adjoint_eigen(Side::Lower)
@@ -164,12 +198,24 @@ impl Metric {
         match is_wide {
             true => {
                 root = self.out.cholesky()?;
-                seen = root.as_ref().map_or(w.clone(), |l| l.transpose() * &w);
+                seen = root.as_ref().map_or_else(
+                    || w.clone(),
+                    |l| {
+                        let root = (l.transpose(), TriangularUpper);
+                        product(Rectangular, root, (w.as_ref(), Rectangular))
+                    },
+                );
                 small = self.input.between(seen.as_ref());
             }
             false => {
                 root = self.input.cholesky()?;
-                seen = root.as_ref().map_or(w.clone(), |s| &w * s);
+                seen = root.as_ref().map_or_else(
+                    || w.clone(),
+                    |s| {
+                        let root = (s.as_ref(), TriangularLower);
+                        product(Rectangular, (w.as_ref(), Rectangular), root)
+                    },
+                );
                 small = self.out.between(seen.transpose());
             }
         }
@@ -189,7 +235,7 @@ struct Seen {
     root: Option<Mat<f64>>,
     /// `Lᵀ·W` or `W·S`.
     seen: Mat<f64>,
-    /// The smaller Gram matrix of `Lᵀ·W·S`.
+    /// The lower half of the smaller Gram matrix of `Lᵀ·W·S`.
     small: Mat<f64>,
 }
 

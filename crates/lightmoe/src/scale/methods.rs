@@ -87,7 +87,8 @@ impl Methods {
              does the same alone, on all cores, measured before and behind each build: products, triangular \
              solutions and fits at that of products of the method's shapes ({} GFLOP/s in f32, {} in f64), \
              eigendecompositions at {} s each, those of the hidden size at {} s (in parentheses), \
-             assignments of neurons at {} s. *Bound* is a pass and the own arithmetic, *ratio* is plan \
+             assignments of neurons at {} s. Products are counted as whole ones, though of symmetric and \
+             triangular matrices build computes a half. *Bound* is a pass and the own arithmetic, *ratio* is plan \
              and build over it. The search of MoE-I² is not counted. Observing is done once for all \
              methods that want the same statistics. Of the {} steps that the fit of MoBE has, it was given \
              {}, and both times are of these; each is as long as another.\n\n",
