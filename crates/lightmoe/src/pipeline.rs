@@ -1,6 +1,8 @@
 //! The stages as functions from artefact to artefact. The subcommands call them one by one,
 //! `compress` in a row.
 
+mod recover;
+
 use crate::calibration::Calibration;
 use crate::machine;
 use crate::preflight::check_original;
@@ -8,23 +10,18 @@ use crate::progress::{Progress, stopped};
 use crate::recipe::Recipe;
 use crate::results::{Score, TaskScores};
 use crate::source::TaskData;
-use anyhow::{Context, Result, bail};
-use lightmoe_compress::methods::{AdapterInit, Kind, PlanModel, Weights};
+use anyhow::{Context, Result};
+use lightmoe_compress::methods::{PlanModel, Weights};
 use lightmoe_compress::observations::Observations;
 use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{
-    BuildInputs, ObserveOptions, Statistics, Successor, build, methods, observe, whole_bases,
+    BuildInputs, ObserveOptions, Statistics, Successor, build, methods, observe,
 };
-use lightmoe_data::{Encoded, Sampler};
 use lightmoe_eval::{EvalOptions, evaluate, write_samples};
 use lightmoe_models::{
-    Checkpoint, CheckpointWriter, Decoder, Format, LanguageModel, Manifest, ModelConfig,
-    ModelTokenizer, ParameterKind, StreamedDecoder,
+    Checkpoint, Decoder, LanguageModel, ModelConfig, ModelTokenizer, StreamedDecoder,
 };
-use lightmoe_train::{
-    AnnealingShape, Folders, Group, Outcome, Recovery, RowPruning, Teacher, TrainBatch,
-    TrainOptions, finish_recovery, prepare_recovery, train, unfold_bases,
-};
+pub use recover::{RecoverInputs, recover_stage};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::Path;
@@ -139,138 +136,6 @@ pub fn build_stage(inputs: &BuildInputs<'_>, target: &Path) -> Result<()> {
     check_original(inputs.checkpoint)?;
     let bar = Progress::new("build", inputs.checkpoint.config().num_layers);
     Ok(build(inputs, target, &mut |done, all| bar.of(done, all))?)
-}
-
-/// What stage recover works on.
-pub struct RecoverInputs<'a> {
-    /// The uncompressed model.
-    pub original: &'a Checkpoint,
-    /// The built model.
-    pub built: &'a Checkpoint,
-    /// The plan it was built from.
-    pub plan: &'a Plan,
-    /// The training sequences.
-    pub encoded: Vec<Encoded>,
-    /// Identifies the run for its training checkpoint.
-    pub fingerprint: &'a str,
-    /// Steps between training checkpoints.
-    pub checkpoint_every: usize,
-}
-
-/// Stage recover: trains the built model → the model folder `target`. State and loss curve go to
-/// `folders`; an interrupted recovery found there is continued.
-///
-/// # Errors
-/// If the training diverges, the work was stopped, or files cannot be written.
-pub fn recover_stage(
-    inputs: RecoverInputs<'_>,
-    recipe: &Recipe,
-    folders: &Folders,
-    target: &Path,
-) -> Result<()> {
-    check_original(inputs.original)?;
-    CheckpointWriter::check_target(target)?;
-    let (built, plan) = (inputs.built, inputs.plan);
-    let mut model = Decoder::load(built)?;
-    let mut annealing = recipe.annealing();
-    if plan.mean_replaced() == 0.0 || plan.method.kind() != Kind::Replace {
-        // There is nothing to fade out.
-        annealing.shape = AnnealingShape::None;
-    }
-    let recovery = Recovery {
-        kept_rank: plan.settings.kept_rank,
-        base_rank: plan.settings.base_rank,
-        trained_rank: plan.settings.trained_rank,
-        anneal: annealing.beta(0, recipe.steps) > 0.0,
-        adapters_fade_in: plan.settings.adapters != AdapterInit::Fresh,
-        seed: recipe.seed,
-    };
-    prepare_recovery(&mut model, inputs.original, &recovery)?;
-    let merged = BuildInputs {
-        checkpoint: inputs.original,
-        plan,
-        observations: None,
-        seed: recipe.seed,
-    };
-    unfold_bases(&mut model, &mut |layer| {
-        whole_bases(&merged, layer)
-            .map_err(|e| lightmoe_train::Error::Invalid(format!("{:#}", anyhow::Error::from(e))))
-    })?;
-    let pad = built.config().pad_token_id.unwrap_or(0);
-    let sampler = Sampler::new(inputs.encoded, recipe.batch_size, recipe.seed)?.with_pad(pad);
-    let options = TrainOptions {
-        annealing,
-        ..train_options(recipe, inputs.fingerprint, inputs.checkpoint_every)
-    };
-    let original = (recipe.distill > 0.0).then(|| Decoder::load(inputs.original));
-    let original = original.transpose()?;
-    let teacher = original.as_ref().map(|model| Teacher {
-        model,
-        weight: recipe.distill,
-        temperature: recipe.distill_temperature,
-    });
-    let bar = Progress::new("recover", recipe.steps);
-    let mut recent = None;
-    let outcome = train(
-        &mut model,
-        &options,
-        folders,
-        &|step| {
-            let batch = sampler.batch(step);
-            Ok(TrainBatch {
-                tokens: batch.tokens,
-                rows: batch.rows,
-                loss_mask: batch.loss_mask,
-            })
-        },
-        teacher.as_ref(),
-        &mut |point| {
-            let mean = recent.map_or(point.loss, |r| 0.95 * r + 0.05 * point.loss);
-            recent = Some(mean);
-            bar.note(format!("loss {mean:.3} β {:.2}", point.beta));
-            bar.at(point.step + 1)
-        },
-    )?;
-    if outcome == Outcome::Interrupted {
-        bail!(INTERRUPTED);
-    }
-    finish_recovery(&mut model)?;
-    let format = Format::new(built.dtype(), built.scheme());
-    let mut manifest = Manifest::of(built.config(), built.layout())?;
-    built.keep_types(&mut manifest)?;
-    let extras = built.extras()?;
-    let mut writer = CheckpointWriter::new(target, &format, &manifest, &extras)?;
-    model.write(&mut writer)?;
-    writer.copy_extras(built, &extras)?;
-    writer.copy_side_files(built.dir())?;
-    Ok(writer.finish(&built.config().raw)?)
-}
-
-fn train_options(recipe: &Recipe, fingerprint: &str, checkpoint_every: usize) -> TrainOptions {
-    let mut kinds = vec![
-        ParameterKind::Base,
-        ParameterKind::Adapter,
-        ParameterKind::Scale,
-    ];
-    if recipe.train_router {
-        kinds.push(ParameterKind::Router);
-    }
-    TrainOptions {
-        steps: recipe.steps,
-        learning_rate: recipe.learning_rate(),
-        beta1: 0.9,
-        beta2: 0.999,
-        clip_norm: recipe.clip_norm,
-        balance: 0.0,
-        annealing: recipe.annealing(),
-        pruning: RowPruning::default(),
-        groups: vec![Group {
-            kinds,
-            weight_decay: recipe.weight_decay,
-        }],
-        checkpoint_every,
-        fingerprint: fingerprint.to_owned(),
-    }
 }
 
 /// A model to run: in memory if it fits there, else read layer by layer in every pass.

@@ -117,6 +117,9 @@ pub struct Settings {
     /// Temperature of that distance [default: 2]
     #[arg(long)]
     pub distill_temperature: Option<f64>,
+    /// Keep the uncompressed model's so many likeliest tokens of every prediction on disk before the recovery, instead of the model in memory beside it [default: 0: the model in memory, all tokens]
+    #[arg(long)]
+    pub distill_top_k: Option<usize>,
     /// Whether the router is trained too [default: false]
     #[arg(long, value_name = "BOOL")]
     pub train_router: Option<bool>,
@@ -237,6 +240,7 @@ impl Settings {
             gamma,
             distill,
             distill_temperature,
+            distill_top_k,
             train_router,
             train_examples,
             eval_examples,

@@ -12,13 +12,15 @@ mod prepare;
 mod pruning;
 mod schedule;
 mod state;
+mod teacher;
 mod tensorboard;
 mod trainer;
 
 pub use curve::{Curve, Point};
 pub use error::{Error, Result};
-pub use objective::{Losses, Teacher, TrainBatch, distance, load_balance, objective};
+pub use objective::{Losses, TrainBatch, distance, load_balance, objective};
 pub use prepare::{Recovery, finish_recovery, prepare_recovery, unfold_bases};
 pub use pruning::RowPruning;
 pub use schedule::{Annealing, AnnealingShape, Decay, LearningRate};
+pub use teacher::{KeptPredictions, Predictions, Teacher, TopTokens, distance_to_top};
 pub use trainer::{Folders, Group, Outcome, TrainOptions, train};

@@ -1,6 +1,7 @@
 //! The loss: next-token cross entropy on target tokens, plus load balancing and the distance to a
 //! teacher where they are asked for.
 
+use crate::teacher::Teacher;
 use crate::{Error, Result};
 use candle_core::{D, Tensor};
 use candle_nn::ops::log_softmax;
@@ -16,6 +17,28 @@ pub struct TrainBatch {
     pub rows: usize,
     /// `[rows, len]`: whether this token is a target.
     pub loss_mask: Vec<bool>,
+}
+
+impl TrainBatch {
+    /// Tokens of a row, padding included.
+    pub(crate) fn length(&self) -> usize {
+        self.tokens.len() / self.rows.max(1)
+    }
+
+    /// As a model reads them.
+    pub(crate) fn tokens(&self) -> Tokens<'_> {
+        Tokens {
+            ids: &self.tokens,
+            rows: self.rows,
+        }
+    }
+
+    /// Where of `[rows · len]` the targets are predicted, `[A]`: at the token before each.
+    pub(crate) fn predicting(&self) -> Vec<u32> {
+        let len = self.length();
+        let places = (0..self.tokens.len()).filter(|i| i % len + 1 < len && self.loss_mask[i + 1]);
+        places.map(|i| i as u32).collect()
+    }
 }
 
 /// The load-balancing loss of Switch Transformers (arXiv 2101.03961, eq. 4): `E · Σ_e f_e · p_e`,
@@ -39,18 +62,6 @@ pub fn load_balance(routing: &[Routing]) -> Result<Tensor> {
     }
     let sum = sum.ok_or_else(|| Error::Invalid("a model without MoE layers has no load".into()))?;
     Ok((sum / routing.len() as f64)?)
-}
-
-/// A model that another one learns from: the uncompressed one, as MC-SMoE recovers
-/// (arXiv 2310.01334, section 3.2).
-#[derive(Clone, Copy)]
-pub struct Teacher<'a> {
-    /// The model; nothing of it is trained.
-    pub model: &'a Decoder,
-    /// Weight of the distance to it beside the cross entropy.
-    pub weight: f64,
-    /// What the logits of both are divided by.
-    pub temperature: f64,
 }
 
 /// The parts of the objective.
@@ -80,18 +91,14 @@ pub fn distance(student: &Tensor, teacher: &Tensor, temperature: f64) -> Result<
     Ok((gap * temperature.powi(2))?)
 }
 
-/// The objective's parts on a batch.
+/// The objective's parts on the batch of `step`.
 pub fn objective(
     model: &Decoder,
-    batch: &TrainBatch,
+    (step, batch): (usize, &TrainBatch),
     balance: bool,
     teacher: Option<&Teacher<'_>>,
 ) -> Result<Losses> {
-    let len = batch.tokens.len() / batch.rows.max(1);
-    let at: Vec<u32> = (0..batch.tokens.len())
-        .filter(|i| i % len + 1 < len && batch.loss_mask[i + 1])
-        .map(|i| i as u32)
-        .collect();
+    let at = batch.predicting();
     if at.is_empty() {
         return Err(Error::Invalid(
             "a batch has no target tokens; check the training data".into(),
@@ -99,11 +106,7 @@ pub fn objective(
     }
     let targets: Vec<u32> = at.iter().map(|&i| batch.tokens[i as usize + 1]).collect();
     let mut routing = Vec::new();
-    let tokens = Tokens {
-        ids: &batch.tokens,
-        rows: batch.rows,
-    };
-    let hidden = model.forward(tokens, None, &mut |_, _, r| {
+    let hidden = model.forward(batch.tokens(), None, &mut |_, _, r| {
         if balance {
             routing.extend(r.cloned());
         }
@@ -111,14 +114,10 @@ pub fn objective(
     })?;
     let at = Tensor::new(at, hidden.device())?;
     let logits = model.logits(&hidden.index_select(&at, 0)?)?;
-    let of_teacher = |teacher: &Teacher<'_>| -> Result<Tensor> {
-        let hidden = teacher.model.forward(tokens, None, &mut |_, _, _| Ok(()))?;
-        let theirs = teacher.model.logits(&hidden.index_select(&at, 0)?)?;
-        distance(&logits, &theirs, teacher.temperature)
-    };
+    let distance = teacher.map(|teacher| teacher.distance(&logits, batch, step));
     Ok(Losses {
         task: cross_entropy(&logits, &targets)?.mean_all()?,
         balance: balance.then(|| load_balance(&routing)).transpose()?,
-        distance: teacher.map(of_teacher).transpose()?,
+        distance: distance.transpose()?,
     })
 }

@@ -1,9 +1,10 @@
 //! The training loop.
 
 use crate::curve::{Curve, Point};
-use crate::objective::{Teacher, TrainBatch, objective};
+use crate::objective::{TrainBatch, objective};
 use crate::pruning::{PrunedRows, RowPruning};
 use crate::schedule::{Annealing, LearningRate};
+use crate::teacher::Teacher;
 use crate::{Error, Result, state};
 use candle_core::{Tensor, Var};
 use lightmoe_kernels::{AdamW, Moments};
@@ -158,7 +159,7 @@ fn advance(
     (batch, teacher): (&TrainBatch, Option<&Teacher<'_>>),
     parameters: &mut [Parameter],
 ) -> Result<Point> {
-    let losses = objective(model, batch, options.balance > 0.0, teacher)?;
+    let losses = objective(model, (step, batch), options.balance > 0.0, teacher)?;
     let mut total = losses.task.clone();
     if let Some(balance) = &losses.balance {
         total = (total + (balance * options.balance)?)?;

@@ -87,6 +87,10 @@ impl Recipe {
             "`budget` has no threshold; give `ratio`, `bytes` or `max_damage`"
         );
         ensure!(
+            self.distill_top_k == 0 || self.distill > 0.0,
+            "`distill_top_k` keeps predictions to learn from, and `distill` is 0; give it a weight"
+        );
+        ensure!(
             self.method != MethodName::Lora || self.rank > 0 || self.train_router,
             "`rank` is 0, so `lora` has nothing to train; give at least 1"
         );

@@ -1,0 +1,257 @@
+//! What a model learns from beside the tokens: the predictions of another one, the uncompressed one, as
+//! MC-SMoE recovers (arXiv 2310.01334, section 3.2).
+//!
+//! The other one runs beside it, or its likeliest tokens were kept before: so it is never in memory together
+//! with the trained one, and may be larger than memory itself.
+
+use crate::objective::{TrainBatch, distance};
+use crate::{Error, Result};
+use candle_core::{D, DType, Tensor};
+use candle_nn::ops::log_softmax;
+use lightmoe_models::{Decoder, LanguageModel, TensorFile, Tokens, folder};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, serialize};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// The most tokens of one pass of the other model, unless one batch has more.
+const PASS: usize = 1 << 14;
+/// Below this a probability counts as none.
+const NONE: f64 = 1e-30;
+
+/// Where the other model's predictions come from.
+#[derive(Clone, Copy)]
+pub enum Predictions<'a> {
+    /// The model runs; nothing of it is trained.
+    Model(&'a Decoder),
+    /// They were kept.
+    Kept(&'a KeptPredictions),
+}
+
+/// A model that another one learns from.
+#[derive(Clone, Copy)]
+pub struct Teacher<'a> {
+    /// What it predicts.
+    pub predictions: Predictions<'a>,
+    /// Weight of the distance to it beside the cross entropy.
+    pub weight: f64,
+    /// What the logits of both are divided by.
+    pub temperature: f64,
+}
+
+impl Teacher<'_> {
+    /// The distance of the logits `student: [A, V]` of the targets of `batch`, which is that of `step`, from
+    /// the teacher's. `[]`
+    ///
+    /// # Errors
+    /// If the model fails, or what was kept cannot be read.
+    pub(crate) fn distance(
+        &self,
+        student: &Tensor,
+        batch: &TrainBatch,
+        step: usize,
+    ) -> Result<Tensor> {
+        match self.predictions {
+            Predictions::Model(model) => {
+                let theirs = logits(model, batch)?;
+                distance(student, &theirs, self.temperature)
+            }
+            Predictions::Kept(kept) => {
+                distance_to_top(student, &kept.read(step)?, self.temperature)
+            }
+        }
+    }
+}
+
+/// The logits of the targets of a batch, `[A, V]`.
+fn logits(model: &dyn LanguageModel, batch: &TrainBatch) -> Result<Tensor> {
+    let hidden = model.forward(batch.tokens(), None, &mut |_, _, _| Ok(()))?;
+    let at = Tensor::new(batch.predicting(), hidden.device())?;
+    Ok(model.logits(&hidden.index_select(&at, 0)?)?)
+}
+
+/// The likeliest tokens that a model predicts for `A` targets, `k` each, at one temperature.
+#[derive(Debug, Clone)]
+pub struct TopTokens {
+    /// Their ids, the likeliest first: `[A, k]`, u32.
+    pub ids: Tensor,
+    /// `ln` of their probabilities among all tokens: `[A, k]`.
+    pub log_probabilities: Tensor,
+}
+
+impl TopTokens {
+    /// Those of `logits: [A, V]`; `k` is at most `V`.
+    ///
+    /// # Errors
+    /// If the tensors fail.
+    pub fn of(logits: &Tensor, k: usize, temperature: f64) -> Result<Self> {
+        let all = log_softmax(&(logits.detach() / temperature)?, D::Minus1)?;
+        let ids = all
+            .arg_sort_last_dim(false)?
+            .narrow(1, 0, k)?
+            .contiguous()?;
+        Ok(Self {
+            log_probabilities: all.gather(&ids, 1)?,
+            ids,
+        })
+    }
+}
+
+/// The same as [`distance`] of distributions over the teacher's likeliest tokens and one token more, which
+/// stands for all others: never more than the distance, and zero only where the likeliest tokens have the
+/// teacher's probabilities. `[]`
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn distance_to_top(student: &Tensor, teacher: &TopTokens, temperature: f64) -> Result<Tensor> {
+    let own = log_softmax(&(student / temperature)?, D::Minus1)?;
+    let top = &teacher.log_probabilities;
+    let probabilities = top.exp()?;
+    let among = (&probabilities * (top - own.gather(&teacher.ids, 1)?)?)?.sum(D::Minus1)?;
+    // Of all other tokens: one minus the rest would be noise where the rest is nearly all.
+    let away = Tensor::full(f32::NEG_INFINITY, top.shape(), top.device())?;
+    let away = away.to_dtype(own.dtype())?;
+    let others = own.detach().zeros_like()?;
+    let others = others.scatter(&teacher.ids, &away, 1)?;
+    let own_rest = ((own + others)?.exp()?.sum(D::Minus1)? + NONE)?.log()?;
+    let rest = (1.0 - probabilities.sum(D::Minus1)?)?.clamp(0.0, 1.0)?;
+    let of_rest = (&rest * ((&rest + NONE)?.log()? - own_rest)?)?;
+    Ok(((among + of_rest)?.mean_all()? * temperature.powi(2))?)
+}
+
+/// What a model predicts for the batches of a training, its likeliest tokens, in a folder: for each step
+/// `<step>.safetensors` with `ids` and `log_probabilities`, both `[A, k]` and f32 (ids are exact up to 2²⁴).
+pub struct KeptPredictions {
+    folder: PathBuf,
+    fingerprint: String,
+    k: usize,
+    temperature: f64,
+}
+
+impl KeptPredictions {
+    /// Those of the `k` likeliest tokens at `temperature`, in `folder`. The fingerprint names all that
+    /// decides them but these.
+    pub fn new(folder: &Path, fingerprint: &str, k: usize, temperature: f64) -> Self {
+        Self {
+            folder: folder.to_owned(),
+            fingerprint: format!("{fingerprint}/{k}/{temperature}"),
+            k,
+            temperature,
+        }
+    }
+
+    /// Keeps what `model` predicts for the batches of `steps` steps; what is there already stays. Several
+    /// batches are read in one pass, since a model on disk is read once for each. `each(done)` counts steps
+    /// and may stop the work by `false`.
+    ///
+    /// # Errors
+    /// If the model fails or files cannot be written.
+    pub fn keep(
+        &self,
+        model: &dyn LanguageModel,
+        steps: usize,
+        batch: &dyn Fn(usize) -> Result<TrainBatch>,
+        each: &mut dyn FnMut(usize) -> bool,
+    ) -> Result<bool> {
+        std::fs::create_dir_all(&self.folder).map_err(|e| Error::io(&self.folder, e))?;
+        let mut some: Vec<(usize, TrainBatch)> = Vec::new();
+        for step in 0..steps {
+            if self.open(step).is_err() {
+                let next = batch(step)?;
+                let together = |some: &[(usize, TrainBatch)]| {
+                    let all = || some.iter().map(|(_, batch)| batch).chain([&next]);
+                    let longest = all().map(TrainBatch::length).max().unwrap_or(0);
+                    longest * all().map(|batch| batch.rows).sum::<usize>()
+                };
+                if !some.is_empty() && together(&some) > PASS {
+                    self.pass(model, &some)?;
+                    some.clear();
+                }
+                some.push((step, next));
+            }
+            if !each(step + 1) {
+                return Ok(false);
+            }
+        }
+        self.pass(model, &some)?;
+        Ok(true)
+    }
+
+    /// Reads several batches at once and writes what is predicted for each.
+    fn pass(&self, model: &dyn LanguageModel, some: &[(usize, TrainBatch)]) -> Result<()> {
+        let longest = some.iter().map(|(_, batch)| batch.length()).max();
+        let Some(length) = longest else {
+            return Ok(());
+        };
+        let (mut ids, mut rows) = (Vec::new(), 0);
+        for (_, batch) in some {
+            for row in batch.tokens.chunks_exact(batch.length()) {
+                ids.extend_from_slice(row);
+                ids.resize(ids.len() + length - row.len(), 0);
+            }
+        }
+        let all = Tokens {
+            ids: &ids,
+            rows: ids.len() / length,
+        };
+        let hidden = model.forward(all, None, &mut |_, _, _| Ok(()))?;
+        for (step, batch) in some {
+            let own = batch.length() as u32;
+            let place = |at: u32| (rows as u32 + at / own) * length as u32 + at % own;
+            let at: Vec<u32> = batch.predicting().into_iter().map(place).collect();
+            rows += batch.rows;
+            let logits =
+                model.logits(&hidden.index_select(&Tensor::new(at, hidden.device())?, 0)?)?;
+            self.write(*step, &TopTokens::of(&logits, self.k, self.temperature)?)?;
+        }
+        Ok(())
+    }
+
+    fn path(&self, step: usize) -> PathBuf {
+        self.folder.join(format!("{step}.safetensors"))
+    }
+
+    fn write(&self, step: usize, top: &TopTokens) -> Result<()> {
+        let path = self.path(step);
+        let fail = |e: safetensors::SafeTensorError| Error::state(&path, e.to_string());
+        let bytes = |t: &Tensor| -> Result<Vec<u8>> {
+            let values = t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect())
+        };
+        let (ids, numbers) = (bytes(&top.ids)?, bytes(&top.log_probabilities)?);
+        let view = |bytes| TensorView::new(Dtype::F32, top.ids.dims().to_vec(), bytes);
+        let tensors = [
+            ("ids", view(&ids).map_err(fail)?),
+            ("log_probabilities", view(&numbers).map_err(fail)?),
+        ];
+        let metadata = HashMap::from([("fingerprint".to_owned(), self.fingerprint.clone())]);
+        let file = serialize(tensors, Some(metadata)).map_err(fail)?;
+        Ok(folder::write_file(&path, &file)?)
+    }
+
+    fn open(&self, step: usize) -> Result<TensorFile> {
+        let path = self.path(step);
+        let file = TensorFile::open(path.clone())?;
+        match file.entry("fingerprint") == Some(&self.fingerprint) {
+            true => Ok(file),
+            false => Err(Error::state(&path, "it is of a run with other settings")),
+        }
+    }
+
+    fn read(&self, step: usize) -> Result<TopTokens> {
+        let file = self.open(step)?;
+        let shape = file.shape("ids").unwrap_or_default().to_vec();
+        let tensor = |name: &str| -> Result<Tensor> {
+            let values = file.values(name, &shape)?;
+            Ok(Tensor::from_vec(
+                values,
+                &shape[..],
+                &candle_core::Device::Cpu,
+            )?)
+        };
+        Ok(TopTokens {
+            ids: tensor("ids")?.to_dtype(DType::U32)?,
+            log_probabilities: tensor("log_probabilities")?,
+        })
+    }
+}
