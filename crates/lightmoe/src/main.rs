@@ -66,7 +66,7 @@ fn run(command: Command) -> anyhow::Result<String> {
         Command::Bench(BenchCommand::Usage(args)) => usage::run(args),
         Command::Bench(BenchCommand::Scale(args)) => scale::run(args),
         Command::Bench(BenchCommand::Methods(args)) => scale::methods::run(args),
-        Command::Reference => Ok(reference::markdown()),
+        Command::Reference(args) => reference::run(&args),
     }
 }
 

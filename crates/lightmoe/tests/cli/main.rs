@@ -17,6 +17,7 @@ mod refusals;
 mod report;
 mod resume;
 mod sandbox;
+mod schemas;
 mod speak;
 mod stages;
 mod support;
