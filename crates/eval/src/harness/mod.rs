@@ -17,6 +17,7 @@ mod score;
 mod work;
 
 pub use encode::BeginOfText;
+pub use metrics::corpus_metric;
 pub use programs::Judge;
 pub use reference::reference_rows;
 pub use results::{RunFacts, results};

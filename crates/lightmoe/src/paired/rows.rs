@@ -103,7 +103,8 @@ pub(super) fn compare_task(
         let mut matched = matched(task, items_a, items_b)?;
         matched.warnings.extend(other_conditions(a, b));
         let flips = flips(&matched.pairs, key, task, of_a.higher_is_better, flipped);
-        let paired = Way::of(key, (items_a, of_a), (items_b, of_b))
+        let config = a.metrics.get(&key.metric);
+        let paired = Way::of(key, config, (items_a, of_a), (items_b, of_b))
             .and_then(|way| way.difference(&matched.pairs, &key.metric))
             .map(|found| flips.map_or(found, |flips| found.with_flips(flips, matched.pairs.len())));
         if paired.is_none() {
