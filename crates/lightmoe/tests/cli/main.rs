@@ -11,6 +11,7 @@ mod generated;
 mod hub;
 mod models;
 mod paired;
+mod parquet;
 mod pretrain;
 mod recipes;
 mod refusals;
