@@ -6,9 +6,9 @@ use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns, b
 use lightmoe_data::records::Message;
 use lightmoe_eval::harness::{
     BeginOfText, HarnessOptions, Judge, Kept, RunFacts, TaskPrompts, check_task, evaluate_tasks,
-    results,
+    rendered, results,
 };
-use lightmoe_models::{ChatMessage, Checkpoint, Decoder, ModelTokenizer};
+use lightmoe_models::{Checkpoint, Decoder, ModelTokenizer};
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -50,16 +50,7 @@ impl World {
 
     /// The tasks of a run with its options.
     fn prompts(&self, selected: &[Benchmark], options: &Value) -> Vec<TaskPrompts> {
-        let render = |messages: &[Message]| {
-            let messages: Vec<ChatMessage> = messages
-                .iter()
-                .map(|m| ChatMessage {
-                    role: m.role.clone(),
-                    content: m.content.clone(),
-                })
-                .collect();
-            self.tokenizer.chat(&messages).map_err(|e| e.to_string())
-        };
+        let render = |messages: &[Message]| rendered(&self.tokenizer, messages);
         let number = |key: &str| options[key].as_u64().map(|n| n as usize);
         let options = PromptOptions {
             num_fewshot: number("num_fewshot"),
@@ -206,8 +197,15 @@ fn check(run: &str) {
         ..HarnessOptions::default()
     };
     let (model, tokenizer) = (&world.model, &world.tokenizer);
-    let outcome =
-        evaluate_tasks(model, tokenizer, &tasks, &options, None, &mut |_, _| true).unwrap();
+    let outcome = evaluate_tasks(
+        model,
+        tokenizer,
+        &tasks,
+        &options,
+        Kept::default(),
+        &mut |_, _| true,
+    )
+    .unwrap();
     assert!(outcome.is_whole);
     let ours = results(&selected, &tasks, &outcome, tokenizer, facts()).unwrap();
     for key in [
@@ -338,10 +336,11 @@ fn an_interrupted_evaluation_goes_on_to_the_same_numbers() {
     let path = folder.path().join("requests.jsonl");
     let run = |fingerprint: &str, stop: usize| {
         let mut calls = 0;
-        let kept = Some(Kept {
-            path: &path,
+        let kept = Kept {
+            journal: Some(&path),
             fingerprint,
-        });
+            cache: None,
+        };
         let (model, tokenizer) = (&world.model, &world.tokenizer);
         let outcome = evaluate_tasks(model, tokenizer, &tasks, &options, kept, &mut |_, _| {
             calls += 1;

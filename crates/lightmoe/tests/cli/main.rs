@@ -3,6 +3,7 @@
 
 mod artefacts;
 mod benchmarks;
+mod cache;
 mod compare;
 mod damage;
 mod divergence;
