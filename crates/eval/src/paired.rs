@@ -50,7 +50,8 @@ pub struct Uncertainty {
     pub high: f64,
     /// Of the bootstrap, the p-value as sacreBLEU computes it: how often the size of the difference exceeds
     /// its own mean over the resamples by more than the difference. Where all resamples are on one side of
-    /// 0, it is the probability in one direction: 0.025 is where the interval ends.
+    /// 0, it is the probability in one direction: 0.025 is where the interval ends. 1 where no resample
+    /// differs, where sacreBLEU has its smallest value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bootstrap_p: Option<f64>,
 }
@@ -218,6 +219,10 @@ impl Difference {
 /// [`Uncertainty::bootstrap_p`] of differences of resamples (Riezler and Maxwell, "On some pitfalls in
 /// automatic evaluation and significance testing for MT", 2005).
 fn bootstrap_p(difference: f64, resampled: &[f64]) -> f64 {
+    // sacreBLEU gives the smallest value that it has for a system against itself.
+    if resampled.iter().all(|d| *d == 0.0) {
+        return 1.0;
+    }
     let mean = resampled.iter().map(|d| d.abs()).sum::<f64>() / resampled.len() as f64;
     let exceeds = |d: &&f64| d.abs() - mean > difference.abs();
     (resampled.iter().filter(exceeds).count() + 1) as f64 / (resampled.len() + 1) as f64
@@ -318,6 +323,8 @@ mod tests {
         assert!((found_of.low - exact_of.low).abs() < 0.1 * exact_of.stderr * NORMAL_95);
         assert_eq!(found, Difference::bootstrapped(400, 2000, &score));
         assert_eq!(Difference::bootstrapped(1, 2000, &score).uncertainty, None);
+        let same = Difference::bootstrapped(400, 20, &|items| (mean(&a, items), mean(&a, items)));
+        assert_eq!(same.uncertainty.unwrap().bootstrap_p, Some(1.0));
     }
 
     #[test]
