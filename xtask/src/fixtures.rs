@@ -66,7 +66,7 @@ fn overlap() -> Outcome {
         OVERLAP,
         "make_overlap.py",
     )?;
-    let files = ["overlap.json", "math.json"].map(PathBuf::from);
+    let files = ["overlap.json", "math.json", "paired.json"].map(PathBuf::from);
     Ok(shell::code(compare(&made, &committed, files.into_iter())?))
 }
 

@@ -83,7 +83,7 @@ const COMMANDS: &[Command] = &[
     Command {
         name: "docs",
         arguments: "[--check]",
-        about: "Write docs/reference.md and docs/tasks.md from what the program says of itself, or compare",
+        about: "Write docs/reference.md, docs/tasks.md and docs/schemas from what the program says of itself, or compare",
         run: docs::run,
     },
     Command {

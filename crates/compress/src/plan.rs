@@ -13,6 +13,7 @@ use std::path::Path;
 
 use lightmoe_models::config::ModelConfig;
 use lightmoe_models::{FactoredBases, folder};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::methods::{AdapterInit, BaseInit, MethodName};
@@ -23,9 +24,10 @@ use crate::{Error, Result, read};
 pub const SCHEMA_VERSION: u32 = 1;
 
 /// A whole plan.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Plan {
-    /// [`SCHEMA_VERSION`].
+    /// Version of this layout.
+    #[schemars(extend("const" = SCHEMA_VERSION))]
     pub schema_version: u32,
     /// The method that made it.
     pub method: MethodName,
@@ -35,7 +37,7 @@ pub struct Plan {
     pub settings: PlanSettings,
     /// How much smaller the model becomes.
     pub ratio: Ratio,
-    /// The global threshold; `None` where the method has none.
+    /// The global threshold `p_hat`, a share of the gate mass; null where the method has none.
     pub p_hat: Option<f64>,
     /// What it leaves and what is trained.
     pub parameters: Parameters,
@@ -48,18 +50,18 @@ pub struct Plan {
 
 /// What errors of the experts are expected to cost, in nats for each predicted token, to second order and
 /// as if they did not meet: good to choose by, and no forecast of what will be measured.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlanDamage {
     /// Bytes of all weights that the plan leaves.
     pub bytes: u64,
-    /// Its damage.
+    /// Its damage, in nats for each predicted token.
     pub predicted: f64,
     /// What other sizes would have cost, from the smallest to the original.
     pub curve: Vec<CurvePoint>,
 }
 
 /// A size and its damage.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct CurvePoint {
     /// Of all weights.
     pub bytes: u64,
@@ -68,15 +70,15 @@ pub struct CurvePoint {
 }
 
 /// The facts of the model that a plan depends on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ModelSummary {
     /// The family's `model_type`.
     pub family: String,
-    /// `H`.
+    /// `H`, the size of a hidden state.
     pub hidden_size: usize,
-    /// `F` of a routed expert.
+    /// `F`, the neurons of a routed expert.
     pub intermediate_size: usize,
-    /// `E`: routed experts per layer.
+    /// `E`, the routed experts of a layer.
     pub num_experts: usize,
     /// Experts chosen for a token.
     pub top_k: usize,
@@ -105,7 +107,7 @@ impl From<&ModelConfig> for ModelSummary {
 }
 
 /// The settings of the method.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlanSettings {
     /// Rank of the adapter of each replaced expert.
     pub rank: usize,
@@ -123,30 +125,30 @@ pub struct PlanSettings {
     /// How the adapters of the replaced experts start.
     #[serde(default)]
     pub adapters: AdapterInit,
-    /// Rank of the adapter that each base has while training, merged at the end; `None` trains the
-    /// base itself.
+    /// Rank of the adapter that each base has while training, merged at the end; absent where the
+    /// base itself trains.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_rank: Option<usize>,
-    /// How many components of each replaced expert's adapter, or mixture, train, the last ones; `None`
-    /// for all.
+    /// How many components of each replaced expert's adapter, or mixture, train, the last ones; absent
+    /// where all do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trained_rank: Option<usize>,
-    /// Steps of the fit of mixed slots; `None` without any.
+    /// Steps of the fit of mixed slots; absent without any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fit_steps: Option<usize>,
 }
 
 /// How much smaller the model becomes, as a share of all its parameters.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Ratio {
-    /// What was asked for; `None` where a threshold was given instead.
+    /// What was asked for; null where it was something else than a ratio.
     pub target: Option<f64>,
     /// What the plan gives.
     pub achieved: f64,
 }
 
 /// Parameter counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Parameters {
     /// Of the original model.
     pub before: u64,
@@ -157,24 +159,24 @@ pub struct Parameters {
 }
 
 /// What becomes of one layer.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct LayerPlan {
     /// The layer's number in the model.
     pub layer: usize,
-    /// The layer's threshold `p_j`.
+    /// The layer's threshold `p_j`, a share of its gate mass; null where the method has none.
     pub threshold: Option<f64>,
-    /// The layer's mean router norm `R_j`.
+    /// The layer's mean router norm `R_j`; null where it was not observed.
     pub router_norm: Option<f64>,
     /// Shared bases in this layer.
     pub groups: usize,
-    /// How many of the chosen experts run, where the others only scale their inputs; `None` where all
+    /// How many of the chosen experts run, where the others only scale their inputs; absent where all
     /// run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub main: Option<usize>,
-    /// How the shared bases are stored, all alike; `None` where they are whole matrices.
+    /// How the shared bases are stored, all alike; absent where they are whole matrices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub factored: Option<FactoredBases>,
-    /// One slot per expert, ascending.
+    /// One slot per expert, ascending, `[E]`.
     pub slots: Vec<SlotPlan>,
 }
 
@@ -251,7 +253,7 @@ impl LayerPlan {
 }
 
 /// What becomes of one expert.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct SlotPlan {
     /// The expert's number.
     pub expert: usize,
@@ -279,14 +281,14 @@ impl SlotPlan {
 }
 
 /// The form of a slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "form", rename_all = "lowercase")]
 pub enum SlotForm {
     /// The expert's own matrices.
     Dense,
     /// The base of a group plus an adapter of the slot's own.
     Adapted {
-        /// The group whose base it uses; `None` for the adapter alone.
+        /// The group whose base it uses; absent for the adapter alone.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         group: Option<usize>,
         /// Rank of the adapter; 0 for the base alone.

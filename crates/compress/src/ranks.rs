@@ -4,6 +4,7 @@
 use crate::size::adapter_parameters;
 use crate::{Error, Result};
 use lightmoe_models::ModelConfig;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What is added to an expert's importance, of which the largest in a layer is 1, so that the least
@@ -19,7 +20,7 @@ pub fn smoothed(importance: &[f64]) -> Vec<f64> {
 }
 
 /// How factorised experts share a budget.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum RankRule {
     /// The same rank everywhere.

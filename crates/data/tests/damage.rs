@@ -2,24 +2,17 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use lightmoe_data::harness::{Catalogue, PromptOptions, TaskConfig, build_prompts};
+#[path = "../../../fuzz/forms.rs"]
+mod forms;
+
+use forms::FORMS;
+use lightmoe_data::harness::{PromptOptions, build_prompts};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Forms of files and the endings of their names, by the number that a seed of the fuzz target `rows`
-/// begins with.
-const FORMS: [(&str, &str); 8] = [
-    ("jsonl", "jsonl"),
-    ("json", "json"),
-    ("csv", "csv"),
-    ("tsv", "tsv"),
-    ("parquet", "parquet"),
-    ("wikitext", "raw"),
-    ("jsonl", "jsonl.gz"),
-    ("text", "txt"),
-];
+/// The number of Parquet among the forms.
 const PARQUET: usize = 4;
 /// Long enough for every change on a machine that does little else.
 const MOST: Duration = Duration::from_secs(60);
@@ -28,21 +21,6 @@ fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../..")
         .join(path)
-}
-
-/// A task whose documents are the rows of a file of a form, in `folder`.
-fn task(folder: &Path, form: usize) -> TaskConfig {
-    let (format, ending) = FORMS[form];
-    let text = format!(
-        "task: rows\noutput_type: generate_until\ntest_split: test\ndoc_to_text: Q\n\
-         doc_to_target: A\ndata_files:\n  format: {format}\n  splits: {{test: rows.{ending}}}\n  \
-         source: Made.\n"
-    );
-    let path = folder.join("task.yaml");
-    fs::write(&path, text).unwrap();
-    let name = path.display().to_string();
-    let selected = Catalogue::default().select(&[name]).unwrap();
-    selected[0].tasks()[0].clone()
 }
 
 /// The form and bytes of every seed and every Parquet file that is committed, the short ones first.
@@ -78,8 +56,9 @@ fn a_changed_byte_brings_an_error_or_rows() {
     assert!(parquet >= 4 && files.len() >= 9, "{}", files.len());
     let (mut read, mut refused) = (0, 0);
     for (form, whole) in files {
-        let (task, ending) = (task(folder.path(), form), FORMS[form].1);
-        let path = folder.path().join(format!("rows.{ending}"));
+        let task = FORMS[form].task(folder.path());
+        let path = FORMS[form].path(folder.path());
+        let name = path.file_name().unwrap().to_str().unwrap();
         fs::write(&path, &whole).unwrap();
         // In place: to write the whole file for each change takes long on some disks.
         let file = File::options().write(true).open(&path).unwrap();
@@ -92,7 +71,7 @@ fn a_changed_byte_brings_an_error_or_rows() {
                     Err(error) => {
                         refused += 1;
                         let error = error.to_string();
-                        assert!(error.contains(&format!("rows.{ending}")), "{error}");
+                        assert!(error.contains(name), "{error}");
                     }
                 }
             }

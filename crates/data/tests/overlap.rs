@@ -86,6 +86,7 @@ fn texts_score_as_by_rouge_score() {
                 ("rouge1", Unit::Ngrams(1)),
                 ("rouge2", Unit::Ngrams(2)),
                 ("rougeL", Unit::Subsequence),
+                ("rougeLsum", Unit::Lines),
             ] {
                 let score =
                     Rouge { unit, stemming }.score(pair["answer"].as_str().unwrap(), &references);

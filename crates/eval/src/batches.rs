@@ -27,7 +27,15 @@ pub(crate) struct Batch {
 /// All rows in batches, a function of the rows alone. A batch has at most `batch_tokens` tokens with
 /// padding, what is shared counted for every row, or one row.
 pub(crate) fn batches(rows: &[Encoded], batch_tokens: usize) -> Vec<Batch> {
-    let mut order: Vec<usize> = (0..rows.len()).collect();
+    batches_of(rows, (0..rows.len()).collect(), batch_tokens)
+}
+
+/// The same of some rows.
+pub(crate) fn batches_of(
+    rows: &[Encoded],
+    mut order: Vec<usize>,
+    batch_tokens: usize,
+) -> Vec<Batch> {
     order.sort_by_key(|&row| input(&rows[row]));
     let mut inputs: Vec<Vec<usize>> = Vec::new();
     for row in order {

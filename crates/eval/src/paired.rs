@@ -16,6 +16,7 @@ use crate::score::deviation;
 use lightmoe_models::random::stream;
 use rand::Rng;
 use rayon::prelude::*;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Standard errors that 95 % of a normal distribution lie within, on either side.
@@ -24,7 +25,7 @@ const NORMAL_95: f64 = 1.959_963_984_540_054;
 const SEED: u64 = 1234;
 
 /// Two scores and their difference.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Difference {
     /// The score of A.
     pub a: f64,
@@ -32,12 +33,12 @@ pub struct Difference {
     pub b: f64,
     /// B minus A.
     pub difference: f64,
-    /// How sure it is; none where that cannot be known, as of one item.
+    /// How sure it is; null where that cannot be known, as of one item.
     pub uncertainty: Option<Uncertainty>,
 }
 
 /// How sure a difference is.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Uncertainty {
     /// Where it comes from.
     pub by: Basis,
@@ -47,10 +48,18 @@ pub struct Uncertainty {
     pub low: f64,
     /// Upper end of the 95 % interval.
     pub high: f64,
+    /// Of the bootstrap, the p-value as sacreBLEU computes it: how often the size of the difference exceeds
+    /// its own mean over the resamples by more than the difference. Where all resamples are on one side of
+    /// 0, it is the probability in one direction: 0.025 is where the interval ends. 1 where no resample
+    /// differs, where sacreBLEU has its smallest value.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bootstrap_p: Option<f64>,
 }
 
 /// Where an uncertainty comes from, the best first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Basis {
     /// The differences of the items.
@@ -68,6 +77,7 @@ impl Uncertainty {
             stderr,
             low: difference - NORMAL_95 * stderr,
             high: difference + NORMAL_95 * stderr,
+            bootstrap_p: None,
         }
     }
 }
@@ -107,20 +117,30 @@ impl Difference {
         resamples: usize,
         score: &(impl Fn(&[usize]) -> (f64, f64) + Sync),
     ) -> Self {
-        let (a, b) = score(&(0..n).collect::<Vec<_>>());
-        let new = Self::new(a, b);
-        if n < 2 || resamples < 2 {
-            return new;
-        }
         // Drawn in one row, so that the draws do not depend on the threads.
         let mut rng = stream(SEED, "paired bootstrap");
+        let resamples = if n < 2 { 0 } else { resamples };
         let draws: Vec<Vec<u32>> = (0..resamples)
             .map(|_| (0..n).map(|_| rng.random_range(0..n as u32)).collect())
             .collect();
+        Self::of_draws(n, &draws, score)
+    }
+
+    /// As [`Difference::bootstrapped`], with items that were drawn before.
+    pub fn of_draws(
+        n: usize,
+        draws: &[Vec<u32>],
+        score: &(impl Fn(&[usize]) -> (f64, f64) + Sync),
+    ) -> Self {
+        let (a, b) = score(&(0..n).collect::<Vec<_>>());
+        let new = Self::new(a, b);
+        if draws.len() < 2 {
+            return new;
+        }
         let mut differences: Vec<f64> = draws
-            .into_par_iter()
+            .par_iter()
             .map(|draw| {
-                let items: Vec<usize> = draw.into_iter().map(|item| item as usize).collect();
+                let items: Vec<usize> = draw.iter().map(|&item| item as usize).collect();
                 let (a, b) = score(&items);
                 b - a
             })
@@ -132,6 +152,7 @@ impl Difference {
                 stderr: deviation(&differences),
                 low: quantile(&differences, 0.025),
                 high: quantile(&differences, 0.975),
+                bootstrap_p: Some(bootstrap_p(new.difference, &differences)),
             }),
             ..new
         }
@@ -173,6 +194,7 @@ impl Difference {
                 stderr: together(&|of| of.stderr),
                 low: new.difference - reach,
                 high: new.difference + reach,
+                bootstrap_p: None,
             })
         });
         (weights > 0.0).then_some(Self { uncertainty, ..new })
@@ -194,8 +216,20 @@ impl Difference {
     }
 }
 
+/// [`Uncertainty::bootstrap_p`] of differences of resamples (Riezler and Maxwell, "On some pitfalls in
+/// automatic evaluation and significance testing for MT", 2005).
+fn bootstrap_p(difference: f64, resampled: &[f64]) -> f64 {
+    // sacreBLEU gives the smallest value that it has for a system against itself.
+    if resampled.iter().all(|d| *d == 0.0) {
+        return 1.0;
+    }
+    let mean = resampled.iter().map(|d| d.abs()).sum::<f64>() / resampled.len() as f64;
+    let exceeds = |d: &&f64| d.abs() - mean > difference.abs();
+    (resampled.iter().filter(exceeds).count() + 1) as f64 / (resampled.len() + 1) as f64
+}
+
 /// Items that are right in one evaluation and wrong in the other.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Flips {
     /// Right in A, wrong in B.
     pub lost: usize,
@@ -289,6 +323,8 @@ mod tests {
         assert!((found_of.low - exact_of.low).abs() < 0.1 * exact_of.stderr * NORMAL_95);
         assert_eq!(found, Difference::bootstrapped(400, 2000, &score));
         assert_eq!(Difference::bootstrapped(1, 2000, &score).uncertainty, None);
+        let same = Difference::bootstrapped(400, 20, &|items| (mean(&a, items), mean(&a, items)));
+        assert_eq!(same.uncertainty.unwrap().bootstrap_p, Some(1.0));
     }
 
     #[test]

@@ -3,11 +3,12 @@
 
 use crate::Result;
 use lightmoe_models::folder::write_file;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// One scored example.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Sample {
     /// Number of the example, from 0.
     pub index: usize,

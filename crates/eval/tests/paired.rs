@@ -1,16 +1,24 @@
-//! Paired results against SciPy and NumPy, see `fixtures/paired`.
+//! Paired results against SciPy and NumPy, see `fixtures/paired`, and sacreBLEU, see `fixtures/overlap`.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+use lightmoe_data::harness::MetricConfig;
+use lightmoe_data::overlap::add_counts;
+use lightmoe_eval::harness::corpus_metric;
 use lightmoe_eval::paired::{Basis, Difference, Flips};
 use serde_json::Value;
 use std::path::Path;
 
-fn fixture(key: &str) -> Value {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/paired/paired.json");
+fn file(path: &str) -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../fixtures")
+        .join(path);
     let text = std::fs::read_to_string(path).unwrap();
-    let mut all: Value = serde_json::from_str(&text).unwrap();
-    all[key].take()
+    serde_json::from_str(&text).unwrap()
+}
+
+fn fixture(key: &str) -> Value {
+    file("paired/paired.json")[key].take()
 }
 
 fn numbers(value: &Value) -> Vec<f64> {
@@ -63,4 +71,42 @@ fn the_bootstrap_of_perplexities_is_near_scipys() {
     close(of.stderr, &case["stderr"], 0.03);
     close(of.low, &case["low"], 0.03);
     close(of.high, &case["high"], 0.03);
+}
+
+#[test]
+fn corpora_are_paired_as_by_sacrebleu() {
+    let said = file("overlap/paired.json");
+    let texts = |key: &str| -> Vec<String> { serde_json::from_value(said[key].clone()).unwrap() };
+    let draws: Vec<Vec<u32>> = serde_json::from_value(said["draws"].clone()).unwrap();
+    let references = texts("references");
+    for (name, systems) in said["metrics"].as_object().unwrap() {
+        let config = MetricConfig {
+            metric: name.clone(),
+            ..MetricConfig::default()
+        };
+        let metric = corpus_metric(&config).unwrap();
+        let counts = |system: &str| -> Vec<Vec<usize>> {
+            let pairs = texts(system).into_iter().zip(&references);
+            pairs
+                .map(|(answer, reference)| metric.counts(&answer, &[reference.as_str()]))
+                .collect()
+        };
+        let score = |counts: &[Vec<usize>], items: &[usize]| {
+            let mut sums = Vec::new();
+            items
+                .iter()
+                .for_each(|&n| add_counts(&mut sums, &counts[n]));
+            metric.score(&sums)
+        };
+        let of_a = counts("a");
+        for system in ["b", "c"] {
+            let of_other = counts(system);
+            let both = |items: &[usize]| (score(&of_a, items), score(&of_other, items));
+            let found = Difference::of_draws(references.len(), &draws, &both);
+            close(found.a, &systems["a"]["score"], 1e-12);
+            close(found.b, &systems[system]["score"], 1e-12);
+            let p = found.uncertainty.unwrap().bootstrap_p.unwrap();
+            close(p, &systems[system]["p"], 1e-12);
+        }
+    }
 }

@@ -4,6 +4,7 @@ mod bench;
 mod benchmarks;
 mod compare_results;
 mod divergence;
+mod reference;
 mod report;
 mod speak;
 
@@ -16,6 +17,7 @@ pub use bench::{BenchCommand, MethodsArgs, QualityArgs, ScaleArgs, UsageArgs};
 pub use benchmarks::{BenchmarkArgs, DocumentArgs, TasksArgs};
 pub use compare_results::CompareResultsArgs;
 pub use divergence::{DivergenceArgs, TextArgs};
+pub use reference::ReferenceArgs;
 pub use report::ReportArgs;
 pub use speak::{ChatArgs, GenerateArgs, SpeakArgs};
 
@@ -121,8 +123,8 @@ pub enum Command {
     /// Measure
     #[command(subcommand)]
     Bench(BenchCommand),
-    /// Print the reference of all commands as Markdown
-    Reference,
+    /// Print the reference of all commands as Markdown, or the JSON Schema of a file
+    Reference(ReferenceArgs),
 }
 
 /// Settings from a recipe file and the command line.

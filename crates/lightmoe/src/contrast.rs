@@ -13,6 +13,7 @@ use lightmoe_models::folder::write_file;
 use lightmoe_models::{
     Checkpoint, GenerateOptions, LanguageModel, ModelTokenizer, Next, generate_rows,
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -24,9 +25,10 @@ const ANSWERS: usize = 8;
 const ANSWER_TOKENS: usize = 64;
 
 /// The whole of `contrast.json`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Contrast {
-    /// Version of the layout.
+    /// Version of this layout.
+    #[schemars(extend("const" = SCHEMA_VERSION))]
     pub schema_version: u32,
     /// The task whose test items were read, in their order.
     pub task: String,
@@ -42,7 +44,7 @@ pub struct Contrast {
 }
 
 /// How many tokens chose each expert of a layer, in either model.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct LoadPair {
     /// The layer's number in the model.
     pub layer: usize,
@@ -53,7 +55,7 @@ pub struct LoadPair {
 }
 
 /// One test item and what either model answers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AnswerPair {
     /// The prompt.
     pub prompt: String,
@@ -66,7 +68,7 @@ pub struct AnswerPair {
 }
 
 /// What a model answers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Answer {
     /// The text.
     pub text: String,

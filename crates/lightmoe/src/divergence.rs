@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use lightmoe_data::Encoded;
 use lightmoe_eval::divergence::{Distance, Divergence, Estimate, ModelPair, Swaps, divergence};
 use lightmoe_models::{Checkpoint, folder};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -21,9 +22,10 @@ pub const SCHEMA_VERSION: u32 = 1;
 pub const DIVERGENCE: &str = "divergence.json";
 
 /// The whole of `divergence.json`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct DivergenceFile {
-    /// [`SCHEMA_VERSION`].
+    /// Version of this layout.
+    #[schemars(extend("const" = SCHEMA_VERSION))]
     pub schema_version: u32,
     /// Version of the program that wrote it.
     pub lightmoe_version: String,
@@ -55,7 +57,7 @@ impl DivergenceFile {
 }
 
 /// Which model it was.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ModelFacts {
     /// As it was given.
     pub name: String,
@@ -64,7 +66,7 @@ pub struct ModelFacts {
 }
 
 /// What came of a text.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TextDivergence {
     /// The name of the file or task.
     pub name: String,

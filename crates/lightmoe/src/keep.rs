@@ -6,12 +6,13 @@ use crate::source::TaskData;
 use anyhow::{Context, Result};
 use lightmoe_models::Checkpoint;
 use lightmoe_models::folder::{PartialFolder, write_file};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::Path;
 
 /// What a run ends with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Keep {
     /// The recovered model.
@@ -22,13 +23,13 @@ pub enum Keep {
 }
 
 /// Which model was kept, and why.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Kept {
     /// The state of the model that the run ended with.
     pub model: Stage,
-    /// Mean answer NLL on the validation examples: of the built model; `None` if it gives no numbers.
+    /// Mean answer NLL of the built model on the validation examples, nats a token; null if it gives no numbers.
     pub built_nll: Option<f64>,
-    /// Of the recovered one.
+    /// The same of the recovered model.
     pub recovered_nll: Option<f64>,
 }
 

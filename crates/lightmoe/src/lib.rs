@@ -31,6 +31,7 @@ pub mod run;
 pub mod runner;
 pub mod sandbox;
 pub mod scale;
+pub mod schemas;
 pub mod settings;
 pub mod source;
 pub mod speak;

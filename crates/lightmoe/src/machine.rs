@@ -1,6 +1,7 @@
 //! What a measurement depends on and costs: the day, the machine, the process's resident memory
 //! (the last two as Linux reports them); and how much memory the work may take.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::sync::OnceLock;
 
@@ -33,10 +34,10 @@ pub fn today() -> String {
 }
 
 /// What ran and where.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Environment {
     /// The commit that the program was built from, with `-dirty` behind it where files differed from
-    /// it; `None` where it was not built in a repository.
+    /// it; null where it was not built in a repository.
     pub git_hash: Option<String>,
     /// Operating system and architecture: `linux x86_64`.
     pub system: String,

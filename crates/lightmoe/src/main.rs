@@ -7,13 +7,16 @@ use lightmoe::{
     benchmarks, commands, compare, machine, paired, progress, quality, reference, sandbox, scale,
     usage,
 };
+use lightmoe_data::harness::catches_panics;
 use std::io::Write;
+use std::panic;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     if let Some(code) = sandbox::enter() {
         return code;
     }
+    keep_quiet_of_caught_panics();
     lightmoe_kernels::tune_process();
     let cli = Cli::parse();
     log(cli.log_format);
@@ -41,6 +44,16 @@ fn main() -> ExitCode {
     code
 }
 
+/// Damage of a data file, for which its reader panics, has a message of its own.
+fn keep_quiet_of_caught_panics() {
+    let usual = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        if !catches_panics() {
+            usual(info);
+        }
+    }));
+}
+
 fn run(command: Command) -> anyhow::Result<String> {
     match command {
         Command::Compress(args) => commands::run_compress(args),
@@ -66,7 +79,7 @@ fn run(command: Command) -> anyhow::Result<String> {
         Command::Bench(BenchCommand::Usage(args)) => usage::run(args),
         Command::Bench(BenchCommand::Scale(args)) => scale::run(args),
         Command::Bench(BenchCommand::Methods(args)) => scale::methods::run(args),
-        Command::Reference => Ok(reference::markdown()),
+        Command::Reference(args) => reference::run(&args),
     }
 }
 

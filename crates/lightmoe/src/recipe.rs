@@ -20,6 +20,7 @@ use lightmoe_compress::{Sensitivity, Statistics, mixture};
 use lightmoe_data::Task;
 use lightmoe_models::ModelConfig;
 use lightmoe_train::{Annealing, AnnealingShape, Decay, LearningRate};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fmt::Display;
 use std::path::PathBuf;
@@ -32,7 +33,7 @@ const PAPER_HIDDEN: f64 = 2048.0;
 const PAPER_GROUPS: usize = 3;
 
 /// A recipe with every choice made. Written as `recipe.toml` beside the result.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)] // the keys of `Settings`
 pub struct Recipe {

@@ -1,11 +1,24 @@
-//! The reference of the command line, made from its definition.
+//! The reference of the command line, made from its definition, and that of the files.
 
-use crate::cli::Cli;
+use crate::cli::{Cli, ReferenceArgs};
+use crate::schemas;
 use clap::{Command, CommandFactory};
 use std::fmt::Write;
 
+/// The page, or what is asked for of the schemas.
+///
+/// # Errors
+/// [`crate::preflight::Refused`] for a schema that there is not.
+pub fn run(args: &ReferenceArgs) -> anyhow::Result<String> {
+    match (&args.schema, args.schemas) {
+        (Some(name), _) => schemas::print(name),
+        (None, true) => Ok(schemas::names()),
+        (None, false) => Ok(markdown()),
+    }
+}
+
 /// All commands with their options as Markdown; `docs/reference.md` holds it.
-pub fn markdown() -> String {
+fn markdown() -> String {
     let mut text = String::from(
         "# Reference\n\nMade by `cargo xtask docs`. The options of `compress` are the keys of a \
          recipe file too, with `_` for `-`.\n",

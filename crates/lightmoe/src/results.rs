@@ -11,6 +11,7 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 pub use lightmoe_compress::plan::{Parameters, Ratio};
 use lightmoe_eval::divergence::Distance;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Version of the layout of `results.json`.
@@ -20,9 +21,10 @@ pub const SCHEMA_VERSION: u32 = 1;
 pub type TaskScores = BTreeMap<String, BTreeMap<String, Score>>;
 
 /// The whole of `results.json`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Results {
-    /// [`SCHEMA_VERSION`].
+    /// Version of this layout.
+    #[schemars(extend("const" = SCHEMA_VERSION))]
     pub schema_version: u32,
     /// Version of the program that wrote it.
     pub lightmoe_version: String,
@@ -40,13 +42,15 @@ pub struct Results {
     pub parameters: Parameters,
     /// Bytes of the weights on disk.
     pub bytes: Bytes,
-    /// Scores of the original, the built and the recovered model; a stage may be missing.
+    /// Scores of the original, the built and the recovered model by task and metric; a stage may be missing.
+    /// Metrics: `exact_match`, `answer_nll` (nats per answer token), for multiple choice `acc` and
+    /// `acc_norm`, for translation `chrf` (0 to 100).
     pub stages: BTreeMap<Stage, TaskScores>,
     /// Wall-clock seconds of each step of the run.
     pub seconds: BTreeMap<String, f64>,
-    /// Greatest resident memory of the run.
+    /// Greatest resident memory of the run, in bytes.
     pub peak_rss_bytes: u64,
-    /// Greatest resident memory while each step ran.
+    /// Greatest resident memory while each step ran, in bytes.
     pub peak_rss_by_stage: BTreeMap<String, u64>,
     /// Which model was kept, where the better one was to be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -66,7 +70,7 @@ pub struct Results {
 }
 
 /// Bytes of the weights on disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Bytes {
     /// Of the original model.
     pub before: u64,
@@ -75,7 +79,9 @@ pub struct Bytes {
 }
 
 /// A state of the model that is scored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Stage {
     /// As it was given.
@@ -101,7 +107,7 @@ impl Stage {
 }
 
 /// One metric of one task.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Score {
     /// The estimate.
     pub value: f64,

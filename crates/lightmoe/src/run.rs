@@ -9,17 +9,18 @@ use crate::recipe::Recipe;
 use crate::results::TaskScores;
 use anyhow::{Context, Result, bail, ensure};
 use lightmoe_models::folder::write_file;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// What a run depends on besides its recipe.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Inputs {
-    /// The model's content.
+    /// A hash of the model's content.
     pub model: String,
-    /// The content of the records to train and calibrate on.
+    /// A hash of the records to train and calibrate on.
     pub data: String,
     /// The program's version.
     pub lightmoe: String,
@@ -59,20 +60,23 @@ impl Inputs {
 }
 
 /// A finished stage.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct Done {
     /// Wall-clock seconds.
     pub seconds: f64,
-    /// Highest resident memory while it ran.
+    /// Highest resident memory while it ran, in bytes.
     pub peak_rss_bytes: u64,
-    /// Scores, where the stage evaluates.
+    /// Scores by task and metric, where the stage evaluates.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub scores: Option<TaskScores>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-struct State {
+/// The whole of `run.json`.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct State {
+    /// What the run depends on besides its recipe.
     inputs: Inputs,
+    /// Finished stages by name.
     stages: BTreeMap<String, Done>,
 }
 

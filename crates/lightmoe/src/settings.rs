@@ -2,11 +2,12 @@
 
 use crate::verdict::Thresholds;
 use anyhow::{Context, Result, anyhow};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 /// What a user may set, on the command line or in a recipe file.
-#[derive(Debug, Clone, Default, clap::Args, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, clap::Args, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
     /// Model folder (Hugging Face layout), `org/name` or `org/name@revision` on the Hugging Face Hub, or `olmoe-nano`, the model in the repository [default: olmoe-nano]

@@ -6,8 +6,9 @@ use crate::recipe::Recipe;
 use anyhow::{Context, Result};
 use lightmoe_data::{Encoded, Example, Split, Task, encode, records};
 use lightmoe_eval::EvalOptions;
+use lightmoe_eval::harness::rendered;
 use lightmoe_models::hub::{HubName, Want};
-use lightmoe_models::{ChatMessage, Checkpoint, ModelTokenizer, folder};
+use lightmoe_models::{Checkpoint, ModelTokenizer, folder};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 
@@ -179,24 +180,6 @@ impl TaskData {
         let encoded = examples.iter().map(encode);
         Ok(encoded.collect::<lightmoe_data::Result<_>>()?)
     }
-}
-
-/// A conversation as the model's chat template has it.
-///
-/// # Errors
-/// What is wrong with it, in the words of the template.
-pub(crate) fn rendered(
-    tokenizer: &ModelTokenizer,
-    messages: &[records::Message],
-) -> std::result::Result<String, String> {
-    let messages: Vec<ChatMessage> = messages
-        .iter()
-        .map(|m| ChatMessage {
-            role: m.role.clone(),
-            content: m.content.clone(),
-        })
-        .collect();
-    tokenizer.chat(&messages).map_err(|e| e.to_string())
 }
 
 /// The records of a file, messages rendered by the model's chat template.

@@ -3,11 +3,12 @@
 use crate::results::{Score, TaskScores, lower_is_better};
 use anyhow::{Result, anyhow, ensure};
 use lightmoe_eval::divergence::Estimate;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// What a result must meet; what is not set asks for nothing.
-#[derive(Debug, Clone, Default, PartialEq, clap::Args, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, clap::Args, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Thresholds {
     /// For the verdict: least share of the original's score to keep, on every task and metric of which more is better, such as 0.97
@@ -76,7 +77,7 @@ impl Thresholds {
 }
 
 /// What follows from the thresholds.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Verdict {
     /// The verdict in a word.
     pub word: Word,
@@ -85,7 +86,7 @@ pub struct Verdict {
 }
 
 /// The verdict in a word.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Word {
     /// Every threshold is met.
@@ -117,11 +118,11 @@ impl Word {
 }
 
 /// A threshold held against one number.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Check {
     /// The threshold's key.
     pub threshold: String,
-    /// What it asks for; `None` where that is a share of a score that is not there.
+    /// What it asks for, in the unit of what is measured; null where that is a share of a score that is not there.
     pub limit: Option<f64>,
     /// Where a share of the original's score is asked for: that share.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -131,9 +132,9 @@ pub struct Check {
     pub original: Option<f64>,
     /// What it is about: a task with its metric, or the weights.
     pub of: String,
-    /// The number held against it; `None` where there is none.
+    /// The number held against it; null where there is none.
     pub measured: Option<f64>,
-    /// Two standard errors of that number, the two models' scores taken as independent; `None` for
+    /// Two standard errors of that number, the two models' scores taken as independent; null for
     /// what has no error.
     pub margin: Option<f64>,
     /// What follows.
@@ -141,7 +142,7 @@ pub struct Check {
 }
 
 /// Whether a threshold is met.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
     /// It is.

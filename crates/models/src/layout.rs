@@ -5,6 +5,7 @@
 
 use crate::config::{ModelConfig, MoeConfig};
 use crate::{Error, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,7 +14,7 @@ use std::path::Path;
 pub const LAYOUT_VERSION: u32 = 1;
 
 /// The form of one slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "form", rename_all = "lowercase")]
 pub enum SlotLayout {
     /// The expert's own three matrices.
@@ -42,7 +43,7 @@ pub enum SlotLayout {
 /// How the shared bases of a layer are stored instead of as whole matrices: each of the three is a
 /// product of rank `rank`, plus a few rows of a matrix that is zero elsewhere (MC-SMoE, arXiv 2310.01334,
 /// section 3.3).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FactoredBases {
     /// Rank of the product.
     pub rank: usize,
@@ -82,15 +83,15 @@ impl FactoredBases {
 }
 
 /// The slots of one MoE layer, in the order of the router's outputs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct LayerLayout {
-    /// `[E]` forms.
+    /// The form of each slot, `[E]`.
     pub slots: Vec<SlotLayout>,
     /// How many of the chosen experts run, where the others only scale (Compressed Experts,
-    /// arXiv 2503.00634); `None` where all run.
+    /// arXiv 2503.00634); absent where all run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub main: Option<usize>,
-    /// How its shared bases are stored, all alike; `None` where they are whole matrices.
+    /// How its shared bases are stored, all alike; absent where they are whole matrices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub factored: Option<FactoredBases>,
 }
@@ -237,9 +238,10 @@ impl LayerLayout {
 }
 
 /// The layouts of all MoE layers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct BankLayout {
-    /// [`LAYOUT_VERSION`].
+    /// Version of this layout.
+    #[schemars(extend("const" = LAYOUT_VERSION))]
     pub schema_version: u32,
     /// By layer number.
     pub layers: BTreeMap<usize, LayerLayout>,

@@ -2,13 +2,14 @@
 
 use crate::tensorboard::EventWriter;
 use crate::{Error, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// One step of the curve. It holds no times, so a resumed run writes the same bytes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Point {
     /// Step, counted from zero.
     pub step: usize,
@@ -20,11 +21,11 @@ pub struct Point {
     /// Distance to the teacher, where there is one, nats.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub distance: Option<f64>,
-    /// Learning rate.
+    /// Learning rate of the step.
     pub lr: f64,
     /// Share of the original weights in replaced experts.
     pub beta: f64,
-    /// Norm of the whole gradient before clipping.
+    /// L2 norm of the whole gradient before clipping.
     pub grad_norm: f64,
     /// Tokens of the batch, padding included.
     pub tokens: usize,

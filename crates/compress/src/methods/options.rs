@@ -1,6 +1,7 @@
 //! What a plan is asked for.
 
 use lightmoe_models::config::ModelConfig;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::compressed::main_experts;
@@ -13,7 +14,7 @@ use crate::size::adapter_parameters;
 use crate::{Error, Result};
 
 /// How a group's base starts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum BaseInit {
     /// The mean of the members' weights, weighted by their scores; for LightMoE `Gbar` (eq. 4).
@@ -31,7 +32,7 @@ pub enum BaseInit {
 }
 
 /// By what LightMoE and its baseline choose experts to replace.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Selection {
     /// Their share of the gate mass (eq. 1-2).
@@ -45,7 +46,7 @@ pub enum Selection {
 }
 
 /// How the adapters of replaced experts start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum AdapterInit {
     /// Gaussian times zero: nothing yet.

@@ -13,13 +13,14 @@ use crate::states::{Keep, States, StatesWriter, Values, Work};
 use crate::{Error, Result};
 use back::Way;
 use lightmoe_models::{Checkpoint, Embedding, Layer, LayerObserver, ModelConfig, Rotary, Tokens};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use sums::{BatchSums, Sums};
 
 /// How much an error of what a layer gives matters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Sensitivity {
     /// By the gradients of the loss on labels drawn from the model: a second pass over the weights, from

@@ -362,7 +362,7 @@ pub struct MetricConfig {
     /// `exact_match`: answers in LaTeX are the same that mean the same.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub math_equivalence: bool,
-    /// `rouge1`, `rouge2`, `rougeL`: words are reduced to stems.
+    /// `rouge1`, `rouge2`, `rougeL`, `rougeLsum`: words are reduced to stems.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub use_stemmer: bool,
     /// `bleu`: how texts become words, `13a` or `zh`.

@@ -31,5 +31,6 @@ pub use config::{
 pub use data_files::{DataFiles, DataFormat};
 pub use docs::Doc;
 pub use group::{GroupConfig, GroupMetric};
+pub use parquet::catches_panics;
 pub use prompt::{Chat, Item, PromptOptions, Prompts, Request, Turns, build_prompts};
 pub use template::{Engine, Fields};

@@ -6,6 +6,7 @@ use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::schema::types::{Type, TypePtr};
 use serde_json::Value;
+use std::cell::Cell;
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -51,10 +52,23 @@ fn rows(reader: &Reader, columns: Option<Type>) -> Result<Vec<Row>, ParquetError
     })
 }
 
+thread_local! {
+    static CATCHES: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a panic of this thread would be caught and become an error of a file, so that a panic hook need
+/// not tell of it.
+pub fn catches_panics() -> bool {
+    CATCHES.get()
+}
+
 /// What `read` gives; the reader takes some damage for a mistake of its caller and panics.
 fn unless_it_panics<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, ParquetError> {
+    CATCHES.set(true);
     // Nothing that a panic may have left half done is used afterwards but to read anew.
-    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
+    let outcome = catch_unwind(AssertUnwindSafe(read));
+    CATCHES.set(false);
+    outcome.unwrap_or_else(|_| {
         let message = "what it says of itself contradicts itself";
         Err(ParquetError::General(message.into()))
     })

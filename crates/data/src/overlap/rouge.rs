@@ -3,6 +3,7 @@
 
 use super::porter::stem;
 use super::{matches, ngrams, number};
+use std::collections::HashMap;
 
 /// ROUGE of one text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +21,9 @@ pub enum Unit {
     Ngrams(usize),
     /// Their longest common subsequence: ROUGE-L.
     Subsequence,
+    /// Of each line of the reference the words that are in its longest common subsequence with a line of
+    /// the answer, each word as often as both texts have it at most: ROUGE-Lsum.
+    Lines,
 }
 
 /// Whether words are reduced to stems.
@@ -35,26 +39,33 @@ pub enum Stemming {
 impl Rouge {
     /// The F-measure of an answer, 0 to 1, against the reference that gives the highest.
     pub fn score(&self, answer: &str, references: &[&str]) -> f64 {
-        let answer = self.words(answer);
+        let answer = self.lines(answer);
         let scores = references
             .iter()
-            .map(|reference| self.of(&answer, &self.words(reference)));
+            .map(|reference| self.of(&answer, &self.lines(reference)));
         scores.fold(0.0, f64::max)
     }
 
-    fn of(&self, answer: &[String], reference: &[String]) -> f64 {
-        let (common, of_answer, of_reference) = match self.unit {
-            Unit::Ngrams(order) => (
-                matches(&ngrams(answer, order), &ngrams(reference, order)),
-                number(answer.len(), order),
-                number(reference.len(), order),
-            ),
-            Unit::Subsequence => (
-                longest_common(answer, reference),
-                answer.len(),
-                reference.len(),
-            ),
+    /// The words of a text by line, where lines count, else all in one.
+    fn lines(&self, text: &str) -> Vec<Vec<String>> {
+        match self.unit {
+            Unit::Lines => text.split('\n').map(|line| self.words(line)).collect(),
+            _ => vec![self.words(text)],
+        }
+    }
+
+    fn of(&self, answer: &[Vec<String>], reference: &[Vec<String>]) -> f64 {
+        let order = match self.unit {
+            Unit::Ngrams(order) => order,
+            Unit::Subsequence | Unit::Lines => 1,
         };
+        let common = match self.unit {
+            Unit::Ngrams(_) => matches(&ngrams(&answer[0], order), &ngrams(&reference[0], order)),
+            Unit::Subsequence => longest_common(&answer[0], &reference[0]),
+            Unit::Lines => common_in_lines(answer, reference),
+        };
+        let all = |lines: &[Vec<String>]| number(lines.iter().map(Vec::len).sum(), order);
+        let (of_answer, of_reference) = (all(answer), all(reference));
         if common == 0 {
             return 0.0;
         }
@@ -77,10 +88,65 @@ impl Rouge {
     }
 }
 
-/// The length of the longest common subsequence, row by row.
+/// Words of the reference that its lines have in common with lines of the answer.
+fn common_in_lines(answer: &[Vec<String>], reference: &[Vec<String>]) -> usize {
+    let count = |lines: &[Vec<String>]| {
+        let mut counts: HashMap<String, usize> = HashMap::new();
+        for word in lines.iter().flatten() {
+            *counts.entry(word.clone()).or_default() += 1;
+        }
+        counts
+    };
+    let (mut left, of_answer) = (count(reference), count(answer));
+    for (word, count) in &mut left {
+        *count = of_answer.get(word).map_or(0, |other| *other.min(count));
+    }
+    let mut common = 0;
+    for line in reference {
+        let mut is_common = vec![false; line.len()];
+        for other in answer {
+            mark_common(line, other, &mut is_common);
+        }
+        let marked = line.iter().zip(is_common).filter(|(_, marked)| *marked);
+        for (word, _) in marked {
+            if let Some(count) = left.get_mut(word).filter(|count| **count > 0) {
+                *count -= 1;
+                common += 1;
+            }
+        }
+    }
+    common
+}
+
+/// Marks the words of `a` in the longest subsequence that it has in common with `b`: of several, in the
+/// one that `rouge_score` takes, which leaves out a word of `a` rather than one of `b`.
+fn mark_common(a: &[String], b: &[String], is_common: &mut [bool]) {
+    let first = vec![0; b.len() + 1];
+    let rows: Vec<Vec<u32>> = std::iter::once(first).chain(common_lengths(a, b)).collect();
+    let (mut i, mut j) = (a.len(), b.len());
+    while i > 0 && j > 0 {
+        if a[i - 1] == b[j - 1] {
+            is_common[i - 1] = true;
+            (i, j) = (i - 1, j - 1);
+        } else if rows[i][j - 1] > rows[i - 1][j] {
+            j -= 1;
+        } else {
+            i -= 1;
+        }
+    }
+}
+
+/// The length of the longest common subsequence.
 fn longest_common(a: &[String], b: &[String]) -> usize {
+    let last = common_lengths(a, b).last();
+    last.and_then(|row| row.last().copied()).unwrap_or(0) as usize
+}
+
+/// For each beginning of `a` that is not empty, the lengths of the longest subsequences that it has in
+/// common with the beginnings of `b`, the empty one first.
+fn common_lengths<'a>(a: &'a [String], b: &'a [String]) -> impl Iterator<Item = Vec<u32>> + 'a {
     let mut row = vec![0; b.len() + 1];
-    for word in a {
+    a.iter().map(move |word| {
         let mut diagonal = 0;
         for (place, other) in b.iter().enumerate() {
             let above = row[place + 1];
@@ -90,8 +156,8 @@ fn longest_common(a: &[String], b: &[String]) -> usize {
             };
             diagonal = above;
         }
-    }
-    row[b.len()]
+        row.clone()
+    })
 }
 
 #[cfg(test)]
@@ -112,6 +178,14 @@ mod tests {
         near(score(rouge(Unit::Ngrams(1), Stemming::Porter)), 1.0);
         near(score(rouge(Unit::Ngrams(2), Stemming::None)), 2.0 / 5.0);
         near(score(rouge(Unit::Subsequence, Stemming::None)), 3.0 / 6.0);
+        // Of the reference's line "a b c" the words a and c, by "a x c"; of "c d" the c, by either line.
+        // Its d would do with "d c" as well, and is left out.
+        let summary = rouge(Unit::Lines, Stemming::None);
+        near(
+            summary.score("a x c\nd c", &["a b c\nc d"]),
+            2.0 * 3.0 / 10.0,
+        );
+        near(summary.score("\n", &["one"]), 0.0);
         near(
             rouge(Unit::Ngrams(2), Stemming::None).score("one", &["one"]),
             0.0,

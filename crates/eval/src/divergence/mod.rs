@@ -25,6 +25,7 @@ use candle_core::Tensor;
 use distance::{Predicted, distances};
 use lightmoe_data::Encoded;
 use lightmoe_models::{LanguageModel, Layer, ModelConfig, ModelTokenizer};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tally::Tally;
 
@@ -47,7 +48,7 @@ pub enum Swaps {
 }
 
 /// What came of a text.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Divergence {
     /// Windows of a text, or answers to items.
     pub rows: usize,

@@ -6,19 +6,20 @@
 
 use super::distance::TokenDistance;
 use crate::paired::quantile;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A mean over tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Estimate {
     /// The mean.
     pub value: f64,
-    /// Its standard error, from the spread between rows; none of a single row.
+    /// Its standard error, from the spread between rows; null of a single row.
     pub stderr: Option<f64>,
 }
 
 /// How far one model is from another.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Distance {
     /// KL divergence KL(original ‖ compressed) of the distributions over the next token, nats a token.
     pub kl: Estimate,
@@ -30,7 +31,7 @@ pub struct Distance {
 }
 
 /// The distance that one layer makes.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct LayerDistance {
     /// Its number, from 0.
     pub layer: usize,
@@ -40,9 +41,9 @@ pub struct LayerDistance {
 }
 
 /// How KL divergences spread over tokens, in nats.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Quantiles {
-    /// Half of the tokens are above.
+    /// The median: half of the tokens are above.
     pub median: f64,
     /// One token of a hundred is above.
     pub p99: f64,
@@ -51,7 +52,7 @@ pub struct Quantiles {
 }
 
 /// Perplexity a token.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Perplexity {
     /// Of the original.
     pub original: f64,

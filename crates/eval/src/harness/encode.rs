@@ -2,7 +2,8 @@
 
 use crate::{Error, Result};
 use lightmoe_data::Encoded;
-use lightmoe_models::ModelTokenizer;
+use lightmoe_data::records::Message;
+use lightmoe_models::{ChatMessage, ModelTokenizer};
 
 /// What stands before a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -12,6 +13,24 @@ pub enum BeginOfText {
     None,
     /// What the tokenizer puts around texts, mostly its token for it (`add_bos_token` in the harness).
     Token,
+}
+
+/// A conversation in the model's chat template.
+///
+/// # Errors
+/// What the template says of it.
+pub fn rendered(
+    tokenizer: &ModelTokenizer,
+    messages: &[Message],
+) -> std::result::Result<String, String> {
+    let messages: Vec<ChatMessage> = messages
+        .iter()
+        .map(|m| ChatMessage {
+            role: m.role.clone(),
+            content: m.content.clone(),
+        })
+        .collect();
+    tokenizer.chat(&messages).map_err(|e| e.to_string())
 }
 
 /// Makes tokens of requests.

@@ -1,10 +1,11 @@
 //! What was finished before an interruption: one line a result, behind a line that says of which work.
 
-use super::work::{Found, RowScore};
+use super::found::{Found, RowScore};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
+use std::ops::Not;
 use std::path::{Path, PathBuf};
 
 /// Results on disk, or nowhere.
@@ -28,10 +29,16 @@ enum Entry {
         row: usize,
         #[serde(flatten)]
         score: RowScore,
+        /// Whether the cache knew it.
+        #[serde(default, skip_serializing_if = "Not::not")]
+        cached: bool,
     },
     Answer {
         prompt: usize,
         answer: String,
+        /// Likewise.
+        #[serde(default, skip_serializing_if = "Not::not")]
+        cached: bool,
     },
 }
 
@@ -76,17 +83,31 @@ impl Journal {
         })
     }
 
+    /// Whether it knows nothing of its work.
+    pub(super) fn is_new(&self) -> bool {
+        self.entries.is_empty()
+    }
+
     /// What is known of a work of so many rows and prompts.
     pub(super) fn found(&self, rows: usize, prompts: usize) -> Found {
         let mut found = Found {
             rows: vec![None; rows],
             answers: vec![None; prompts],
+            cached: [Vec::new(), Vec::new()],
         };
         for entry in &self.entries {
             match entry {
-                Entry::Row { row, score } if *row < rows => found.rows[*row] = Some(*score),
-                Entry::Answer { prompt, answer } if *prompt < prompts => {
+                Entry::Row { row, score, cached } if *row < rows => {
+                    found.rows[*row] = Some(*score);
+                    found.cached[0].extend(cached.then_some(*row));
+                }
+                Entry::Answer {
+                    prompt,
+                    answer,
+                    cached,
+                } if *prompt < prompts => {
                     found.answers[*prompt] = Some(answer.clone());
+                    found.cached[1].extend(cached.then_some(*prompt));
                 }
                 _ => {}
             }
@@ -96,7 +117,13 @@ impl Journal {
 
     /// Adds the scores of rows.
     pub(super) fn add_rows(&mut self, rows: &[usize], found: &Found) -> Result<()> {
-        let entry = |&row: &usize| found.rows[row].map(|score| Entry::Row { row, score });
+        let entry = |&row: &usize| {
+            found.rows[row].map(|score| Entry::Row {
+                row,
+                score,
+                cached: found.cached[0].binary_search(&row).is_ok(),
+            })
+        };
         self.append(rows.iter().filter_map(entry).collect())
     }
 
@@ -104,7 +131,11 @@ impl Journal {
     pub(super) fn add_answers(&mut self, prompts: &[usize], found: &Found) -> Result<()> {
         let entry = |&prompt: &usize| {
             let answer = found.answers[prompt].clone();
-            answer.map(|answer| Entry::Answer { prompt, answer })
+            answer.map(|answer| Entry::Answer {
+                prompt,
+                answer,
+                cached: found.cached[1].binary_search(&prompt).is_ok(),
+            })
         };
         self.append(prompts.iter().filter_map(entry).collect())
     }
@@ -114,7 +145,7 @@ impl Journal {
             return Ok(());
         };
         // One write a batch: a kill leaves whole lines but for the last.
-        file.write_all(lines_of(&entries)?.as_bytes())
+        file.write_all(lines_of(entries)?.as_bytes())
             .map_err(|source| Error::Io {
                 path: path.clone(),
                 source,
@@ -122,10 +153,11 @@ impl Journal {
     }
 }
 
-fn lines_of(entries: &[Entry]) -> Result<String> {
+/// Entries as JSON lines.
+pub(super) fn lines_of(entries: impl IntoIterator<Item = impl Serialize>) -> Result<String> {
     let mut lines = String::new();
     for entry in entries {
-        lines.push_str(&serde_json::to_string(entry)?);
+        lines.push_str(&serde_json::to_string(&entry)?);
         lines.push('\n');
     }
     Ok(lines)

@@ -93,6 +93,15 @@ pub(super) fn metrics(task: &TaskConfig) -> Result<Vec<Metric>> {
     Ok(metrics)
 }
 
+/// The metric of a corpus that a task's `metric_list` asks for; none for other metrics, and for options
+/// that cannot be.
+pub fn corpus_metric(config: &MetricConfig) -> Option<Box<dyn CorpusMetric>> {
+    match Kind::new(config, 1, 1) {
+        Ok(Kind::Corpus(metric)) => Some(metric),
+        _ => None,
+    }
+}
+
 fn plain(name: &&str) -> MetricConfig {
     MetricConfig {
         metric: (*name).to_owned(),
@@ -116,6 +125,7 @@ fn known(output: OutputType) -> &'static [&'static str] {
             "rouge1",
             "rouge2",
             "rougeL",
+            "rougeLsum",
             "bleu",
             "chrf",
             "chrf++",
@@ -236,7 +246,7 @@ impl Kind {
             (
                 "use_stemmer",
                 config.use_stemmer,
-                &["rouge1", "rouge2", "rougeL"][..],
+                &["rouge1", "rouge2", "rougeL", "rougeLsum"][..],
             ),
             (
                 "math_equivalence",
@@ -276,6 +286,7 @@ impl Kind {
             "rouge1" => rouge(Overlap::Ngrams(1)),
             "rouge2" => rouge(Overlap::Ngrams(2)),
             "rougeL" => rouge(Overlap::Subsequence),
+            "rougeLsum" => rouge(Overlap::Lines),
             "bleu" => {
                 let given = config.tokenize.as_deref();
                 let tokenizer = given.map_or(Some(Tokenizer::default()), Tokenizer::named);

@@ -4,9 +4,11 @@
 //! kept in a journal, so that an interrupted evaluation goes on and ends with the same numbers.
 
 mod boot;
+mod cache;
 mod cleaning;
 pub(crate) mod encode;
 mod filters;
+mod found;
 mod journal;
 mod metrics;
 mod programs;
@@ -16,7 +18,9 @@ mod sample;
 mod score;
 mod work;
 
-pub use encode::BeginOfText;
+pub use cache::RequestCache;
+pub use encode::{BeginOfText, rendered};
+pub use metrics::corpus_metric;
 pub use programs::Judge;
 pub use reference::reference_rows;
 pub use results::{RunFacts, results};
@@ -24,6 +28,7 @@ pub use results::{RunFacts, results};
 use crate::{Error, Progress, Result};
 use encode::Encoder;
 use filters::Filters;
+use found::{Found, Place};
 use journal::Journal;
 use lightmoe_data::harness::{Prompts, TaskConfig};
 use lightmoe_models::{LanguageModel, ModelTokenizer};
@@ -32,7 +37,7 @@ use programs::Verdicts;
 use serde_json::{Map, Value as Json};
 use sha2::{Digest, Sha256};
 use std::path::Path;
-use work::{Found, Place, Work};
+use work::{Stores, Work};
 
 /// How benchmarks are run.
 #[derive(Clone)]
@@ -102,11 +107,14 @@ fn scoring(task: &TaskConfig) -> Result<(Vec<Metric>, Filters)> {
 }
 
 /// Where finished requests are kept.
+#[derive(Default)]
 pub struct Kept<'a> {
-    /// The file.
-    pub path: &'a Path,
-    /// What the numbers depend on besides the requests: the model and the options.
+    /// The file of this evaluation, from which it goes on.
+    pub journal: Option<&'a Path>,
+    /// What the numbers depend on besides the requests and batches: the model.
     pub fingerprint: &'a str,
+    /// What evaluations have in common.
+    pub cache: Option<&'a RequestCache>,
 }
 
 /// What came of all tasks.
@@ -117,6 +125,10 @@ pub struct Outcome {
     pub is_whole: bool,
     /// Most tokens that the model read at once.
     pub max_length: usize,
+    /// Requests of all tasks.
+    pub requests: usize,
+    /// How many of them the cache knew.
+    pub cached: usize,
 }
 
 /// What came of a task.
@@ -158,7 +170,7 @@ pub fn evaluate_tasks(
     tokenizer: &ModelTokenizer,
     tasks: &[TaskPrompts],
     options: &HarnessOptions<'_>,
-    kept: Option<Kept<'_>>,
+    kept: Kept<'_>,
     progress: &mut (dyn FnMut(usize, usize) -> bool + Send),
 ) -> Result<Outcome> {
     let context = model.config().max_position_embeddings;
@@ -195,19 +207,25 @@ pub fn evaluate_tasks(
         let places = work.add(task, prompts, &encoder, options.stride)?;
         prepared.push((metrics, filters, places));
     }
-    let mut journal = match kept {
-        Some(kept) => {
-            let fingerprint = format!("{}-{}", kept.fingerprint, work.fingerprint());
-            Journal::open(kept.path, &fingerprint)?
+    let journal = match kept.journal {
+        Some(path) => {
+            // Batches are part of it: their size moves likelihoods in the last digits.
+            let (model, batch) = (kept.fingerprint, options.batch_tokens);
+            let fingerprint = format!("{model}-{batch}-{}", work.fingerprint());
+            Journal::open(path, &fingerprint)?
         }
         None => Journal::default(),
+    };
+    let stores = Stores {
+        journal,
+        cache: kept.cache,
     };
     let mut progress = Progress {
         done: 0,
         total: 0,
         report: progress,
     };
-    let found = work.run(model, tokenizer, options, &mut journal, &mut progress)?;
+    let found = work.run(model, tokenizer, options, stores, &mut progress)?;
     let mut programs = Vec::new();
     for (scorer, task, places) in scorers(tasks, &prepared, &Verdicts::default()) {
         for (item, places) in task.prompts.items.iter().zip(places) {
@@ -228,6 +246,8 @@ pub fn evaluate_tasks(
         is_whole: tasks.iter().zip(&outcomes).all(is_scored),
         tasks: outcomes,
         max_length,
+        requests: work.requests(),
+        cached: found.cached.iter().map(Vec::len).sum(),
     })
 }
 

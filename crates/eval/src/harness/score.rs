@@ -1,9 +1,9 @@
 //! What the results of a document's requests say of it.
 
 use super::filters::Filters;
+use super::found::{Found, Place, RowScore};
 use super::metrics::{Kind, Metric, Unit, Value};
 use super::programs::{Verdicts, pass_at_k, program};
-use super::work::{Found, Place, RowScore};
 use crate::{Error, Result};
 use lightmoe_data::harness::{Item, NO_FILTER, OutputType, TaskConfig, python};
 use serde_json::Value as Json;

@@ -1,10 +1,12 @@
 //! The requests of all tasks as rows of tokens, and what came of each.
 
 use super::HarnessOptions;
+use super::cache::{RequestCache, hash_prompt, hash_row};
 use super::encode::Encoder;
+use super::found::{Found, Place, RowScore};
 use super::journal::Journal;
-use crate::batches::batches;
-use crate::likelihood::{Answer, score_batch};
+use crate::batches::batches_of;
+use crate::likelihood::score_batch;
 use crate::queues::{Queue, queues};
 use crate::side_by_side::{lock, side_by_side};
 use crate::{Error, Progress, Result};
@@ -14,7 +16,6 @@ use lightmoe_models::{GenerateOptions, LanguageModel, ModelTokenizer, Next, gene
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::cmp::Reverse;
-use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// Most tokens of an answer, where the task does not say: the harness's number.
@@ -28,23 +29,23 @@ pub(super) struct Work {
 }
 
 /// A prompt whose answer is generated.
-struct Prompt {
-    tokens: Vec<u32>,
+pub(super) struct Prompt {
+    pub(super) tokens: Vec<u32>,
     /// Texts that end the answer.
-    until: Vec<String>,
+    pub(super) until: Vec<String>,
     /// Most tokens of the answer.
-    most: usize,
+    pub(super) most: usize,
     /// How its tokens are drawn, if they are.
-    draw: Option<Draw>,
+    pub(super) draw: Option<Draw>,
 }
 
 /// One of the answers that are drawn for a request.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Draw {
+pub(super) struct Draw {
     /// Temperature and `top_p`.
-    sampling: (f64, Option<f64>),
+    pub(super) sampling: (f64, Option<f64>),
     /// Its own among those of the task; those of a request follow each other.
-    seed: u64,
+    pub(super) seed: u64,
 }
 
 /// A request as tokens.
@@ -53,36 +54,17 @@ enum Encoding {
     Prompt(Vec<u32>),
 }
 
-/// Where the results of a request are.
-pub(super) enum Place {
-    /// Rows whose likelihoods are added up.
-    Rows(Range<usize>),
-    /// Prompts, one for each answer to a request.
-    Prompts(Range<usize>),
-}
-
-/// What is known so far, by row and by prompt.
-pub(super) struct Found {
-    pub(super) rows: Vec<Option<RowScore>>,
-    pub(super) answers: Vec<Option<String>>,
+/// Where results go.
+pub(super) struct Stores<'a> {
+    pub(super) journal: Journal,
+    pub(super) cache: Option<&'a RequestCache>,
 }
 
 /// What batches that run side by side have in common.
 struct State<'a, 'p> {
     found: Found,
-    journal: &'a mut Journal,
+    stores: Stores<'a>,
     progress: &'a mut Progress<'p>,
-}
-
-/// The score of a row.
-#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
-pub(super) struct RowScore {
-    /// Log-likelihood of the answer in nats.
-    pub(super) log_likelihood: f64,
-    /// Whether greedy decoding gives it.
-    pub(super) greedy: bool,
-    /// Its tokens.
-    pub(super) tokens: usize,
 }
 
 impl Work {
@@ -151,30 +133,41 @@ impl Work {
     /// A hash of all requests: results of one work are of no use to another.
     pub(super) fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
-        let mut add = |tokens: &[u32], start: usize| {
-            hash.update((tokens.len() as u64).to_le_bytes());
-            hash.update((start as u64).to_le_bytes());
-            tokens
-                .iter()
-                .for_each(|token| hash.update(token.to_le_bytes()));
-        };
-        self.rows
-            .iter()
-            .for_each(|row| add(&row.tokens, row.answer_start));
-        self.prompts
-            .iter()
-            .for_each(|prompt| add(&prompt.tokens, prompt.most));
+        self.rows.iter().for_each(|row| hash_row(row, &mut hash));
         for prompt in &self.prompts {
-            hash.update(prompt.until.join("\0"));
-            if let Some(draw) = prompt.draw {
-                hash.update(format!("{draw:?}"));
-            }
+            hash_prompt(prompt, &mut hash);
         }
         super::hex(&hash.finalize())
     }
 
-    /// Does what the journal does not know yet, by batches of rows and queues of prompts: only whole ones
-    /// are left out, so that a resumed run computes what an undisturbed one would.
+    /// Rows and prompts together.
+    pub(super) fn requests(&self) -> usize {
+        self.rows.len() + self.prompts.len()
+    }
+
+    /// What the journal knows; of a work that it knows nothing of, what the cache does, which the journal
+    /// is told.
+    fn known(&self, stores: &mut Stores<'_>) -> Result<Found> {
+        let mut found = stores.journal.found(self.rows.len(), self.prompts.len());
+        if let Some(cache) = stores.cache.filter(|_| stores.journal.is_new()) {
+            let [rows, prompts] = &mut found.cached;
+            for (number, row) in self.rows.iter().enumerate() {
+                found.rows[number] = cache.row(row);
+                rows.extend(found.rows[number].map(|_| number));
+            }
+            for (number, prompt) in self.prompts.iter().enumerate() {
+                found.answers[number] = cache.answer(prompt);
+                prompts.extend(found.answers[number].as_ref().map(|_| number));
+            }
+            stores.journal.add_rows(&found.cached[0], &found)?;
+            stores.journal.add_answers(&found.cached[1], &found)?;
+        }
+        Ok(found)
+    }
+
+    /// Does what is not known yet, by batches of rows and queues of prompts without those that the cache
+    /// knew: of these only whole ones are left out, so that a resumed run computes what an undisturbed one
+    /// would.
     ///
     /// # Errors
     /// What the model and the journal bring; not an interruption, after which `Found` has gaps.
@@ -183,18 +176,24 @@ impl Work {
         model: &dyn LanguageModel,
         tokenizer: &ModelTokenizer,
         options: &HarnessOptions<'_>,
-        journal: &mut Journal,
+        mut stores: Stores<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<Found> {
-        progress.total = self.rows.len() + self.prompts.len();
+        progress.total = self.requests();
+        let found = self.known(&mut stores)?;
+        let [rows, prompts] = [self.rows.len(), self.prompts.len()];
+        let rows = left_out(rows, &found.cached[0]);
+        let prompts = left_out(prompts, &found.cached[1]);
+        let cached = self.requests() - rows.len() - prompts.len();
         let state = Mutex::new(State {
-            found: journal.found(self.rows.len(), self.prompts.len()),
-            journal,
+            found,
+            stores,
             progress,
         });
-        let ended = self
-            .score(model, options, &state)
-            .and_then(|()| self.generate(model, tokenizer, options, &state));
+        let told = lock(&state).progress.advance(cached);
+        let ended = told
+            .and_then(|()| self.score(model, rows, options, &state))
+            .and_then(|()| self.generate(model, tokenizer, prompts, options, &state));
         match ended {
             Ok(()) | Err(Error::Interrupted) => {
                 let state = state.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -207,10 +206,11 @@ impl Work {
     fn score(
         &self,
         model: &dyn LanguageModel,
+        rows: Vec<usize>,
         options: &HarnessOptions<'_>,
         state: &Mutex<State<'_, '_>>,
     ) -> Result<()> {
-        let batches = batches(&self.rows, options.batch_tokens);
+        let batches = batches_of(&self.rows, rows, options.batch_tokens);
         side_by_side(model, batches.len(), &|number| {
             let batch = &batches[number];
             let is_known = |row: &usize| lock(state).found.rows[*row].is_some();
@@ -222,7 +222,12 @@ impl Work {
             for (&row, answer) in batch.rows.iter().zip(scored) {
                 state.found.rows[row] = Some(RowScore::of(&answer)?);
             }
-            state.journal.add_rows(&batch.rows, &state.found)?;
+            let (stores, found) = (&mut state.stores, &state.found);
+            stores.journal.add_rows(&batch.rows, found)?;
+            if let Some(cache) = stores.cache {
+                let scored = |&row: &usize| Some((&self.rows[row], found.rows[row]?));
+                cache.add_rows(batch.rows.iter().filter_map(scored))?;
+            }
             state.progress.advance(batch.rows.len())
         })
     }
@@ -231,10 +236,11 @@ impl Work {
         &self,
         model: &dyn LanguageModel,
         tokenizer: &ModelTokenizer,
+        prompts: Vec<usize>,
         options: &HarnessOptions<'_>,
         state: &Mutex<State<'_, '_>>,
     ) -> Result<()> {
-        let queues = self.prompt_queues(options.batch_tokens);
+        let queues = self.prompt_queues(prompts, options.batch_tokens);
         side_by_side(model, queues.len(), &|number| {
             let queue = &queues[number];
             let is_known = |prompt: &usize| lock(state).found.answers[*prompt].is_some();
@@ -246,7 +252,13 @@ impl Work {
             for (&prompt, answer) in queue.prompts.iter().zip(answers) {
                 state.found.answers[prompt] = Some(answer);
             }
-            state.journal.add_answers(&queue.prompts, &state.found)?;
+            let (stores, found) = (&mut state.stores, &state.found);
+            stores.journal.add_answers(&queue.prompts, found)?;
+            if let Some(cache) = stores.cache {
+                let answered =
+                    |&prompt: &usize| Some((&self.prompts[prompt], found.answers[prompt].clone()?));
+                cache.add_answers(queue.prompts.iter().filter_map(answered))?;
+            }
             state.progress.advance(queue.prompts.len() - told)
         })
     }
@@ -254,8 +266,7 @@ impl Work {
     /// Prompts of one kind, longest first; drawn answers are with others to the same request only, whose
     /// seeds follow each other. What is in the places of a queue together depends on nothing
     /// but its prompts and their answers, so a queue is done whole or anew.
-    fn prompt_queues(&self, batch_tokens: usize) -> Vec<Queue> {
-        let mut order: Vec<usize> = (0..self.prompts.len()).collect();
+    fn prompt_queues(&self, mut order: Vec<usize>, batch_tokens: usize) -> Vec<Queue> {
         let kind = |prompt: usize| (self.prompts[prompt].most, &self.prompts[prompt].until);
         let length = |prompt: usize| self.prompts[prompt].tokens.len();
         order.sort_by_key(|&prompt| (kind(prompt), Reverse(length(prompt))));
@@ -329,6 +340,12 @@ impl Work {
     }
 }
 
+/// Numbers below `count` but for `without`, which ascend.
+fn left_out(count: usize, without: &[usize]) -> Vec<usize> {
+    let is_left = |number: &usize| without.binary_search(number).is_err();
+    (0..count).filter(is_left).collect()
+}
+
 /// What is wrong with a request, with the document that it was made of.
 pub(super) fn of_document(item: &Item, error: Error) -> Error {
     match error {
@@ -338,57 +355,5 @@ pub(super) fn of_document(item: &Item, error: Error) -> Error {
             message,
         },
         other => other,
-    }
-}
-
-impl RowScore {
-    fn of(answer: &Answer) -> Result<Self> {
-        let log_likelihood = -answer.nll.iter().sum::<f64>();
-        match log_likelihood.is_finite() {
-            true => Ok(Self {
-                log_likelihood,
-                greedy: answer.greedy,
-                tokens: answer.nll.len(),
-            }),
-            false => Err(Error::NoNumbers),
-        }
-    }
-}
-
-impl Found {
-    /// The log-likelihood at a place, if all of it is known.
-    pub(super) fn score(&self, place: &Place) -> Option<RowScore> {
-        let Place::Rows(range) = place else {
-            return None;
-        };
-        let start = RowScore {
-            log_likelihood: 0.0,
-            greedy: true,
-            tokens: 0,
-        };
-        self.rows[range.clone()].iter().try_fold(start, |sum, row| {
-            let row = (*row)?;
-            Some(RowScore {
-                log_likelihood: sum.log_likelihood + row.log_likelihood,
-                greedy: sum.greedy && row.greedy,
-                tokens: sum.tokens + row.tokens,
-            })
-        })
-    }
-
-    /// The answers at a place, if all are known.
-    pub(super) fn answers(&self, place: &Place) -> Option<Vec<&str>> {
-        match place {
-            Place::Prompts(prompts) => {
-                let answers = self.answers[prompts.clone()].iter();
-                answers.map(Option::as_deref).collect()
-            }
-            Place::Rows(_) => None,
-        }
-    }
-
-    /// Whether nothing is missing.
-    pub(super) fn is_whole(&self) -> bool {
-        self.rows.iter().all(Option::is_some) && self.answers.iter().all(Option::is_some)
     }
 }

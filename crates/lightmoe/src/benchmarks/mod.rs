@@ -13,14 +13,14 @@ use crate::progress::{Progress, stopped};
 use crate::report::table::{Section, ascii};
 use crate::sandbox::{Limits, Sandbox};
 use crate::settings::Settings;
-use crate::source::{BUILT_IN, model_fingerprint, open_model, rendered};
+use crate::source::{BUILT_IN, model_fingerprint, open_model};
 use anyhow::{Context, Result, bail};
 use data::{Download, prompts_of};
 use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns};
 use lightmoe_data::records::Message;
 use lightmoe_eval::harness::{
-    BeginOfText, HarnessOptions, Judge, Kept, Outcome, RunFacts, TaskPrompts, check_task,
-    evaluate_tasks, results,
+    BeginOfText, HarnessOptions, Judge, Kept, Outcome, RequestCache, RunFacts, TaskPrompts,
+    check_task, evaluate_tasks, rendered, results,
 };
 use lightmoe_models::{ModelTokenizer, folder};
 use serde_json::{Map, Value, json};
@@ -76,18 +76,18 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
         stride: args.stride,
         judge: sandbox.as_ref().map(|sandbox| sandbox as &dyn Judge),
     };
-    // Batches are part of it: their size moves likelihoods in the last digits.
     let depends = (
         model_fingerprint(checkpoint.dir())?,
         env!("CARGO_PKG_VERSION"),
-        args.batch_tokens,
     );
     let fingerprint = crate::fingerprint(&depends)?;
     let journal = out.map(|out| out.join(JOURNAL));
-    let kept = journal.as_deref().map(|path| Kept {
-        path,
+    let cache = cache(args.use_cache.as_deref(), &fingerprint)?;
+    let kept = Kept {
+        journal: journal.as_deref(),
         fingerprint: &fingerprint,
-    });
+        cache: cache.as_ref(),
+    };
     let model = load_model(&checkpoint)?;
     let bar = Progress::new("evaluate", 0);
     let outcome = evaluate_tasks(
@@ -98,6 +98,10 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
         kept,
         &mut |done, all| bar.of(done, all),
     )?;
+    if cache.is_some() {
+        let (known, all) = (outcome.cached, outcome.requests);
+        tracing::info!("{known} of {all} requests were in the cache");
+    }
     let here = Environment::here();
     let facts = RunFacts {
         model: name,
@@ -143,6 +147,18 @@ fn sandbox(args: &BenchmarkArgs, selected: &[Benchmark]) -> Result<Option<Sandbo
     let itself = std::env::current_exe().context("cannot find this program's own file")?;
     let sandbox = Sandbox::new(&itself, Limits::default()).map_err(Refused)?;
     Ok(Some(sandbox))
+}
+
+/// The answers that evaluations have in common, if there are to be such.
+fn cache(folder: Option<&Path>, fingerprint: &str) -> Result<Option<RequestCache>> {
+    let Some(folder) = folder else {
+        return Ok(None);
+    };
+    let cache = RequestCache::open(folder, fingerprint).map_err(Refused::of)?;
+    for line in cache.damaged() {
+        tracing::warn!("in the cache, {line}; the line was left out");
+    }
+    Ok(Some(cache))
 }
 
 /// The seed of the few-shot examples.
@@ -210,6 +226,7 @@ fn config(name: &str, args: &BenchmarkArgs, settings: &Settings, seed: u32) -> M
         "stride": args.stride,
         "allow_code": args.allow_code,
         "limit": args.documents.limit,
+        "use_cache": args.use_cache,
         "bootstrap_iters": 100_000,
         "fewshot_seed": seed,
     });

@@ -34,6 +34,11 @@ pub struct BenchmarkArgs {
     /// Let the tokenizer put its token for the begin of text before every text
     #[arg(long, requires = "tasks")]
     pub add_bos_token: bool,
+    /// Keep the answers to requests in a folder, by the model's content, and take from there what another
+    /// evaluation of the same model asked before; likelihoods may differ in the last digits by the batch
+    /// that they were first computed in
+    #[arg(long, requires = "tasks", value_name = "DIR")]
+    pub use_cache: Option<PathBuf>,
     /// Tokens from one window of a text to the next, for perplexity [default: a whole window]
     #[arg(long, requires = "tasks")]
     pub stride: Option<usize>,

@@ -8,10 +8,11 @@ use anyhow::{Result, ensure};
 use lightmoe_compress::methods::Kind;
 use lightmoe_data::Task;
 use lightmoe_models::ModelConfig;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What is compared.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Grid {
     /// The methods.
     pub methods: Vec<Variant>,
@@ -26,17 +27,17 @@ pub struct Grid {
 }
 
 /// One compression.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Cell {
     /// The method.
     pub method: Variant,
-    /// The built-in task; `None` for the user's own records.
+    /// The built-in task; null for the user's own records.
     pub task: Option<Task>,
-    /// `None` for LoRA, which saves nothing.
+    /// The share of all parameters to save; null for LoRA, which saves nothing.
     pub ratio: Option<f64>,
     /// The seed of every random choice.
     pub seed: u64,
-    /// The learning rate; `None` for the recipe's.
+    /// The highest learning rate; null for the recipe's.
     pub lr: Option<f64>,
 }
 

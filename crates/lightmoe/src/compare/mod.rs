@@ -27,6 +27,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use grid::{Cell, Grid, Rate};
 use lightmoe_data::Task;
 use lightmoe_models::{ModelConfig, folder};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -37,36 +38,48 @@ use variant::{Variant, given};
 const SCHEMA_VERSION: u32 = 1;
 
 /// A finished cell: a file in `cells/`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 struct Record {
+    /// What was compressed how.
     cell: Cell,
     /// Parameters that work on one token, on average.
     active_parameters: Active,
-    /// On the validation split after recovery.
+    /// Scores on the validation split after recovery.
     validation: TaskScores,
-    /// The day on which it was finished, the processor, and the threads that it ran on.
+    /// The day on which it was finished, in UTC: `2026-11-22`.
     date: String,
+    /// The processor that it ran on.
     processor: String,
+    /// The threads that it ran on.
     threads: usize,
+    /// Its `results.json`.
     results: Results,
 }
 
 /// Parameters that work on one token.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 struct Active {
+    /// Of the original.
     before: u64,
+    /// Of the compressed model.
     after: u64,
 }
 
 /// The whole of `compare.json`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Comparison {
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct Comparison {
+    /// Version of this layout.
+    #[schemars(extend("const" = SCHEMA_VERSION))]
     schema_version: u32,
+    /// The model's name or folder, as given.
     model: String,
+    /// What all cells depend on besides their recipes.
     inputs: Inputs,
-    /// The settings common to all cells that were given.
+    /// The settings common to all cells that were given: keys of a recipe.
     settings: serde_json::Map<String, serde_json::Value>,
+    /// What is compared.
     grid: Grid,
+    /// The finished cells of the grid.
     records: Vec<Record>,
 }
 

@@ -3,6 +3,7 @@
 use crate::settings::Settings;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use lightmoe_compress::methods::MethodName;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -23,7 +24,7 @@ const GRID: [(&str, &str); 11] = [
 ];
 
 /// A method with the recipe keys that make it a row of its own.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub struct Variant {
     /// As the user wrote it.

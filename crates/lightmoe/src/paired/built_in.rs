@@ -6,6 +6,7 @@ use super::evaluation::{
 use crate::preflight::Refused;
 use crate::results::{Results, Score, Stage, TaskScores, lower_is_better};
 use anyhow::Result;
+use lightmoe_data::harness::MetricConfig;
 use lightmoe_eval::Sample;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -80,6 +81,14 @@ fn task_items(scores: &BTreeMap<String, Score>, samples: &Path) -> Result<TaskIt
     let items = read_lines::<Sample>(samples)?.into_iter().map(item);
     Ok(TaskItems {
         conditions: Vec::new(),
+        // Its options are the defaults.
+        metrics: BTreeMap::from([(
+            "chrf".to_owned(),
+            MetricConfig {
+                metric: "chrf".into(),
+                ..MetricConfig::default()
+            },
+        )]),
         scores: recorded.collect(),
         items: BTreeMap::from([(String::new(), items.collect::<Result<_>>()?)]),
     })
@@ -95,9 +104,9 @@ fn item(sample: Sample) -> Result<Item> {
         values.insert("acc".into(), is(sample.choice == Some(right)));
         values.insert("acc_norm".into(), is(sample.choice_norm == Some(right)));
     }
-    if let Some(answer) = &sample.prediction {
-        let texts = ItemValue::Texts(answer.clone(), sample.target.clone());
-        values.insert("chrf".into(), texts);
+    if let Some(answer) = sample.prediction.clone() {
+        let references = vec![sample.target.clone()];
+        values.insert("chrf".into(), ItemValue::Texts { answer, references });
     }
     let prompt = crate::fingerprint(&sample.prompt)?;
     Ok(Item {

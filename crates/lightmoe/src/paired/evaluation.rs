@@ -3,6 +3,7 @@
 use super::{built_in, harness};
 use crate::preflight::Refused;
 use anyhow::Result;
+use lightmoe_data::harness::MetricConfig;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,6 +26,8 @@ pub struct Evaluation {
 pub struct TaskItems {
     /// What should be the same where items are compared: a name and a value.
     pub conditions: Vec<(&'static str, Value)>,
+    /// What the task says of its metrics, by name.
+    pub metrics: BTreeMap<String, MetricConfig>,
     /// By metric and filter.
     pub scores: BTreeMap<Key, Recorded>,
     /// By filter.
@@ -83,7 +86,12 @@ pub enum ItemValue {
     /// A log-likelihood and what it is of: words, bytes or tokens.
     Of(f64, f64),
     /// An answer and what was to be answered, of scores that a corpus has alone.
-    Texts(String, String),
+    Texts {
+        /// What the model gave.
+        answer: String,
+        /// What is right.
+        references: Vec<String>,
+    },
 }
 
 impl Evaluation {

@@ -4,6 +4,7 @@ use super::evaluation::{
     Evaluation, GroupScores, Item, ItemValue, Key, Recorded, TaskItems, read_lines, refused,
 };
 use anyhow::Result;
+use lightmoe_data::harness::{MetricConfig, python};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -33,6 +34,7 @@ pub(super) fn read(file: &Path, scores: &Value) -> Result<Evaluation> {
             if !recorded.is_empty() {
                 let task = TaskItems {
                     conditions: conditions(scores, name),
+                    metrics: metrics(scores, name),
                     items: items(file, name, &recorded)?,
                     scores: recorded,
                 };
@@ -130,6 +132,17 @@ fn conditions(scores: &Value, task: &str) -> Vec<(&'static str, Value)> {
         .collect()
 }
 
+/// What a task says of its metrics, as far as it can be read.
+fn metrics(scores: &Value, task: &str) -> BTreeMap<String, MetricConfig> {
+    let configs = scores.get("configs").and_then(|all| all.get(task));
+    let list = configs.and_then(|config| config.get("metric_list")?.as_array());
+    let known = list.into_iter().flatten().filter_map(|metric| {
+        let config = serde_json::from_value::<MetricConfig>(metric.clone()).ok()?;
+        Some((config.metric.clone(), config))
+    });
+    known.collect()
+}
+
 /// The samples of a task: beside `results<date>.json` they lie in `samples_<task><date>.jsonl`.
 fn items(
     file: &Path,
@@ -181,15 +194,30 @@ fn items(
     Ok(items)
 }
 
-/// A number, or two: of what is more the harness keeps no number for an item alone.
+/// A number, two, or the texts that a metric of a corpus counts in: of what is more the harness keeps no
+/// number for an item alone.
 fn item_value(value: &Value) -> Option<ItemValue> {
     match value {
         Value::Bool(is) => Some(ItemValue::One(f64::from(u8::from(*is)))),
         Value::Number(number) => number.as_f64().map(ItemValue::One),
         Value::Array(pair) => match pair.as_slice() {
-            [sum, units] => Some(ItemValue::Of(sum.as_f64()?, units.as_f64()?)),
+            [Value::Number(sum), Value::Number(units)] => {
+                Some(ItemValue::Of(sum.as_f64()?, units.as_f64()?))
+            }
+            [target, answer] => Some(ItemValue::Texts {
+                answer: texts(answer).into_iter().next()?,
+                references: texts(target),
+            }),
             _ => None,
         },
         _ => None,
+    }
+}
+
+/// One text or several.
+fn texts(value: &Value) -> Vec<String> {
+    match value {
+        Value::Array(list) => list.iter().map(python::text_of).collect(),
+        one => vec![python::text_of(one)],
     }
 }

@@ -16,6 +16,7 @@ use anyhow::Result;
 use evaluation::Evaluation;
 use lightmoe_models::folder::write_file;
 use rows::compare_task;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -23,9 +24,10 @@ use serde_json::Value;
 pub const SCHEMA_VERSION: u32 = 1;
 
 /// What `--json` writes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PairedFile {
-    /// [`SCHEMA_VERSION`].
+    /// Version of this layout.
+    #[schemars(extend("const" = SCHEMA_VERSION))]
     pub schema_version: u32,
     /// Version of the program that wrote it.
     pub lightmoe_version: String,
@@ -38,7 +40,7 @@ pub struct PairedFile {
 }
 
 /// One of two evaluations.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Side {
     /// As it was given.
     pub path: String,

@@ -5,6 +5,7 @@ use super::way::Way;
 use crate::preflight::Refused;
 use anyhow::Result;
 use lightmoe_eval::paired::{Difference, Flips};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -13,7 +14,7 @@ use std::collections::BTreeMap;
 const CLEAR: f64 = 0.05;
 
 /// One line of the comparison.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Row {
     /// The task or group.
     pub task: String,
@@ -30,11 +31,12 @@ pub struct Row {
     /// give them.
     #[serde(flatten)]
     pub difference: Difference,
-    /// Whether more is better, where that is known.
+    /// Whether more is better; null where that is not known.
     pub higher_is_better: Option<bool>,
-    /// Items that changed, where each is right or wrong.
+    /// Items that changed; null where items are not right or wrong.
     pub flips: Option<Flips>,
-    /// Of the flips: [`Flips::p_value`].
+    /// McNemar's exact two-sided test of the flips: the probability of at least so uneven ones by chance.
+    /// Null for a group whose tasks count alike.
     pub mcnemar_p: Option<f64>,
     /// What follows.
     pub outcome: Outcome,
@@ -43,7 +45,7 @@ pub struct Row {
 }
 
 /// What a difference says of B.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
     /// It is better than A.
@@ -101,7 +103,8 @@ pub(super) fn compare_task(
         let mut matched = matched(task, items_a, items_b)?;
         matched.warnings.extend(other_conditions(a, b));
         let flips = flips(&matched.pairs, key, task, of_a.higher_is_better, flipped);
-        let paired = Way::of(key, (items_a, of_a), (items_b, of_b))
+        let config = a.metrics.get(&key.metric);
+        let paired = Way::of(key, config, (items_a, of_a), (items_b, of_b))
             .and_then(|way| way.difference(&matched.pairs, &key.metric))
             .map(|found| flips.map_or(found, |flips| found.with_flips(flips, matched.pairs.len())));
         if paired.is_none() {

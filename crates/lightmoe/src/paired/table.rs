@@ -46,9 +46,10 @@ pub(super) fn page(file: &PairedFile) -> String {
     format!(
         "# {} against {}\n\n{table}\n\n{lines}\n\
          Scores on the items that are in both evaluations. 95 %: interval of the difference, from the \
-         differences of the items, or by a paired bootstrap for perplexities and chrF. Lost, gained: \
-         items right in A or in B alone; p: McNemar's exact test of them. B is better or worse where \
-         p, or without it the interval, leaves chance less than 5 %; each row is judged by itself.\n",
+         differences of the items, or by a paired bootstrap for perplexities, BLEU and chrF. Lost, gained: \
+         items right in A or in B alone; p: McNemar's exact test of them, or that of the bootstrap, as \
+         sacreBLEU computes it. B is better or worse where McNemar's test, or without it the interval, \
+         leaves chance less than 5 %; each row is judged by itself.\n",
         file.b.model, file.a.model
     )
 }
@@ -69,6 +70,8 @@ fn cells(row: &Row, notes: String) -> Vec<String> {
         row.flips
             .map_or(String::new(), |flips| of(flips).to_string())
     };
+    let bootstrap_p = difference.uncertainty.and_then(|of| of.bootstrap_p);
+    let p_value = row.mcnemar_p.or(bootstrap_p);
     let metric = match row.filter.as_str() {
         "" | "none" => row.metric.clone(),
         filter => format!("{}, {filter}", row.metric),
@@ -85,7 +88,7 @@ fn cells(row: &Row, notes: String) -> Vec<String> {
         }),
         count(|flips| flips.lost),
         count(|flips| flips.gained),
-        row.mcnemar_p.map_or(String::new(), |p| match p < 0.001 {
+        p_value.map_or(String::new(), |p| match p < 0.001 {
             true => "< 0.001".into(),
             false => format!("{p:.3}"),
         }),

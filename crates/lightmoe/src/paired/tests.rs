@@ -2,6 +2,7 @@
 
 use super::evaluation::{GroupScores, Item, ItemValue, Key, Recorded, TaskItems};
 use super::*;
+use lightmoe_data::harness::MetricConfig;
 use lightmoe_eval::paired::{Basis, Difference, Flips};
 use serde_json::Map;
 use std::collections::BTreeMap;
@@ -33,6 +34,7 @@ fn task(metric: &str, values: Vec<ItemValue>, score: f64) -> TaskItems {
     });
     TaskItems {
         conditions: Vec::new(),
+        metrics: BTreeMap::new(),
         scores: BTreeMap::from([(key(metric), recorded(score))]),
         items: BTreeMap::from([(String::new(), items.collect())]),
     }
@@ -139,4 +141,44 @@ fn perplexities_are_of_all_words_together() {
     let of = uncertainty.unwrap();
     assert!(of.by == Basis::Bootstrap && of.low > 0.0 && of.high > of.low);
     assert_eq!(rows[0].flips, None);
+}
+
+#[test]
+fn scores_of_a_corpus_are_paired_by_their_counts() {
+    let texts = |answers: [&str; 4]| {
+        let answers = answers.into_iter().map(|answer| ItemValue::Texts {
+            answer: answer.to_owned(),
+            references: vec!["the cat sat on the mat".to_owned()],
+        });
+        answers.collect::<Vec<_>>()
+    };
+    let whole = "the cat sat on the mat";
+    let half = "the cat sat over a mat";
+    let (of_a, of_b) = ([half, half, "", half], [whole, half, "the", whole]);
+    let chrf = |answers: [&str; 4]| {
+        let pairs: Vec<_> = answers.iter().map(|answer| (*answer, whole)).collect();
+        lightmoe_data::overlap::corpus_chrf(&pairs)
+    };
+    let config = MetricConfig {
+        metric: "chrf".into(),
+        ..MetricConfig::default()
+    };
+    let of = |answers, score| TaskItems {
+        metrics: BTreeMap::from([("chrf".to_owned(), config.clone())]),
+        ..task("chrf", texts(answers), score)
+    };
+    let (a, b) = (of(of_a, chrf(of_a)), of(of_b, chrf(of_b)));
+    let rows = compare_task("text", &a, &b, &mut Vec::new()).unwrap();
+    let found = rows[0].difference.uncertainty.unwrap();
+    assert_eq!(found.by, Basis::Bootstrap);
+    // No resample makes B the worse one; those of items without a change make them equal.
+    assert!(found.low >= 0.0 && found.high > rows[0].difference.difference);
+    let p = found.bootstrap_p.unwrap();
+    assert!(p > 0.0 && p < 0.5, "{p}");
+    // A score that the counts do not give, as of another metric, is not paired.
+    let other = of(of_b, chrf(of_b) + 1.0);
+    let rows = compare_task("text", &a, &other, &mut Vec::new()).unwrap();
+    let found = rows[0].difference.uncertainty.unwrap();
+    assert_eq!((found.by, found.bootstrap_p), (Basis::Independent, None));
+    assert!(rows[0].warnings[0].contains("do not give the score"));
 }

@@ -1,104 +1,112 @@
 //! How a score comes of the values of items, and the difference of two scores of the same items.
 
 use super::evaluation::{Item, ItemValue, Key, Recorded};
-use lightmoe_data::overlap::corpus_chrf;
+use lightmoe_data::harness::MetricConfig;
+use lightmoe_data::overlap::{CorpusMetric, add_counts};
+use lightmoe_eval::harness::corpus_metric;
 use lightmoe_eval::paired::Difference;
 
-/// Resamples of the bootstrap of scores that sum numbers, and of those that read texts, which takes
-/// longer.
+/// Resamples of the bootstrap.
 const RESAMPLES: usize = 10_000;
-const TEXT_RESAMPLES: usize = 200;
 /// Scores that are written with fewer digits than they were computed with are equal up to this.
 const TOLERANCE: f64 = 1e-6;
 
 /// How a score comes of the values of the items.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
     Mean,
     /// `exp(-Σ log-likelihoods / Σ units)`
     Perplexity,
     /// `-Σ log-likelihoods / Σ bytes`, in bits
     BitsPerByte,
-    Chrf,
+    /// Of counts that are added up: BLEU, chrF
+    Corpus(Box<dyn CorpusMetric>),
+}
+
+/// What a way takes of an item.
+enum Part {
+    /// A number, and the units that it is of.
+    Of(f64, f64),
+    Counts(Vec<usize>),
 }
 
 impl Way {
     /// The way in which the items of both evaluations give the scores that were written, if they do.
-    pub(super) fn of(key: &Key, a: (&[Item], &Recorded), b: (&[Item], &Recorded)) -> Option<Self> {
-        let way = match key.metric.as_str() {
-            "chrf" => Self::Chrf,
-            "bits_per_byte" => Self::BitsPerByte,
-            name if name.contains("perplexity") => Self::Perplexity,
+    /// `config` is what the task says of the metric, if it says something.
+    pub(super) fn of(
+        key: &Key,
+        config: Option<&MetricConfig>,
+        a: (&[Item], &Recorded),
+        b: (&[Item], &Recorded),
+    ) -> Option<Self> {
+        let way = match (config.and_then(corpus_metric), key.metric.as_str()) {
+            (Some(metric), _) => Self::Corpus(metric),
+            (_, "bits_per_byte") => Self::BitsPerByte,
+            (_, name) if name.contains("perplexity") => Self::Perplexity,
             _ => Self::Mean,
         };
         let gives = |(items, recorded): (&[Item], &Recorded)| {
-            let values: Option<Vec<&ItemValue>> = items
-                .iter()
-                .map(|item| item.values.get(&key.metric))
-                .collect();
-            let score = values.and_then(|values| way.score(values.into_iter()));
-            score.is_some_and(|score| is_near(score, recorded.value))
+            let parts = way.parts(items, &key.metric);
+            parts.is_some_and(|parts| is_near(way.score(&parts), recorded.value))
         };
         (gives(a) && gives(b)).then_some(way)
     }
 
-    /// Of some items, each of which may come more than once; none if one has another kind of value.
-    fn score<'a>(self, values: impl Iterator<Item = &'a ItemValue>) -> Option<f64> {
-        if self == Self::Chrf {
-            let texts: Option<Vec<(&str, &str)>> = values
-                .map(|value| match value {
-                    ItemValue::Texts(answer, target) => Some((answer.as_str(), target.as_str())),
-                    _ => None,
-                })
-                .collect();
-            return Some(corpus_chrf(&texts?));
+    /// What is taken of each item; none if one has no value for it.
+    fn parts<'a>(
+        &self,
+        items: impl IntoIterator<Item = &'a Item>,
+        metric: &str,
+    ) -> Option<Vec<Part>> {
+        let part = |item: &Item| match (self, item.values.get(metric)?) {
+            (Self::Corpus(metric), ItemValue::Texts { answer, references }) => {
+                let references: Vec<&str> = references.iter().map(String::as_str).collect();
+                Some(Part::Counts(metric.counts(answer, &references)))
+            }
+            (Self::Corpus(_), _) | (_, ItemValue::Texts { .. }) => None,
+            (_, ItemValue::One(value)) => Some(Part::Of(*value, 1.0)),
+            (Self::Mean, ItemValue::Of(..)) => None,
+            (_, ItemValue::Of(value, of)) => Some(Part::Of(*value, *of)),
+        };
+        items.into_iter().map(part).collect()
+    }
+
+    /// Of the parts of some items, each of which may come more than once.
+    fn score<'a>(&self, parts: impl IntoIterator<Item = &'a Part>) -> f64 {
+        let (mut sum, mut units, mut counts) = (0.0, 0.0, Vec::new());
+        for part in parts {
+            match part {
+                Part::Of(value, of) => {
+                    sum += value;
+                    units += of;
+                }
+                Part::Counts(of_item) => add_counts(&mut counts, of_item),
+            }
         }
-        let (mut sum, mut units) = (0.0, 0.0);
-        for value in values {
-            let (value, of) = match value {
-                ItemValue::One(value) => (*value, 1.0),
-                ItemValue::Of(value, of) => (*value, *of),
-                ItemValue::Texts(..) => return None,
-            };
-            sum += value;
-            units += of;
-        }
-        let mean = sum / units;
-        Some(match self {
+        let mean: f64 = sum / units;
+        match self {
+            Self::Corpus(metric) => metric.score(&counts),
             Self::Perplexity => (-mean).exp(),
             Self::BitsPerByte => -mean / std::f64::consts::LN_2,
-            Self::Mean | Self::Chrf => mean,
-        })
+            Self::Mean => mean,
+        }
     }
 
     /// Of the scores of pairs of items; none if one has not the value for it.
     pub(super) fn difference(self, pairs: &[(&Item, &Item)], metric: &str) -> Option<Difference> {
-        let values = pairs
-            .iter()
-            .map(|(a, b)| Some((a.values.get(metric)?, b.values.get(metric)?)));
-        let (a, b): (Vec<&ItemValue>, Vec<&ItemValue>) =
-            values.collect::<Option<Vec<_>>>()?.into_iter().unzip();
-        if self == Self::Mean {
-            let numbers = |values: &[&ItemValue]| -> Option<Vec<f64>> {
-                let one = values.iter().map(|value| match value {
-                    ItemValue::One(value) => Some(*value),
-                    _ => None,
-                });
-                one.collect()
-            };
-            return Some(Difference::of_means(&numbers(&a)?, &numbers(&b)?));
-        }
-        let resamples = match self {
-            Self::Chrf => TEXT_RESAMPLES,
-            _ => RESAMPLES,
-        };
-        let score = |values: &[&ItemValue], items: &[usize]| {
-            let drawn = items.iter().map(|&item| values[item]);
-            // All are of one kind, or the whole would have had no score.
-            self.score(drawn).unwrap_or(f64::NAN)
-        };
-        let both = |items: &[usize]| (score(&a, items), score(&b, items));
-        Some(Difference::bootstrapped(a.len(), resamples, &both))
+        let of_a = self.parts(pairs.iter().map(|(a, _)| *a), metric)?;
+        let of_b = self.parts(pairs.iter().map(|(_, b)| *b), metric)?;
+        let score =
+            |parts: &[Part], items: &[usize]| self.score(items.iter().map(|&item| &parts[item]));
+        let both = |items: &[usize]| (score(&of_a, items), score(&of_b, items));
+        Some(match self {
+            Self::Mean => {
+                let numbers = |parts: &[Part]| -> Vec<f64> {
+                    parts.iter().map(|part| self.score([part])).collect()
+                };
+                Difference::of_means(&numbers(&of_a), &numbers(&of_b))
+            }
+            _ => Difference::bootstrapped(pairs.len(), RESAMPLES, &both),
+        })
     }
 }
 

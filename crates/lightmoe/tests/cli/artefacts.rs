@@ -92,10 +92,21 @@ fn the_seed_decides_every_byte() {
 
 #[test]
 fn the_reference_in_the_repository_is_up_to_date() {
-    let page = fs::read_to_string(repository("docs/reference.md")).unwrap();
-    let made = command("reference").ok();
-    assert!(
-        page.trim_end() == made.trim_end(),
-        "docs/reference.md is old; make it anew by `cargo xtask docs`"
-    );
+    let is_new = |page: &str, arguments: &[&str]| {
+        let made = command("reference").args(arguments).ok();
+        assert!(
+            fs::read_to_string(repository(page)).is_ok_and(|page| page == made),
+            "{page} is old; make it anew by `cargo xtask docs`"
+        );
+    };
+    is_new("docs/reference.md", &[]);
+    let mut pages = Vec::new();
+    for name in command("reference").arg("--schemas").ok().lines() {
+        let page = format!("{name}.schema.json");
+        is_new(&format!("docs/schemas/{page}"), &["--schema", name]);
+        pages.push(page);
+    }
+    pages.sort();
+    assert_eq!(names(&repository("docs/schemas")), pages);
+    command("reference").args(["--schema", "x"]).fails(2);
 }

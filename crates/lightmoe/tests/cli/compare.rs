@@ -1,6 +1,6 @@
 //! A comparison runs, goes on, and refuses what changed.
 
-use crate::support::{Outcome, TINY, command, end, json, names};
+use crate::support::{Outcome, TINY, assert_schema, command, end, json, names};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -39,6 +39,7 @@ fn a_comparison_goes_on_and_refuses_what_changed() {
         "work",
     ];
     assert_eq!(names(&out), made);
+    assert_schema("compare", &json(&out.join("compare.json")));
     let cells = [
         format!("{cell}.json"),
         "intent-reap-rank=2-0.4-seed0.json".to_owned(),

@@ -1,6 +1,8 @@
 //! `divergence`.
 
-use crate::support::{Outcome, base, command, end, json, model_copy, names, repository};
+use crate::support::{
+    Outcome, assert_schema, base, command, end, json, model_copy, names, repository,
+};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -41,6 +43,7 @@ fn a_text_whole_and_by_layer() {
         assert!(shown.contains(part), "{part}: {shown}");
     }
     let file = json(&out);
+    assert_schema("divergence", &file);
     let found = &file["texts"][0];
     assert_eq!(found["layers"].as_array().unwrap().len(), 4);
     let whole = number(&found["whole"]["kl"]["value"]);

@@ -212,6 +212,28 @@ fn summaries_and_translations_are_scored() {
     assert!(chinese.contains("tok:zh"), "{chinese}");
     let sample = &samples(&out, "tatoeba_cmn_eng")[0];
     assert_eq!(sample["bleu"][0], "I won!");
+    // Against itself: the answers in the samples give every score again.
+    let path = folder.path().join("c.json");
+    let mut call = command("compare-results");
+    call.arg(&out).arg(&out).arg("--json").arg(&path).ok();
+    let rows = json(&path)["rows"].clone();
+    let by = |task: &str, metric: &str| {
+        let mut rows = rows.as_array().unwrap().iter();
+        let row = rows.find(|row| row["task"] == task && row["metric"] == metric);
+        let row = row.unwrap();
+        assert_eq!(row["warnings"], serde_json::json!([]), "{row}");
+        assert_eq!(row["difference"], 0.0, "{row}");
+        row["uncertainty"]["by"].clone()
+    };
+    assert_eq!(by("scitldr", "rougeL"), "paired");
+    for (task, metrics) in [
+        ("tatoeba_cmn_eng", &["bleu", "chrf", "chrf++"][..]),
+        ("tatoeba_eng_cmn", &["bleu", "chrf"]),
+    ] {
+        for metric in metrics {
+            assert_eq!(by(task, metric), "bootstrap", "{task} {metric}");
+        }
+    }
 }
 
 #[test]

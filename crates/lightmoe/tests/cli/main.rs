@@ -3,6 +3,7 @@
 
 mod artefacts;
 mod benchmarks;
+mod cache;
 mod compare;
 mod damage;
 mod divergence;
@@ -11,12 +12,14 @@ mod generated;
 mod hub;
 mod models;
 mod paired;
+mod parquet;
 mod pretrain;
 mod recipes;
 mod refusals;
 mod report;
 mod resume;
 mod sandbox;
+mod schemas;
 mod speak;
 mod stages;
 mod support;

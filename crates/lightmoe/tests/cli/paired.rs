@@ -1,6 +1,6 @@
 //! `compare-results`.
 
-use crate::support::{Outcome, base, command, json, names, repository};
+use crate::support::{Outcome, assert_schema, base, command, json, names, repository};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -35,7 +35,9 @@ fn compared(a: &str, b: &str) -> (Vec<Value>, String) {
     let path = folder.path().join("c.json");
     let mut command = command("compare-results");
     let table = command.args([a, b]).arg("--json").arg(&path).ok();
-    (json(&path)["rows"].as_array().unwrap().clone(), table)
+    let file = json(&path);
+    assert_schema("compare-results", &file);
+    (file["rows"].as_array().unwrap().clone(), table)
 }
 
 fn text(path: &Path) -> &str {

@@ -102,6 +102,24 @@ pub fn json(path: &Path) -> Value {
     serde_json::from_str(&text).unwrap()
 }
 
+/// Holds a value to the schema of that name.
+#[track_caller]
+pub fn assert_schema(name: &str, value: &Value) {
+    if let Err(error) = validated(name, value) {
+        panic!("{error}");
+    }
+}
+
+/// What of a value is not as the schema of that name says.
+pub fn validated(name: &str, value: &Value) -> Result<(), String> {
+    let path = repository(&format!("docs/schemas/{name}.schema.json"));
+    let (mut schemas, mut compiler) = (boon::Schemas::new(), boon::Compiler::new());
+    compiler.add_resource(name, json(&path)).unwrap();
+    let schema = compiler.compile(name, &mut schemas).unwrap();
+    let valid = schemas.validate(value, schema);
+    valid.map_err(|error| format!("{name}: {error:#}"))
+}
+
 /// The scores of one stage of a finished run: those of its only task.
 pub fn scores(run: &Path, stage: &str) -> Value {
     json(&run.join("results.json"))["stages"][stage].clone()

@@ -2,13 +2,15 @@
 //! data in the benchmarks' own forms and what the harness said of them.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod resume;
+
 use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns, build_prompts};
 use lightmoe_data::records::Message;
 use lightmoe_eval::harness::{
     BeginOfText, HarnessOptions, Judge, Kept, RunFacts, TaskPrompts, check_task, evaluate_tasks,
-    results,
+    rendered, results,
 };
-use lightmoe_models::{ChatMessage, Checkpoint, Decoder, ModelTokenizer};
+use lightmoe_models::{Checkpoint, Decoder, ModelTokenizer};
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -50,16 +52,7 @@ impl World {
 
     /// The tasks of a run with its options.
     fn prompts(&self, selected: &[Benchmark], options: &Value) -> Vec<TaskPrompts> {
-        let render = |messages: &[Message]| {
-            let messages: Vec<ChatMessage> = messages
-                .iter()
-                .map(|m| ChatMessage {
-                    role: m.role.clone(),
-                    content: m.content.clone(),
-                })
-                .collect();
-            self.tokenizer.chat(&messages).map_err(|e| e.to_string())
-        };
+        let render = |messages: &[Message]| rendered(&self.tokenizer, messages);
         let number = |key: &str| options[key].as_u64().map(|n| n as usize);
         let options = PromptOptions {
             num_fewshot: number("num_fewshot"),
@@ -206,8 +199,15 @@ fn check(run: &str) {
         ..HarnessOptions::default()
     };
     let (model, tokenizer) = (&world.model, &world.tokenizer);
-    let outcome =
-        evaluate_tasks(model, tokenizer, &tasks, &options, None, &mut |_, _| true).unwrap();
+    let outcome = evaluate_tasks(
+        model,
+        tokenizer,
+        &tasks,
+        &options,
+        Kept::default(),
+        &mut |_, _| true,
+    )
+    .unwrap();
     assert!(outcome.is_whole);
     let ours = results(&selected, &tasks, &outcome, tokenizer, facts()).unwrap();
     for key in [
@@ -321,62 +321,4 @@ fn conversations_are_those_of_the_harness() {
 #[test]
 fn generated_answers_are_judged_as_in_the_harness() {
     check("generated");
-}
-
-#[test]
-fn an_interrupted_evaluation_goes_on_to_the_same_numbers() {
-    let (world, expected) = (World::new(), expected("fewshot"));
-    let mut selected = select(&expected);
-    selected.retain(|benchmark| ["arc_easy", "gsm8k"].contains(&benchmark.name()));
-    let tasks = world.prompts(&selected, &expected["options"]);
-    // Small batches, so that there are moments to stop at.
-    let options = HarnessOptions {
-        batch_tokens: 600,
-        ..HarnessOptions::default()
-    };
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("requests.jsonl");
-    let run = |fingerprint: &str, stop: usize| {
-        let mut calls = 0;
-        let kept = Some(Kept {
-            path: &path,
-            fingerprint,
-        });
-        let (model, tokenizer) = (&world.model, &world.tokenizer);
-        let outcome = evaluate_tasks(model, tokenizer, &tasks, &options, kept, &mut |_, _| {
-            calls += 1;
-            calls < stop
-        });
-        let outcome = outcome.unwrap();
-        (
-            outcome.is_whole,
-            serde_json::to_value(&outcome.tasks[0].samples).unwrap(),
-            outcome,
-        )
-    };
-    let lines = || std::fs::read_to_string(&path).unwrap().lines().count();
-    let (whole, undisturbed, all) = run("a", usize::MAX);
-    assert!(whole);
-    let everything = lines();
-    // Another model's journal is of no use.
-    let (whole, samples, part) = run("b", 3);
-    assert!(!whole && lines() < everything, "{}", lines());
-    assert!(samples.as_array().unwrap().len() < undisturbed.as_array().unwrap().len());
-    let said = results(&selected, &tasks, &part, &world.tokenizer, facts()).unwrap();
-    assert_eq!(said["partial"]["documents"], 16);
-    // A line that a kill cut off is done again.
-    let text = std::fs::read_to_string(&path).unwrap();
-    std::fs::write(&path, &text[..text.len() - 5]).unwrap();
-    // What is known counts as done, so each run gets a little further.
-    for stop in (6..).step_by(40) {
-        if run("b", stop).0 {
-            break;
-        }
-    }
-    let (_, samples, resumed) = run("b", usize::MAX);
-    assert_eq!(samples, undisturbed);
-    for (a, b) in resumed.tasks.iter().zip(&all.tasks) {
-        assert_eq!(a.hash, b.hash);
-        assert_eq!(a.samples, b.samples);
-    }
 }

@@ -1,0 +1,108 @@
+//! Evaluations that are interrupted and go on.
+
+use crate::{World, expected, facts, select};
+use lightmoe_eval::harness::{HarnessOptions, Kept, RequestCache, evaluate_tasks, results};
+
+#[test]
+fn an_interrupted_evaluation_goes_on_to_the_same_numbers() {
+    let (world, expected) = (World::new(), expected("fewshot"));
+    let mut selected = select(&expected);
+    selected.retain(|benchmark| ["arc_easy", "gsm8k"].contains(&benchmark.name()));
+    let tasks = world.prompts(&selected, &expected["options"]);
+    // Small batches, so that there are moments to stop at.
+    let options = HarnessOptions {
+        batch_tokens: 600,
+        ..HarnessOptions::default()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("requests.jsonl");
+    let run = |fingerprint: &str, stop: usize| {
+        let mut calls = 0;
+        let kept = Kept {
+            journal: Some(&path),
+            fingerprint,
+            cache: None,
+        };
+        let (model, tokenizer) = (&world.model, &world.tokenizer);
+        let outcome = evaluate_tasks(model, tokenizer, &tasks, &options, kept, &mut |_, _| {
+            calls += 1;
+            calls < stop
+        });
+        let outcome = outcome.unwrap();
+        (
+            outcome.is_whole,
+            serde_json::to_value(&outcome.tasks[0].samples).unwrap(),
+            outcome,
+        )
+    };
+    let lines = || std::fs::read_to_string(&path).unwrap().lines().count();
+    let (whole, undisturbed, all) = run("a", usize::MAX);
+    assert!(whole);
+    let everything = lines();
+    // Another model's journal is of no use.
+    let (whole, samples, part) = run("b", 3);
+    assert!(!whole && lines() < everything, "{}", lines());
+    assert!(samples.as_array().unwrap().len() < undisturbed.as_array().unwrap().len());
+    let said = results(&selected, &tasks, &part, &world.tokenizer, facts()).unwrap();
+    assert_eq!(said["partial"]["documents"], 16);
+    // A line that a kill cut off is done again.
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, &text[..text.len() - 5]).unwrap();
+    // What is known counts as done, so each run gets a little further.
+    for stop in (6..).step_by(40) {
+        if run("b", stop).0 {
+            break;
+        }
+    }
+    let (_, samples, resumed) = run("b", usize::MAX);
+    assert_eq!(samples, undisturbed);
+    for (a, b) in resumed.tasks.iter().zip(&all.tasks) {
+        assert_eq!(a.hash, b.hash);
+        assert_eq!(a.samples, b.samples);
+    }
+}
+
+#[test]
+fn a_resumed_evaluation_leaves_out_what_the_cache_knew_at_first() {
+    let (world, expected) = (World::new(), expected("fewshot"));
+    let mut selected = select(&expected);
+    selected.retain(|benchmark| ["arc_easy", "gsm8k"].contains(&benchmark.name()));
+    let tasks = world.prompts(&selected, &expected["options"]);
+    let options = HarnessOptions {
+        batch_tokens: 600,
+        ..HarnessOptions::default()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let run = |journal: &str, cache: &str, stop: usize| {
+        let mut calls = 0;
+        let cache = RequestCache::open(&folder.path().join(cache), "model").unwrap();
+        let journal = folder.path().join(journal);
+        let kept = Kept {
+            journal: Some(&journal),
+            fingerprint: "model",
+            cache: Some(&cache),
+        };
+        let (model, tokenizer) = (&world.model, &world.tokenizer);
+        let mut go_on = |_, _| {
+            calls += 1;
+            calls < stop
+        };
+        evaluate_tasks(model, tokenizer, &tasks, &options, kept, &mut go_on).unwrap()
+    };
+    // A part, in two folders.
+    assert!(!run("first.jsonl", "a", 3).is_whole);
+    let [a, b] = ["a/model", "b/model"].map(|name| folder.path().join(name));
+    std::fs::create_dir_all(&b).unwrap();
+    for file in std::fs::read_dir(a).unwrap() {
+        let path = file.unwrap().path();
+        std::fs::copy(&path, b.join(path.file_name().unwrap())).unwrap();
+    }
+    let undisturbed = run("a.jsonl", "a", usize::MAX);
+    assert!(undisturbed.is_whole && undisturbed.cached > 0);
+    assert!(!run("b.jsonl", "b", 4).is_whole);
+    let resumed = run("b.jsonl", "b", usize::MAX);
+    assert_eq!(resumed.cached, undisturbed.cached);
+    for (a, b) in resumed.tasks.iter().zip(&undisturbed.tasks) {
+        assert_eq!(a.samples, b.samples);
+    }
+}
