@@ -14,6 +14,7 @@ const TOLERANCE: f64 = 1e-6;
 /// How a score comes of the values of the items.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
+    /// `Σ values / Σ units`
     Mean,
     /// `exp(-Σ log-likelihoods / Σ units)`
     Perplexity,
@@ -78,15 +79,15 @@ impl Way {
             .map(|(a, b)| Some((a.values.get(metric)?, b.values.get(metric)?)));
         let (a, b): (Vec<&ItemValue>, Vec<&ItemValue>) =
             values.collect::<Option<Vec<_>>>()?.into_iter().unzip();
-        if self == Self::Mean {
-            let numbers = |values: &[&ItemValue]| -> Option<Vec<f64>> {
-                let one = values.iter().map(|value| match value {
-                    ItemValue::One(value) => Some(*value),
-                    _ => None,
-                });
-                one.collect()
-            };
-            return Some(Difference::of_means(&numbers(&a)?, &numbers(&b)?));
+        let numbers = |values: &[&ItemValue]| -> Option<Vec<f64>> {
+            let one = values.iter().map(|value| match value {
+                ItemValue::One(value) => Some(*value),
+                _ => None,
+            });
+            one.collect()
+        };
+        if let (Self::Mean, Some(a), Some(b)) = (self, numbers(&a), numbers(&b)) {
+            return Some(Difference::of_means(&a, &b));
         }
         let resamples = match self {
             Self::Chrf => TEXT_RESAMPLES,

@@ -20,4 +20,5 @@ mod sandbox;
 mod speak;
 mod stages;
 mod support;
+mod text;
 mod updates;
