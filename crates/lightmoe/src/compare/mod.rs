@@ -7,6 +7,7 @@
 //! not change.
 
 mod grid;
+mod measure;
 mod page;
 mod rows;
 mod table;

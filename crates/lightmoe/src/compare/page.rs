@@ -2,11 +2,12 @@
 //! outside resources.
 
 use super::Comparison;
-use super::rows::{BYTES, Block, COLUMNS, Line, Measure, ORIGINAL, PARAMETERS, blocks, percent};
+use super::measure::{BYTES, Measure, PARAMETERS};
+use super::rows::{Block, COLUMNS, Line, ORIGINAL, blocks, percent};
 use super::table::{notes, overview, section};
 use crate::report::page_of;
 use crate::report::svg::HALF;
-use crate::report::svg::scatter::{Axes, Better, Dot, scatter};
+use crate::report::svg::scatter::{Axes, Dot, scatter};
 use crate::report::table::Section;
 use anyhow::Result;
 use serde::Serialize;
@@ -68,12 +69,7 @@ pub(super) fn html(comparison: &Comparison) -> Result<String> {
     });
     let shown = blocks.iter().map(|block| Shown {
         task: block.task.clone(),
-        score: match block.measure {
-            Measure::Score => "Score",
-            Measure::Perplexity => {
-                "Logarithm of the perplexity, of which lower is better and stands higher,"
-            }
-        },
+        score: block.measure.shown(),
         pictures: pictures(block, &labels),
         table: section(block, comparison),
     });
@@ -118,12 +114,9 @@ fn pictures(block: &Block, labels: &[&str]) -> Vec<Picture> {
             .filter_map(|line| dot(line, block.measure, (column, whole), labels))
             .collect();
         let untuned = original.entries[block.measure.before()];
-        let untuned = untuned.map(|e| height(block.measure, e.spread.mean));
+        let untuned = untuned.map(|e| block.measure.height(e.spread.mean));
         let untuned = untuned.map(|height| (height, "original, untuned"));
-        let (y, better) = match block.measure {
-            Measure::Score => ("score", Better::More),
-            Measure::Perplexity => ("ln perplexity, lower is better", Better::Less),
-        };
+        let (y, better) = block.measure.axis();
         let describe = format!(
             "{y} on {} against {name} left; the table below holds the numbers",
             block.task
@@ -139,14 +132,6 @@ fn pictures(block: &Block, labels: &[&str]) -> Vec<Picture> {
     sizes.into_iter().filter_map(picture).collect()
 }
 
-/// Where a number stands: perplexities lie too far apart to be drawn as such.
-fn height(measure: Measure, number: f64) -> f64 {
-    match measure {
-        Measure::Score => number,
-        Measure::Perplexity => number.ln(),
-    }
-}
-
 /// The dot of a row that is measured, against the size in `column`, of which the original has `whole`.
 fn dot(
     line: &Line,
@@ -160,8 +145,8 @@ fn dot(
     let ratio = line.ratio.map_or(String::new(), percent);
     Some(Dot {
         x: 100.0 * size.mean / whole,
-        y: height(measure, score.mean),
-        range: (height(measure, score.low), height(measure, score.high)),
+        y: measure.height(score.mean),
+        range: (measure.height(score.low), measure.height(score.high)),
         class: colour(method),
         title: format!(
             "{} {ratio}: {}, {}",

@@ -1,6 +1,7 @@
 //! The rows of a comparison: what each method at each ratio has in every column, over seeds and tasks.
 
 use super::grid::{Rate, task_name};
+use super::measure::Measure;
 use super::{Comparison, Record};
 use crate::report::table::{bytes_text, thousands};
 use crate::results::{Score, Stage, nll};
@@ -59,37 +60,6 @@ impl Value {
         }
     }
 }
-
-/// What says how good a model is: a score of which more is better, or of text its perplexity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Measure {
-    Score,
-    Perplexity,
-}
-
-impl Measure {
-    /// The place of its column before recovery.
-    pub fn before(self) -> usize {
-        match self {
-            Self::Score => 0,
-            Self::Perplexity => 2,
-        }
-    }
-
-    /// And after it.
-    pub fn after(self) -> usize {
-        self.before() + 1
-    }
-
-    /// Whether the column at `place` says something beside it; of text there is no other score.
-    pub fn shows(self, place: usize) -> bool {
-        self == Self::Score || place >= self.before()
-    }
-}
-
-/// The places of columns that the page draws.
-pub(super) const PARAMETERS: usize = 4;
-pub(super) const BYTES: usize = 7;
 
 /// Every column, in the order of the tables.
 pub(super) const COLUMNS: [Column; 10] = [

@@ -2,7 +2,7 @@
 
 use super::Comparison;
 use super::Record;
-use super::rows::{Block, COLUMNS, Measure, ORIGINAL, blocks};
+use super::rows::{Block, COLUMNS, ORIGINAL, blocks};
 use crate::report::table::{Section, markdown_table};
 use std::fmt::Write;
 
@@ -35,10 +35,7 @@ pub(super) fn section(block: &Block, comparison: &Comparison) -> Section {
 /// Every row with its score after recovery on each task; the original's, untuned.
 pub(super) fn overview(blocks: &[Block], comparison: &Comparison) -> Section {
     let mut section = Section::new(["method", "ratio"]);
-    let names = blocks.iter().map(|b| match b.measure {
-        Measure::Score => b.task.clone(),
-        Measure::Perplexity => format!("{}: perplexity, lower is better", b.task),
-    });
+    let names = blocks.iter().map(|b| b.measure.head(&b.task));
     section.head.extend(names);
     for (row, first) in blocks[0].lines.iter().enumerate() {
         let mut cells = vec![first.method.clone(), first.ratio()];
