@@ -201,7 +201,7 @@ impl TaskData {
 }
 
 /// The name of a file in results.
-fn name_of(path: &PathBuf) -> String {
+fn name_of(path: &Path) -> String {
     let stem = path.file_stem();
     stem.map_or("records".into(), |s| s.to_string_lossy().into_owned())
 }

@@ -21,7 +21,7 @@ pub(super) struct Material {
 }
 
 enum Batches {
-    BuiltIn(PackedStream),
+    BuiltIn(Box<PackedStream>),
     Text(Sampler),
 }
 
@@ -36,7 +36,12 @@ impl Material {
             None => {
                 let stream = PackedStream::new(rows, length, recipe.seed)?;
                 let config = tokenizer::tokenizer_config();
-                (tokenizer::build()?, config, None, Batches::BuiltIn(stream))
+                (
+                    tokenizer::build()?,
+                    config,
+                    None,
+                    Batches::BuiltIn(Box::new(stream)),
+                )
             }
             Some(text) => {
                 let documents = text.documents()?;
