@@ -34,6 +34,19 @@ pub enum Error {
         /// What is wrong with the line.
         problem: String,
     },
+    /// A line of a file of documents is none.
+    #[error(
+        "`{}` line {line}: {problem}. Expected {{\"text\": \"...\"}}; correct or remove the line.",
+        path.display()
+    )]
+    Document {
+        /// The file.
+        path: PathBuf,
+        /// 1-based line number.
+        line: usize,
+        /// What is wrong with the line.
+        problem: String,
+    },
     /// A file holds nothing to train on.
     #[error("`{}` is empty. Expected at least one record or some text; check the path.", path.display())]
     Empty {

@@ -1,6 +1,6 @@
 //! Text and records in, token sequences out.
 //!
-//! Three sources of data: files of the user's own ([`records`]), benchmarks ([`harness`]), and five built-in
+//! Four sources of data: records of the user's own ([`records`]), plain text ([`text`]), benchmarks ([`harness`]), and five built-in
 //! [`Task`]s on which a small model is pre-trained ([`pretrain`]) and then adapted,
 //! with a [`tokenizer`] of their own. Both become [`Example`]s, [`encode`] makes
 //! token sequences of them, and [`Sampler`] and [`PackedStream`] make batches.
@@ -23,6 +23,7 @@ pub mod pretrain;
 pub mod records;
 mod rng;
 mod task;
+pub mod text;
 pub mod tokenizer;
 mod translation;
 mod words;

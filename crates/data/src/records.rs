@@ -1,8 +1,10 @@
 //! Training data of the user's own: JSONL records and plain text.
 
-use std::fs;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
+use flate2::read::MultiGzDecoder;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Example, Result};
@@ -73,11 +75,26 @@ pub fn read_text(path: &Path) -> Result<String> {
     Ok(text)
 }
 
-fn read(path: &Path) -> Result<String> {
-    fs::read_to_string(path).map_err(|source| Error::Read {
-        path: path.into(),
-        source,
-    })
+/// The text of a file; one that ends in `.gz` is unpacked.
+///
+/// # Errors
+/// [`Error::Read`]
+pub(crate) fn read(path: &Path) -> Result<String> {
+    let mut text = String::new();
+    let mut read = || {
+        let mut file = File::open(path)?;
+        match path.extension().is_some_and(|e| e == "gz") {
+            true => MultiGzDecoder::new(file).read_to_string(&mut text),
+            false => file.read_to_string(&mut text),
+        }
+    };
+    match read() {
+        Ok(_) => Ok(text),
+        Err(source) => Err(Error::Read {
+            path: path.into(),
+            source,
+        }),
+    }
 }
 
 fn parse(
@@ -122,6 +139,7 @@ fn parse(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     fn read_lines(lines: &str) -> Result<Vec<Example>> {
         let folder = tempfile::tempdir().unwrap();

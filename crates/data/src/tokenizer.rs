@@ -57,6 +57,16 @@ pub fn build() -> Result<Tokenizer> {
 /// and a chat template that writes messages one after the other, as
 /// [`crate::render`] does with a prompt and a completion.
 pub fn tokenizer_config() -> Value {
+    let mut config = plain_config();
+    config["model_max_length"] = 2048.into();
+    config["chat_template"] = "{% for m in messages %}{% if m['role'] == 'assistant' %} \
+        {{ m['content'] }}{{ eos_token }}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+        .into();
+    config
+}
+
+/// The content of `tokenizer_config.json` for a tokenizer with our special tokens and no more.
+pub fn plain_config() -> Value {
     json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": EOS,
@@ -64,9 +74,6 @@ pub fn tokenizer_config() -> Value {
         "pad_token": PAD,
         "unk_token": null,
         "clean_up_tokenization_spaces": false,
-        "model_max_length": 2048,
-        "chat_template": "{% for m in messages %}{% if m['role'] == 'assistant' %} \
-            {{ m['content'] }}{{ eos_token }}{% else %}{{ m['content'] }}{% endif %}{% endfor %}",
     })
 }
 

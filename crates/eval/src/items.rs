@@ -116,7 +116,8 @@ fn smallest(values: &[f64]) -> Option<usize> {
     (0..values.len()).min_by(|&a, &b| values[a].total_cmp(&values[b]))
 }
 
-fn check(row: &Encoded, context: usize) -> std::result::Result<(), String> {
+/// What is wrong with a row, if it cannot be scored.
+pub(crate) fn check(row: &Encoded, context: usize) -> std::result::Result<(), String> {
     let length = row.tokens.len();
     if row.answer_start == 0 {
         return Err(

@@ -24,11 +24,13 @@ mod queues;
 mod sample;
 mod score;
 mod side_by_side;
+mod text;
 
 pub use error::{Error, Result};
 pub use load::{LayerLoad, expert_load};
 pub use sample::{Sample, write_samples};
 pub use score::{Score, Scores};
+pub use text::evaluate_text;
 
 use items::Items;
 use lightmoe_data::{Example, Metric, Task};

@@ -36,6 +36,26 @@ impl Score {
         }
     }
 
+    /// What rows sum up to a unit, such as nats a token: of each row the sum and the units. Units of one
+    /// row have their context in common, so they are no independent draws: the standard error takes
+    /// the rows as such, as surveys do with clusters (Cochran, *Sampling Techniques*, 3rd ed., eq. 6.13,
+    /// the ratio of two totals).
+    pub fn per_unit(rows: &[(f64, f64)]) -> Self {
+        let units: f64 = rows.iter().map(|row| row.1).sum();
+        let value = rows.iter().map(|row| row.0).sum::<f64>() / units;
+        let n = rows.len();
+        let squares: f64 = rows.iter().map(|row| (row.0 - value * row.1).powi(2)).sum();
+        let spread = n as f64 / n.saturating_sub(1).max(1) as f64;
+        Self {
+            value,
+            stderr: match n {
+                1 => 0.0,
+                _ => (squares * spread).sqrt() / units,
+            },
+            n,
+        }
+    }
+
     /// chrF2 of a corpus of (hypothesis, reference), 0 to 100, with the standard deviation over 100
     /// resamples (seed fixed).
     pub fn chrf(pairs: &[(&str, &str)]) -> Self {

@@ -4,9 +4,10 @@
 
 use candle_core::{Device, Tensor};
 use lightmoe_data::overlap::corpus_chrf;
-use lightmoe_data::{Example, Metric, Split, Task, tokenizer};
-use lightmoe_eval::{Error, EvalOptions, Sample, Scores, evaluate, write_samples};
-use lightmoe_models::{Decoder, LanguageModel, ModelConfig, ModelTokenizer};
+use lightmoe_data::{Encoded, Example, Metric, Split, Task, tokenizer};
+use lightmoe_eval::divergence::text_rows;
+use lightmoe_eval::{Error, EvalOptions, Sample, Scores, evaluate, evaluate_text, write_samples};
+use lightmoe_models::{Decoder, LanguageModel, ModelConfig, ModelTokenizer, Tokens};
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -315,4 +316,80 @@ fn samples_come_back_from_their_file() {
         assert_eq!(read.choice, sample.choice);
         assert!((read.nll - sample.nll).abs() < 1e-9);
     }
+}
+
+/// Against the log-softmax of the logits of every window by itself.
+#[test]
+fn text_is_scored_token_by_token_with_windows_as_the_draws() {
+    let tokenizer = model_tokenizer();
+    let model = random(&tokenizer);
+    let text = "The king and the dog, the river, and 12 wolves near a lake.\n".repeat(7);
+    let windows = text_rows(&tokenizer, &text, 20, None).unwrap();
+    let (scores, samples) =
+        evaluate_text(&model, &tokenizer, &windows, 64, &mut |_, _| true).unwrap();
+    let mut rows = Vec::new();
+    for window in &windows {
+        let tokens = &window.tokens;
+        let hidden = model.forward(Tokens::one(tokens), None, &mut |_, _, _| Ok(()));
+        let logits: Vec<Vec<f32>> = model.logits(&hidden.unwrap()).unwrap().to_vec2().unwrap();
+        let nll = |at: usize| {
+            let logits = &logits[at - 1];
+            let sum: f64 = logits.iter().map(|&v| f64::from(v).exp()).sum();
+            sum.ln() - f64::from(logits[tokens[at] as usize])
+        };
+        let predicted = window.answer_start..tokens.len();
+        rows.push((predicted.len() as f64, predicted.map(nll).sum::<f64>()));
+    }
+    let tokens: f64 = rows.iter().map(|row| row.0).sum();
+    assert_eq!(tokens as usize, tokenizer.encode(&text).unwrap().len());
+    let nll = rows.iter().map(|row| row.1).sum::<f64>() / tokens;
+    let near = |metric: &str, want: f64| {
+        let found = scores[metric].value;
+        assert!(
+            (found - want).abs() < 1e-5 * want,
+            "{metric}: {found} {want}"
+        );
+    };
+    near("nll", nll);
+    near("perplexity", nll.exp());
+    // No character is longer than a byte, so that none lies in two windows.
+    let whole: String = samples.iter().map(|s| s.target.as_str()).collect();
+    assert_eq!(whole, text);
+    near(
+        "bits_per_byte",
+        nll * tokens / text.len() as f64 / std::f64::consts::LN_2,
+    );
+    let n = rows.len() as f64;
+    let squares: f64 = rows.iter().map(|row| (row.1 - nll * row.0).powi(2)).sum();
+    let stderr = (squares * n / (n - 1.0)).sqrt() / tokens;
+    assert!((scores["nll"].stderr - stderr).abs() < 1e-5 * stderr);
+    assert!((scores["perplexity"].stderr / scores["perplexity"].value - stderr).abs() < 1e-6);
+    assert_eq!(scores["nll"].n, rows.len());
+
+    let alone = evaluate_text(&model, &tokenizer, &windows, 1, &mut |_, _| true);
+    assert!((alone.unwrap().0["nll"].value - scores["nll"].value).abs() < 1e-6);
+    let one = evaluate_text(&model, &tokenizer, &windows[..1], 64, &mut |_, _| true);
+    assert_eq!(one.unwrap().0["nll"].stderr, 0.0);
+}
+
+#[test]
+fn text_that_cannot_be_scored_is_refused() {
+    let tokenizer = model_tokenizer();
+    let model = random(&tokenizer);
+    let window = |tokens, answer_start| Encoded {
+        tokens: vec![5; tokens],
+        answer_start,
+    };
+    let score = |windows: &[Encoded]| {
+        let scored = evaluate_text(&model, &tokenizer, windows, 64, &mut |_, _| true);
+        scored.unwrap_err()
+    };
+    assert!(matches!(score(&[]), Error::Empty));
+    let bare = score(&[window(4, 1), window(4, 0)]);
+    assert!(matches!(bare, Error::Example { index: 1, .. }), "{bare}");
+    let long = score(&[window(CONTEXT + 1, 1)]);
+    assert!(matches!(long, Error::Example { index: 0, .. }), "{long}");
+    let windows = [window(4, 1), window(5, 1)];
+    let stopped = evaluate_text(&model, &tokenizer, &windows, 1, &mut |done, _| done < 1);
+    assert!(matches!(stopped, Err(Error::Interrupted)));
 }

@@ -1,10 +1,11 @@
-//! What a model is observed on: the first of its training sequences, or a mix of tasks and records.
+//! What a model is observed on: the first of its training sequences, or a mix of tasks, records and text.
 
+use crate::items::Items;
 use crate::preflight::Refused;
 use crate::recipe::Recipe;
-use crate::source::{FEWEST_RECORDS, TaskData, read_records};
+use crate::source::FEWEST_RECORDS;
 use anyhow::{Context, Result, bail, ensure};
-use lightmoe_data::{Encoded, Example, Split, Task};
+use lightmoe_data::{Encoded, Split, Task};
 use lightmoe_models::{Checkpoint, ModelTokenizer};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -28,13 +29,19 @@ pub struct Calibration {
 pub enum Source {
     /// The training split of a built-in task.
     Task(Task),
-    /// Records in JSON lines.
-    Records(PathBuf),
+    /// Records or text.
+    File(PathBuf),
 }
 
 /// Sources, each with its weight: `math,code=2,notes.jsonl=0.5`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Mix(pub Vec<(Source, f64)>);
+
+/// Whether a name is that of a file, packed or not.
+fn is_file(name: &str) -> bool {
+    let name = name.trim_end_matches(".gz");
+    [".jsonl", ".txt"].iter().any(|end| name.ends_with(end))
+}
 
 impl FromStr for Mix {
     type Err = anyhow::Error;
@@ -51,10 +58,10 @@ impl FromStr for Mix {
             }
             let source = match name.parse::<Task>() {
                 Ok(task) => Source::Task(task),
-                Err(_) if name.ends_with(".jsonl") => Source::Records(name.into()),
+                Err(_) if is_file(name) => Source::File(name.into()),
                 Err(_) => bail!(
-                    "`calibrate` has `{name}`; give built-in tasks or files of records that end in \
-                     .jsonl, such as math,code=2,notes.jsonl=0.5"
+                    "`calibrate` has `{name}`; give built-in tasks or files of records or text that \
+                     end in .jsonl or .txt, such as math,code=2,notes.jsonl=0.5"
                 ),
             };
             Ok((source, weight))
@@ -103,8 +110,8 @@ impl Calibration {
         let whole: f64 = mix.0.iter().map(|(_, weight)| weight).sum();
         let mut found = Self::default();
         for (source, weight) in &mix.0 {
-            let examples = source.examples(recipe, tokenizer)?;
-            let encoded = TaskData::encode(&examples, tokenizer, recipe.max_length)?;
+            let items = source.items(recipe, tokenizer)?;
+            let encoded = items.encoded(tokenizer, recipe.max_length)?;
             let share = (budget as f64 * weight / whole) as usize;
             let more = Self::first(&encoded, share);
             if more.tokens() < share {
@@ -149,32 +156,36 @@ impl Calibration {
 }
 
 impl Source {
-    fn examples(&self, recipe: &Recipe, tokenizer: &ModelTokenizer) -> Result<Vec<Example>> {
+    fn items(&self, recipe: &Recipe, tokenizer: &ModelTokenizer) -> Result<Items> {
         match self {
-            Self::Task(task) => Ok(task.examples(Split::Train, recipe.train_examples, recipe.seed)),
-            Self::Records(path) => {
-                let records = read_records(path, recipe, tokenizer)?;
+            Self::Task(task) => Ok(Items::Examples(task.examples(
+                Split::Train,
+                recipe.train_examples,
+                recipe.seed,
+            ))),
+            Self::File(path) => {
+                let items = Items::read(path, recipe, tokenizer)?;
                 ensure!(
-                    records.len() >= FEWEST_RECORDS,
+                    items.len() >= FEWEST_RECORDS,
                     Refused(format!(
-                        "`{}` has {} records, too few to calibrate on; give at least {FEWEST_RECORDS}",
+                        "`{}` has {} records or windows, too few to calibrate on; give at least {FEWEST_RECORDS}",
                         path.display(),
-                        records.len()
+                        items.len()
                     ))
                 );
-                Ok(records)
+                Ok(items.to_train(recipe.seed))
             }
         }
     }
 
-    /// The text of the records, on which a run depends; `None` for a built-in task.
+    /// The text of the file, on which a run depends; `None` for a built-in task.
     ///
     /// # Errors
     /// If it cannot be read.
     pub fn text(&self) -> Result<Option<String>> {
         match self {
             Self::Task(_) => Ok(None),
-            Self::Records(path) => {
+            Self::File(path) => {
                 let text = lightmoe_data::read_text(path);
                 Ok(Some(text.context("in `calibrate`")?))
             }
@@ -192,7 +203,7 @@ mod tests {
         let expected = [
             (Source::Task(Task::Math), 1.0),
             (Source::Task(Task::Code), 2.0),
-            (Source::Records("notes.jsonl".into()), 0.5),
+            (Source::File("notes.jsonl".into()), 0.5),
         ];
         assert_eq!(mix.0, expected);
         for (text, word) in [

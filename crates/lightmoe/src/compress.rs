@@ -40,7 +40,7 @@ pub fn compress(recipe: &Recipe, out: &Path, resume: bool) -> Result<Results> {
     let original = open_model(&recipe.model)?;
     let tokenizer = ModelTokenizer::load(original.dir(), original.config().eos_token_id)?;
     let data = TaskData::load(recipe, &tokenizer)?;
-    let encoded = data.encoded(&tokenizer, recipe.max_length)?;
+    let encoded = data.train.encoded(&tokenizer, recipe.max_length)?;
     let calibration = Calibration::of(recipe, &encoded, &tokenizer, &original)?;
     preflight(recipe, &original, &calibration)?;
     let inputs = inputs(recipe, original.dir())?;
@@ -213,7 +213,7 @@ pub fn default_out(recipe: &Recipe, resume: bool) -> PathBuf {
 /// If the model or the records cannot be read.
 pub fn inputs(recipe: &Recipe, model: &Path) -> Result<Inputs> {
     let mut texts = Vec::new();
-    if let Some(path) = &recipe.train {
+    for path in recipe.train.iter().chain(&recipe.eval_text) {
         texts.push(lightmoe_data::read_text(path)?);
     }
     for (source, _) in recipe.calibrate()?.iter().flat_map(|mix| &mix.0) {

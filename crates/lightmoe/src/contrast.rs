@@ -1,6 +1,7 @@
 //! The original and the result of a run on the same test items: the load of every expert, and what
 //! both answer. For the report alone; nothing is decided by it.
 
+use crate::items::Items;
 use crate::pipeline::{Fit, INTERRUPTED, fit, load_model};
 use crate::progress::{Progress, stopped};
 use crate::recipe::Recipe;
@@ -38,8 +39,8 @@ pub struct Contrast {
     pub tokens: u64,
     /// Every layer with experts, ascending.
     pub load: Vec<LoadPair>,
-    /// What both answer to the first of these items; empty where a model did not fit memory, since
-    /// every token would have read all of its weights again.
+    /// What both answer to the first of these items; empty for text, which asks nothing, and where a
+    /// model did not fit memory, since every token would have read all of its weights again.
     pub answers: Vec<AnswerPair>,
 }
 
@@ -95,7 +96,7 @@ pub fn contrast_rows(
     tokenizer: &ModelTokenizer,
     recipe: &Recipe,
 ) -> Result<Vec<Encoded>> {
-    let mut rows = TaskData::encode(&data.test, tokenizer, recipe.max_length)?;
+    let mut rows = data.test.encoded(tokenizer, recipe.max_length)?;
     let mut tokens = 0;
     let within = rows.iter().take_while(|row| {
         tokens += row.tokens.len();
@@ -121,8 +122,8 @@ pub fn contrast_stage(
 ) -> Result<()> {
     let tokenizer = ModelTokenizer::load(original.dir(), original.config().eos_token_id)?;
     let rows = contrast_rows(data, &tokenizer, recipe)?;
-    let answers = match (fit(&[original]), fit(&[result])) {
-        (Fit::Whole, Fit::Whole) => Answers::First,
+    let answers = match (&data.test, fit(&[original]), fit(&[result])) {
+        (Items::Examples(_), Fit::Whole, Fit::Whole) => Answers::First,
         _ => Answers::None,
     };
     let look = |what: &str, checkpoint| look(what, checkpoint, &rows, &tokenizer, answers);
@@ -130,6 +131,7 @@ pub fn contrast_stage(
     let (after, after_answers) = look("result", result)?;
     let texts = data
         .test
+        .examples()
         .iter()
         .zip(before_answers.into_iter().zip(after_answers));
     let contrast = Contrast {

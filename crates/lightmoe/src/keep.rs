@@ -1,6 +1,6 @@
 //! Which model a run ends with: the recovered one, or the better of that and the built one.
 
-use crate::pipeline::answer_nll;
+use crate::pipeline::mean_nll;
 use crate::results::Stage;
 use crate::source::TaskData;
 use anyhow::{Context, Result};
@@ -17,8 +17,8 @@ use std::path::Path;
 pub enum Keep {
     /// The recovered model.
     Recovered,
-    /// The recovered model, if its answers on the validation examples are likelier than those of the
-    /// built one; else that.
+    /// The recovered model, if the answers of the validation examples (or the text of the validation
+    /// split) are likelier to it than to the built one; else that.
     Better,
 }
 
@@ -27,7 +27,8 @@ pub enum Keep {
 pub struct Kept {
     /// The state of the model that the run ended with.
     pub model: Stage,
-    /// Mean answer NLL of the built model on the validation examples, nats a token; null if it gives no numbers.
+    /// Mean NLL on the validation examples or text, nats a token: of the built model; null if it gives no
+    /// numbers.
     pub built_nll: Option<f64>,
     /// The same of the recovered model.
     pub recovered_nll: Option<f64>,
@@ -69,7 +70,7 @@ pub fn keep_better(
     if model.exists() {
         return forget(recovered);
     }
-    let nll = |path: &Path| answer_nll(&Checkpoint::open(path)?, &data.validation, max_length);
+    let nll = |path: &Path| mean_nll(&Checkpoint::open(path)?, &data.validation, max_length);
     let (before, after) = (nll(built)?, nll(recovered)?);
     let kept = Kept {
         model: if after < before {

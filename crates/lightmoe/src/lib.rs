@@ -15,6 +15,7 @@ pub mod contrast;
 pub mod divergence;
 pub mod hub;
 pub mod inspect;
+pub mod items;
 pub mod keep;
 pub mod machine;
 pub mod paired;

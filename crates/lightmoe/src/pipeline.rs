@@ -4,11 +4,12 @@
 mod recover;
 
 use crate::calibration::Calibration;
+use crate::items::Items;
 use crate::machine;
 use crate::preflight::check_original;
 use crate::progress::{Progress, stopped};
 use crate::recipe::Recipe;
-use crate::results::{Score, TaskScores};
+use crate::results::{Score, TaskScores, nll};
 use crate::source::TaskData;
 use anyhow::{Context, Result};
 use lightmoe_compress::methods::{PlanModel, Weights};
@@ -17,7 +18,7 @@ use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{
     BuildInputs, ObserveOptions, Statistics, Successor, build, methods, observe,
 };
-use lightmoe_eval::{EvalOptions, evaluate, write_samples};
+use lightmoe_eval::{EvalOptions, write_samples};
 use lightmoe_models::{
     Checkpoint, Decoder, LanguageModel, ModelConfig, ModelTokenizer, StreamedDecoder,
 };
@@ -184,16 +185,12 @@ fn load(checkpoint: &Checkpoint, fit: Fit) -> Result<Box<dyn LanguageModel + '_>
     })
 }
 
-/// The mean NLL of the answers to `examples`, in nats per answer token; infinite if the model gives
+/// The mean NLL of the answers to examples, or of text, in nats per token; infinite if the model gives
 /// no numbers.
 ///
 /// # Errors
 /// If an example does not fit the model's context or the work was stopped.
-pub fn answer_nll(
-    checkpoint: &Checkpoint,
-    examples: &[lightmoe_data::Example],
-    max_length: usize,
-) -> Result<f64> {
+pub fn mean_nll(checkpoint: &Checkpoint, items: &Items, max_length: usize) -> Result<f64> {
     let model = load_model(checkpoint)?;
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
     let options = EvalOptions {
@@ -201,16 +198,14 @@ pub fn answer_nll(
         max_len: Some(max_length),
         ..EvalOptions::default()
     };
-    match evaluate(&*model, &tokenizer, examples, &options, &mut |_, _| {
-        !stopped()
-    }) {
-        Ok((scores, _)) => Ok(scores["answer_nll"].value),
+    match items.score(&*model, &tokenizer, &options, &mut |_, _| !stopped()) {
+        Ok((scores, _)) => Ok(nll(&scores).map_or(f64::INFINITY, |score| score.value)),
         Err(lightmoe_eval::Error::NotFinite { .. }) => Ok(f64::INFINITY),
         Err(e) => Err(e.into()),
     }
 }
 
-/// Stage evaluate: the scores of a model on the test (or validation) examples. Samples go to
+/// Stage evaluate: the scores of a model on the test (or validation) items. Samples go to
 /// `samples`, if given.
 ///
 /// # Errors
@@ -219,20 +214,20 @@ pub fn evaluate_stage(
     what: &str,
     checkpoint: &Checkpoint,
     data: &TaskData,
-    examples: &[lightmoe_data::Example],
+    items: &Items,
     max_length: usize,
     samples: Option<&Path>,
 ) -> Result<TaskScores> {
     let model = load_model(checkpoint)?;
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
-    let bar = Progress::new(what, examples.len());
+    let bar = Progress::new(what, items.len());
     let options = data.eval_options(max_length);
     let each = &mut |done, all| bar.of(done, all);
-    let (scores, details) =
-        evaluate(&*model, &tokenizer, examples, &options, each).map_err(|e| match stopped() {
-            true => anyhow::anyhow!(INTERRUPTED),
-            false => e.into(),
-        })?;
+    let scored = items.score(&*model, &tokenizer, &options, each);
+    let (scores, details) = scored.map_err(|e| match stopped() {
+        true => anyhow::anyhow!(INTERRUPTED),
+        false => e.into(),
+    })?;
     if let Some(path) = samples {
         write_samples(path, &details)
             .with_context(|| format!("cannot write the samples to `{}`", path.display()))?;

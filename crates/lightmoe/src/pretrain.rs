@@ -1,9 +1,13 @@
-//! Pre-training of a small OLMoE model from nothing on the built-in mix: how the model that lies in
-//! the repository was made.
+//! Pre-training of a small OLMoE model from nothing, on the built-in mix, which is how the model that
+//! lies in the repository was made, or on text files of the user's own.
 
+mod material;
+
+use crate::preflight::Refused;
 use crate::progress::Progress;
-use anyhow::{Context, Result, bail};
-use lightmoe_data::{PackedStream, tokenizer};
+use anyhow::{Context, Result, bail, ensure};
+use lightmoe_data::text::SMALLEST_VOCABULARY;
+use lightmoe_data::tokenizer;
 use lightmoe_models::{
     BankLayout, CheckpointWriter, DType, Decoder, Format, ModelConfig, ParameterKind, Scheme,
 };
@@ -11,6 +15,7 @@ use lightmoe_train::{
     Annealing, AnnealingShape, Folders, Group, LearningRate, Outcome, RowPruning, TrainBatch,
     TrainOptions, train,
 };
+use material::Material;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -26,6 +31,21 @@ pub struct PretrainRecipe {
     pub model: Shape,
     /// The training.
     pub training: Training,
+    /// The text; without it, the built-in mix.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<TextFiles>,
+}
+
+/// The text to train on. Nothing of it is held out: what is to be tested must not be among the files.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TextFiles {
+    /// Paths or patterns such as `books/*.jsonl`: files of plain text, a document each, or of JSON
+    /// lines with a field `text`, a document a line, if they end in `.jsonl` or `.jsonl.gz`.
+    pub files: Vec<String>,
+    /// The most tokens of the tokenizer that is trained on them, two special ones and all bytes
+    /// included.
+    pub vocab_size: usize,
 }
 
 /// The shape of the model, under the names of `config.json`.
@@ -76,11 +96,36 @@ impl PretrainRecipe {
     /// Reads a recipe file.
     ///
     /// # Errors
-    /// If it cannot be read or has other keys.
+    /// If it cannot be read, has other keys, or asks for text that cannot be had.
     pub fn load(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the recipe `{}`", path.display()))?;
-        toml::from_str(&text).with_context(|| format!("in the recipe `{}`", path.display()))
+        let recipe: Result<Self, toml::de::Error> = toml::from_str(&text);
+        let checked = |recipe: Self| recipe.check().map(|()| recipe);
+        let recipe = recipe.map_err(Into::into).and_then(checked);
+        recipe.with_context(|| format!("in the recipe `{}`", path.display()))
+    }
+
+    fn check(&self) -> Result<()> {
+        let Some(text) = &self.text else {
+            return Ok(());
+        };
+        ensure!(
+            !text.files.is_empty(),
+            "`text.files` names no file; give some, such as [\"books/*.jsonl\"], or leave `[text]` out"
+        );
+        ensure!(
+            text.vocab_size >= SMALLEST_VOCABULARY,
+            "`text.vocab_size` is {}; give at least {SMALLEST_VOCABULARY}, two special tokens and all \
+             bytes",
+            text.vocab_size
+        );
+        ensure!(
+            self.training.length > 1,
+            "`training.length` is {}; give at least 2, so that there is a token to predict",
+            self.training.length
+        );
+        Ok(())
     }
 
     /// The `config.json` of the model: OLMoE's, in this shape.
@@ -126,14 +171,14 @@ impl PretrainRecipe {
 /// # Errors
 /// If the recipe cannot work, the run is stopped, or files cannot be written.
 pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
-    let tokenizer = tokenizer::build()?;
-    let raw = recipe.config(tokenizer.get_vocab_size(true));
+    let material = Material::of(recipe).map_err(Refused::of)?;
+    let raw = recipe.config(material.vocab_size);
     let config = ModelConfig::from_json(&raw, Path::new("the recipe's [model]"))?;
     let t = &recipe.training;
     let mut model = Decoder::random(&config, recipe.seed)?;
-    let stream = PackedStream::new(t.rows, t.length, recipe.seed)?;
     let work = recipe.out.with_extension("pretraining");
-    let fingerprint = crate::fingerprint(&(recipe, env!("CARGO_PKG_VERSION")))?;
+    let fingerprint =
+        crate::fingerprint(&(recipe, &material.fingerprint, env!("CARGO_PKG_VERSION")))?;
     let options = TrainOptions {
         steps: t.steps,
         learning_rate: t.learning_rate,
@@ -174,7 +219,7 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
             logs: work,
         },
         &|step| {
-            let batch = stream.batch(step).map_err(|e| {
+            let batch = material.batch(step).map_err(|e| {
                 lightmoe_train::Error::Invalid(format!("the pre-training text fails: {e}"))
             })?;
             Ok(TrainBatch {
@@ -202,14 +247,8 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
     let mut writer = CheckpointWriter::for_model(&recipe.out, &format, &config, &layout)?;
     model.write(&mut writer)?;
     let json = |value: &serde_json::Value| serde_json::to_vec_pretty(value);
-    let text = tokenizer
-        .to_string(true)
-        .map_err(|e| anyhow::anyhow!("tokenizer: {e}"))?;
-    writer.side_file("tokenizer.json", text.as_bytes())?;
-    writer.side_file(
-        "tokenizer_config.json",
-        &json(&tokenizer::tokenizer_config())?,
-    )?;
+    writer.side_file("tokenizer.json", material.tokenizer.as_bytes())?;
+    writer.side_file("tokenizer_config.json", &json(&material.tokenizer_config)?)?;
     let generation = serde_json::json!({
         "bos_token_id": tokenizer::EOS_ID,
         "eos_token_id": tokenizer::EOS_ID,

@@ -42,6 +42,8 @@ pub struct Recipe {
     pub task: Option<Task>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_text: Option<PathBuf>,
     pub method: MethodName,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ratio: Option<f64>,
@@ -166,6 +168,7 @@ impl Recipe {
                 .unwrap_or_else(|| crate::source::BUILT_IN.to_owned()),
             task: task.or(s.train.is_none().then_some(Task::Math)),
             train: s.train,
+            eval_text: s.eval_text,
             method,
             ratio: s.ratio.or((amounts == 0).then_some(0.5)),
             threshold: s.threshold,
@@ -300,7 +303,7 @@ impl Recipe {
     /// What is observed instead of the training data.
     ///
     /// # Errors
-    /// If it names what is no task and no file of records.
+    /// If it names what is no task and no file of records or text.
     pub fn calibrate(&self) -> Result<Option<Mix>> {
         self.calibrate.as_deref().map(str::parse).transpose()
     }

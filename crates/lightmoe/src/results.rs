@@ -131,9 +131,14 @@ pub fn digits(metric: &str) -> usize {
 
 /// Whether a smaller value of the metric is the better one.
 pub fn lower_is_better(metric: &str) -> bool {
-    ["nll", "loss", "perplexity"]
+    ["nll", "loss", "perplexity", "bits_per_byte"]
         .iter()
         .any(|part| metric.contains(part))
+}
+
+/// The mean negative log-likelihood among the scores of a task: of its answers, or of its text.
+pub fn nll<T>(scores: &BTreeMap<String, T>) -> Option<&T> {
+    scores.get("answer_nll").or_else(|| scores.get("nll"))
 }
 
 /// How the recovered model stands to the original one on one metric.

@@ -54,10 +54,17 @@ pub struct Finished {
 }
 
 impl Finished {
-    /// The recovered model's share of right answers on the test split.
-    fn exact_match(&self) -> Option<f64> {
-        let scores = self.results.scores(Stage::Recovered)?;
-        Some(scores.get("exact_match")?.value)
+    /// The recovered model's share of right answers on the test split, or its perplexity, with the name.
+    fn headline(&self) -> String {
+        let scores = self.results.scores(Stage::Recovered);
+        let known = |metric: &str| Some(scores?.get(metric)?.value);
+        let exact = || {
+            format!(
+                "exact match {:.3}",
+                known("exact_match").unwrap_or(f64::NAN)
+            )
+        };
+        known("perplexity").map_or_else(exact, |perplexity| format!("perplexity {perplexity:.2}"))
     }
 }
 
@@ -161,9 +168,8 @@ impl Runner {
                 let place = format!("{:>4}/{total} {:<48}", before + number + 1, job.id);
                 match self.job(job) {
                     Ok(finished) => {
-                        let score = finished.exact_match().unwrap_or(f64::NAN);
-                        let seconds = finished.seconds;
-                        say(&format!("{place} exact match {score:.3}  {seconds:.0} s"));
+                        let (score, seconds) = (finished.headline(), finished.seconds);
+                        say(&format!("{place} {score}  {seconds:.0} s"));
                         keep(job, finished)?;
                     }
                     Err(_) if stopped() => return Ok(false),
@@ -248,7 +254,7 @@ impl Runner {
             &self.inputs,
             (r.task, &r.train, r.seed, r.train_examples),
             (r.eval_examples, r.calibration_tokens, r.max_length),
-            (&r.calibrate, &r.also),
+            (&r.calibrate, &r.also, &r.eval_text),
             // What is observed beside the rest, and of which model.
             (
                 r.statistics(),

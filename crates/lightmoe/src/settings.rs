@@ -13,12 +13,15 @@ pub struct Settings {
     /// Model folder (Hugging Face layout), `org/name` or `org/name@revision` on the Hugging Face Hub, or `olmoe-nano`, the model in the repository [default: olmoe-nano]
     #[arg(long)]
     pub model: Option<String>,
-    /// Built-in task: math, code, commonsense, intent or translation [default: math, or the records of `--train`]
+    /// Built-in task: math, code, commonsense, intent or translation [default: math, or the data of `--train`]
     #[arg(long)]
     pub task: Option<String>,
-    /// Records to train on, JSON lines of prompt/completion or messages; a tenth is held out
-    #[arg(long, value_name = "FILE.jsonl")]
+    /// Data to train on: records, JSON lines of prompt/completion or messages, of which every tenth is held out; or text (`.txt`, or documents as JSON lines with `text`), of which the last tenth is
+    #[arg(long, value_name = "FILE")]
     pub train: Option<PathBuf>,
+    /// Text to test on instead of a part of `--train`, in the same forms
+    #[arg(long, value_name = "FILE")]
+    pub eval_text: Option<PathBuf>,
     /// lightmoe, replace (adapters alone, or with one base), lora (nothing is replaced); reap, frequency, ean, aimer or random (pruned); mone (mean outputs); msmoe, hcsmoe or ream (merged); mcsmoe (merged, the rest factorised); svd, d2moe or mobe (factorised); moei2 (pruned, the rest factorised); budget (each expert in the form that costs least for its bytes); compressed (fewer experts run, none is removed) [default: lightmoe]
     #[arg(long)]
     pub method: Option<String>,
@@ -70,7 +73,7 @@ pub struct Settings {
     /// Greatest relative distance of a layer's threshold from the mean [default: 0.2]
     #[arg(long)]
     pub max_delta: Option<f64>,
-    /// What to observe instead of the training data, with weights: built-in tasks and files of records, such as math,code=2,notes.jsonl=0.5
+    /// What to observe instead of the training data, with weights: built-in tasks and files of records or text, such as math,code=2,notes.jsonl=0.5
     #[arg(long, value_name = "MIX")]
     pub calibrate: Option<String>,
     /// Further built-in tasks to score beside the run's own, with commas between them
@@ -127,7 +130,7 @@ pub struct Settings {
     /// Distinct training examples of a built-in task [default: 8000]
     #[arg(long)]
     pub train_examples: Option<usize>,
-    /// Test examples [default: 500]
+    /// Test examples, of text windows [default: 500]
     #[arg(long)]
     pub eval_examples: Option<usize>,
     /// Longest sequence in tokens [default: 512, at most the model's context]
@@ -208,6 +211,7 @@ impl Settings {
             model,
             task,
             train,
+            eval_text,
             method,
             ratio,
             threshold,

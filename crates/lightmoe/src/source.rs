@@ -1,6 +1,7 @@
 //! Where a run's inputs come from: the model folder and the examples.
 
 use crate::hub;
+use crate::items::{Items, read_windows};
 use crate::preflight::Refused;
 use crate::recipe::Recipe;
 use anyhow::{Context, Result};
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 /// The name of the model in the repository.
 pub const BUILT_IN: &str = "olmoe-nano";
-/// Fewer records than this cannot be split into training and test.
+/// Fewer records or windows than this cannot be split into training and test.
 pub(crate) const FEWEST_RECORDS: usize = 20;
 /// The folder of a model: a path, a name on the Hub, or the built-in model's name. What is wanted of
 /// a model on the Hub is downloaded if it is not there yet.
@@ -68,18 +69,18 @@ pub fn open_model(name: &str) -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
-/// The examples of a run.
+/// The data of a run.
 pub struct TaskData {
     /// Name in results.
     pub name: String,
     /// The built-in task.
     pub task: Option<Task>,
     /// To observe and train on.
-    pub train: Vec<Example>,
+    pub train: Items,
     /// To choose settings on.
-    pub validation: Vec<Example>,
+    pub validation: Items,
     /// To report.
-    pub test: Vec<Example>,
+    pub test: Items,
 }
 
 impl TaskData {
@@ -88,19 +89,18 @@ impl TaskData {
         Self {
             name: task.to_string(),
             task: Some(task),
-            train: task.examples(Split::Train, train, seed),
+            train: Items::Examples(task.examples(Split::Train, train, seed)),
             // Evaluation items are the same for every seed, so that seeds can be compared.
-            validation: task.examples(Split::Validation, eval, 0),
-            test: task.examples(Split::Test, eval, 0),
+            validation: Items::Examples(task.examples(Split::Validation, eval, 0)),
+            test: Items::Examples(task.examples(Split::Test, eval, 0)),
         }
     }
 
-    /// The examples that a recipe names: a built-in task, or the user's own records, of which every
-    /// twentieth is for validation and every twentieth for test (at most `eval_examples` each); with
-    /// both, the records train and the task tests.
+    /// The data that a recipe names: a built-in task, or a file of the user's own; with both, the file
+    /// trains and the task tests. A text of its own (`eval_text`) tests instead of a part of the file.
     ///
     /// # Errors
-    /// If the records cannot be read or are too few.
+    /// If a file cannot be read or is too little.
     pub fn load(recipe: &Recipe, tokenizer: &ModelTokenizer) -> Result<Self> {
         let built_in = recipe.task.map(|task| {
             Self::built_in(
@@ -113,25 +113,43 @@ impl TaskData {
         let Some(path) = &recipe.train else {
             return built_in.context("no data: give `--task` or `--train`");
         };
-        let records = read_records(path, recipe, tokenizer)?;
+        let items = Items::read(path, recipe, tokenizer)?;
         if let Some(task) = built_in {
             return Ok(Self {
-                train: records,
+                train: items.to_train(recipe.seed),
                 ..task
             });
         }
-        if records.len() < FEWEST_RECORDS {
-            let message = format!(
-                "`{}` has {} records, too few to hold some out for the test; give at least \
-                 {FEWEST_RECORDS}",
-                path.display(),
-                records.len()
-            );
+        if items.len() < FEWEST_RECORDS {
+            let (path, n) = (path.display(), items.len());
+            let message = match items {
+                Items::Examples(_) => format!(
+                    "`{path}` has {n} records, too few to hold some out for the test; give at least \
+                     {FEWEST_RECORDS}"
+                ),
+                Items::Text(_) => format!(
+                    "`{path}` makes {n} windows of {} tokens, too few to hold some out for the test; \
+                     give a text of at least {FEWEST_RECORDS}, or a smaller `max_length`",
+                    recipe.max_length
+                ),
+            };
             return Err(Refused(message).into());
         }
-        let name = path
-            .file_stem()
-            .map_or("records".into(), |s| s.to_string_lossy().into_owned());
+        let mut data = match items {
+            Items::Examples(records) => Self::of_records(records, recipe),
+            Items::Text(windows) => Self::of_text(windows, recipe),
+        };
+        data.name = name_of(recipe.eval_text.as_ref().unwrap_or(path));
+        if let Some(path) = &recipe.eval_text {
+            let windows = read_windows(path, recipe, tokenizer)?;
+            data.test = Items::Text(evenly(&windows, recipe.eval_examples));
+        }
+        Ok(data)
+    }
+
+    /// Every twentieth record is for validation and every twentieth for test, at most `eval_examples`
+    /// each.
+    fn of_records(records: Vec<Example>, recipe: &Recipe) -> Self {
         let (mut train, mut validation, mut test) = (Vec::new(), Vec::new(), Vec::new());
         for (i, record) in records.into_iter().enumerate() {
             match i % 20 {
@@ -140,13 +158,36 @@ impl TaskData {
                 _ => train.push(record),
             }
         }
-        Ok(Self {
-            name,
+        Self {
+            name: String::new(),
             task: None,
-            train,
+            train: Items::Examples(train),
+            validation: Items::Examples(validation),
+            test: Items::Examples(test),
+        }
+    }
+
+    /// The last twentieth of a text tests, unless another text does, and the twentieth before it
+    /// validates: parts in a row, so that nothing of a passage that is tested was trained on. Of each at
+    /// most `eval_examples` windows are read, at even distances.
+    fn of_text(mut windows: Vec<Encoded>, recipe: &Recipe) -> Self {
+        let twentieth = windows.len() / 20;
+        let mut last = || {
+            let part = windows.split_off(windows.len() - twentieth);
+            Items::Text(evenly(&part, recipe.eval_examples))
+        };
+        let test = match recipe.eval_text {
+            None => last(),
+            Some(_) => Items::Text(Vec::new()),
+        };
+        let validation = last();
+        Self {
+            name: String::new(),
+            task: None,
+            train: Items::Text(windows).to_train(recipe.seed),
             validation,
             test,
-        })
+        }
     }
 
     /// How the examples are scored.
@@ -158,28 +199,19 @@ impl TaskData {
                 .map_or_else(EvalOptions::default, EvalOptions::for_task)
         }
     }
+}
 
-    /// The training examples as tokens.
-    ///
-    /// # Errors
-    /// If one has an answer that does not fit `max_length`.
-    pub fn encoded(&self, tokenizer: &ModelTokenizer, max_length: usize) -> Result<Vec<Encoded>> {
-        Self::encode(&self.train, tokenizer, max_length)
-    }
+/// The name of a file in results.
+fn name_of(path: &Path) -> String {
+    let stem = path.file_stem();
+    stem.map_or("records".into(), |s| s.to_string_lossy().into_owned())
+}
 
-    /// Examples as tokens.
-    ///
-    /// # Errors
-    /// If one has an answer that does not fit `max_length`.
-    pub fn encode(
-        examples: &[Example],
-        tokenizer: &ModelTokenizer,
-        max_length: usize,
-    ) -> Result<Vec<Encoded>> {
-        let encode = |e| encode(&tokenizer.inner, tokenizer.eos, e, Some(max_length));
-        let encoded = examples.iter().map(encode);
-        Ok(encoded.collect::<lightmoe_data::Result<_>>()?)
-    }
+/// At most `most` of `windows`, at even distances.
+fn evenly(windows: &[Encoded], most: usize) -> Vec<Encoded> {
+    let count = windows.len().min(most);
+    let at = |i: usize| windows[i * windows.len() / count].clone();
+    (0..count).map(at).collect()
 }
 
 /// The records of a file, messages rendered by the model's chat template.
@@ -249,4 +281,26 @@ pub fn model_fingerprint(dir: &Path) -> Result<String> {
         .iter()
         .map(|b| format!("{b:02x}"))
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_are_taken_at_even_distances() {
+        let windows: Vec<Encoded> = (0..10)
+            .map(|i| Encoded {
+                tokens: vec![i],
+                answer_start: 0,
+            })
+            .collect();
+        let taken = |most| -> Vec<u32> {
+            let taken = evenly(&windows, most);
+            taken.iter().map(|w| w.tokens[0]).collect()
+        };
+        assert_eq!(taken(4), [0, 2, 5, 7]);
+        assert_eq!(taken(10), (0..10).collect::<Vec<_>>());
+        assert_eq!(taken(50).len(), 10);
+    }
 }

@@ -32,7 +32,7 @@ pub fn run(args: UsageArgs) -> Result<String> {
     let folder = tempfile::tempdir()?;
     for task in Task::ALL {
         let data = TaskData::built_in(task, 4000, ITEMS, 0);
-        let encoded = data.encoded(&tokenizer, LENGTH)?;
+        let encoded = data.train.encoded(&tokenizer, LENGTH)?;
         let found = Calibration::first(&encoded, TOKENS).checked(&checkpoint)?;
         let path = folder.path().join("observations.safetensors");
         observe_samples(

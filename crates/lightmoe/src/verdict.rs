@@ -329,7 +329,7 @@ pub fn judge(measured: &Measured<'_>, thresholds: &Thresholds) -> Result<Option<
 }
 
 /// A check of the original's score and the result's for every task and every metric of which more is
-/// better, where the number must be at least something, or less; one without a number where nothing was
+/// better, where the number must be at least something, or every NLL; one without a number where nothing was
 /// scored.
 fn on_scores(
     measured: &Measured<'_>,
@@ -339,11 +339,11 @@ fn on_scores(
     let tasks = measured.original.into_iter().flatten();
     let scores = tasks.flat_map(|(task, metrics)| {
         let metrics = metrics.iter().map(move |(m, &score)| (task, m, score));
-        let better = |metric: &str| match lower_is_better(metric) {
-            true => Side::AtMost,
-            false => Side::AtLeast,
-        };
-        metrics.filter(move |(_, metric, _)| better(metric) == key.1)
+        metrics.filter(move |(_, metric, _)| match key.1 {
+            Side::AtLeast => !lower_is_better(metric),
+            // Of what less is better, perplexity and the like say the same in other units.
+            Side::AtMost => metric.contains("nll"),
+        })
     });
     let mut checks: Vec<Check> = scores
         .map(|(task, metric, before)| {

@@ -3,11 +3,10 @@
 use super::data_files::{DataFiles, DataFormat};
 use super::parquet::parquet_rows;
 use super::template::Fields;
+use crate::records::read;
 use crate::{Error, Result};
-use flate2::read::MultiGzDecoder;
 use serde_json::Value;
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 /// A row, and the 1-based line where it begins, or its number where there are no lines.
@@ -58,7 +57,7 @@ pub(super) fn read_rows(path: &Path, form: &Form<'_>) -> Result<Vec<Row>> {
                   .tsv"
                 .into(),
     })?;
-    let text = || read_text(path);
+    let text = || read(path);
     let rows = match format {
         DataFormat::Parquet => parquet_rows(path)?,
         DataFormat::Jsonl => json_lines(path, &text()?)?,
@@ -117,7 +116,7 @@ pub(super) fn add_labels<'a>(
     path: &Path,
     rows: impl ExactSizeIterator<Item = &'a mut Fields>,
 ) -> Result<()> {
-    let text = read_text(path)?;
+    let text = read(path)?;
     let labels: Vec<&str> = text.lines().collect();
     if labels.len() != rows.len() {
         return Err(Error::Row {
@@ -130,24 +129,6 @@ pub(super) fn add_labels<'a>(
         row.insert("label".into(), label.trim().into());
     }
     Ok(())
-}
-
-fn read_text(path: &Path) -> Result<String> {
-    let mut text = String::new();
-    let mut read = || {
-        let mut file = File::open(path)?;
-        match path.extension().is_some_and(|e| e == "gz") {
-            true => MultiGzDecoder::new(file).read_to_string(&mut text),
-            false => file.read_to_string(&mut text),
-        }
-    };
-    match read() {
-        Ok(_) => Ok(text),
-        Err(source) => Err(Error::Read {
-            path: path.into(),
-            source,
-        }),
-    }
 }
 
 fn field(name: &str, text: String) -> Fields {

@@ -1,10 +1,10 @@
 //! What the distances of all tokens come to.
 //!
-//! Tokens of one row (a window of a text, the answer to an item) have their context in common, so
-//! they are no independent draws: standard errors take the rows as such, as surveys do with
-//! clusters (Cochran, *Sampling Techniques*, 3rd ed., eq. 6.13, the ratio of two totals).
+//! Tokens of one row (a window of a text, the answer to an item) are no independent draws: see
+//! [`Score::per_unit`].
 
 use super::distance::TokenDistance;
+use crate::Score;
 use crate::paired::quantile;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -120,17 +120,11 @@ impl Tally {
     }
 
     fn estimate(&self, sum: impl Fn(&Row) -> f64) -> Estimate {
-        let tokens: f64 = self.0.iter().map(|row| row.tokens).sum();
-        let value = self.0.iter().map(&sum).sum::<f64>() / tokens;
-        let n = self.0.len() as f64;
-        let squares: f64 = self
-            .0
-            .iter()
-            .map(|row| (sum(row) - value * row.tokens).powi(2))
-            .sum();
+        let rows: Vec<(f64, f64)> = self.0.iter().map(|row| (sum(row), row.tokens)).collect();
+        let score = Score::per_unit(&rows);
         Estimate {
-            value,
-            stderr: (n > 1.0).then(|| (squares * n / (n - 1.0)).sqrt() / tokens),
+            value: score.value,
+            stderr: (score.n > 1).then_some(score.stderr),
         }
     }
 }

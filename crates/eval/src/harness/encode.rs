@@ -3,6 +3,7 @@
 use crate::{Error, Result};
 use lightmoe_data::Encoded;
 use lightmoe_data::records::Message;
+use lightmoe_data::text::windows;
 use lightmoe_models::{ChatMessage, ModelTokenizer};
 
 /// What stands before a text.
@@ -96,33 +97,12 @@ impl Encoder<'_> {
         })
     }
 
-    /// Windows over a text, each of whose tokens is scored in one of them. The first window begins
-    /// with the token for the begin of text; each next one scores `stride` tokens more, or as many as
-    /// it can hold, and reads as much before them as there is room for.
+    /// Windows over a text, as [`windows`] makes them, the first one behind the token for the begin of
+    /// text; each next one scores `stride` tokens more, or as many as it can hold.
     pub(crate) fn windows(&self, text: &str, stride: Option<usize>) -> Result<Vec<Encoded>> {
-        let tokens = self.text(text)?;
         let length = self.max_length;
-        let stride = stride.unwrap_or(length).clamp(1, length);
-        let mut windows = Vec::new();
-        let mut done = 0;
-        while done < tokens.len() {
-            let count = if done == 0 { length } else { stride };
-            let end = tokens.len().min(done + count);
-            // One token more than the model reads: the last one is only predicted.
-            let window: Vec<u32> = match done {
-                0 => std::iter::once(self.prefix())
-                    .chain(tokens[..end].iter().copied())
-                    .collect(),
-                _ => tokens[end - length - 1..end].to_vec(),
-            };
-            let answer_start = window.len() - (end - done);
-            windows.push(Encoded {
-                tokens: window,
-                answer_start,
-            });
-            done = end;
-        }
-        Ok(windows)
+        let stride = stride.unwrap_or(length);
+        Ok(windows(&self.text(text)?, self.prefix(), length, stride))
     }
 
     /// The prompt of an answer of up to `most` tokens; a long one loses its beginning.

@@ -99,7 +99,7 @@ fn texts(
     let data = TaskData::load(&recipe, tokenizer)?;
     Ok(vec![Text {
         name: data.name,
-        rows: TaskData::encode(&data.test, tokenizer, recipe.max_length)?,
+        rows: data.test.encoded(tokenizer, recipe.max_length)?,
     }])
 }
 

@@ -24,7 +24,7 @@ pub fn run_evaluate(args: EvaluateArgs) -> Result<String> {
     }
     let original = args.against.as_deref().map(scores_of).transpose()?;
     let opened = Opened::new(args.recipe)?;
-    let examples = match args.split {
+    let items = match args.split {
         EvalSplit::Test => &opened.data.test,
         EvalSplit::Validation => &opened.data.validation,
     };
@@ -36,7 +36,7 @@ pub fn run_evaluate(args: EvaluateArgs) -> Result<String> {
         "evaluate",
         &opened.checkpoint,
         &opened.data,
-        examples,
+        items,
         opened.recipe.max_length,
         samples.as_deref(),
     )?;

@@ -84,7 +84,8 @@ impl Opened {
     }
 
     fn encoded(&self) -> Result<Vec<lightmoe_data::Encoded>> {
-        self.data.encoded(&self.tokenizer, self.recipe.max_length)
+        let length = self.recipe.max_length;
+        self.data.train.encoded(&self.tokenizer, length)
     }
 
     fn calibration(&self) -> Result<Calibration> {

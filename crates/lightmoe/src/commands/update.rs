@@ -2,7 +2,7 @@
 
 use crate::cli::{ExportArgs, UnpackArgs};
 use crate::compeft::search;
-use crate::pipeline::answer_nll;
+use crate::pipeline::mean_nll;
 use crate::preflight::Refused;
 use crate::progress::{Progress, stopped};
 use crate::recipe::Recipe;
@@ -82,12 +82,11 @@ fn searched(
 ) -> Result<(Update, String)> {
     let tokenizer = ModelTokenizer::load(start.dir(), start.config().eos_token_id)?;
     let data = TaskData::load(recipe, &tokenizer)?;
-    let score =
-        |checkpoint: &Checkpoint| answer_nll(checkpoint, &data.validation, recipe.max_length);
+    let score = |checkpoint: &Checkpoint| mean_nll(checkpoint, &data.validation, recipe.max_length);
     let (before, after) = (score(start)?, score(recovered)?);
     let (update, packed) = search(delta, &score)?;
     let text = format!(
-        "\nanswer_nll on {} validation examples of {}: {before:.4} built, {after:.4} recovered, \
+        "\nNLL on {} validation examples of {}: {before:.4} built, {after:.4} recovered, \
          {packed:.4} packed",
         data.validation.len(),
         data.name

@@ -18,7 +18,7 @@ pub struct Grid {
     pub methods: Vec<Variant>,
     /// The shares of all parameters to save, ascending.
     pub ratios: Vec<f64>,
-    /// The built-in tasks; `null` for the user's own records.
+    /// The built-in tasks; `null` for the user's own data.
     pub tasks: Vec<Option<Task>>,
     /// Seeds from 0.
     pub seeds: u64,
@@ -31,7 +31,7 @@ pub struct Grid {
 pub struct Cell {
     /// The method.
     pub method: Variant,
-    /// The built-in task; null for the user's own records.
+    /// The built-in task; null for the user's own data.
     pub task: Option<Task>,
     /// The share of all parameters to save; null for LoRA, which saves nothing.
     pub ratio: Option<f64>,

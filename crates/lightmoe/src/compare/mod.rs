@@ -7,6 +7,7 @@
 //! not change.
 
 mod grid;
+mod measure;
 mod page;
 mod rows;
 mod table;
@@ -18,7 +19,7 @@ use crate::cli::CompareArgs;
 use crate::machine;
 use crate::preflight::{Refused, check_original, forecast};
 use crate::recipe::{Recipe, differences};
-use crate::results::{Results, TaskScores};
+use crate::results::{Results, Stage, TaskScores, nll};
 use crate::run::{Inputs, occupied};
 use crate::runner::{Finished, Job, Pace, Runner};
 use crate::settings::Settings;
@@ -87,8 +88,13 @@ impl Record {
     /// The score that decides between learning rates.
     fn validation_nll(&self) -> f64 {
         let scores = self.validation.values().next();
-        let nll = scores.and_then(|s| s.get("answer_nll"));
-        nll.map_or(f64::INFINITY, |s| s.value)
+        scores.and_then(nll).map_or(f64::INFINITY, |s| s.value)
+    }
+
+    /// Whether its score is the perplexity of a text.
+    fn is_of_text(&self) -> bool {
+        let scores = self.results.scores(Stage::Original);
+        scores.is_some_and(|scores| scores.contains_key("perplexity"))
     }
 }
 

@@ -2,13 +2,12 @@
 //! outside resources.
 
 use super::Comparison;
-use super::rows::{
-    AFTER, BEFORE, BYTES, Block, COLUMNS, Line, ORIGINAL, PARAMETERS, blocks, percent,
-};
+use super::measure::{BYTES, Measure, PARAMETERS};
+use super::rows::{Block, COLUMNS, Line, ORIGINAL, blocks, percent};
 use super::table::{notes, overview, section};
 use crate::report::page_of;
 use crate::report::svg::HALF;
-use crate::report::svg::scatter::{Dot, scatter};
+use crate::report::svg::scatter::{Axes, Dot, scatter};
 use crate::report::table::Section;
 use anyhow::Result;
 use serde::Serialize;
@@ -44,6 +43,8 @@ struct Swatch {
 #[derive(Serialize)]
 struct Shown {
     task: String,
+    /// What the pictures show of the models.
+    score: &'static str,
     pictures: Vec<Picture>,
     table: Section,
 }
@@ -68,6 +69,7 @@ pub(super) fn html(comparison: &Comparison) -> Result<String> {
     });
     let shown = blocks.iter().map(|block| Shown {
         task: block.task.clone(),
+        score: block.measure.shown(),
         pictures: pictures(block, &labels),
         table: section(block, comparison),
     });
@@ -109,34 +111,47 @@ fn pictures(block: &Block, labels: &[&str]) -> Vec<Picture> {
         let dots: Vec<Dot> = block
             .lines
             .iter()
-            .filter_map(|line| dot(line, column, whole, labels))
+            .filter_map(|line| dot(line, block.measure, (column, whole), labels))
             .collect();
-        let untuned = original.entries[BEFORE].map(|e| (e.spread.mean, "original, untuned"));
+        let untuned = original.entries[block.measure.before()];
+        let untuned = untuned.map(|e| block.measure.height(e.spread.mean));
+        let untuned = untuned.map(|height| (height, "original, untuned"));
+        let (y, better) = block.measure.axis();
         let describe = format!(
-            "Score on {} against {name} left; the table below holds the numbers",
+            "{y} on {} against {name} left; the table below holds the numbers",
             block.task
         );
-        let axes = (format!("{name} left, %"), "score");
-        let svg = scatter(&describe, HALF, (&axes.0, axes.1), &dots, untuned)?;
+        let axes = Axes {
+            x: &format!("{name} left, %"),
+            y,
+            better,
+        };
+        let svg = scatter(&describe, HALF, &axes, &dots, untuned)?;
         Some(Picture { name, svg })
     };
     sizes.into_iter().filter_map(picture).collect()
 }
 
-/// The dot of a row that is measured.
-fn dot(line: &Line, column: usize, whole: f64, labels: &[&str]) -> Option<Dot> {
+/// The dot of a row that is measured, against the size in `column`, of which the original has `whole`.
+fn dot(
+    line: &Line,
+    measure: Measure,
+    (column, whole): (usize, f64),
+    labels: &[&str],
+) -> Option<Dot> {
     let method = labels.iter().position(|label| *label == line.method)?;
-    let (score, size) = (line.entries[AFTER]?.spread, line.entries[column]?.spread);
+    let after = measure.after();
+    let (score, size) = (line.entries[after]?.spread, line.entries[column]?.spread);
     let ratio = line.ratio.map_or(String::new(), percent);
     Some(Dot {
         x: 100.0 * size.mean / whole,
-        y: score.mean,
-        range: (score.low, score.high),
+        y: measure.height(score.mean),
+        range: (measure.height(score.low), measure.height(score.high)),
         class: colour(method),
         title: format!(
             "{} {ratio}: {}, {}",
             line.method,
-            COLUMNS[AFTER].show(line.entries[AFTER]),
+            COLUMNS[after].show(line.entries[after]),
             COLUMNS[column].show(line.entries[column])
         ),
         label: (method + 1).to_string(),

@@ -1,9 +1,10 @@
 //! The rows of a comparison: what each method at each ratio has in every column, over seeds and tasks.
 
 use super::grid::{Rate, task_name};
+use super::measure::Measure;
 use super::{Comparison, Record};
 use crate::report::table::{bytes_text, thousands};
-use crate::results::Stage;
+use crate::results::{Score, Stage, nll};
 use crate::spread::Spread;
 use std::collections::BTreeMap;
 
@@ -35,7 +36,7 @@ enum Of {
 enum Kind {
     /// A share of test items, with its standard error.
     Score,
-    /// An answer NLL, shown as its exponential.
+    /// A NLL, shown as its exponential.
     Perplexity,
     Count,
     Bytes,
@@ -51,11 +52,14 @@ struct Value {
     stderr: f64,
 }
 
-/// The places of columns that the page draws.
-pub(super) const BEFORE: usize = 0;
-pub(super) const AFTER: usize = 1;
-pub(super) const PARAMETERS: usize = 4;
-pub(super) const BYTES: usize = 7;
+impl Value {
+    fn of(score: &Score) -> Self {
+        Self {
+            value: score.value,
+            stderr: score.stderr,
+        }
+    }
+}
 
 /// Every column, in the order of the tables.
 pub(super) const COLUMNS: [Column; 10] = [
@@ -69,13 +73,13 @@ pub(super) const COLUMNS: [Column; 10] = [
         "perplexity_before",
         "perplexity, before",
         Kind::Perplexity,
-        |r, of| metric(r, before(of), "answer_nll"),
+        |r, of| mean_nll(r, before(of)),
     ),
     column(
         "perplexity_after",
         "perplexity, after",
         Kind::Perplexity,
-        |r, of| metric(r, after(of)?, "answer_nll"),
+        |r, of| mean_nll(r, after(of)?),
     ),
     column("parameters", "parameters", Kind::Count, |r, of| {
         let counts = r.results.parameters;
@@ -164,11 +168,11 @@ fn score(record: &Record, stage: Stage) -> Option<Value> {
 }
 
 fn metric(record: &Record, stage: Stage, metric: &str) -> Option<Value> {
-    let scores = record.results.scores(stage)?;
-    scores.get(metric).map(|s| Value {
-        value: s.value,
-        stderr: s.stderr,
-    })
+    record.results.scores(stage)?.get(metric).map(Value::of)
+}
+
+fn mean_nll(record: &Record, stage: Stage) -> Option<Value> {
+    nll(record.results.scores(stage)?).map(Value::of)
 }
 
 fn exact(value: u64) -> Value {
@@ -285,6 +289,8 @@ pub(super) fn percent(share: f64) -> String {
 pub(super) struct Block {
     /// The task's name, or `average`.
     pub task: String,
+    /// What says how good a model is.
+    pub measure: Measure,
     /// The original first.
     pub lines: Vec<Line>,
 }
@@ -304,8 +310,16 @@ pub(super) fn blocks(comparison: &Comparison) -> Vec<Block> {
             let records: Vec<&Record> = comparison.records(method, ratio, task).collect();
             lines.push(line(&method.label, ratio, lr, &records, Of::Method));
         }
-        let task = task_name(task);
-        blocks.push(Block { task, lines });
+        let own = any.filter(|_| task.is_none());
+        blocks.push(Block {
+            // The user's own data have the name of their file.
+            task: own.map_or_else(|| task_name(task), |r| r.results.task.clone()),
+            measure: match any.is_some_and(Record::is_of_text) {
+                true => Measure::Perplexity,
+                false => Measure::Score,
+            },
+            lines,
+        });
     }
     if blocks.len() > 1 {
         let average = |row: usize| {
@@ -323,8 +337,12 @@ pub(super) fn blocks(comparison: &Comparison) -> Vec<Block> {
             }
         };
         let lines = (0..blocks[0].lines.len()).map(average).collect();
-        let task = AVERAGE.to_owned();
-        blocks.insert(0, Block { task, lines });
+        let average = Block {
+            task: AVERAGE.to_owned(),
+            measure: Measure::Score,
+            lines,
+        };
+        blocks.insert(0, average);
     }
     for line in blocks.iter_mut().flat_map(|b| &mut b.lines) {
         for (entry, column) in line.entries.iter_mut().zip(&COLUMNS) {

@@ -1,21 +1,26 @@
 //! The tables of a comparison, as Markdown, as CSV and for the page; made from `compare.json` alone.
 
 use super::Comparison;
-use super::rows::{AFTER, BEFORE, Block, COLUMNS, ORIGINAL, blocks};
+use super::Record;
+use super::rows::{Block, COLUMNS, ORIGINAL, blocks};
 use crate::report::table::{Section, markdown_table};
 use std::fmt::Write;
 
 /// The table of a task.
 pub(super) fn section(block: &Block, comparison: &Comparison) -> Section {
     let mut section = Section::new(["method", "ratio"]);
-    section
-        .head
-        .extend(COLUMNS.iter().map(|c| c.head.to_owned()));
+    let columns = COLUMNS.iter().enumerate();
+    let columns: Vec<_> = columns.filter(|(i, _)| block.measure.shows(*i)).collect();
+    let heads = columns.iter().map(|(_, column)| column.head.to_owned());
+    section.head.extend(heads);
     section.head.extend(["lr", "seeds"].map(str::to_owned));
     for line in &block.lines {
         let mut row = vec![line.method.clone(), line.ratio()];
-        let entries = line.entries.iter().zip(&COLUMNS);
-        row.extend(entries.map(|(entry, column)| column.show(*entry)));
+        row.extend(
+            columns
+                .iter()
+                .map(|(i, column)| column.show(line.entries[*i])),
+        );
         row.push(line.lr.map_or("–".to_owned(), |lr| lr.to_string()));
         row.push(match line.is_whole(comparison.grid.seeds) {
             true if line.method == ORIGINAL => "–".to_owned(),
@@ -30,20 +35,19 @@ pub(super) fn section(block: &Block, comparison: &Comparison) -> Section {
 /// Every row with its score after recovery on each task; the original's, untuned.
 pub(super) fn overview(blocks: &[Block], comparison: &Comparison) -> Section {
     let mut section = Section::new(["method", "ratio"]);
-    let names = blocks.iter().map(|b| b.task.clone());
+    let names = blocks.iter().map(|b| b.measure.head(&b.task));
     section.head.extend(names);
     for (row, first) in blocks[0].lines.iter().enumerate() {
-        let column = if first.method == ORIGINAL {
-            BEFORE
-        } else {
-            AFTER
-        };
         let mut cells = vec![first.method.clone(), first.ratio()];
         cells.extend(blocks.iter().map(|block| {
             let line = &block.lines[row];
             let missing = match line.is_whole(comparison.grid.seeds) || line.seeds == 0 {
                 true => String::new(),
                 false => format!(" ({})", line.seeds),
+            };
+            let column = match line.method == ORIGINAL {
+                true => block.measure.before(),
+                false => block.measure.after(),
             };
             COLUMNS[column].show(line.entries[column]) + &missing
         }));
@@ -82,6 +86,18 @@ pub(super) fn notes(comparison: &Comparison) -> Vec<String> {
                 .join(", ")
         ),
     };
+    let (what, items, of) = match records.iter().any(Record::is_of_text) {
+        true => (
+            "The score is perplexity: lower is better.",
+            "windows",
+            "NLL",
+        ),
+        false => (
+            "The score is exact match, of translation chrF / 100.",
+            "items",
+            "answer NLL",
+        ),
+    };
     vec![
         format!(
             "Model `{}` ({}), {} cells; last on {last}; {}.",
@@ -91,13 +107,13 @@ pub(super) fn notes(comparison: &Comparison) -> Vec<String> {
             machines.join("; ")
         ),
         format!(
-            "The score is exact match, of translation chrF / 100. It is the mean over seeds. Behind ± \
-             stands the standard error of the score of one seed over its test items, in brackets the lowest and the highest of the {} seeds. A \
+            "{what} It is the mean over seeds. Behind ± \
+             stands the standard error of the score of one seed over its test {items}, in brackets the lowest and the highest of the {} seeds. A \
              seed changes the training examples, their order and what is drawn at random, not the \
-             model or the test items.",
+             model or the test {items}.",
             grid.seeds
         ),
-        format!("Before and after mean the training of the recovery; `original` is the untuned model. Perplexity is exp of the mean answer NLL per token. {choice}"),
+        format!("Before and after mean the training of the recovery; `original` is the untuned model. Perplexity is exp of the mean {of} per token. {choice}"),
         "Active parameters work on one token, on average: all but the routed experts and the embedding \
          rows of other tokens, and of the slots that the router chooses what they hold: an expert, a base \
          and an adapter, or a constant. Trained parameters are those of the recovery. Weights are bytes \

@@ -282,3 +282,60 @@ fn the_page_stands_alone_and_is_a_function_of_the_file() {
         );
     }
 }
+
+/// On text the score is the perplexity, of which less is better.
+#[test]
+fn the_score_of_text_is_its_perplexity() {
+    let mut comparison = comparison(grid("lightmoe,reap", &[]));
+    comparison.grid.tasks = vec![None];
+    comparison
+        .records
+        .retain(|r| r.cell.task == Some(Task::Math));
+    for record in &mut comparison.records {
+        record.cell.task = None;
+        record.results.task = "book".to_owned();
+        for scores in record.results.stages.values_mut() {
+            let nll = scores["math"]["answer_nll"];
+            let perplexity = Score {
+                value: nll.value.exp(),
+                ..nll
+            };
+            let of_text = [("nll", nll), ("perplexity", perplexity)];
+            let of_text = of_text.map(|(metric, score)| (metric.to_owned(), score));
+            *scores = BTreeMap::from([("book".to_owned(), BTreeMap::from(of_text))]);
+        }
+        record.validation = record.results.stages[&Stage::Recovered].clone();
+        record
+            .validation
+            .get_mut("book")
+            .unwrap()
+            .get_mut("nll")
+            .unwrap()
+            .value = 0.25;
+    }
+    assert_eq!(comparison.records[0].validation_nll(), 0.25);
+    let page = markdown(&comparison);
+    for text in [
+        "The score is perplexity: lower is better.",
+        "## book",
+        "| method | ratio | perplexity, before | perplexity, after | parameters |",
+        "| original | – | 2.00 ± 0.02 | – |",
+        "| reap | 50% | 5.44 ± 0.05 | 2.00 ± 0.02 |",
+    ] {
+        assert!(page.contains(text), "`{text}` is missing from\n{page}");
+    }
+    assert!(!page.contains("exact match"), "{page}");
+    let html = html(&comparison).unwrap();
+    // The name of the axis and the description, in two pictures.
+    assert_eq!(
+        html.matches("ln perplexity, lower is better").count(),
+        4,
+        "{html}"
+    );
+    assert!(csv(&comparison).starts_with("task,method,ratio,seeds,lr,score_before,"));
+    assert!(
+        csv(&comparison).contains("\nbook,reap,0.5,2,,,,,,,,,,5.43"),
+        "{}",
+        csv(&comparison)
+    );
+}

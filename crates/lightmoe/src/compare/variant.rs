@@ -9,10 +9,11 @@ use std::fmt;
 use std::str::FromStr;
 
 /// Keys that the grid decides.
-const GRID: [(&str, &str); 11] = [
+const GRID: [(&str, &str); 12] = [
     ("model", "--model"),
     ("task", "--tasks"),
     ("train", "--recipe"),
+    ("eval_text", "--recipe"),
     ("calibrate", "--recipe"),
     ("also", "--recipe"),
     ("method", "--methods"),
@@ -131,7 +132,7 @@ pub fn check_common(settings: &Settings) -> Result<()> {
     let keys = given(settings)?;
     let taken = GRID
         .iter()
-        .filter(|(key, _)| !["model", "train"].contains(key));
+        .filter(|(key, _)| !["model", "train", "eval_text"].contains(key));
     for (key, flag) in taken.chain(&[("lr", "--rates")]) {
         ensure!(
             !keys.contains_key(*key),

@@ -1,4 +1,4 @@
-//! What `compress` and `evaluate` leave of the built-in tasks and of records.
+//! What `compress` and `evaluate` leave of the built-in tasks, of records and of text.
 
 use super::evaluation::{
     Evaluation, Item, ItemValue, Key, Recorded, TaskItems, read_lines, refused,
@@ -100,6 +100,16 @@ fn item(sample: Sample) -> Result<Item> {
         ("answer_nll".to_owned(), ItemValue::One(sample.nll)),
         ("exact_match".to_owned(), is(sample.exact_match)),
     ]);
+    // Those of text are of all tokens together.
+    let (tokens, bytes) = (sample.answer_tokens as f64, sample.target.len() as f64);
+    let total = tokens * sample.nll;
+    for (metric, value) in [
+        ("nll", ItemValue::Of(total, tokens)),
+        ("perplexity", ItemValue::Of(-total, tokens)),
+        ("bits_per_byte", ItemValue::Of(-total, bytes)),
+    ] {
+        values.insert(metric.to_owned(), value);
+    }
     if let Some(right) = sample.right_choice {
         values.insert("acc".into(), is(sample.choice == Some(right)));
         values.insert("acc_norm".into(), is(sample.choice_norm == Some(right)));

@@ -13,6 +13,7 @@ const TOLERANCE: f64 = 1e-6;
 
 /// How a score comes of the values of the items.
 pub(super) enum Way {
+    /// `Σ values / Σ units`
     Mean,
     /// `exp(-Σ log-likelihoods / Σ units)`
     Perplexity,
@@ -64,7 +65,6 @@ impl Way {
             }
             (Self::Corpus(_), _) | (_, ItemValue::Texts { .. }) => None,
             (_, ItemValue::One(value)) => Some(Part::Of(*value, 1.0)),
-            (Self::Mean, ItemValue::Of(..)) => None,
             (_, ItemValue::Of(value, of)) => Some(Part::Of(*value, *of)),
         };
         items.into_iter().map(part).collect()
@@ -98,8 +98,10 @@ impl Way {
         let score =
             |parts: &[Part], items: &[usize]| self.score(items.iter().map(|&item| &parts[item]));
         let both = |items: &[usize]| (score(&of_a, items), score(&of_b, items));
+        let alike = |part: &Part| matches!(part, Part::Of(_, 1.0));
+        let one_each = of_a.iter().chain(&of_b).all(alike);
         Some(match self {
-            Self::Mean => {
+            Self::Mean if one_each => {
                 let numbers = |parts: &[Part]| -> Vec<f64> {
                     parts.iter().map(|part| self.score([part])).collect()
                 };

@@ -66,6 +66,11 @@ impl Recipe {
                 value.unwrap_or_default()
             );
         }
+        ensure!(
+            self.eval_text.is_none() || self.task.is_none(),
+            "`eval_text` tests what `train` trains, and a task brings its own test; give `eval_text` \
+             with `train` and without `task`"
+        );
         self.bytes()?;
         self.calibrate()?;
         self.also()?;

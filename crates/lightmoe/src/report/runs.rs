@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::Evidence;
 use super::svg::WIDTH;
-use super::svg::scatter::{Dot, front, scatter};
+use super::svg::scatter::{Axes, Better, Dot, front, scatter};
 use super::table::{Section, bytes_text};
 use crate::results::{Results, Score, Stage, digits, lower_is_better};
 use crate::run::Inputs;
@@ -89,12 +89,14 @@ fn is_comparable(this: &Evidence, metric: &str, other: &Sibling) -> bool {
         && inputs.is_none_or(|(a, b)| a.model == b.model && a.data == b.data)
 }
 
-/// `None` where nothing can be compared: the task has no metric of which more is better, or was not
-/// scored.
+/// `None` where nothing can be compared: the task has no metric of which more is better and no
+/// perplexity, or was not scored.
 pub(super) fn shown(evidence: &Evidence, name: &str) -> Option<Shown> {
     let (this, siblings) = (&evidence.results, &evidence.siblings);
     let original = this.scores(Stage::Original)?;
-    let metric = original.keys().find(|metric| !lower_is_better(metric))?;
+    let metric = original.keys().find(|metric| !lower_is_better(metric));
+    let metric = metric.or_else(|| Some(original.get_key_value("perplexity")?.0))?;
+    let better = Better::of(metric);
     let same = |s: &&Sibling| is_comparable(evidence, metric, s);
     let mut entries = vec![
         Entry {
@@ -110,7 +112,7 @@ pub(super) fn shown(evidence: &Evidence, name: &str) -> Option<Shown> {
     entries.extend(others.filter_map(|s| Entry::of(&s.name, &s.results, metric, "dot")));
     entries.sort_by_key(|entry| entry.bytes);
     let points: Vec<_> = entries.iter().map(Entry::point).collect();
-    let best = front(&points);
+    let best = front(&points, better);
     let mut table = Section::new([
         "run",
         "number",
@@ -161,7 +163,14 @@ pub(super) fn shown(evidence: &Evidence, name: &str) -> Option<Shown> {
         svg: scatter(
             &describe,
             WIDTH,
-            ("weights on disk, MiB", metric.as_str()),
+            &Axes {
+                x: "weights on disk, MiB",
+                y: &match better {
+                    Better::More => metric.clone(),
+                    Better::Less => format!("{metric}, lower is better"),
+                },
+                better,
+            },
             &dots,
             None,
         )?,

@@ -117,3 +117,34 @@ fn thresholds_that_are_none_are_refused() {
     }
     assert!(toml::from_str::<Thresholds>("min_scor = 1.0").is_err());
 }
+
+/// Perplexity and bits say the same as the NLL, in units that a limit in nats is not of.
+#[test]
+fn of_text_the_nll_is_held_against_its_limit() {
+    let mut results = sample();
+    for (stage, nll) in [(Stage::Original, 3.0), (Stage::Recovered, 3.2)] {
+        let score = |value| Score {
+            value,
+            stderr: 0.01,
+            n: 50,
+        };
+        let scores = [
+            ("nll", nll),
+            ("perplexity", f64::exp(nll)),
+            ("bits_per_byte", nll / 2.0),
+        ];
+        let scores = scores.map(|(metric, value)| (metric.to_owned(), score(value)));
+        let tasks = results.stages.get_mut(&stage).unwrap();
+        tasks.insert("math".to_owned(), scores.into_iter().collect());
+    }
+    let judged = judge(&results.measured(), &thresholds("max_nll_increase = 0.3")).unwrap();
+    let [check] = &judged.unwrap().checks[..] else {
+        panic!("one NLL");
+    };
+    assert_eq!(
+        (check.of.as_str(), check.outcome),
+        ("math · nll", Outcome::Met)
+    );
+    assert_eq!(word(&results, "max_nll_increase = 0.1"), Word::NoGo);
+    assert_eq!(word(&results, "min_score = 0.9"), Word::Undecided);
+}

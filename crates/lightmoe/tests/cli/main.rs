@@ -23,4 +23,5 @@ mod schemas;
 mod speak;
 mod stages;
 mod support;
+mod text;
 mod updates;

@@ -1,8 +1,10 @@
 //! Pre-training, with a model of a few thousand parameters.
 
-use crate::support::{Outcome, command, files, names};
-use serde_json::Value;
+use crate::support::{Outcome, command, end, files, names};
+use serde_json::{Value, json};
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 
 const RECIPE: &str = "out = 'model'\nseed = 3\n[model]\nhidden_size = 16\n\
     num_hidden_layers = 2\nnum_attention_heads = 2\nintermediate_size = 8\nnum_experts = 4\n\
@@ -50,4 +52,123 @@ fn a_model_is_trained_from_nothing_and_always_to_the_same_bytes() {
         "{message}"
     );
     assert!(!names(folder.path()).contains(&"c".to_owned()));
+}
+
+/// Small files of documents, of sentences that a tokenizer can learn from, and a recipe for them.
+fn write_books(folder: &Path) {
+    fs::create_dir(folder.join("books")).unwrap();
+    let words = [
+        "the whale",
+        "a ship",
+        "sailed on",
+        "the sea",
+        "slept",
+        "under a star",
+    ];
+    let sentence = |i: usize| {
+        let word = |k: usize| words[(i * (k + 2) + i / 3) % words.len()];
+        format!("{}, {} {}.\n", word(0), word(1), word(3))
+    };
+    let book = |from: usize| (from..from + 120).map(sentence).collect::<String>();
+    let lines = [book(0), book(7)].map(|text| json!({"title": "A book", "text": text}).to_string());
+    fs::write(folder.join("books/some.jsonl"), lines.join("\n")).unwrap();
+    fs::write(folder.join("books/other.txt"), book(50)).unwrap();
+    fs::write(folder.join("recipe.toml"), text_recipe("['books/*']", 280)).unwrap();
+}
+
+fn text_recipe(files: &str, vocab_size: usize) -> String {
+    format!("{RECIPE}[text]\nfiles = {files}\nvocab_size = {vocab_size}\n")
+}
+
+fn pretrain(folder: &Path, out: &str) -> Command {
+    let mut call = command("pretrain");
+    call.args(["--recipe", "recipe.toml", "--out", out]);
+    call.current_dir(folder);
+    call
+}
+
+#[test]
+fn a_model_of_text_files_has_a_tokenizer_of_its_own_and_always_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    write_books(folder.path());
+    pretrain(folder.path(), "a").ok();
+    pretrain(folder.path(), "b").ok();
+    let (a, b) = (folder.path().join("a"), folder.path().join("b"));
+    assert!(files(&a) == files(&b));
+    let read =
+        |name: &str| -> Value { serde_json::from_slice(&fs::read(a.join(name)).unwrap()).unwrap() };
+    assert_eq!(read("config.json")["vocab_size"], 280);
+    let vocabulary = read("tokenizer.json")["model"]["vocab"].clone();
+    assert_eq!(
+        (&vocabulary["<|endoftext|>"], &vocabulary["<|padding|>"]),
+        (&json!(0), &json!(1))
+    );
+    assert!(vocabulary.as_object().unwrap().contains_key("Ġthe"));
+    let config = read("tokenizer_config.json");
+    assert_eq!(config["eos_token"], "<|endoftext|>");
+    assert!(config["chat_template"].is_null());
+    let mut speak = command("generate");
+    speak.args(["--prompt", "the whale", "--max-new-tokens", "4", "--model"]);
+    speak.arg(&a).ok();
+}
+
+#[test]
+fn a_model_of_text_files_goes_on_after_a_kill_but_not_on_other_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    write_books(folder.path());
+    let longer = text_recipe("['books/*']", 280).replace("steps = 6", "steps = 700");
+    fs::write(path("recipe.toml"), longer).unwrap();
+    pretrain(folder.path(), "whole").ok();
+    let begun =
+        || path("part.pretraining").is_dir() && !names(&path("part.pretraining")).is_empty();
+    end(&mut pretrain(folder.path(), "part"), "-KILL", begun);
+    pretrain(folder.path(), "part").ok();
+    assert!(files(&path("whole")) == files(&path("part")));
+
+    // A training that was begun does not go on with other text.
+    let begun =
+        || path("other.pretraining").is_dir() && !names(&path("other.pretraining")).is_empty();
+    assert_eq!(
+        end(&mut pretrain(folder.path(), "other"), "-TERM", begun),
+        Some(130)
+    );
+    fs::write(path("books/other.txt"), "another text, of other words").unwrap();
+    let message = pretrain(folder.path(), "other").fails(1);
+    assert!(message.contains("other settings"), "{message}");
+}
+
+#[test]
+fn text_that_cannot_be_had_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    write_books(folder.path());
+    let path = |name: &str| folder.path().join(name);
+    fs::write(
+        path("books/bad.jsonl"),
+        "{\"text\": \"fine\"}\n{\"txt\": \"no\"}\n",
+    )
+    .unwrap();
+    fs::write(path("empty.txt"), "\n").unwrap();
+    for (files, size, words) in [
+        (
+            "['books/bad.jsonl']",
+            300,
+            &["bad.jsonl` line 2", "`text`"][..],
+        ),
+        ("['books/*.md']", 300, &["books/*.md", ".jsonl.gz"]),
+        ("['empty.txt']", 300, &["empty.txt", "empty"]),
+        ("[]", 300, &["recipe.toml", "text.files"]),
+        (
+            "['books/other.txt']",
+            200,
+            &["recipe.toml", "text.vocab_size", "258"],
+        ),
+    ] {
+        fs::write(path("recipe.toml"), text_recipe(files, size)).unwrap();
+        let message = pretrain(folder.path(), "model").fails(2);
+        for word in words {
+            assert!(message.contains(word), "`{message}` lacks `{word}`");
+        }
+        assert!(!names(folder.path()).contains(&"model".to_owned()));
+    }
 }

@@ -1,16 +1,53 @@
-//! Points of a plane where up and to the left is better, with the front of those that no other beats.
+//! Points of a plane where up and to the left is better, with the front of those that no other beats. A
+//! score of which less is better stands upside down.
 
 use std::fmt::Write;
 
 use minijinja::HtmlEscape;
 
 use super::{Scale, extent, line, open, polyline, text};
+use crate::results::lower_is_better;
+
+/// Which scores are the better ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Better {
+    More,
+    Less,
+}
+
+impl Better {
+    /// Of a metric.
+    pub(crate) fn of(metric: &str) -> Self {
+        match lower_is_better(metric) {
+            true => Self::Less,
+            false => Self::More,
+        }
+    }
+
+    /// A number that rises as the score gets better.
+    fn up(self, score: f64) -> f64 {
+        match self {
+            Self::More => score,
+            Self::Less => -score,
+        }
+    }
+}
+
+/// What a [`scatter`] shows.
+pub(crate) struct Axes<'a> {
+    /// The costs.
+    pub x: &'a str,
+    /// The scores.
+    pub y: &'a str,
+    /// Which of them are better.
+    pub better: Better,
+}
 
 /// A point of a [`scatter`].
 pub(crate) struct Dot {
     /// How much it costs: less is better.
     pub x: f64,
-    /// How good it is: more is better.
+    /// How good it is.
     pub y: f64,
     /// The lowest and the highest that its `y` was.
     pub range: (f64, f64),
@@ -23,14 +60,15 @@ pub(crate) struct Dot {
 }
 
 /// The points that no other beats: each is better than all that cost as little or less, ascending.
-pub(crate) fn front(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+pub(crate) fn front(points: &[(f64, f64)], better: Better) -> Vec<(f64, f64)> {
     let mut sorted = points.to_vec();
-    sorted.sort_by(|a, b| a.0.total_cmp(&b.0).then(b.1.total_cmp(&a.1)));
+    let up = |point: &(f64, f64)| better.up(point.1);
+    sorted.sort_by(|a, b| a.0.total_cmp(&b.0).then(up(b).total_cmp(&up(a))));
     let mut best = f64::NEG_INFINITY;
     sorted.retain(|point| {
-        let better = point.1 > best;
-        best = best.max(point.1);
-        better
+        let beats = up(point) > best;
+        best = best.max(up(point));
+        beats
     });
     sorted
 }
@@ -40,7 +78,7 @@ pub(crate) fn front(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 pub(crate) fn scatter(
     describe: &str,
     width: f64,
-    (x_name, y_name): (&str, &str),
+    axes: &Axes<'_>,
     dots: &[Dot],
     reference: Option<(f64, &str)>,
 ) -> Option<String> {
@@ -51,7 +89,11 @@ pub(crate) fn scatter(
     let given = dots.iter().flat_map(|d| [d.y, d.range.0, d.range.1]);
     let (low, high) = extent(given.chain(reference.map(|r| r.0)));
     let room = ((high - low) * 0.08).max(0.01);
-    let y = Scale::new((low - room, high + room), bottom, top);
+    let (worst, best) = match axes.better {
+        Better::More => (bottom, top),
+        Better::Less => (top, bottom),
+    };
+    let y = Scale::new((low - room, high + room), worst, best);
     let (first, last) = extent(dots.iter().map(|d| d.x));
     let room = ((last - first) * 0.08).max(0.01 * last);
     let x = Scale::new((first - room, last + room), left, right);
@@ -68,16 +110,16 @@ pub(crate) fn scatter(
         text(&mut out, x.at(tick), bottom + 16.0, "t mid", label);
     }
     line(&mut out, "axis", (left, bottom), (right, bottom));
-    text(&mut out, left - 8.0, 12.0, "t strong", y_name);
+    text(&mut out, left - 8.0, 12.0, "t strong", axes.y);
     let middle = (left + right) / 2.0;
-    text(&mut out, middle, bottom + 34.0, "t mid strong", x_name);
+    text(&mut out, middle, bottom + 34.0, "t mid strong", axes.x);
     if let Some((value, label)) = reference {
         line(&mut out, "mark", (left, y.at(value)), (right, y.at(value)));
         text(&mut out, left + 4.0, y.at(value) - 5.0, "t", label);
     }
     let points: Vec<_> = dots.iter().map(|d| (d.x, d.y)).collect();
     let mut stair: Vec<(f64, f64)> = Vec::new();
-    for point in front(&points) {
+    for point in front(&points, axes.better) {
         stair.extend(stair.last().map(|before| (point.0, before.1)));
         stair.push(point);
     }
@@ -111,13 +153,17 @@ mod tests {
         let points: Vec<(f64, f64)> = (0..60)
             .map(|i| (f64::from(i * 7 % 13), f64::from(i * 11 % 17)))
             .collect();
-        let best = front(&points);
-        let beats = |a: &(f64, f64), b: &(f64, f64)| a != b && a.0 <= b.0 && a.1 >= b.1;
-        for point in &points {
-            let beaten = best.iter().any(|f| beats(f, point));
-            assert_eq!(best.contains(point), !beaten, "{point:?}");
+        for better in [Better::More, Better::Less] {
+            let best = front(&points, better);
+            let beats = |a: &(f64, f64), b: &(f64, f64)| {
+                a != b && a.0 <= b.0 && better.up(a.1) >= better.up(b.1)
+            };
+            for point in &points {
+                let beaten = best.iter().any(|f| beats(f, point));
+                assert_eq!(best.contains(point), !beaten, "{point:?}");
+            }
         }
-        assert!(front(&[]).is_empty());
+        assert!(front(&[], Better::More).is_empty());
     }
 
     #[test]
@@ -130,11 +176,27 @@ mod tests {
             label: "50%".to_owned(),
             title: "<a>".to_owned(),
         };
-        assert!(scatter("points", 450.0, ("x", "y"), &[], None).is_none());
-        let picture = scatter("points", 450.0, ("x", "y"), &[dot], Some((0.5, "<b>"))).unwrap();
-        assert!(picture.ends_with("</svg>"), "{picture}");
-        for strange in ["NaN", "inf", "<a>", "<b>"] {
-            assert!(!picture.contains(strange), "{picture}");
+        let axes = |better| Axes {
+            x: "x",
+            y: "y",
+            better,
+        };
+        assert!(scatter("points", 450.0, &axes(Better::More), &[], None).is_none());
+        let dots = [dot];
+        let draw = |better| scatter("points", 450.0, &axes(better), &dots, Some((0.5, "<b>")));
+        for better in [Better::More, Better::Less] {
+            let picture = draw(better).unwrap();
+            assert!(picture.ends_with("</svg>"), "{picture}");
+            for strange in ["NaN", "inf", "<a>", "<b>"] {
+                assert!(!picture.contains(strange), "{picture}");
+            }
         }
+        // The dot lies below the reference line, and above it where less is better.
+        let height = |better| {
+            let picture = draw(better).unwrap();
+            let after = picture.split_once(" cy=\"").unwrap().1;
+            after.split_once('"').unwrap().0.parse::<f64>().unwrap()
+        };
+        assert!(height(Better::Less) + 100.0 < height(Better::More));
     }
 }
