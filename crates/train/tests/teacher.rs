@@ -1,4 +1,5 @@
 //! The predictions that are kept of another model: those that it makes, and a training by them.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;
 
