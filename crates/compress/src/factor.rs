@@ -313,7 +313,7 @@ pub fn leading_rows(w: &Tensor, rank: usize) -> Result<Tensor> {
         ..
     } = Metric::of_inputs(Gram::identity()).see(w)?;
     let vectors = eigenvectors(&small)?;
-    let leading = vectors.subcols(0, rank);
+    let leading = vectors.subcols(0, rank.min(vectors.ncols()));
     match is_wide {
         true => tensor((leading.transpose() * &seen).as_ref()),
         false => tensor(leading.transpose()),

@@ -34,11 +34,13 @@ pub fn find_documents(pattern: &str) -> Result<Vec<PathBuf>> {
     if path.exists() {
         return Ok(vec![path.into()]);
     }
-    let found: Vec<PathBuf> = glob::glob(pattern)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .collect();
+    let refuse = |problem: String| Error::DataFile {
+        path: path.into(),
+        problem: format!("{problem}; check the pattern and the permissions"),
+    };
+    let matches = glob::glob(pattern).map_err(|e| refuse(e.to_string()))?;
+    let found = matches.map(|found| found.map_err(|e| refuse(e.to_string())));
+    let found = found.collect::<Result<Vec<PathBuf>>>()?;
     match found.is_empty() {
         false => Ok(found),
         true => Err(Error::DataFile {

@@ -64,7 +64,12 @@ pub fn evaluate_text(
     };
     let samples = windows.iter().zip(&answers).enumerate().map(sample);
     let samples = samples.collect::<Result<Vec<_>>>()?;
-    Ok((scores(&samples), samples))
+    let scores = scores(&samples);
+    match scores.values().all(|score| score.value.is_finite()) {
+        true => Ok((scores, samples)),
+        // So unlikely a text has no perplexity that can be written.
+        false => Err(Error::NotFinite { index: 0 }),
+    }
 }
 
 fn scores(samples: &[Sample]) -> Scores {

@@ -44,7 +44,8 @@ pub struct Results {
     pub bytes: Bytes,
     /// Scores of the original, the built and the recovered model by task and metric; a stage may be missing.
     /// Metrics: `exact_match`, `answer_nll` (nats per answer token), for multiple choice `acc` and
-    /// `acc_norm`, for translation `chrf` (0 to 100).
+    /// `acc_norm`, for translation `chrf` (0 to 100); of text `nll` (nats per token), `perplexity` (its exp)
+    /// and `bits_per_byte` (of the decoded windows).
     pub stages: BTreeMap<Stage, TaskScores>,
     /// Wall-clock seconds of each step of the run.
     pub seconds: BTreeMap<String, f64>,

@@ -20,7 +20,7 @@ use std::time::Instant;
 pub struct Inputs {
     /// A hash of the model's content.
     pub model: String,
-    /// A hash of the records to train and calibrate on.
+    /// A hash of the data to train, calibrate and test on.
     pub data: String,
     /// The program's version.
     pub lightmoe: String,

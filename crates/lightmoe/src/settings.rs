@@ -16,10 +16,10 @@ pub struct Settings {
     /// Built-in task: math, code, commonsense, intent or translation [default: math, or the data of `--train`]
     #[arg(long)]
     pub task: Option<String>,
-    /// Data to train on: records, JSON lines of prompt/completion or messages, of which every tenth is held out; or text (`.txt`, or documents as JSON lines with `text`), of which the last tenth is
+    /// Data to train on: records, JSON lines of prompt/completion or messages, of which every tenth is held out; or text (`.txt`, or documents as JSON lines with `text`), of which the last tenth is (the last twentieth with `eval_text`)
     #[arg(long, value_name = "FILE")]
     pub train: Option<PathBuf>,
-    /// Text to test on instead of a part of `--train`, in the same forms
+    /// Text to test on instead of a part of `--train`: a `.txt` file, or documents as JSON lines with `text`
     #[arg(long, value_name = "FILE")]
     pub eval_text: Option<PathBuf>,
     /// lightmoe, replace (adapters alone, or with one base), lora (nothing is replaced); reap, frequency, ean, aimer or random (pruned); mone (mean outputs); msmoe, hcsmoe or ream (merged); mcsmoe (merged, the rest factorised); svd, d2moe or mobe (factorised); moei2 (pruned, the rest factorised); budget (each expert in the form that costs least for its bytes); compressed (fewer experts run, none is removed) [default: lightmoe]

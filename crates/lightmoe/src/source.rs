@@ -5,6 +5,7 @@ use crate::items::{Items, read_windows};
 use crate::preflight::Refused;
 use crate::recipe::Recipe;
 use anyhow::{Context, Result};
+use lightmoe_data::text::is_text;
 use lightmoe_data::{Encoded, Example, Split, Task, encode, records};
 use lightmoe_eval::EvalOptions;
 use lightmoe_eval::harness::rendered;
@@ -141,20 +142,30 @@ impl TaskData {
         };
         data.name = name_of(recipe.eval_text.as_ref().unwrap_or(path));
         if let Some(path) = &recipe.eval_text {
+            if !is_text(path)? {
+                return Err(Refused(format!(
+                    "`{}` is no text to test on; `eval_text` takes a `.txt` file, or documents as JSON lines \
+                     with `text`",
+                    path.display()
+                ))
+                .into());
+            }
             let windows = read_windows(path, recipe, tokenizer)?;
             data.test = Items::Text(evenly(&windows, recipe.eval_examples));
         }
         Ok(data)
     }
 
-    /// Every twentieth record is for validation and every twentieth for test, at most `eval_examples`
-    /// each.
+    /// Every twentieth record is for validation, and every twentieth for test unless a text tests, at most
+    /// `eval_examples` each.
     fn of_records(records: Vec<Example>, recipe: &Recipe) -> Self {
         let (mut train, mut validation, mut test) = (Vec::new(), Vec::new(), Vec::new());
         for (i, record) in records.into_iter().enumerate() {
             match i % 20 {
                 9 if validation.len() < recipe.eval_examples => validation.push(record),
-                19 if test.len() < recipe.eval_examples => test.push(record),
+                19 if recipe.eval_text.is_none() && test.len() < recipe.eval_examples => {
+                    test.push(record);
+                }
                 _ => train.push(record),
             }
         }
@@ -203,6 +214,13 @@ impl TaskData {
 
 /// The name of a file in results.
 fn name_of(path: &Path) -> String {
+    // Packed: `book.txt.gz` is `book`.
+    let packed = path.extension().is_some_and(|ending| ending == "gz");
+    let path = if packed {
+        path.with_extension("")
+    } else {
+        path.to_owned()
+    };
     let stem = path.file_stem();
     stem.map_or("records".into(), |s| s.to_string_lossy().into_owned())
 }

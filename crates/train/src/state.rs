@@ -4,6 +4,7 @@
 use crate::trainer::Parameter;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
+use lightmoe_models::TensorFile;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::HashMap;
@@ -11,6 +12,8 @@ use std::path::Path;
 
 /// Name of the file in the recovery folder.
 pub(crate) const FILE: &str = "state.safetensors";
+/// What is wrong with the state of another run.
+const OTHER: &str = "it was written by a run with other settings";
 
 /// Writes the state after `step` finished steps.
 pub(crate) fn save(
@@ -60,6 +63,21 @@ pub(crate) fn save(
     Ok(lightmoe_models::folder::write_file(path, &file)?)
 }
 
+/// Whether the state at `path` is of the run `fingerprint`, or there is none.
+///
+/// # Errors
+/// If it is of another run, or damaged.
+pub(crate) fn check(path: &Path, fingerprint: &str) -> Result<()> {
+    if !path.exists() {
+        return Ok(());
+    }
+    let file = TensorFile::open(path.to_owned())?;
+    match file.entry("fingerprint") == Some(fingerprint) {
+        true => Ok(()),
+        false => Err(Error::state(path, OTHER)),
+    }
+}
+
 /// Reads the state into `parameters` and returns the number of finished steps; `None` if there is
 /// no checkpoint.
 pub(crate) fn load(
@@ -76,7 +94,7 @@ pub(crate) fn load(
     let (_, header) = SafeTensors::read_metadata(&file).map_err(|e| fail(e.to_string()))?;
     let metadata = header.metadata().clone().unwrap_or_default();
     if metadata.get("fingerprint").map(String::as_str) != Some(fingerprint) {
-        return Err(fail("it was written by a run with other settings".into()));
+        return Err(fail(OTHER.into()));
     }
     let step = metadata.get("step").and_then(|s| s.parse().ok());
     let step = step.ok_or_else(|| fail("it names no step".into()))?;

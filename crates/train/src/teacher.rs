@@ -1,8 +1,8 @@
 //! What a model learns from beside the tokens: the predictions of another one, the uncompressed one, as
 //! MC-SMoE recovers (arXiv 2310.01334, section 3.2).
 //!
-//! The other one runs beside it, or its likeliest tokens were kept before: so it is never in memory together
-//! with the trained one, and may be larger than memory itself.
+//! The other one runs beside it, or its likeliest tokens were kept before: then it need not be in memory
+//! together with the trained one, and may be larger than memory itself.
 
 use crate::objective::{TrainBatch, distance};
 use crate::{Error, Result};
@@ -140,49 +140,61 @@ impl KeptPredictions {
         }
     }
 
-    /// Keeps what `model` predicts for the batches of `steps` steps; what is there already stays. Several
-    /// batches are read in one pass, since a model on disk is read once for each. `each(done)` counts steps
-    /// and may stop the work by `false`.
+    /// Keeps what the model that `open` opens predicts for the batches of `steps` steps. Several batches are
+    /// read in one pass, since a model on disk is read once for each; always the same ones together, so that
+    /// work that was stopped goes on to the same numbers, and passes that are there whole stay. `each(done)`
+    /// is told of steps that are done and may stop the work by `false`.
     ///
     /// # Errors
-    /// If the model fails or files cannot be written.
-    pub fn keep(
+    /// If the model fails, predicts what are no numbers, or files cannot be written.
+    pub fn keep<'a>(
         &self,
-        model: &dyn LanguageModel,
+        open: &dyn Fn() -> Result<Box<dyn LanguageModel + 'a>>,
         steps: usize,
         batch: &dyn Fn(usize) -> Result<TrainBatch>,
         each: &mut dyn FnMut(usize) -> bool,
     ) -> Result<bool> {
-        std::fs::create_dir_all(&self.folder).map_err(|e| Error::io(&self.folder, e))?;
-        let mut some: Vec<(usize, TrainBatch)> = Vec::new();
-        for step in 0..steps {
-            if self.open(step).is_err() {
+        let mut model = None;
+        let mut step = 0;
+        while step < steps {
+            let first = step;
+            let (mut some, mut longest, mut rows) = (Vec::new(), 0, 0);
+            while step < steps {
                 let next = batch(step)?;
-                let together = |some: &[(usize, TrainBatch)]| {
-                    let all = || some.iter().map(|(_, batch)| batch).chain([&next]);
-                    let longest = all().map(TrainBatch::length).max().unwrap_or(0);
-                    longest * all().map(|batch| batch.rows).sum::<usize>()
-                };
-                if !some.is_empty() && together(&some) > PASS {
-                    self.pass(model, &some)?;
-                    some.clear();
+                longest = next.length().max(longest);
+                rows += next.rows;
+                if !some.is_empty() && longest * rows > PASS {
+                    break;
                 }
                 some.push((step, next));
+                step += 1;
             }
-            if !each(step + 1) {
+            if (first..step).any(|step| self.open(step).is_err()) {
+                let model = match &mut model {
+                    Some(model) => model,
+                    none => none.insert(open()?),
+                };
+                self.pass(&**model, &some)?;
+            }
+            if !each(step) {
                 return Ok(false);
             }
         }
-        self.pass(model, &some)?;
         Ok(true)
+    }
+
+    /// Removes all that was kept, after it has served.
+    ///
+    /// # Errors
+    /// If the folder cannot be removed.
+    pub fn remove(self) -> Result<()> {
+        std::fs::remove_dir_all(&self.folder).map_err(|e| Error::io(&self.folder, e))
     }
 
     /// Reads several batches at once and writes what is predicted for each.
     fn pass(&self, model: &dyn LanguageModel, some: &[(usize, TrainBatch)]) -> Result<()> {
         let longest = some.iter().map(|(_, batch)| batch.length()).max();
-        let Some(length) = longest else {
-            return Ok(());
-        };
+        let length = longest.unwrap_or(0);
         let (mut ids, mut rows) = (Vec::new(), 0);
         for (_, batch) in some {
             for row in batch.tokens.chunks_exact(batch.length()) {
@@ -218,6 +230,13 @@ impl KeptPredictions {
             let values = t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
             Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect())
         };
+        let sum = top.log_probabilities.sum_all()?.to_dtype(DType::F32)?;
+        if !sum.to_scalar::<f32>()?.is_finite() {
+            return Err(Error::Invalid(format!(
+                "the model to learn from predicts what are no numbers at step {step}; check it with \
+                 `lightmoe evaluate`"
+            )));
+        }
         let (ids, numbers) = (bytes(&top.ids)?, bytes(&top.log_probabilities)?);
         let view = |bytes| TensorView::new(Dtype::F32, top.ids.dims().to_vec(), bytes);
         let tensors = [
@@ -234,7 +253,10 @@ impl KeptPredictions {
         let file = TensorFile::open(path.clone())?;
         match file.entry("fingerprint") == Some(&self.fingerprint) {
             true => Ok(file),
-            false => Err(Error::state(&path, "it is of a run with other settings")),
+            false => Err(Error::state(
+                &path,
+                "it holds predictions for a run with other settings",
+            )),
         }
     }
 

@@ -75,6 +75,16 @@ pub(crate) struct Parameter {
     weight_decay: f64,
 }
 
+impl Folders {
+    /// Refuses the training state of another run, before work that only serves this one.
+    ///
+    /// # Errors
+    /// If there is such a state, or it is damaged.
+    pub fn check(&self, fingerprint: &str) -> Result<()> {
+        state::check(&self.state.join(state::FILE), fingerprint)
+    }
+}
+
 /// Trains the parameters of `model` that the groups name. `batch(step)` must be a pure function.
 /// A checkpoint found in the state folder is continued. `each` sees every step and may stop the run
 /// by `false`. With a `teacher` the model learns from it beside the batches.

@@ -3,11 +3,12 @@
 
 mod support;
 
-use lightmoe_models::{Decoder, StreamedDecoder, TensorFile};
+use lightmoe_models::{Decoder, LanguageModel, StreamedDecoder, TensorFile};
 use lightmoe_train::{
     Curve, KeptPredictions, Outcome, Predictions, Result, Teacher, TrainBatch, train,
 };
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::Path;
 use support::{Models, STEPS, VOCABULARY, batch, options, parameters};
 
@@ -38,23 +39,56 @@ fn teacher(predictions: Predictions<'_>) -> Teacher<'_> {
     }
 }
 
-/// Kept whole, they train a model as the other one beside it does, whether that is in memory or read layer
-/// by layer; interrupted, the keeping goes on.
+/// Many rows, so that a pass takes four steps.
+fn long(step: usize) -> Result<TrainBatch> {
+    let few = uneven(step)?;
+    Ok(TrainBatch {
+        tokens: few.tokens.repeat(100),
+        loss_mask: few.loss_mask.repeat(100),
+        rows: few.rows * 100,
+    })
+}
+
+/// Stopped after any pass, or killed within one, the keeping goes on to the same bytes; a model read layer
+/// by layer predicts the same.
+#[test]
+fn kept_predictions_do_not_depend_on_stops() {
+    let models = Models::new();
+    let whole = || Ok(Box::new(Decoder::load(&models.original)?) as Box<dyn LanguageModel>);
+    let layers = || Ok(Box::new(StreamedDecoder::new(&models.original)?) as Box<dyn LanguageModel>);
+    let at = |name: &str| models.folder.path().join(name);
+    let files = |name: &str| -> Vec<Vec<u8>> {
+        let file = |step| fs::read(at(name).join(format!("{step}.safetensors"))).unwrap();
+        (0..10).map(file).collect()
+    };
+    let mut told = Vec::new();
+    let all = &mut |done| {
+        told.push(done);
+        true
+    };
+    assert!(kept(&at("one"), 3).keep(&whole, 10, &long, all).unwrap());
+    assert!(told.len() > 1 && told.last() == Some(&10), "{told:?}");
+
+    let cut = kept(&at("cut"), 3);
+    assert!(!cut.keep(&whole, 10, &long, &mut |_| false).unwrap());
+    assert_eq!(at("cut").read_dir().unwrap().count(), told[0]);
+    fs::remove_file(at("cut").join("1.safetensors")).unwrap();
+    assert!(cut.keep(&layers, 10, &long, &mut |_| true).unwrap());
+    assert!(files("cut") == files("one"), "other bytes after a stop");
+    let never = || -> Result<Box<dyn LanguageModel>> { panic!("nothing is missing") };
+    assert!(cut.keep(&never, 10, &long, &mut |_| true).unwrap());
+    cut.remove().unwrap();
+    assert!(!at("cut").exists());
+}
+
+/// Kept whole, they train a model as the other one beside it does.
 #[test]
 fn kept_predictions_train_as_the_model_does() {
     let models = Models::new();
     let original = Decoder::load(&models.original).unwrap();
-    let streamed = StreamedDecoder::new(&models.original).unwrap();
-    let folder = models.folder.path().join("predictions");
-    let whole = kept(&folder, VOCABULARY);
-    let stop = &mut |done: usize| done < 9;
-    assert!(!whole.keep(&original, STEPS, &uneven, stop).unwrap());
-    assert!(
-        whole
-            .keep(&streamed, STEPS, &uneven, &mut |_| true)
-            .unwrap()
-    );
-    assert_eq!(folder.read_dir().unwrap().count(), STEPS);
+    let open = || Ok(Box::new(original.clone()) as Box<dyn LanguageModel>);
+    let whole = kept(&models.folder.path().join("predictions"), VOCABULARY);
+    assert!(whole.keep(&open, STEPS, &uneven, &mut |_| true).unwrap());
 
     let run = |name: &str, predictions: Predictions<'_>| -> Vec<f64> {
         let mut model = models.prepared(true);
@@ -87,7 +121,8 @@ fn the_likeliest_tokens_are_kept() {
     let models = Models::new();
     let original = Decoder::load(&models.original).unwrap();
     let folder = models.folder.path().join("predictions");
-    let keep = |k: usize, at: &Path| kept(at, k).keep(&original, 1, &batch, &mut |_| true);
+    let open = || Ok(Box::new(original.clone()) as Box<dyn LanguageModel>);
+    let keep = |k: usize, at: &Path| kept(at, k).keep(&open, 1, &batch, &mut |_| true);
     keep(VOCABULARY, &folder.join("all")).unwrap();
     keep(3, &folder.join("top")).unwrap();
     let read = |at: &str, k: usize| {
@@ -118,8 +153,9 @@ fn predictions_of_other_settings_are_refused() {
     let models = Models::new();
     let original = Decoder::load(&models.original).unwrap();
     let folder = models.folder.path().join("predictions");
+    let open = || Ok(Box::new(original.clone()) as Box<dyn LanguageModel>);
     let go = &mut |_: usize| true;
-    kept(&folder, 3).keep(&original, 2, &batch, go).unwrap();
+    kept(&folder, 3).keep(&open, 2, &batch, go).unwrap();
     let message = |kept: KeptPredictions| {
         let (mut model, folders) = (models.prepared(true), models.folders("refused"));
         let before = parameters(&mut model);
@@ -139,7 +175,7 @@ fn predictions_of_other_settings_are_refused() {
     let none = message(kept(&folder.join("none"), 3));
     assert!(none.contains("0.safetensors"), "{none}");
     // Other settings are kept in their place.
-    kept(&folder, 4).keep(&original, 2, &batch, go).unwrap();
+    kept(&folder, 4).keep(&open, 2, &batch, go).unwrap();
     let file = TensorFile::open(folder.join("1.safetensors")).unwrap();
     assert_eq!(file.shape("ids").unwrap(), [32, 4]);
 }

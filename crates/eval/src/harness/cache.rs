@@ -58,11 +58,8 @@ impl RequestCache {
             damaged: Vec::new(),
             added: Mutex::default(),
         };
-        let entries = match fs::read_dir(&cache.folder) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(cache),
-            Err(e) => return Err(io(&cache.folder)(e)),
-        };
+        fs::create_dir_all(&cache.folder).map_err(io(&cache.folder))?;
+        let entries = fs::read_dir(&cache.folder).map_err(io(&cache.folder))?;
         let paths = entries.map(|entry| entry.map(|entry| entry.path()));
         let paths = paths.collect::<std::io::Result<Vec<_>>>();
         let mut paths = paths.map_err(io(&cache.folder))?;
@@ -77,7 +74,9 @@ impl RequestCache {
 
     fn read(&mut self, path: &Path) -> Result<()> {
         let bytes = fs::read(path).map_err(io(path))?;
-        let lines = bytes.split_inclusive(|byte| *byte == b'\n');
+        // What another process is about to write has no end yet.
+        let whole = bytes.iter().rposition(|byte| *byte == b'\n');
+        let lines = bytes[..whole.map_or(0, |end| end + 1)].split_inclusive(|byte| *byte == b'\n');
         for (number, line) in (1..).zip(lines) {
             match serde_json::from_slice::<Entry>(line) {
                 Ok(entry) => {
@@ -157,7 +156,6 @@ impl RequestCache {
 
     /// A file that no other process has.
     fn own_file(&self) -> Result<(PathBuf, File)> {
-        fs::create_dir_all(&self.folder).map_err(io(&self.folder))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = now.map_or(0, |time| time.as_micros());
         let mut number = 0;

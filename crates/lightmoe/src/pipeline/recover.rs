@@ -46,6 +46,27 @@ pub fn recover_stage(
     check_original(inputs.original)?;
     CheckpointWriter::check_target(target)?;
     let (original, built, plan) = (inputs.original, inputs.built, inputs.plan);
+    let pad = built.config().pad_token_id.unwrap_or(0);
+    let sampler = Sampler::new(inputs.encoded, recipe.batch_size, recipe.seed)?.with_pad(pad);
+    let batch = |step| {
+        let batch = sampler.batch(step);
+        Ok(TrainBatch {
+            tokens: batch.tokens,
+            rows: batch.rows,
+            loss_mask: batch.loss_mask,
+        })
+    };
+    let distills = recipe.distill > 0.0;
+    // Before the built model is in memory: the original may need all of it.
+    let kept = match distills && recipe.distill_top_k > 0 {
+        true => Some(keep_predictions(
+            original,
+            recipe,
+            (inputs.fingerprint, folders),
+            &batch,
+        )?),
+        false => None,
+    };
     let mut model = Decoder::load(built)?;
     let mut annealing = recipe.annealing();
     if plan.mean_replaced() == 0.0 || plan.method.kind() != Kind::Replace {
@@ -71,29 +92,14 @@ pub fn recover_stage(
         whole_bases(&merged, layer)
             .map_err(|e| lightmoe_train::Error::Invalid(format!("{:#}", anyhow::Error::from(e))))
     })?;
-    let pad = built.config().pad_token_id.unwrap_or(0);
-    let sampler = Sampler::new(inputs.encoded, recipe.batch_size, recipe.seed)?.with_pad(pad);
     let options = TrainOptions {
         annealing,
         ..train_options(recipe, inputs.fingerprint, inputs.checkpoint_every)
     };
-    let batch = |step| {
-        let batch = sampler.batch(step);
-        Ok(TrainBatch {
-            tokens: batch.tokens,
-            rows: batch.rows,
-            loss_mask: batch.loss_mask,
-        })
+    let beside = match distills && kept.is_none() {
+        true => Some(Decoder::load(original)?),
+        false => None,
     };
-    let (mut beside, mut kept) = (None, None);
-    match (recipe.distill > 0.0, recipe.distill_top_k) {
-        (false, _) => {}
-        (true, 0) => beside = Some(Decoder::load(original)?),
-        (true, _) => {
-            let kept_for = (inputs.fingerprint, &*folders.state);
-            kept = Some(keep_predictions(original, recipe, kept_for, &batch)?);
-        }
-    }
     let beside = beside.as_ref().map(Predictions::Model);
     let predictions = beside.or(kept.as_ref().map(Predictions::Kept));
     let teacher = predictions.map(|predictions| Teacher {
@@ -128,14 +134,15 @@ pub fn recover_stage(
     model.write(&mut writer)?;
     writer.copy_extras(built, &extras)?;
     writer.copy_side_files(built.dir())?;
-    Ok(writer.finish(&built.config().raw)?)
+    writer.finish(&built.config().raw)?;
+    kept.map_or(Ok(()), |kept| Ok(kept.remove()?))
 }
 
 /// Keeps the original's likeliest tokens for the batches of the recovery beside its training state.
 fn keep_predictions(
     original: &Checkpoint,
     recipe: &Recipe,
-    (fingerprint, state): (&str, &Path),
+    (fingerprint, folders): (&str, &Folders),
     batch: &dyn Fn(usize) -> lightmoe_train::Result<TrainBatch>,
 ) -> Result<KeptPredictions> {
     let k = recipe.distill_top_k;
@@ -145,14 +152,16 @@ fn keep_predictions(
         "`distill_top_k` is {k}, and the vocabulary has {vocabulary} tokens; give fewer, or 0 for all"
     );
     let kept = KeptPredictions::new(
-        &state.join("predictions"),
+        &folders.state.join("predictions"),
         fingerprint,
         k,
         recipe.distill_temperature,
     );
+    folders.check(fingerprint)?;
     let bar = Progress::new("predict", recipe.steps);
-    let model = load_model(original)?;
-    match kept.keep(&*model, recipe.steps, batch, &mut |done| bar.at(done))? {
+    let open =
+        || load_model(original).map_err(|e| lightmoe_train::Error::Invalid(format!("{e:#}")));
+    match kept.keep(&open, recipe.steps, batch, &mut |done| bar.at(done))? {
         true => Ok(kept),
         false => bail!(INTERRUPTED),
     }

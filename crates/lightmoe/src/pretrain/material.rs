@@ -6,6 +6,7 @@ use lightmoe_data::text::{find_documents, pack, read_documents, train_tokenizer,
 use lightmoe_data::tokenizer::{EOS_ID, PAD_ID};
 use lightmoe_data::{Batch, PackedStream, Sampler, tokenizer};
 use serde_json::Value;
+use std::collections::BTreeSet;
 
 /// Text as batches, and its tokenizer as files.
 pub(super) struct Material {
@@ -80,10 +81,13 @@ impl Material {
 
 impl TextFiles {
     fn documents(&self) -> lightmoe_data::Result<Vec<String>> {
-        let mut documents = Vec::new();
+        let (mut documents, mut seen) = (Vec::new(), BTreeSet::new());
         for pattern in &self.files {
             for path in find_documents(pattern)? {
-                documents.extend(read_documents(&path)?);
+                // Patterns may overlap; a file counts once.
+                if seen.insert(path.clone()) {
+                    documents.extend(read_documents(&path)?);
+                }
             }
         }
         Ok(documents)

@@ -199,7 +199,9 @@ impl Rates {
 /// are threads run at once.
 fn rate<T>(multiplications: usize, product: impl Fn() -> Result<T> + Sync) -> Result<f64> {
     let flops = 2.0 * multiplications as f64;
-    let (count, begin) = ((PRODUCTS / flops).ceil() as usize, Instant::now());
+    let threads = rayon::current_num_threads();
+    let count = ((PRODUCTS / flops).ceil() as usize).next_multiple_of(threads);
+    let begin = Instant::now();
     (0..count)
         .into_par_iter()
         .try_for_each(|_| product().map(drop))?;
