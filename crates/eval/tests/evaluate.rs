@@ -296,7 +296,8 @@ fn the_caller_may_stop() {
         },
     );
     assert!(matches!(result, Err(Error::Interrupted)));
-    assert_eq!(calls, 4);
+    // The batch beside the one after which the caller stopped may end, and no other begins.
+    assert!((4..=5).contains(&calls), "{calls}");
 }
 
 #[test]
