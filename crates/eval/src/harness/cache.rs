@@ -254,14 +254,12 @@ mod tests {
         assert_eq!(found.row(&a), Some(score(-1.25)));
         assert_eq!(found.row(&c), None);
         let name = path.display().to_string();
-        let [first, last] = found.damaged() else {
+        // The last line has no end, as if it were being written.
+        let [damaged] = found.damaged() else {
             panic!("{:?}", found.damaged());
         };
-        assert!(
-            first.contains(&name) && first.contains("line 1:"),
-            "{first}"
-        );
-        assert!(last.contains(&name) && last.contains("line 3:"), "{last}");
+        let is_named = damaged.contains(&name) && damaged.contains("line 1:");
+        assert!(is_named, "{damaged}");
     }
 
     #[test]
