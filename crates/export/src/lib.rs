@@ -115,7 +115,7 @@ pub fn export(
     let (ends, parts) = manifest.parts();
     writer.copy(source, ends)?;
     for (number, tensors) in parts.into_iter().enumerate() {
-        write_layer(&mut writer, source, number, tensors, options.kind)?;
+        write_layer(&writer, source, number, tensors, options.kind)?;
         report_progress(number + 1)?;
     }
     let extra = extras
@@ -153,7 +153,7 @@ fn config(source: &Checkpoint, layout: &BankLayout, dtype: DType) -> Result<Valu
 
 /// Writes one layer: what stays is copied, and for a dense export the others are multiplied out.
 fn write_layer(
-    writer: &mut CheckpointWriter,
+    writer: &CheckpointWriter,
     source: &Checkpoint,
     number: usize,
     tensors: &[NamedShape],

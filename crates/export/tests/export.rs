@@ -157,8 +157,8 @@ fn an_original_model_loads_everywhere_in_either_kind() {
     let model = Decoder::random(&config(), 1).unwrap();
     let format = Format::new(DType::F32, Scheme::published(Family::Olmoe));
     let (config, layout) = (config(), BankLayout::dense(&config()));
-    let mut writer = CheckpointWriter::for_model(&dir, &format, &config, &layout).unwrap();
-    model.write(&mut writer).unwrap();
+    let writer = CheckpointWriter::for_model(&dir, &format, &config, &layout).unwrap();
+    model.write(&writer).unwrap();
     writer.finish(&config.raw).unwrap();
     let source = Checkpoint::open(&dir).unwrap();
     for kind in ExportKind::ALL {

@@ -245,7 +245,7 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
     let format = Format::new(DType::BF16, Scheme::published(config.family));
     let layout = BankLayout::dense(&config);
     let mut writer = CheckpointWriter::for_model(&recipe.out, &format, &config, &layout)?;
-    model.write(&mut writer)?;
+    model.write(&writer)?;
     let json = |value: &serde_json::Value| serde_json::to_vec_pretty(value);
     writer.side_file("tokenizer.json", material.tokenizer.as_bytes())?;
     writer.side_file("tokenizer_config.json", &json(&material.tokenizer_config)?)?;

@@ -359,7 +359,7 @@ impl Decoder {
     }
 
     /// Writes the model into a folder begun by the caller, who adds side files and finishes it.
-    pub fn write(&self, writer: &mut CheckpointWriter) -> Result<()> {
+    pub fn write(&self, writer: &CheckpointWriter) -> Result<()> {
         for (name, tensor) in self.tensors()? {
             writer.push(name, &tensor)?;
         }

@@ -87,8 +87,8 @@ impl CheckpointWriter {
         Self::new(target, format, &Manifest::of(config, layout)?, &[])
     }
 
-    /// The same as [`CheckpointWriter::new`], going on with what an earlier run with the same `key` left; the key names all that
-    /// decides the content.
+    /// The same as [`CheckpointWriter::new`], going on with what an earlier run with the same `key` left; the
+    /// key names all that decides the content.
     pub fn resume(
         target: &Path,
         format: &Format,
@@ -196,8 +196,8 @@ impl CheckpointWriter {
         })
     }
 
-    /// Writes one tensor by our name for it, also from several threads. One of another size or without a place, a second one of a
-    /// name, and a number that is not finite as stored, are errors.
+    /// Writes one tensor by our name for it, also from several threads. One of another size or without a
+    /// place, a second one of a name, and a number that is not finite as stored, are errors.
     pub fn push(&self, name: impl AsRef<str>, tensor: &Tensor) -> Result<()> {
         let name = name.as_ref();
         let number = self.number(name)?;

@@ -229,8 +229,8 @@ fn sampling_follows_its_seed() {
 }
 
 fn write(model: &Decoder, path: &Path, config: &serde_json::Value) -> Decoder {
-    let mut writer = begin(path, DType::F32, &model.tensors().unwrap());
-    model.write(&mut writer).unwrap();
+    let writer = begin(path, DType::F32, &model.tensors().unwrap());
+    model.write(&writer).unwrap();
     writer.finish(config).unwrap();
     Decoder::load(&open(path)).unwrap()
 }

@@ -179,8 +179,8 @@ fn bf16_matches_transformers() {
         let source = Checkpoint::open(&fixture(family)).unwrap();
         let format = Format::new(DType::BF16, source.scheme());
         let (config, layout) = (source.config(), source.layout());
-        let mut writer = CheckpointWriter::for_model(&path, &format, config, layout).unwrap();
-        Decoder::load(&source).unwrap().write(&mut writer).unwrap();
+        let writer = CheckpointWriter::for_model(&path, &format, config, layout).unwrap();
+        Decoder::load(&source).unwrap().write(&writer).unwrap();
         writer.finish(&config.raw).unwrap();
         let rounded = Checkpoint::open(&path).unwrap();
         assert_eq!(rounded.dtype(), DType::BF16);
@@ -291,8 +291,8 @@ fn a_written_model_has_the_names_of_transformers() {
                 ..source.scheme()
             };
             let format = Format::new(DType::F32, scheme);
-            let mut writer = CheckpointWriter::for_model(&path, &format, config, layout).unwrap();
-            model.write(&mut writer).unwrap();
+            let writer = CheckpointWriter::for_model(&path, &format, config, layout).unwrap();
+            model.write(&writer).unwrap();
             writer.finish(&config.raw).unwrap();
             let load = |path: PathBuf| {
                 let path = path.join("model.safetensors");

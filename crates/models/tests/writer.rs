@@ -159,7 +159,7 @@ fn weights_are_as_readable_as_the_config() {
 #[test]
 fn what_could_not_be_read_back_is_not_written() {
     let folder = Folder::new();
-    let fail = |writer: &mut CheckpointWriter, values: &[f32], words: &[&str]| {
+    let fail = |writer: &CheckpointWriter, values: &[f32], words: &[&str]| {
         let message = writer.push("w", &tensor(values)).unwrap_err().to_string();
         for word in words.iter().chain(&["`w`", ";"]) {
             assert!(message.contains(word), "`{message}` lacks `{word}`");
@@ -180,9 +180,9 @@ fn what_could_not_be_read_back_is_not_written() {
         &too_large,
         &["element 2", "f32"],
     );
-    let mut writer = begin(&path, DType::F32, &planned(&[("w", 1), ("v", 1)]));
+    let writer = begin(&path, DType::F32, &planned(&[("w", 1), ("v", 1)]));
     writer.push("w", &tensor(&[1.0])).unwrap();
-    fail(&mut writer, &[1.0], &["twice"]);
+    fail(&writer, &[1.0], &["twice"]);
     // A refused tensor is not half written, and nothing is written that was not announced.
     writer.push("v", &tensor(&nan[1..])).unwrap_err();
     writer.push("v", &tensor(&[1.0, 2.0])).unwrap_err();

@@ -31,6 +31,11 @@ fn kept(folder: &Path, k: usize) -> KeptPredictions {
     KeptPredictions::new(folder, "this run", k, TEMPERATURE)
 }
 
+/// A model that is in memory.
+fn opened(model: &Decoder) -> impl Fn() -> Result<Box<dyn LanguageModel>> {
+    || Ok(Box::new(model.clone()))
+}
+
 fn teacher(predictions: Predictions<'_>) -> Teacher<'_> {
     Teacher {
         predictions,
@@ -86,9 +91,12 @@ fn kept_predictions_do_not_depend_on_stops() {
 fn kept_predictions_train_as_the_model_does() {
     let models = Models::new();
     let original = Decoder::load(&models.original).unwrap();
-    let open = || Ok(Box::new(original.clone()) as Box<dyn LanguageModel>);
     let whole = kept(&models.folder.path().join("predictions"), VOCABULARY);
-    assert!(whole.keep(&open, STEPS, &uneven, &mut |_| true).unwrap());
+    assert!(
+        whole
+            .keep(&opened(&original), STEPS, &uneven, &mut |_| true)
+            .unwrap()
+    );
 
     let run = |name: &str, predictions: Predictions<'_>| -> Vec<f64> {
         let mut model = models.prepared(true);
@@ -121,8 +129,7 @@ fn the_likeliest_tokens_are_kept() {
     let models = Models::new();
     let original = Decoder::load(&models.original).unwrap();
     let folder = models.folder.path().join("predictions");
-    let open = || Ok(Box::new(original.clone()) as Box<dyn LanguageModel>);
-    let keep = |k: usize, at: &Path| kept(at, k).keep(&open, 1, &batch, &mut |_| true);
+    let keep = |k: usize, at: &Path| kept(at, k).keep(&opened(&original), 1, &batch, &mut |_| true);
     keep(VOCABULARY, &folder.join("all")).unwrap();
     keep(3, &folder.join("top")).unwrap();
     let read = |at: &str, k: usize| {
@@ -153,9 +160,10 @@ fn predictions_of_other_settings_are_refused() {
     let models = Models::new();
     let original = Decoder::load(&models.original).unwrap();
     let folder = models.folder.path().join("predictions");
-    let open = || Ok(Box::new(original.clone()) as Box<dyn LanguageModel>);
     let go = &mut |_: usize| true;
-    kept(&folder, 3).keep(&open, 2, &batch, go).unwrap();
+    kept(&folder, 3)
+        .keep(&opened(&original), 2, &batch, go)
+        .unwrap();
     let message = |kept: KeptPredictions| {
         let (mut model, folders) = (models.prepared(true), models.folders("refused"));
         let before = parameters(&mut model);
@@ -175,7 +183,9 @@ fn predictions_of_other_settings_are_refused() {
     let none = message(kept(&folder.join("none"), 3));
     assert!(none.contains("0.safetensors"), "{none}");
     // Other settings are kept in their place.
-    kept(&folder, 4).keep(&open, 2, &batch, go).unwrap();
+    kept(&folder, 4)
+        .keep(&opened(&original), 2, &batch, go)
+        .unwrap();
     let file = TensorFile::open(folder.join("1.safetensors")).unwrap();
     assert_eq!(file.shape("ids").unwrap(), [32, 4]);
 }

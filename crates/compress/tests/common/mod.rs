@@ -55,9 +55,9 @@ pub fn random_checkpoint(
     let path = folder.path().join("model");
     let format = Format::new(dtype, Scheme::published(config.family));
     let layout = BankLayout::dense(config);
-    let mut writer = CheckpointWriter::for_model(&path, &format, config, &layout).unwrap();
+    let writer = CheckpointWriter::for_model(&path, &format, config, &layout).unwrap();
     let model = Decoder::random(config, seed).unwrap();
-    model.write(&mut writer).unwrap();
+    model.write(&writer).unwrap();
     writer.finish(&config.raw).unwrap();
     Checkpoint::open(&path).unwrap()
 }

@@ -46,10 +46,10 @@ struct Entry {
 
 impl RequestCache {
     /// Opens what `folder` holds for the model of a `fingerprint`, which stands for all that decides
-    /// answers besides requests. There need not be something. Damaged lines are left out.
+    /// answers besides requests, and makes the folder where there is none. Damaged lines are left out.
     ///
     /// # Errors
-    /// [`Error::Io`] if something there cannot be read.
+    /// [`Error::Io`] if the folder cannot be made, or something there cannot be read.
     pub fn open(folder: &Path, fingerprint: &str) -> Result<Self> {
         let mut cache = Self {
             folder: folder.join(fingerprint),

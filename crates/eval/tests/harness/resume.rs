@@ -1,19 +1,30 @@
 //! Evaluations that are interrupted and go on.
 
 use crate::{World, expected, facts, select};
+use lightmoe_data::harness::Benchmark;
 use lightmoe_eval::harness::{HarnessOptions, Kept, RequestCache, evaluate_tasks, results};
+
+/// One of choices and one of answers.
+fn two_tasks(expected: &serde_json::Value) -> Vec<Benchmark> {
+    let mut selected = select(expected);
+    selected.retain(|benchmark| ["arc_easy", "gsm8k"].contains(&benchmark.name()));
+    selected
+}
+
+/// So that there are moments to stop at.
+fn small_batches() -> HarnessOptions<'static> {
+    HarnessOptions {
+        batch_tokens: 600,
+        ..HarnessOptions::default()
+    }
+}
 
 #[test]
 fn an_interrupted_evaluation_goes_on_to_the_same_numbers() {
     let (world, expected) = (World::new(), expected("fewshot"));
-    let mut selected = select(&expected);
-    selected.retain(|benchmark| ["arc_easy", "gsm8k"].contains(&benchmark.name()));
+    let selected = two_tasks(&expected);
     let tasks = world.prompts(&selected, &expected["options"]);
-    // Small batches, so that there are moments to stop at.
-    let options = HarnessOptions {
-        batch_tokens: 600,
-        ..HarnessOptions::default()
-    };
+    let options = small_batches();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("requests.jsonl");
     let run = |fingerprint: &str, stop: usize| {
@@ -65,13 +76,9 @@ fn an_interrupted_evaluation_goes_on_to_the_same_numbers() {
 #[test]
 fn a_resumed_evaluation_leaves_out_what_the_cache_knew_at_first() {
     let (world, expected) = (World::new(), expected("fewshot"));
-    let mut selected = select(&expected);
-    selected.retain(|benchmark| ["arc_easy", "gsm8k"].contains(&benchmark.name()));
+    let selected = two_tasks(&expected);
     let tasks = world.prompts(&selected, &expected["options"]);
-    let options = HarnessOptions {
-        batch_tokens: 600,
-        ..HarnessOptions::default()
-    };
+    let options = small_batches();
     let folder = tempfile::tempdir().unwrap();
     let run = |journal: &str, cache: &str, stop: usize| {
         let mut calls = 0;

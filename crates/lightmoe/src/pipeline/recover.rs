@@ -131,7 +131,7 @@ pub fn recover_stage(
     built.keep_types(&mut manifest)?;
     let extras = built.extras()?;
     let mut writer = CheckpointWriter::new(target, &format, &manifest, &extras)?;
-    model.write(&mut writer)?;
+    model.write(&writer)?;
     writer.copy_extras(built, &extras)?;
     writer.copy_side_files(built.dir())?;
     writer.finish(&built.config().raw)?;
