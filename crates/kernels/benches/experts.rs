@@ -1,5 +1,5 @@
 //! The expert products against one dense product of the same number of operations and against a
-//! loop over experts, then attention and the row-wise operations at the size of the nano model.
+//! loop over experts, adapters of mixed ranks, then attention and the row-wise operations at the size of the nano model.
 //! Throughput is counted in floating-point operations, for row-wise operations in elements.
 //!
 //! A "backward" is measured with its forward, which alone is measured above it.
@@ -11,8 +11,8 @@ use candle_core::{Device, Tensor, Var};
 use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput, measurement::WallTime};
 use criterion::{criterion_group, criterion_main};
 use lightmoe_kernels::{
-    Segment, causal_attention, cross_entropy, grouped_linear, keep_freed_memory, linear, rms_norm,
-    swiglu, weighted_scatter,
+    Segment, causal_attention, cross_entropy, grouped_linear, keep_freed_memory, linear, low_rank,
+    rms_norm, swiglu, weighted_scatter,
 };
 use std::{cell::LazyCell, hint::black_box, sync::Arc};
 
@@ -119,6 +119,56 @@ fn expert_layer(c: &mut Criterion, s: Shape) {
     group.finish();
 }
 
+/// Adapters of ranks that differ, as the byte-budget planner gives them, each at its own, and all filled up
+/// to the widest.
+fn ranks(c: &mut Criterion) {
+    for (name, (experts, hidden, inner), rows) in [
+        ("nano-ranks", (32, 128, 64), 8192),
+        ("olmoe-ranks", (64, 2048, 1024), 4096),
+        ("olmoe-ranks-decode", (64, 2048, 1024), 8),
+    ] {
+        let backward = rows > experts;
+        let shape = Shape {
+            name,
+            experts,
+            hidden,
+            inner,
+            rows,
+            backward,
+        };
+        let segments = shape.segments();
+        // From a sixty-fourth of the smaller side to five eighths of it.
+        let rank = |e: usize| (inner / 64).max(1) * (1 + e * 39 / (experts - 1));
+        let mut starts = vec![0];
+        starts.extend((0..experts).scan(0, |end, e| {
+            *end += rank(e * 37 % experts);
+            Some(*end)
+        }));
+        let (all, widest) = (starts[experts], rank(experts - 1));
+        let starts: Arc<[usize]> = starts.into();
+        let x = LazyCell::new(|| random(&[rows, hidden]));
+        let own = LazyCell::new(|| [random(&[all, hidden]), random(&[all, inner])]);
+        let a = LazyCell::new(|| random(&[experts, widest, hidden]));
+        let b = LazyCell::new(|| random(&[experts, inner, widest]));
+        let of_rows = |s: &Segment| s.len * (starts[s.group + 1] - starts[s.group]);
+        let ops = 2 * (hidden + inner) * segments.iter().map(of_rows).sum::<usize>();
+        let ranked = || low_rank(&x, [&own[0], &own[1]], &segments, &starts).unwrap();
+        let padded = || {
+            let low = grouped_linear(&x, &a, &segments).unwrap();
+            grouped_linear(&low, &b, &segments).unwrap()
+        };
+        let mut group = c.benchmark_group(name);
+        group.sample_size(20).sampling_mode(SamplingMode::Flat);
+        bench(&mut group, "ranked", ops, ranked);
+        bench(&mut group, "padded", ops, padded);
+        if backward {
+            train(&mut group, "ranked+backward", 3 * ops, ranked);
+            train(&mut group, "padded+backward", 3 * ops, padded);
+        }
+        group.finish();
+    }
+}
+
 fn attention(c: &mut Criterion) {
     let (batch, len, heads, dim) = (16, 128, 4, 32);
     let [q, k, v] = [0; 3].map(|_| random(&[batch, len, heads, dim]));
@@ -159,5 +209,5 @@ fn setup(_: &mut Criterion) {
     keep_freed_memory();
 }
 
-criterion_group!(benches, setup, experts, attention, rows);
+criterion_group!(benches, setup, experts, ranks, attention, rows);
 criterion_main!(benches);

@@ -109,9 +109,4 @@ impl<'a, T: Real> Output<'a, T> {
             );
         }
     }
-
-    /// The number of rows of `width` elements.
-    pub(crate) fn rows(self, width: usize) -> usize {
-        self.len / width
-    }
 }

@@ -7,8 +7,8 @@ mod common;
 use candle_core::{Result, Tensor, Var};
 use common::{random, segments, values};
 use lightmoe_kernels::{
-    Rope, Seen, apply_rope, causal_attention, cross_entropy, grouped_linear, linear, rms_norm,
-    spread_columns, swiglu, weighted_scatter,
+    Rope, Seen, apply_rope, causal_attention, cross_entropy, grouped_linear, linear, low_rank,
+    rms_norm, spread_columns, swiglu, weighted_scatter,
 };
 use std::sync::Arc;
 
@@ -75,6 +75,20 @@ fn grouped_linear_several_segments_of_one_group() {
     let s = segments(&[(1, 2), (0, 3), (1, 1), (0, 0), (1, 2)]);
     check(&[random(1, &[8, 3]), random(2, &[2, 4, 3])], |v| {
         grouped_linear(&v[0], &v[1], &s)
+    });
+}
+
+/// Slots of several ranks, one of none, one without rows, and one met twice.
+#[test]
+fn low_rank_of_different_ranks() {
+    let s = segments(&[(0, 2), (1, 2), (2, 0), (3, 1), (0, 3)]);
+    let starts: Arc<[usize]> = Arc::new([0, 3, 3, 4, 6]);
+    let inputs = [random(1, &[8, 5]), random(2, &[6, 5]), random(3, &[6, 4])];
+    check(&inputs, |v| low_rank(&v[0], [&v[1], &v[2]], &s, &starts));
+    let none: Arc<[usize]> = Arc::new([0, 0]);
+    let inputs = [random(1, &[2, 5]), random(2, &[0, 5]), random(3, &[0, 4])];
+    check(&inputs, |v| {
+        low_rank(&v[0], [&v[1], &v[2]], &segments(&[(0, 2)]), &none)
     });
 }
 

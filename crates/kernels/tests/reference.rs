@@ -9,7 +9,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 use common::{close, random, segments, values};
 use lightmoe_kernels::{
     AdamW, Moments, Rope, Seen, Segment, apply_rope, attention, causal_attention, cross_entropy,
-    grouped_linear, linear, rms_norm, spread_columns, swiglu, top_k, weighted_scatter,
+    grouped_linear, linear, low_rank, rms_norm, spread_columns, swiglu, top_k, weighted_scatter,
 };
 use std::sync::Arc;
 
@@ -56,6 +56,57 @@ fn grouped_linear_is_one_product_a_row() {
             |v| grouped_linear(&v[0], &v[1], &s),
             |v| grouped_reference(&v[0], &v[1], &runs),
         );
+    }
+}
+
+/// Each slot's components as one matrix; ranks over a tile, of one, and of none.
+#[test]
+fn low_rank_is_the_product_of_each_slots_factors() {
+    let ranks = [530usize, 0, 1, 7];
+    let mut starts = vec![0];
+    starts.extend(ranks.iter().scan(0, |end, rank| {
+        *end += rank;
+        Some(*end)
+    }));
+    let runs = [(0, 3), (1, 2), (2, 1), (3, 515)];
+    let (s, starts): (_, Arc<[usize]>) = (segments(&runs), starts.into());
+    compare(
+        &[
+            random(1, &[521, 9]),
+            random(2, &[538, 9]),
+            random(3, &[538, 6]),
+        ],
+        |v| low_rank(&v[0], [&v[1], &v[2]], &s, &starts),
+        |v| {
+            let mut rows = Vec::new();
+            for s in s.iter() {
+                let own = |t: &Tensor| t.narrow(0, starts[s.group], ranks[s.group]);
+                let x = v[0].narrow(0, s.start, s.len)?;
+                rows.push(match ranks[s.group] {
+                    0 => Tensor::zeros((s.len, 6), x.dtype(), x.device())?,
+                    _ => x.matmul(&own(&v[1])?.t()?)?.matmul(&own(&v[2])?)?,
+                });
+            }
+            Tensor::cat(&rows, 0)
+        },
+    );
+}
+
+#[test]
+fn low_rank_refuses_what_does_not_fit() {
+    let [x, a, b] = [random(1, &[2, 3]), random(2, &[4, 3]), random(3, &[4, 5])];
+    let refuse = |a: &Tensor, runs: &[(usize, usize)], starts: &[usize]| {
+        let refused = low_rank(&x, [a, &b], &segments(runs), &starts.into());
+        refused.unwrap_err().to_string()
+    };
+    for (message, word) in [
+        (refuse(&a, &[(0, 2)], &[0, 3]), "do not divide 4 rows"),
+        (refuse(&a, &[(0, 2)], &[0, 5, 4]), "do not divide 4 rows"),
+        (refuse(&a, &[(1, 2)], &[0, 4]), "groups"),
+        (refuse(&a, &[(0, 1)], &[0, 4]), "cover 1 of 2 rows"),
+        (refuse(&random(2, &[4, 2]), &[(0, 2)], &[0, 4]), "[2, 3]"),
+    ] {
+        assert!(message.contains(word), "`{message}` lacks `{word}`");
     }
 }
 

@@ -7,8 +7,8 @@ mod common;
 use candle_core::{DType, Tensor, Var};
 use common::{random, segments};
 use lightmoe_kernels::{
-    causal_attention, cross_entropy, grouped_linear, linear, rms_norm, spread_columns, swiglu,
-    weighted_scatter,
+    causal_attention, cross_entropy, grouped_linear, linear, low_rank, rms_norm, spread_columns,
+    swiglu, weighted_scatter,
 };
 use std::sync::Arc;
 
@@ -57,6 +57,10 @@ fn products() {
     let s = segments(&[(0, 300), (1, 0), (2, 17), (3, 600), (2, 1)]);
     check(&[&[918, 33], &[4, 70, 33]], |v| {
         grouped_linear(&v[0], &v[1], &s).unwrap()
+    });
+    let starts: Arc<[usize]> = Arc::new([0, 20, 20, 22, 60]);
+    check(&[&[918, 33], &[60, 33], &[60, 17]], |v| {
+        low_rank(&v[0], [&v[1], &v[2]], &s, &starts).unwrap()
     });
     check(&[&[700, 65], &[130, 65]], |v| linear(&v[0], &v[1]).unwrap());
 }

@@ -1,10 +1,13 @@
 //! The bank from and to the tensors of a checkpoint.
 
-use crate::bank::{Adapters, Bank, Factored, MixedSlots, Mixture, Order, Projections, Scales};
+use crate::bank::components::starts;
+use crate::bank::{
+    Bank, Factored, MixedSlots, Mixture, Order, Projections, RankedAdapters, Scales,
+};
 use crate::checkpoint::Checkpoint;
 use crate::layout::{LayerLayout, SlotLayout};
 use crate::{Error, Result, names};
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 
 impl Bank {
     /// A bank of dense slots, and removed ones: the matrices of the dense, by ascending number.
@@ -27,7 +30,6 @@ impl Bank {
             factored_bases: layout.factored,
             adapters: None,
             frozen: None,
-            trained_components: 0,
             scales: None,
             mixed: None,
             constants: None,
@@ -114,19 +116,21 @@ impl Bank {
             out.extend(factored.tensors(layer)?);
         }
         if let Some(adapters) = &self.adapters {
-            let slots = self
-                .adapted_experts()
-                .iter()
-                .zip(&self.order.ranks)
-                .enumerate();
-            for (i, (&expert, &rank)) in slots.filter(|(_, (_, rank))| **rank > 0) {
-                // Without what only fills the stack up.
-                let sides = [("lora_A", &adapters.a, 0), ("lora_B", &adapters.b, 1)];
-                for (side, stack, dim) in sides {
-                    for (projection, tensor) in stack.named() {
-                        let name = names::expert(layer, expert, &format!("{projection}.{side}"));
-                        out.push((name, tensor.get(i)?.narrow(dim, 0, rank)?));
-                    }
+            for (i, &expert) in self.adapted_experts().iter().enumerate() {
+                let components = adapters.of(i);
+                if components.is_empty() {
+                    continue;
+                }
+                let own = |w: &Tensor| w.narrow(0, components.start, components.len());
+                let mut push = |side: &str, projection: &str, tensor: Tensor| {
+                    let name = names::expert(layer, expert, &format!("{projection}.{side}"));
+                    out.push((name, tensor));
+                };
+                for (projection, tensor) in adapters.a.named() {
+                    push("lora_A", projection, own(tensor)?);
+                }
+                for (projection, tensor) in adapters.b.named() {
+                    push("lora_B", projection, own(tensor)?.t()?.contiguous()?);
                 }
             }
         }
@@ -303,46 +307,43 @@ fn load_stack(
     })
 }
 
-/// Adapters of different ranks in one stack, filled up with zeros.
+/// The adapters of `experts`, of these ranks.
 fn load_adapters(
     checkpoint: &Checkpoint,
     layer: usize,
     experts: &[usize],
     ranks: &[usize],
-) -> Result<Adapters> {
+) -> Result<RankedAdapters> {
     let ([f, h], _) = whole(checkpoint);
-    let widest = ranks.iter().copied().max().unwrap_or(0);
-    let stack = |projection: &str, side: &str, width: usize, dim: usize| -> Result<Tensor> {
-        let each = experts.iter().zip(ranks).map(|(&expert, &rank)| {
-            let shape = if dim == 0 {
-                [rank, width]
-            } else {
-                [width, rank]
-            };
-            if rank == 0 {
-                let shape = if dim == 0 {
-                    [widest, width]
-                } else {
-                    [width, widest]
-                };
-                return Ok(Tensor::zeros(&shape, DType::F32, &Device::Cpu)?);
-            }
-            let name = names::expert(layer, expert, &format!("{projection}.{side}"));
-            let own = checkpoint.tensor(&name, &shape)?;
-            Ok(own.pad_with_zeros(dim, 0, widest - rank)?)
+    let read = |expert: usize, projection: &str, side: &str, shape: [usize; 2]| {
+        let name = names::expert(layer, expert, &format!("{projection}.{side}"));
+        checkpoint.tensor(&name, &shape)
+    };
+    let slots = || experts.iter().zip(ranks).filter(|(_, rank)| **rank > 0);
+    let a = |projection: &str, width: usize| -> Result<Tensor> {
+        let each = slots().map(|(&e, &rank)| read(e, projection, "lora_A", [rank, width]));
+        Ok(Tensor::cat(&each.collect::<Result<Vec<_>>>()?, 0)?)
+    };
+    let b = |projection: &str, width: usize| -> Result<Tensor> {
+        let each = slots().map(|(&e, &rank)| {
+            Ok(read(e, projection, "lora_B", [width, rank])?
+                .t()?
+                .contiguous()?)
         });
-        Ok(Tensor::stack(&each.collect::<Result<Vec<_>>>()?, 0)?)
+        Ok(Tensor::cat(&each.collect::<Result<Vec<_>>>()?, 0)?)
     };
-    let side = |side: &str, dim: usize, gate_up: usize, down: usize| -> Result<Projections> {
-        Ok(Projections {
-            gate: stack("gate_proj", side, gate_up, dim)?,
-            up: stack("up_proj", side, gate_up, dim)?,
-            down: stack("down_proj", side, down, dim)?,
-        })
-    };
-    Ok(Adapters {
-        a: side("lora_A", 0, h, f)?,
-        b: side("lora_B", 1, f, h)?,
+    Ok(RankedAdapters {
+        a: Projections {
+            gate: a("gate_proj", h)?,
+            up: a("up_proj", h)?,
+            down: a("down_proj", f)?,
+        },
+        b: Projections {
+            gate: b("gate_proj", f)?,
+            up: b("up_proj", f)?,
+            down: b("down_proj", h)?,
+        },
+        starts: starts(ranks.iter().copied()),
     })
 }
 

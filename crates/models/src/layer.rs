@@ -278,12 +278,15 @@ impl Layer {
         for (what, adapters) in [
             ("kept", &mut bank.dense_adapters),
             ("shared", &mut bank.base_adapters),
-            ("replaced", &mut bank.adapters),
         ] {
             if let Some(adapters) = adapters {
                 stack(&format!("{what}.lora_A"), Adapter, Some(&mut adapters.a))?;
                 stack(&format!("{what}.lora_B"), Adapter, Some(&mut adapters.b))?;
             }
+        }
+        if let Some(adapters) = &mut bank.adapters {
+            stack("replaced.lora_A", Adapter, Some(&mut adapters.a))?;
+            stack("replaced.lora_B", Adapter, Some(&mut adapters.b))?;
         }
         if let Some(factored) = &mut bank.factored {
             let (a, b) = (&mut factored.factors.a, &mut factored.factors.b);

@@ -39,7 +39,8 @@ pub mod random;
 
 pub use attention::LayerCache;
 pub use bank::{
-    Adapters, Bank, ExpertRows, Factored, MixedSlots, Mixture, Projections, Scales, largest_rows,
+    Adapters, Bank, ExpertRows, Factored, MixedSlots, Mixture, Projections, RankedAdapters, Scales,
+    largest_rows,
 };
 pub use bank_io::{load_experts, multiplied_out};
 pub use cache::Cache;

@@ -1,10 +1,13 @@
-//! Which components of the adapters train: a slot that was factorised trains the last few of its
-//! components alone, so that it trains no more parameters than an adapter of that rank would.
+//! The components of adapters of different ranks, and which of them train: a slot that was factorised trains
+//! the last few of its components alone, so that it trains no more parameters than an adapter of that rank
+//! would.
 
-use super::{Adapters, Bank, Projections};
+use super::{Bank, Pick, Projections, RankedAdapters, index};
 use crate::Result;
 use candle_core::Tensor;
+use lightmoe_kernels::{Segment, low_rank};
 use std::ops::Range;
+use std::sync::Arc;
 
 impl Bank {
     /// Lets the last `trained` components of each adapted or mixed slot train, and no others.
@@ -20,7 +23,6 @@ impl Bank {
         let last = ranks.iter().map(|&r| r.saturating_sub(trained)..r);
         self.frozen = all.select(&first.collect::<Vec<_>>())?;
         self.adapters = all.select(&last.collect::<Vec<_>>())?;
-        self.trained_components = trained;
         Ok(())
     }
 
@@ -32,72 +34,97 @@ impl Bank {
         let Some(frozen) = self.frozen.take() else {
             return Ok(());
         };
-        let trained = self.trained_components;
         self.adapters = Some(match self.adapters.take() {
             None => frozen,
-            Some(last) => {
-                let counts = self.order.ranks.iter();
-                let counts = counts.map(|&r| (r.saturating_sub(trained), r.min(trained)));
-                frozen.join(&last, &counts.collect::<Vec<_>>())?
-            }
+            Some(last) => frozen.join(&last)?,
         });
         Ok(())
     }
 }
 
-/// The components of every slot, for one stack of matrices: a tensor a slot.
-type Slots<'a> = dyn Fn(&[&Tensor], usize, usize) -> Result<Tensor> + 'a;
+/// Where the components of slots of these ranks begin, and the last end.
+pub(crate) fn starts(ranks: impl IntoIterator<Item = usize>) -> Arc<[usize]> {
+    let mut end = 0;
+    let ends = ranks.into_iter().map(|rank| {
+        end += rank;
+        end
+    });
+    std::iter::once(0).chain(ends).collect()
+}
 
-impl Adapters {
-    /// The components `ranges[i]` of slot `i`, narrow slots filled up with zeros; `None` if no slot
-    /// has any.
+impl RankedAdapters {
+    /// The components of `slot`.
+    pub fn of(&self, slot: usize) -> Range<usize> {
+        self.starts[slot]..self.starts[slot + 1]
+    }
+
+    /// The components `ranges[i]` of slot `i`; `None` if no slot has any.
     fn select(&self, ranges: &[Range<usize>]) -> Result<Option<Self>> {
-        let widest = ranges.iter().map(Range::len).max().unwrap_or(0);
-        if widest == 0 {
+        let places = ranges.iter().zip(self.starts.iter());
+        let places = places.flat_map(|(range, &first)| first + range.start..first + range.end);
+        let places: Vec<u32> = places.map(|place| place as u32).collect();
+        if places.is_empty() {
             return Ok(None);
         }
-        let of_slot = |stacks: &[&Tensor], slot: usize, dim: usize| {
-            let Range { start, end } = ranges[slot];
-            Ok(stacks[0].get(slot)?.narrow(dim, start, end - start)?)
-        };
-        Self::restack(&[self], ranges.len(), widest, &of_slot).map(Some)
+        let places = index(&places)?;
+        let rows = |w: &Tensor| Ok(w.index_select(&places, 0)?);
+        Ok(Some(Self {
+            a: self.a.map(rows)?,
+            b: self.b.map(rows)?,
+            starts: starts(ranges.iter().map(Range::len)),
+        }))
     }
 
-    /// The first `counts[i].0` components of slot `i` of this, then the first `counts[i].1` of `other`.
-    fn join(&self, other: &Self, counts: &[(usize, usize)]) -> Result<Self> {
-        let widest = counts.iter().map(|(a, b)| a + b).max().unwrap_or(0);
-        let of_slot = |stacks: &[&Tensor], slot: usize, dim: usize| {
-            let (a, b) = counts[slot];
-            let part = |stack: &Tensor, n| stack.get(slot)?.narrow(dim, 0, n);
-            Ok(Tensor::cat(
-                &[part(stacks[0], a)?, part(stacks[1], b)?],
-                dim,
-            )?)
-        };
-        Self::restack(&[self, other], counts.len(), widest, &of_slot)
-    }
-
-    /// A stack of what `of_slot` takes from `parts`, each filled up to `widest` components.
-    fn restack(parts: &[&Self], slots: usize, widest: usize, of_slot: &Slots<'_>) -> Result<Self> {
-        let side = |pick: fn(&Self) -> &Projections, dim: usize| -> Result<Projections> {
-            let stack = |of: fn(&Projections) -> &Tensor| -> Result<Tensor> {
-                let stacks: Vec<&Tensor> = parts.iter().map(|part| of(pick(part))).collect();
-                let each = (0..slots).map(|slot| {
-                    let own = of_slot(&stacks, slot, dim)?;
-                    let missing = widest - own.dim(dim)?;
-                    Ok(own.pad_with_zeros(dim, 0, missing)?.contiguous()?)
-                });
-                Ok(Tensor::stack(&each.collect::<Result<Vec<_>>>()?, 0)?)
+    /// The components of each slot, then those that `other` has of it.
+    fn join(&self, other: &Self) -> Result<Self> {
+        let slots = self.starts.len() - 1;
+        let whole = self.starts[slots];
+        // Of both, one after the other.
+        let places = (0..slots).flat_map(|slot| {
+            let last = other.of(slot);
+            self.of(slot).chain(whole + last.start..whole + last.end)
+        });
+        let places: Vec<u32> = places.map(|place| place as u32).collect();
+        let places = index(&places)?;
+        let joined = |of: fn(&Self) -> &Projections| -> Result<Projections> {
+            let one = |pick: Pick| -> Result<Tensor> {
+                let both = Tensor::cat(&[pick(of(self)), pick(of(other))], 0)?;
+                Ok(both.index_select(&places, 0)?)
             };
             Ok(Projections {
-                gate: stack(|p| &p.gate)?,
-                up: stack(|p| &p.up)?,
-                down: stack(|p| &p.down)?,
+                gate: one(|p| &p.gate)?,
+                up: one(|p| &p.up)?,
+                down: one(|p| &p.down)?,
             })
         };
+        let ranks = (0..slots).map(|slot| self.of(slot).len() + other.of(slot).len());
         Ok(Self {
-            a: side(|adapters| &adapters.a, 0)?,
-            b: side(|adapters| &adapters.b, 1)?,
+            a: joined(|adapters| &adapters.a)?,
+            b: joined(|adapters| &adapters.b)?,
+            starts: starts(ranks),
         })
+    }
+
+    /// The adapters of consecutive slots.
+    pub(super) fn part(&self, slots: Range<usize>) -> Result<Self> {
+        let (first, end) = (self.starts[slots.start], self.starts[slots.end]);
+        let rows = |w: &Tensor| Ok(w.narrow(0, first, end - first)?);
+        let starts = self.starts[slots.start..=slots.end].iter();
+        Ok(Self {
+            a: self.a.map(rows)?,
+            b: self.b.map(rows)?,
+            starts: starts.map(|start| start - first).collect(),
+        })
+    }
+
+    /// `U·(V·x)` of sorted rows.
+    pub(super) fn apply(
+        &self,
+        x: &Tensor,
+        pick: Pick,
+        segments: &Arc<[Segment]>,
+    ) -> Result<Tensor> {
+        let factors = [pick(&self.a), pick(&self.b)];
+        Ok(low_rank(x, factors, segments, &self.starts)?)
     }
 }

@@ -1,7 +1,7 @@
 //! The one forward pass of the bank.
 
 use super::scales::TokenScales;
-use super::{Adapters, Bank, Pick, Projections, index, missing};
+use super::{Adapters, Bank, Pick, Projections, RankedAdapters, index, missing};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use lightmoe_kernels::{Dispatch, Segment, grouped_linear, linear, swiglu, weighted_scatter};
@@ -171,10 +171,7 @@ impl Bank {
         let start = positions.start - self.order.dense;
         let part = |w: &Tensor| Ok(w.narrow(0, start, positions.len())?);
         let adapters = [&self.frozen, &self.adapters].into_iter().flatten();
-        let adapters = adapters.map(|adapters| {
-            let (a, b) = (adapters.a.map(part)?, adapters.b.map(part)?);
-            Ok::<_, Error>(Adapters { a, b })
-        });
+        let adapters = adapters.map(|adapters| adapters.part(start..start + positions.len()));
         let originals = self.blended()?.map(|w| w.map(part));
         Ok(Own {
             adapters: adapters.collect::<Result<_>>()?,
@@ -279,7 +276,7 @@ impl Bank {
 /// What adapted slots compute by themselves: `β·W·x + U·V·x`, or `β·W·x + (1 − β)·U·V·x`. A plain merge
 /// has neither.
 struct Own {
-    adapters: Vec<Adapters>,
+    adapters: Vec<RankedAdapters>,
     adapter_share: f64,
     originals: Option<Projections>,
     beta: f64,

@@ -14,8 +14,8 @@
 //! A shared base may train through an adapter of its own, and a factorised slot by a few of its
 //! components; both end with the training.
 //!
-//! Adapters of different ranks lie in one stack, the narrow ones filled up with zeros, which neither
-//! compute nor learn.
+//! The adapters of adapted slots may be of different ranks: their components lie one after the other, and
+//! none takes the memory or the time of a wider one.
 //!
 //! The products with a base run once per token and group: the gate and up inputs of a token's
 //! slots are the same, and the down projection is linear, so `Σ g·(B·h) = B·(Σ g·h)`.
@@ -24,8 +24,9 @@ use crate::layout::FactoredBases;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use std::ops::Range;
+use std::sync::Arc;
 
-mod components;
+pub(crate) mod components;
 mod factored;
 mod forward;
 mod mixture;
@@ -88,6 +89,18 @@ pub struct Adapters {
     pub b: Projections,
 }
 
+/// Low-rank adapters of `n` slots, each of a rank of its own (scale 1): the components of all, slot by slot,
+/// in either factor as rows.
+#[derive(Debug, Clone)]
+pub struct RankedAdapters {
+    /// `V` of the paper: gate and up `[ΣR, H]`, down `[ΣR, F]`.
+    pub a: Projections,
+    /// `Uᵀ` of the paper: gate and up `[ΣR, F]`, down `[ΣR, H]`.
+    pub b: Projections,
+    /// Where the components of each slot begin, and the last end: `[n + 1]`.
+    pub starts: Arc<[usize]>,
+}
+
 /// The experts of one layer.
 #[derive(Debug, Clone)]
 pub struct Bank {
@@ -106,11 +119,9 @@ pub struct Bank {
     /// The shape of factored bases.
     pub(crate) factored_bases: Option<FactoredBases>,
     /// Adapters of the adapted positions; while training, the components that train.
-    pub adapters: Option<Adapters>,
+    pub adapters: Option<RankedAdapters>,
     /// The components that do not train, while training.
-    pub(crate) frozen: Option<Adapters>,
-    /// How many components of a slot train, where some are frozen.
-    pub(crate) trained_components: usize,
+    pub(crate) frozen: Option<RankedAdapters>,
     /// Vectors of experts that only scale; `None` where every chosen expert runs.
     pub scales: Option<Scales>,
     /// Matrices of the mixed positions.

@@ -373,9 +373,9 @@ pub fn stacks(bank: &mut Bank) -> Vec<&mut Projections> {
             &mut factored.rows,
         ]);
     }
-    for adapters in [&mut bank.adapters, &mut bank.dense_adapters] {
-        all.extend(adapters.iter_mut().flat_map(|a| [&mut a.a, &mut a.b]));
-    }
+    all.extend(bank.adapters.iter_mut().flat_map(|a| [&mut a.a, &mut a.b]));
+    let kept = bank.dense_adapters.iter_mut();
+    all.extend(kept.flat_map(|a| [&mut a.a, &mut a.b]));
     all
 }
 

@@ -1,0 +1,145 @@
+//! Products of runs of rows with one matrix each, in parallel: what grouped maps and adapters are made of.
+
+use crate::gemm::{Mat, Output};
+use crate::lanes::transpose;
+use crate::real::Real;
+use rayon::prelude::*;
+
+/// Rows and columns of a task's tile. Fixed, so that results do not depend on the thread count.
+const TILE_ROWS: usize = 512;
+const TILE_COLS: usize = 512;
+/// Inputs of a tile's weights that are turned at once, so that they stay in the cache.
+const TILE_DEPTH: usize = 256;
+/// Rows of a tile from which turning its weights pays.
+const TURN_FROM: usize = 4;
+/// Output rows of a task that reduces over tokens (weight gradients).
+const TILE_GRAD: usize = 64;
+
+/// A run of rows `[rows, inner]` that meet the matrix `[columns, inner]` and give `[rows, columns]`. Each of
+/// the three lies without a gap in a buffer, from the place that is given on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Run {
+    pub(crate) rows: usize,
+    pub(crate) inner: usize,
+    pub(crate) columns: usize,
+    /// Where the rows begin.
+    pub(crate) input: usize,
+    /// Where the matrix begins.
+    pub(crate) matrix: usize,
+    /// Where the result begins.
+    pub(crate) output: usize,
+}
+
+/// A part of a run: its first row and column, and how many of each.
+#[derive(Clone, Copy)]
+struct Tile {
+    run: Run,
+    row: usize,
+    rows: usize,
+    column: usize,
+    columns: usize,
+}
+
+/// The parts of results of as many columns as `width` says.
+fn tiles(runs: &[Run], width: fn(&Run) -> usize) -> Vec<Tile> {
+    let mut tiles = Vec::new();
+    for run in runs.iter().filter(|run| run.inner * run.columns > 0) {
+        for row in (0..run.rows).step_by(TILE_ROWS) {
+            for column in (0..width(run)).step_by(TILE_COLS) {
+                tiles.push(Tile {
+                    run: *run,
+                    row,
+                    rows: TILE_ROWS.min(run.rows - row),
+                    column,
+                    columns: TILE_COLS.min(width(run) - column),
+                });
+            }
+        }
+    }
+    tiles
+}
+
+/// `y = x · wᵀ` of every run; the results do not overlap.
+pub(crate) fn forward<T: Real>(runs: &[Run], x: &[T], w: &[T], y: &mut [T]) {
+    let out = Output::new(y);
+    let tiles = tiles(runs, |run| run.columns).into_par_iter();
+    tiles.for_each_init(Vec::new, |turned, tile| {
+        let (run, m, n) = (tile.run, tile.rows, tile.columns);
+        let (inner, stride) = (run.inner, run.columns);
+        let w = &w[run.matrix + tile.column * inner..];
+        // A few rows read every weight once, as it lies.
+        let step = if m < TURN_FROM { inner } else { TILE_DEPTH };
+        for depth in (0..inner).step_by(step) {
+            let k = step.min(inner - depth);
+            let b = if m < TURN_FROM {
+                Mat::new(w, inner, 1).t()
+            } else {
+                turned.resize(k * n, T::zero());
+                transpose(&w[depth..], inner, n, k, turned);
+                Mat::new(turned, n, 1)
+            };
+            let a = Mat::new(&x[run.input + tile.row * inner + depth..], inner, 1);
+            let at = run.output + tile.row * stride + tile.column;
+            let before = if depth == 0 { T::zero() } else { T::one() };
+            // SAFETY: the tiles partition the output.
+            unsafe { out.matmul((at, stride, 1), (m, k, n), a, b, T::one(), before) };
+        }
+    });
+}
+
+/// `x = y · w` of every run: the way back.
+pub(crate) fn backward<T: Real>(runs: &[Run], y: &[T], w: &[T], x: &mut [T]) {
+    let out = Output::new(x);
+    let tiles = tiles(runs, |run| run.inner).into_par_iter();
+    tiles.for_each(|tile| {
+        let (run, m, n) = (tile.run, tile.rows, tile.columns);
+        let a = Mat::new(&y[run.output + tile.row * run.columns..], run.columns, 1);
+        let b = Mat::new(&w[run.matrix + tile.column..], run.inner, 1);
+        let at = run.input + tile.row * run.inner + tile.column;
+        // SAFETY: the tiles partition the output.
+        unsafe {
+            out.matmul(
+                (at, run.inner, 1),
+                (m, run.columns, n),
+                a,
+                b,
+                T::one(),
+                T::zero(),
+            )
+        };
+    });
+}
+
+/// `w += yᵀ · x` of every run: several may share a matrix, which then has the sum in their order.
+pub(crate) fn outer<T: Real>(runs: &[Run], y: &[T], x: &[T], w: &mut [T]) {
+    // Of no columns nothing comes, and such a matrix begins where the next one does.
+    let counts = |run: &&Run| run.rows * run.columns * run.inner > 0;
+    let mut order: Vec<&Run> = runs.iter().filter(counts).collect();
+    order.sort_by_key(|run| run.matrix);
+    let of_matrices: Vec<&[&Run]> = order.chunk_by(|a, b| a.matrix == b.matrix).collect();
+    let parts = of_matrices.into_iter().flat_map(|runs| {
+        let rows = (0..runs[0].columns).step_by(TILE_GRAD);
+        rows.map(move |row| (runs, row))
+    });
+    let out = Output::new(w);
+    let parts: Vec<(&[&Run], usize)> = parts.collect();
+    parts.into_par_iter().for_each(|(runs, row)| {
+        for run in runs {
+            let m = TILE_GRAD.min(run.columns - row);
+            let a = Mat::new(&y[run.output + row..], run.columns, 1).t();
+            let b = Mat::new(&x[run.input..], run.inner, 1);
+            let at = run.matrix + row * run.inner;
+            // SAFETY: the parts are rows of different matrices, or different rows of one.
+            unsafe {
+                out.matmul(
+                    (at, run.inner, 1),
+                    (m, run.rows, run.inner),
+                    a,
+                    b,
+                    T::one(),
+                    T::one(),
+                )
+            };
+        }
+    });
+}
