@@ -52,8 +52,15 @@ fn file(folder: &Path, layer: usize) -> PathBuf {
     folder.join(format!("damage-{layer}.safetensors"))
 }
 
-/// Of gate, up and down.
-type Spectra = [Vec<f64>; 3];
+/// What leaving something of one expert out costs.
+struct ExpertCosts {
+    /// Component by component of gate, up and down.
+    own: [Vec<f64>; 3],
+    /// The same of what they differ by from the mean of the layer's experts, if that was asked for.
+    difference: Option<[Vec<f64>; 3]>,
+    /// All but the mean of the outputs.
+    drop: f64,
+}
 
 /// What errors cost in one layer, read expert by expert.
 pub struct LayerDamage {
@@ -113,21 +120,37 @@ impl LayerDamage {
         ))
     }
 
-    /// What every rank of the three matrices costs, component by component, and what it costs to put the
-    /// mean in place of the expert.
-    fn spectra(&self, expert: usize, own: Expert<'_>) -> Result<(Spectra, f64)> {
+    /// What the components of the three matrices cost, and those of what they differ by from `mean`.
+    fn costs(
+        &self,
+        expert: usize,
+        own: Expert<'_>,
+        mean: Option<&[Tensor; 3]>,
+    ) -> Result<ExpertCosts> {
         let parts = self.parts(expert, own[2])?;
         let [h, f] = self.widths;
+        let none = || [(); 3].map(|()| vec![0.0; h.min(f)]);
+        let mut costs = ExpertCosts {
+            own: none(),
+            difference: mean.map(|_| none()),
+            drop: 0.0,
+        };
         if parts.mass <= 0.0 {
             // No token of the layer counts, so no error does.
-            return Ok(([(); 3].map(|()| vec![0.0; h.min(f)]), 0.0));
+            return Ok(costs);
         }
-        let mut spectra = Spectra::default();
-        for ((all, metric), w) in spectra.iter_mut().zip(parts.metrics(&self.output)).zip(own) {
-            let values = singular_values(w, &metric)?;
-            *all = values.into_iter().map(|s| s * s).collect();
+        costs.drop = parts.drop();
+        for (i, (w, metric)) in own.iter().zip(parts.metrics(&self.output)).enumerate() {
+            let squares = |w: &Tensor| -> Result<Vec<f64>> {
+                let values = singular_values(w, &metric)?;
+                Ok(values.into_iter().map(|s| s * s).collect())
+            };
+            costs.own[i] = squares(w)?;
+            if let (Some(costs), Some(mean)) = (&mut costs.difference, mean) {
+                costs[i] = squares(&(*w - &mean[i])?)?;
+            }
         }
-        Ok((spectra, parts.drop()))
+        Ok(costs)
     }
 
     fn parts(&self, expert: usize, down: &Tensor) -> Result<Parts> {

@@ -22,10 +22,19 @@ use faer::linalg::matmul::triangular::matmul;
 use faer::linalg::solvers::Solve;
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Accum, Mat, MatRef, Par, Side};
+use lightmoe_models::random::stream;
+use rand::Rng;
 use std::sync::Arc;
 
 /// What is added to the diagonal of a second moment, as a share of its mean.
 pub const DAMPING: f64 = 0.01;
+/// Leading eigenvectors are few if so many times their number, with those that are [`SPARE`], is no more
+/// than there are.
+const FEW: usize = 4;
+/// Directions that the search of leading eigenvectors takes along beside those that are wanted.
+const SPARE: usize = 16;
+/// Its rounds.
+const ROUNDS: usize = 4;
 /// Rows and columns of a tile of [`tiles`].
 const TILE: usize = 16;
 
@@ -174,6 +183,26 @@ fn eigenvectors(m: &Mat<f64>) -> Result<Mat<f64>> {
     Ok(Mat::from_fn(n, n, |i, j| vectors[(i, n - 1 - j)]))
 }
 
+/// The `rank` leading eigenvectors of a symmetric, positive semidefinite matrix by its lower half, those of
+/// the largest eigenvalues first. Where they are few beside its side they are searched for, from random
+/// directions on (subspace iteration, arXiv 0909.4061, algorithm 4.4): near ones, then, where eigenvalues
+/// lie close together.
+fn leading(m: &Mat<f64>, rank: usize) -> Result<Mat<f64>> {
+    let (n, width) = (m.nrows(), rank + SPARE);
+    if FEW * width > n {
+        let vectors = eigenvectors(m)?;
+        return Ok(vectors.subcols(0, rank.min(n)).to_owned());
+    }
+    let whole = tiled(n, n, |i, j| m[(i.max(j), i.min(j))]);
+    let mut random = stream(0, "leading eigenvectors");
+    let mut basis = Mat::from_fn(n, width, |_, _| random.random_range(-1.0..1.0));
+    for _ in 0..ROUNDS {
+        basis = (&whole * &basis).qr().compute_thin_Q();
+    }
+    let inside = basis.transpose() * &whole * &basis;
+    Ok(&basis * eigenvectors(&inside)?.subcols(0, rank))
+}
+
 /// What the errors of a matrix are measured by: `Σ (e·x)ᵀ·M·(e·x)` for an error `e: [out, in]`.
 #[derive(Debug, Clone)]
 pub struct Metric {
@@ -301,7 +330,7 @@ pub fn fitted(w: &Tensor, metric: &Metric, rank: usize) -> Result<Factors> {
 }
 
 /// The leading right singular vectors of `w: [out, in]`, `[rank, in]`; `rank` at most the smaller side. Those
-/// of a wide matrix come times their singular values.
+/// of a wide matrix come times their singular values. Where they are few they are near ones.
 ///
 /// # Errors
 /// If numbers are not finite.
@@ -312,8 +341,7 @@ pub fn leading_rows(w: &Tensor, rank: usize) -> Result<Tensor> {
         small,
         ..
     } = Metric::of_inputs(Gram::identity()).see(w)?;
-    let vectors = eigenvectors(&small)?;
-    let leading = vectors.subcols(0, rank.min(vectors.ncols()));
+    let leading = leading(&small, rank)?;
     match is_wide {
         true => tensor((leading.transpose() * &seen).as_ref()),
         false => tensor(leading.transpose()),
@@ -371,4 +399,37 @@ fn mean_diagonal(m: &Mat<f64>) -> f64 {
 /// Adds `by` times the identity.
 fn lift(m: &mut Mat<f64>, by: f64) {
     (0..m.nrows()).for_each(|i| m[(i, i)] += by);
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+    use super::*;
+
+    /// Few of many are found by search, and hold nearly as much as the true ones; where the spectrum falls,
+    /// they are these.
+    #[test]
+    fn leading_vectors_are_found_by_search() {
+        let (n, rank) = (160, 20);
+        let mut random = stream(1, "test");
+        let mut numbers =
+            |columns| Mat::<f64>::from_fn(n, columns, |_, _| random.random_range(-1.0..1.0));
+        let (flat, low) = (numbers(2 * n), numbers(rank));
+        for (m, share) in [
+            (&flat * flat.transpose(), 0.95),
+            (&low * low.transpose(), 1.0 - 1e-9),
+        ] {
+            let held = |vectors: &Mat<f64>| {
+                let inside = vectors.transpose() * &m * vectors;
+                (0..rank).map(|i| inside[(i, i)]).sum::<f64>()
+            };
+            let (found, exact) = (leading(&m, rank).unwrap(), eigenvectors(&m).unwrap());
+            let ours = held(&found) / held(&exact.subcols(0, rank).to_owned());
+            assert!((share..1.0 + 1e-9).contains(&ours), "{ours}");
+            let square = found.transpose() * &found;
+            let apart = (&square - Mat::<f64>::identity(rank, rank)).norm_l2();
+            assert!(apart < 1e-9, "{apart}");
+        }
+    }
 }

@@ -199,10 +199,15 @@ fn slot_gradients(
     silu_with_slope(&mut outer, of_inner);
     let (n, _, rank) = transforms.dims3()?;
     let outer = Tensor::from_vec(outer, (n, rank, width), &Device::Cpu)?;
-    let residuals = (transforms.matmul(&outer)? - target)?;
-    let of_transforms = residuals.matmul(&outer.t()?)?;
-    let of_outer = transforms.t()?.matmul(&residuals)?.flatten_all()?;
-    for (slope, of_outer) in of_inner.iter_mut().zip(of_outer.to_vec1::<f32>()?) {
+    // `(A·V − W)·Vᵀ` and `Aᵀ·(A·V − W)` by way of the small `V·Vᵀ` and `Aᵀ·A`: the difference is as large
+    // as the matrices, and would be written and read again.
+    let (across, along) = (outer.t()?, transforms.t()?);
+    let of_transforms = (transforms.matmul(&outer.matmul(&across)?)? - target.matmul(&across)?)?;
+    let of_outer = (along.matmul(&transforms)?.matmul(&outer)? - along.matmul(&target)?)?;
+    for (slope, of_outer) in of_inner
+        .iter_mut()
+        .zip(of_outer.flatten_all()?.to_vec1::<f32>()?)
+    {
         *slope *= of_outer;
     }
     let inner = Tensor::from_slice(of_inner, (n, rank * width), &Device::Cpu)?;

@@ -1,11 +1,15 @@
 //! How a budget of parameters is spent on ranks: the same for all, by importance, or where it saves
 //! most loss.
 
+mod bases;
+
 use crate::size::adapter_parameters;
 use crate::{Error, Result};
 use lightmoe_models::ModelConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+pub use bases::{Chosen, Offer, Shared, curve_with_bases, spend_with_bases};
 
 /// What is added to an expert's importance, of which the largest in a layer is 1, so that the least
 /// important keep some rank (MoE-I² smooths alike).

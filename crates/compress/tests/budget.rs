@@ -4,18 +4,18 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
+use common::predictions::{built, divergence, log_probabilities, samples, with};
 use common::{observations, observed, options, random_checkpoint, small};
 use lightmoe_compress::factor::{Gram, Metric, fitted, singular_values};
 use lightmoe_compress::methods::{MethodName, PlanOptions, Target, Weights, plan};
-use lightmoe_compress::observations::{Damage, Observations};
+use lightmoe_compress::observations::{Components, Damage, Observations};
 use lightmoe_compress::plan::Plan;
 use lightmoe_compress::ranks::{Limit, Point, RankRule, spend};
-use lightmoe_compress::{BuildInputs, ObserveOptions, Sensitivity, Statistics, build, observe};
-use lightmoe_models::{Checkpoint, Decoder, LanguageModel, ModelConfig, Tokens};
+use lightmoe_compress::{ObserveOptions, Sensitivity, observe};
+use lightmoe_models::{Decoder, ModelConfig};
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use tempfile::TempDir;
 
 const METHOD: MethodName = MethodName::Budget;
 
@@ -36,9 +36,12 @@ fn damaged(config: &ModelConfig, seed: u64) -> Observations {
             (0..experts).flat_map(of_expert).collect()
         };
         let mut damage = Damage {
-            gate: spectrum(),
-            up: spectrum(),
-            down: spectrum(),
+            own: Components {
+                gate: spectrum(),
+                up: spectrum(),
+                down: spectrum(),
+            },
+            difference: None,
             drop: vec![0.0; experts],
             mass: vec![1.0; experts],
         };
@@ -52,52 +55,6 @@ fn damaged(config: &ModelConfig, seed: u64) -> Observations {
 
 fn budgeted(config: &ModelConfig, seen: &Observations, target: Target) -> Plan {
     plan(config, seen, target, METHOD, &options(1, 0)).unwrap()
-}
-
-fn built(
-    checkpoint: &Checkpoint,
-    plan: &Plan,
-    seen: &Observations,
-    folder: &TempDir,
-) -> Checkpoint {
-    let path = folder.path().join("built");
-    let _ = std::fs::remove_dir_all(&path);
-    let inputs = BuildInputs {
-        checkpoint,
-        plan,
-        observations: Some(seen),
-        seed: 0,
-    };
-    build(&inputs, &path, &mut |_, _| true).unwrap();
-    Checkpoint::open(&path).unwrap()
-}
-
-/// Log-probabilities of every next token of `samples`, `[tokens, V]`.
-fn log_probabilities(model: &Decoder, samples: &[Vec<u32>]) -> Vec<Vec<f64>> {
-    let mut rows = Vec::new();
-    for sample in samples {
-        let hidden = model.forward(Tokens::one(sample), None, &mut |_, _, _| Ok(()));
-        let logits = model.logits(&hidden.unwrap()).unwrap();
-        for row in logits.to_vec2::<f32>().unwrap() {
-            let whole: f64 = row.iter().map(|&l| f64::from(l).exp()).sum();
-            rows.push(row.iter().map(|&l| f64::from(l) - whole.ln()).collect());
-        }
-    }
-    rows
-}
-
-/// The mean divergence of `now` from `original` over the tokens, in nats.
-fn divergence(original: &[Vec<f64>], now: &[Vec<f64>]) -> f64 {
-    let of = |(p, q): (&Vec<f64>, &Vec<f64>)| -> f64 {
-        p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
-    };
-    original.iter().zip(now).map(of).sum::<f64>() / original.len() as f64
-}
-
-fn samples(seed: u64) -> Vec<Vec<u32>> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let sample = |_| (0..24).map(|_| rng.random_range(0..64)).collect();
-    (0..40).map(sample).collect()
 }
 
 proptest! {
@@ -179,12 +136,13 @@ fn nothing_depends_on_the_order_of_experts() {
             layer.damage.as_mut().unwrap(),
             before.damage.as_ref().unwrap(),
         );
-        let width = before.gate.len() / 8;
+        let (new, old) = (&mut damage.own, &before.own);
+        let width = old.gate.len() / 8;
         for (to, &from) in order.iter().enumerate() {
             for (new, old) in [
-                (&mut damage.gate, &before.gate),
-                (&mut damage.up, &before.up),
-                (&mut damage.down, &before.down),
+                (&mut new.gate, &old.gate),
+                (&mut new.up, &old.up),
+                (&mut new.down, &old.down),
             ] {
                 new[to * width..][..width].copy_from_slice(&old[from * width..][..width]);
             }
@@ -276,7 +234,7 @@ fn what_cannot_be_planned_is_refused() {
         assert!(message.contains(word), "`{message}` lacks `{word}`");
     }
     let mut narrow = seen.clone();
-    narrow.layers[1].damage.as_mut().unwrap().up.truncate(8);
+    narrow.layers[1].damage.as_mut().unwrap().own.up.truncate(8);
     let message = ask(&narrow, Target::Ratio(0.4), budget);
     assert!(message.contains("layer 1: the damages"), "{message}");
     let refused = plan(
@@ -287,13 +245,6 @@ fn what_cannot_be_planned_is_refused() {
         &options(1, 0),
     );
     assert!(refused.unwrap_err().to_string().contains("ratio"));
-}
-
-fn with(damage: Sensitivity) -> Statistics {
-    Statistics {
-        damage: Some(damage),
-        ..Statistics::default()
-    }
 }
 
 /// Bytes for the whole model leave every bit, and fewer leave as many as the file has.

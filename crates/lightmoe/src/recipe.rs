@@ -151,12 +151,20 @@ impl Recipe {
         let paper_rank = (smaller / 16).clamp(1, 16);
         let groups = s.groups.unwrap_or(match method {
             MethodName::Lightmoe => PAPER_GROUPS,
+            MethodName::Budget => 1,
             _ => 0,
         });
+        // Bases that need not be there train nothing to be counted.
+        let trained_groups = match method {
+            MethodName::Budget => 0,
+            _ => groups,
+        };
         // The baselines train as many parameters as LightMoE does, as in the paper's table.
         let rank = s.rank.unwrap_or_else(|| match method {
             MethodName::Lightmoe => paper_rank,
-            _ => equal_trainable_rank(config, paper_rank, PAPER_GROUPS, groups).min(smaller),
+            _ => {
+                equal_trainable_rank(config, paper_rank, PAPER_GROUPS, trained_groups).min(smaller)
+            }
         });
         let max_length = s
             .max_length

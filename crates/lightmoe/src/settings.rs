@@ -40,7 +40,7 @@ pub struct Settings {
     /// Rank of the adapters [default: 16, at most a sixteenth of an expert's smaller side; for replace and lora the rank of equal trainable parameters]
     #[arg(long)]
     pub rank: Option<usize>,
-    /// Shared bases per layer [default: 3, for replace 0]
+    /// Shared bases per layer; of budget 1: one where it pays, 0: none [default: 3, for replace 0, for budget 1]
     #[arg(long)]
     pub groups: Option<usize>,
     /// By what lightmoe and replace choose the experts to replace: gate (their share of the gate mass), reap (what they gave), or damage (what errors cost) [default: gate]

@@ -98,7 +98,9 @@ impl Layer<'_> {
         };
         self.each(&constants, constant, writer)?;
         let moments = self.moments.map(|m| m.layer(plan.layer)).transpose()?;
-        let adapted: Vec<(usize, Option<usize>, usize)> = plan.layout().adapted().collect();
+        let layout = plan.layout();
+        let adapted = layout.adapted().filter(|&(_, _, rank)| rank > 0);
+        let adapted: Vec<(usize, Option<usize>, usize)> = adapted.collect();
         let adapters =
             |&(expert, group, rank): &(usize, Option<usize>, usize)| match self.settings.adapters {
                 AdapterInit::Fresh => self.fresh(plan, expert, rank),
@@ -197,6 +199,7 @@ impl Layer<'_> {
         };
         let (mut members, others): (Vec<usize>, Vec<usize>) = match self.settings.base {
             BaseInit::Aligned => plan.members(group).partition(is_dominant),
+            BaseInit::Common => ((0..plan.slots.len()).collect(), Vec::new()),
             _ => (plan.members(group).collect(), Vec::new()),
         };
         members.extend(others);

@@ -1,9 +1,10 @@
 //! The sums over tokens, while a layer is observed.
 
-use super::{BORROWED_MASS, Expert, LayerDamage, Spectra, file, triangle, widths};
+use super::{BORROWED_MASS, Expert, ExpertCosts, LayerDamage, file, triangle, widths};
 use crate::Result;
 use crate::beside::{self, Block};
-use crate::observations::Damage;
+use crate::merge::{merge, shares};
+use crate::observations::{Components, Damage};
 use candle_core::{DType, Device, Tensor};
 use lightmoe_kernels::linear;
 use lightmoe_models::{Bank, ModelConfig, Routing};
@@ -212,26 +213,29 @@ impl DamageSums {
         drop(std::mem::take(&mut self.experts));
         let layer = LayerDamage::open(&self.config, folder, number, fingerprint)?;
         let experts = dense(bank)?;
-        let found: Vec<(Spectra, f64)> = experts
+        let mut mass = vec![0.0; bank.len()];
+        for (expert, _) in &experts {
+            mass[*expert] = layer.mass(*expert)?;
+        }
+        let mean = telling_mean(&experts, &mass)?;
+        let found: Vec<ExpertCosts> = experts
             .par_iter()
-            .map(|(expert, [gate, up, down])| layer.spectra(*expert, [gate, up, down]))
+            .map(|(expert, own)| layer.costs(*expert, own.each_ref(), mean.as_ref()))
             .collect::<Result<_>>()?;
-        let width = found.first().map_or(0, |([gate, ..], _)| gate.len());
-        let table = || vec![0.0; bank.len() * width];
+        let width = found.first().map_or(0, |costs| costs.own[0].len());
+        let table = || Components::none(bank.len(), width);
         let mut damage = Damage {
-            gate: table(),
-            up: table(),
-            down: table(),
+            own: table(),
+            difference: mean.map(|_| table()),
             drop: vec![0.0; bank.len()],
-            mass: vec![0.0; bank.len()],
+            mass,
         };
-        for ((expert, _), (spectra, drop)) in experts.iter().zip(found) {
-            let all = [&mut damage.gate, &mut damage.up, &mut damage.down];
-            for (all, own) in all.into_iter().zip(&spectra) {
-                all[expert * width..(expert + 1) * width].copy_from_slice(own);
+        for ((expert, _), costs) in experts.iter().zip(found) {
+            damage.own.set(*expert, &costs.own);
+            if let (Some(all), Some(costs)) = (&mut damage.difference, &costs.difference) {
+                all.set(*expert, costs);
             }
-            damage.drop[*expert] = drop;
-            damage.mass[*expert] = layer.mass(*expert)?;
+            damage.drop[*expert] = costs.drop;
         }
         Ok(damage)
     }
@@ -255,6 +259,32 @@ impl DamageSums {
         }
         beside::save(file(folder, number), tensors, fingerprint)
     }
+}
+
+/// The mean of the experts by what errors of them count for, where it tells enough of them: twice as much
+/// of their weights as it would of experts that have nothing in common.
+fn telling_mean(experts: &[(usize, [Tensor; 3])], mass: &[f64]) -> Result<Option<[Tensor; 3]>> {
+    let masses: Vec<f64> = experts.iter().map(|(expert, _)| mass[*expert]).collect();
+    let shares = shares(&masses);
+    let all: Vec<usize> = (0..experts.len()).collect();
+    let weights = |place: usize| Ok(experts[place].1.clone());
+    let mean = merge(&weights, &all, &masses, false)?;
+    let energy = |of: &[Tensor; 3]| -> candle_core::Result<f64> {
+        let of = of.iter().map(|w| w.sqr()?.sum_all()?.to_scalar::<f32>());
+        of.map(|sum| sum.map(f64::from)).sum()
+    };
+    let own: Vec<f64> = experts
+        .iter()
+        .map(|(_, own)| energy(own))
+        .collect::<candle_core::Result<_>>()?;
+    // What the mean of orthogonal experts has of them.
+    let apart: f64 = own
+        .iter()
+        .zip(&shares)
+        .map(|(e, share)| e * share * share)
+        .sum();
+    let common = energy(&mean)?;
+    Ok((common > 2.0 * apart).then_some(mean))
 }
 
 /// The upper half of a symmetric matrix `[n, n]`, row by row, `[n · (n + 1) / 2]`: these matrices are most

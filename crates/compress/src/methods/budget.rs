@@ -2,16 +2,20 @@
 //! its bytes, by what errors were [observed to cost](crate::damage). Beyond the paper of LightMoE.
 //!
 //! The menu of an expert: its own matrices; factors of one rank, fitted to that cost, for all three; the
-//! mean of its outputs. Nothing but the observations is asked, so another budget takes a moment.
+//! mean of its outputs; and where the experts of its layer have much in common, their mean as a base that
+//! all may share, with factors of what an expert differs by, or none. Nothing but the observations is
+//! asked, so another budget takes a moment.
 
 use lightmoe_models::config::ModelConfig;
 use lightmoe_models::{BankLayout, DType, Manifest};
 
 use super::svd::{by_rule, form};
-use super::{AdapterInit, MethodName, PlanModel, PlanOptions, Target, finish};
+use super::{AdapterInit, BaseInit, MethodName, PlanModel, PlanOptions, Target, finish, order};
 use crate::observations::{Damage, Observations};
 use crate::plan::{CurvePoint, LayerPlan, Plan, PlanDamage, PlanSettings, SlotForm};
-use crate::ranks::{Costs, Limit, Point, RankRule, curve, spend};
+use crate::ranks::{
+    Costs, Limit, Offer, Point, RankRule, Shared, curve_with_bases, spend_with_bases,
+};
 use crate::{Error, Result};
 
 /// Ranks are multiples of a sixty-fourth of the smaller side of an expert, but of no more than this, so
@@ -36,7 +40,11 @@ pub(super) fn plan(
 ) -> Result<Plan> {
     let config = model.config;
     let importance: Vec<Vec<f64>> = observations.layers.iter().map(|l| l.importance()).collect();
-    let menus = menus(config, observations)?;
+    let damages = damages(config, observations)?;
+    let menus: Vec<LayerMenus> = damages
+        .iter()
+        .map(|damage| LayerMenus::of(config, damage, options.groups > 0))
+        .collect();
     let experts = config.moe.num_experts;
     let (size, rest) = bytes_of(&model)?;
     let limit = match target {
@@ -54,10 +62,7 @@ pub(super) fn plan(
             ));
         }
     };
-    let points: Vec<Vec<Point>> = menus
-        .iter()
-        .map(|menu| menu.iter().map(|choice| choice.point).collect())
-        .collect();
+    let offers: Vec<Offer> = menus.iter().map(LayerMenus::offer).collect();
     let costs = Costs::of_expert(config);
     let ruled = match limit {
         Limit::Cost(budget) => by_rule(options.ranks, &importance, costs, budget)?,
@@ -70,60 +75,85 @@ pub(super) fn plan(
             ));
         }
     };
-    let chosen: Vec<Choice> = match ruled {
+    let chosen: Vec<Vec<Choice>> = match ruled {
         None => {
-            let places = spend(&points, limit)?;
-            menus.iter().zip(places).map(|(menu, i)| menu[i]).collect()
+            let spent = spend_with_bases(&offers, limit)?;
+            let layers = menus.iter().zip(&spent.bases);
+            let picked = layers.zip(spent.places.chunks(experts));
+            picked
+                .map(|((menus, &base), places)| {
+                    let menus = menus.with(base).iter();
+                    menus
+                        .zip(places)
+                        .map(|(menu, &place)| menu[place])
+                        .collect()
+                })
+                .collect()
         }
         Some(levels) => {
-            let damages = damages(config, observations)?;
-            let of = |(i, level): (usize, Option<usize>)| Choice {
+            let of = |damage: &Damage, expert: usize, level: Option<usize>| Choice {
                 form: form(level),
                 point: Point {
                     cost: costs.of(level),
-                    loss: level.map_or(0.0, |r| damages[i / experts].of_ranks(i % experts)[r]),
+                    loss: level.map_or(0.0, |rank| damage.of_ranks(expert)[rank]),
                 },
             };
-            levels.into_iter().enumerate().map(of).collect()
+            let layers = damages.iter().zip(levels.chunks(experts));
+            layers
+                .map(|(damage, levels)| {
+                    let levels = levels.iter().enumerate();
+                    levels
+                        .map(|(expert, &level)| of(damage, expert, level))
+                        .collect()
+                })
+                .collect()
         }
     };
-    let planned = observations.layers.iter().zip(&importance);
-    let layers = planned
-        .zip(chosen.chunks(experts))
-        .map(|((observed, scores), chosen)| {
-            let mut layer = LayerPlan::dense(observed, scores);
-            for (slot, choice) in layer.slots.iter_mut().zip(chosen) {
-                slot.form = choice.form;
-                slot.bytes = Some(choice.point.cost * size);
-                slot.damage = Some(choice.point.loss);
-            }
-            layer
-        });
-    let ranks = chosen.iter().filter_map(|choice| match choice.form {
+    let mut layers = Vec::new();
+    for (i, chosen) in chosen.iter().enumerate() {
+        let mut layer = LayerPlan::dense(&observations.layers[i], &importance[i]);
+        for (slot, choice) in layer.slots.iter_mut().zip(chosen) {
+            slot.form = choice.form;
+            slot.bytes = Some(choice.point.cost * size);
+            slot.damage = Some(choice.point.loss);
+        }
+        share(&mut layer, &damages[i].mass);
+        layers.push(layer);
+    }
+    let all = || chosen.iter().flatten();
+    let ranks = all().filter_map(|choice| match choice.form {
         SlotForm::Adapted { rank, .. } => Some(rank),
         _ => None,
     });
+    let bases: usize = layers.iter().map(|layer| layer.groups).sum();
     let settings = PlanSettings {
         rank: ranks.max().unwrap_or(0),
-        groups: 0,
+        groups: bases.min(1),
         adapters: AdapterInit::Fitted,
+        base: match bases {
+            0 => options.base,
+            _ => BaseInit::Common,
+        },
         // All of what is left trains: nothing else would learn a new task.
         trained_rank: options.trained_rank.filter(|&rank| rank > 0),
         ..options.settings()
     };
-    let mut plan = finish(config, MethodName::Budget, settings, layers.collect());
+    let mut plan = finish(config, MethodName::Budget, settings, layers);
     if let Target::Ratio(ratio) = target {
         plan.ratio.target = Some(ratio);
     }
     let bytes = |cost: u64| rest + cost * size;
-    let curve = curve(&points, CURVE).into_iter().map(|point| CurvePoint {
-        bytes: bytes(point.cost),
-        damage: point.loss,
-    });
+    let curve = curve_with_bases(&offers, CURVE).into_iter();
+    let of_bases = bases as u64 * config.expert_parameters();
     plan.damage = Some(PlanDamage {
-        bytes: bytes(chosen.iter().map(|choice| choice.point.cost).sum()),
-        predicted: chosen.iter().map(|choice| choice.point.loss).sum(),
-        curve: curve.collect(),
+        bytes: bytes(of_bases + all().map(|choice| choice.point.cost).sum::<u64>()),
+        predicted: all().map(|choice| choice.point.loss).sum(),
+        curve: curve
+            .map(|point| CurvePoint {
+                bytes: bytes(point.cost),
+                damage: point.loss,
+            })
+            .collect(),
     });
     Ok(plan)
 }
@@ -159,20 +189,26 @@ fn damages<'a>(config: &ModelConfig, observations: &'a Observations) -> Result<V
     layers.map(|layer| layer.damage(config)).collect()
 }
 
-/// What each expert may become, from the smallest form on.
-fn menus(config: &ModelConfig, observations: &Observations) -> Result<Vec<Vec<Choice>>> {
-    let costs = Costs::of_expert(config);
-    let smaller = config.hidden_size.min(config.moe.intermediate_size);
-    let step = (smaller / 64).clamp(1, WIDEST_STEP);
-    let mut menus = Vec::new();
-    for damage in damages(config, observations)? {
-        for (expert, &drop) in damage.drop.iter().enumerate() {
+/// What the experts of a layer may become, each from the smallest form on.
+struct LayerMenus {
+    alone: Vec<Vec<Choice>>,
+    /// Beside a base, and what that costs.
+    shared: Option<(u64, Vec<Vec<Choice>>)>,
+}
+
+impl LayerMenus {
+    /// By what errors cost; with a base where `bases` allows one and the experts have enough in common.
+    fn of(config: &ModelConfig, damage: &Damage, bases: bool) -> Self {
+        let costs = Costs::of_expert(config);
+        let smaller = config.hidden_size.min(config.moe.intermediate_size);
+        let step = (smaller / 64).clamp(1, WIDEST_STEP);
+        let alone = |expert: usize| -> Vec<Choice> {
             let losses = damage.of_ranks(expert);
             let constant = Choice {
                 form: SlotForm::Constant,
                 point: Point {
                     cost: config.hidden_size as u64,
-                    loss: drop,
+                    loss: damage.drop[expert],
                 },
             };
             let levels = (1..=smaller / step).map(|i| Some(i * step)).chain([None]);
@@ -187,8 +223,77 @@ fn menus(config: &ModelConfig, observations: &Observations) -> Result<Vec<Vec<Ch
                     },
                 })
             });
-            menus.push([constant].into_iter().chain(ranks).collect());
+            [constant].into_iter().chain(ranks).collect()
+        };
+        let alone: Vec<Vec<Choice>> = (0..damage.drop.len()).map(alone).collect();
+        // The base by itself, and where factors beside it do better than factors alone, these.
+        let beside = |(expert, alone): (usize, &Vec<Choice>)| -> Option<Vec<Choice>> {
+            let losses = damage.of_differences(expert)?;
+            let of_base = |rank: usize, cost: u64| Choice {
+                form: SlotForm::Adapted {
+                    group: Some(0),
+                    rank,
+                    dominant: false,
+                },
+                point: Point {
+                    cost,
+                    loss: losses[rank],
+                },
+            };
+            let better = |&choice: &Choice| match choice.form {
+                SlotForm::Adapted { rank, .. } if losses[rank] < choice.point.loss => {
+                    of_base(rank, choice.point.cost)
+                }
+                _ => choice,
+            };
+            let base = std::iter::once(of_base(0, 0));
+            Some(base.chain(alone.iter().map(better)).collect())
+        };
+        let shared: Option<Vec<Vec<Choice>>> = match bases {
+            true => alone.iter().enumerate().map(beside).collect(),
+            false => None,
+        };
+        Self {
+            alone,
+            shared: shared.map(|menus| (costs.dense, menus)),
         }
     }
-    Ok(menus)
+
+    /// The menus with or without a base.
+    fn with(&self, base: bool) -> &[Vec<Choice>] {
+        match &self.shared {
+            Some((_, menus)) if base => menus,
+            _ => &self.alone,
+        }
+    }
+
+    fn offer(&self) -> Offer {
+        let points = |menus: &[Vec<Choice>]| {
+            let menu = |menu: &Vec<Choice>| menu.iter().map(|choice| choice.point).collect();
+            menus.iter().map(menu).collect()
+        };
+        Offer {
+            alone: points(&self.alone),
+            shared: self.shared.as_ref().map(|(base, menus)| Shared {
+                base: *base,
+                menus: points(menus),
+            }),
+        }
+    }
+}
+
+/// Gives the layer the base that some of its slots use: the mean of all its experts by what errors of them
+/// count for. The one that counts most is its dominant.
+fn share(layer: &mut LayerPlan, mass: &[f64]) {
+    let uses = |slot: usize| layer.slots[slot].form.group().is_some();
+    let Some(most) = order(mass).into_iter().find(|&slot| uses(slot)) else {
+        return;
+    };
+    layer.groups = 1;
+    for (slot, &mass) in layer.slots.iter_mut().zip(mass) {
+        slot.weight = Some(mass);
+        if let SlotForm::Adapted { dominant, .. } = &mut slot.form {
+            *dominant = slot.expert == most;
+        }
+    }
 }

@@ -29,6 +29,9 @@ pub enum BaseInit {
     FisherWeighted,
     /// What loses least on the inputs that the members were given, with a pull to the weighted mean.
     LeastSquares,
+    /// The mean of all experts of the layer, whatever becomes of them, weighted by what errors of them were
+    /// observed to cost: what `budget` reckons differences from.
+    Common,
 }
 
 /// By what LightMoE and its baseline choose experts to replace.
@@ -66,7 +69,7 @@ pub enum AdapterInit {
 pub struct PlanOptions {
     /// Rank of every adapter, on replaced and kept experts alike.
     pub rank: usize,
-    /// Shared bases per layer; 0 for adapters alone.
+    /// Shared bases per layer; 0 for adapters alone. Of `budget` 1 where a base may be had, 0 where not.
     pub groups: usize,
     /// `alpha` of eq. 8: how much the router norm moves a layer's threshold.
     pub alpha: f64,
@@ -243,6 +246,13 @@ impl PlanOptions {
                 "`replace` has no base or one, not {groups}; set `groups` to 0 or 1, or use the \
                  method `lightmoe`"
             ))),
+            (MethodName::Budget, groups @ 2..) => Err(Error::Invalid(format!(
+                "`budget` has one base a layer, where it pays, or none, not {groups}; set `groups` to 0 \
+                 or 1"
+            ))),
+            _ if self.base == BaseInit::Common => Err(Error::Invalid(
+                "a `common` base is what `budget` finds by itself; choose another".to_owned(),
+            )),
             _ if method.kind() != Kind::Replace && self.has_other_parts() => {
                 Err(Error::Invalid(format!(
                     "`{method}` chooses and starts in its own way; `select`, `adapters` and the bases \

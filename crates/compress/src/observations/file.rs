@@ -8,7 +8,8 @@ use lightmoe_models::folder;
 use safetensors::{Dtype, SafeTensors, View, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::{Damage, LayerObservations, Observations, OutputObservations, Spectra};
+use super::components::{DAMAGES, DIFFERENCES, SPECTRA};
+use super::{Components, Damage, LayerObservations, Observations, OutputObservations};
 use crate::{Error, Result, read};
 
 /// Version of the file's layout.
@@ -188,6 +189,9 @@ fn split_name(name: &str) -> Option<(usize, &str)> {
         "damage_down",
         "damage_drop",
         "damage_mass",
+        "difference_gate",
+        "difference_up",
+        "difference_down",
     ];
     let known = known.contains(&field);
     known.then_some((layer.parse().ok()?, field))
@@ -227,6 +231,16 @@ fn decode_layer(
     };
     let row = |field: &str| Ok::<_, String>(floats(&read(field, Dtype::F64, Some(&[experts]))?));
     let has = |field: &str| fields.contains(&field);
+    let components = |[gate, up, down]: [&str; 3]| -> std::result::Result<_, String> {
+        let read = || {
+            Ok(Components {
+                gate: table(gate, None)?,
+                up: table(up, None)?,
+                down: table(down, None)?,
+            })
+        };
+        has(gate).then(read).transpose()
+    };
     Ok(LayerObservations {
         layer,
         gate_mass,
@@ -257,23 +271,15 @@ fn decode_layer(
         all_outputs: has("all_outputs")
             .then(|| table("all_outputs", None))
             .transpose()?,
-        spectra: match has("spectrum_gate") {
-            true => Some(Spectra {
-                gate: table("spectrum_gate", None)?,
-                up: table("spectrum_up", None)?,
-                down: table("spectrum_down", None)?,
-            }),
-            false => None,
-        },
-        damage: match has("damage_gate") {
-            true => Some(Damage {
-                gate: table("damage_gate", None)?,
-                up: table("damage_up", None)?,
-                down: table("damage_down", None)?,
+        spectra: components(SPECTRA)?,
+        damage: match components(DAMAGES)? {
+            Some(own) => Some(Damage {
+                own,
+                difference: components(DIFFERENCES)?,
                 drop: row("damage_drop")?,
                 mass: row("damage_mass")?,
             }),
-            false => None,
+            None => None,
         },
     })
 }

@@ -19,6 +19,8 @@
 //! | `layers.{l}.spectrum_{gate,up,down}` | `[E, min(H, F)]` f64, optional | singular values of the matrix on the inputs it was given, descending |
 //! | `layers.{l}.damage_{gate,up,down}` | `[E, min(H, F)]` f64, optional | what leaving out each component of the matrix, the largest first, costs in nats a predicted token |
 //! | `layers.{l}.damage_drop` | `[E]` f64, optional | the same of putting the mean of its outputs in place of the expert |
+//! | `layers.{l}.damage_mass` | `[E]` f64, optional | what an error of unit size counts for, and the expert in the mean of all |
+//! | `layers.{l}.difference_{gate,up,down}` | `[E, min(H, F)]` f64, optional | as `damage_{gate,up,down}`, of what the matrix differs from that mean by; where the mean tells enough of the experts |
 //!
 //! `output_*` and `weight_flatness` come together, and so do the spectra, beside which there are
 //! [`moments`](crate::moments), and the damages, beside which there is what they [rest
@@ -28,10 +30,13 @@
 //! `samples` and `fingerprint`. One key, because several would be written in a random order, and
 //! the same observations must give the same bytes.
 
+mod components;
 mod file;
 
 use std::path::PathBuf;
 
+use components::SPECTRA;
+pub use components::{Components, Damage};
 pub(crate) use file::observations_error;
 pub use file::{SCHEMA_VERSION, moments_folder};
 use lightmoe_models::config::ModelConfig;
@@ -62,96 +67,12 @@ pub struct LayerObservations {
     /// `[E * H]` row-major: mean of each expert's outputs over all tokens, whether they chose it or not
     /// (HC-SMoE, arXiv 2410.08589); only where it was asked for.
     pub all_outputs: Option<Vec<f64>>,
-    /// What a low rank would lose; only where it was asked for.
-    pub spectra: Option<Spectra>,
+    /// What a low rank would lose: the singular values of `W·S`, where `S·Sᵀ` is the second moment of what
+    /// the matrix `W` was given, a little damped; the root of the sum of squares of the last is what a
+    /// lower rank loses, in the norm of the outputs. Only where it was asked for.
+    pub spectra: Option<Components>,
     /// What errors of the experts cost the model; only where it was asked for.
     pub damage: Option<Damage>,
-}
-
-/// What it costs the model to leave something of an expert out, in nats for each predicted token, as far
-/// as a second-order estimate goes ([`crate::damage`]).
-#[derive(Debug, Clone, PartialEq)]
-pub struct Damage {
-    /// `[E * min(H, F)]` row-major: of each component of the gate projection, descending.
-    pub gate: Vec<f64>,
-    /// Of the up projection.
-    pub up: Vec<f64>,
-    /// Of the down projection.
-    pub down: Vec<f64>,
-    /// `[E]`: of all but the mean of the outputs.
-    pub drop: Vec<f64>,
-    /// `[E]`: what an error of unit size counts for, summed over the tokens that chose the expert: the
-    /// square of the gate times what errors for the token cost.
-    pub mass: Vec<f64>,
-}
-
-impl Damage {
-    /// By name in the file.
-    fn named(&self) -> [(&'static str, &Vec<f64>); 5] {
-        [
-            ("damage_gate", &self.gate),
-            ("damage_up", &self.up),
-            ("damage_down", &self.down),
-            ("damage_drop", &self.drop),
-            ("damage_mass", &self.mass),
-        ]
-    }
-
-    /// What rank `r` of all three matrices of `expert` costs, for `r = 0, 1, …, min(H, F)`.
-    pub fn of_ranks(&self, expert: usize) -> Vec<f64> {
-        let width = self.gate.len() / self.drop.len().max(1);
-        let mut tails = vec![0.0; width + 1];
-        for r in (0..width).rev() {
-            let of = |values: &Vec<f64>| values[expert * width + r];
-            tails[r] = tails[r + 1] + of(&self.gate) + of(&self.up) + of(&self.down);
-        }
-        tails
-    }
-}
-
-/// Singular values of `W·S`, where `S·Sᵀ` is the second moment of what the matrix `W` was given, a
-/// little damped: the root of the sum of squares of the last is what a lower rank loses, in the norm of
-/// the outputs. `[E * min(H, F)]` row-major, descending.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Spectra {
-    /// Of the gate projection.
-    pub gate: Vec<f64>,
-    /// Of the up projection.
-    pub up: Vec<f64>,
-    /// Of the down projection.
-    pub down: Vec<f64>,
-}
-
-impl Spectra {
-    /// By name in the file.
-    fn named(&self) -> [(&'static str, &Vec<f64>); 3] {
-        [
-            ("spectrum_gate", &self.gate),
-            ("spectrum_up", &self.up),
-            ("spectrum_down", &self.down),
-        ]
-    }
-
-    /// The share of the energy of `expert` that rank `r` loses, summed over its three matrices, for
-    /// `r = 0, 1, …, min(H, F)`: from 3 down to 0.
-    pub fn losses(&self, expert: usize, experts: usize) -> Vec<f64> {
-        let of = |values: &[f64]| {
-            let width = values.len() / experts;
-            let squares: Vec<f64> = values[expert * width..(expert + 1) * width]
-                .iter()
-                .map(|s| s * s)
-                .collect();
-            let total: f64 = squares.iter().sum();
-            let mut tails = vec![0.0; width + 1];
-            for r in (0..width).rev() {
-                tails[r] = tails[r + 1] + squares[r] / total.max(f64::MIN_POSITIVE);
-            }
-            tails
-        };
-        let [gate, up, down] = [&self.gate, &self.up, &self.down].map(|values| of(values));
-        let tails = gate.iter().zip(&up).zip(&down);
-        tails.map(|((a, b), c)| a + b + c).collect()
-    }
 }
 
 /// What the experts of a layer gave on the tokens that chose them.
@@ -236,8 +157,7 @@ impl LayerObservations {
             config.moe.num_experts,
             config.hidden_size.min(config.moe.intermediate_size),
         );
-        let all = [&found.gate, &found.up, &found.down];
-        if all.iter().any(|values| values.len() != experts * width) {
+        if found.wide().any(|values| values.len() != experts * width) {
             return Err(Error::Invalid(format!(
                 "layer {layer}: the damages are not of {experts} experts with {width} components each; \
                  observe this model"
@@ -331,14 +251,16 @@ impl LayerObservations {
             .into_iter()
             .filter_map(|(name, values)| Some((name, values.as_ref()?)));
         own.chain(self.outputs.iter().flat_map(OutputObservations::named))
-            .chain(self.spectra.iter().flat_map(Spectra::named))
-            .chain(self.damage.iter().flat_map(Damage::named))
+            .chain(self.spectra.iter().flat_map(|s| s.named(SPECTRA)))
+            .chain(self.damage.iter().flat_map(|damage| damage.named()))
     }
 }
 
 /// Whether a table has a number for each component of an expert's matrices.
 fn is_wide(name: &str) -> bool {
-    name.starts_with("spectrum") || (name.starts_with("damage") && name != "damage_drop")
+    let narrow = matches!(name, "damage_drop" | "damage_mass");
+    let parts = ["spectrum", "damage", "difference"];
+    !narrow && parts.iter().any(|part| name.starts_with(part))
 }
 
 /// The observations of a model.

@@ -5,7 +5,7 @@ use crate::Result;
 use crate::damage::{DamageSums, WeightedTokens};
 use crate::factor::{Metric, singular_values};
 use crate::moments::MomentSums;
-use crate::observations::{LayerObservations, OutputObservations, Spectra};
+use crate::observations::{Components, LayerObservations, OutputObservations};
 use crate::reception::SequenceSums;
 use crate::samples::SampleSums;
 use candle_core::{D, Device, Tensor};
@@ -341,7 +341,7 @@ impl Sums {
 }
 
 /// The spectra of the dense experts; those of other slots are zero.
-fn of_weights(bank: &Bank, moments: &MomentSums) -> Result<Spectra> {
+fn of_weights(bank: &Bank, moments: &MomentSums) -> Result<Components> {
     let Some(dense) = &bank.dense else {
         return Err(crate::Error::Invalid(
             "a layer without dense experts has no spectra; observe the original model".to_owned(),
@@ -366,11 +366,9 @@ fn of_weights(bank: &Bank, moments: &MomentSums) -> Result<Spectra> {
         .map(spectra)
         .collect::<Result<_>>()?;
     let width = found.first().map_or(0, |[gate, ..]| gate.len());
-    let [mut gate, mut up, mut down] = [(); 3].map(|()| vec![0.0; bank.len() * width]);
+    let mut all = Components::none(bank.len(), width);
     for (&expert, spectra) in experts.iter().zip(&found) {
-        for (all, own) in [&mut gate, &mut up, &mut down].into_iter().zip(spectra) {
-            all[expert * width..(expert + 1) * width].copy_from_slice(own);
-        }
+        all.set(expert, spectra);
     }
-    Ok(Spectra { gate, up, down })
+    Ok(all)
 }

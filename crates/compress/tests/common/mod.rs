@@ -1,6 +1,8 @@
 //! Models and observations that the tests share.
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
+pub mod predictions;
+
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
@@ -52,11 +54,21 @@ pub fn random_checkpoint(
     seed: u64,
     folder: &TempDir,
 ) -> Checkpoint {
+    let model = Decoder::random(config, seed).unwrap();
+    written(&model, config, dtype, folder)
+}
+
+/// The checkpoint of a model whose experts are all dense.
+pub fn written(
+    model: &Decoder,
+    config: &ModelConfig,
+    dtype: DType,
+    folder: &TempDir,
+) -> Checkpoint {
     let path = folder.path().join("model");
     let format = Format::new(dtype, Scheme::published(config.family));
     let layout = BankLayout::dense(config);
     let writer = CheckpointWriter::for_model(&path, &format, config, &layout).unwrap();
-    let model = Decoder::random(config, seed).unwrap();
     model.write(&writer).unwrap();
     writer.finish(&config.raw).unwrap();
     Checkpoint::open(&path).unwrap()

@@ -6,7 +6,7 @@
 use super::work::{Rates, Work};
 use super::{Cost, copy_model, forget, timed};
 use crate::cli::MethodsArgs;
-use crate::machine::{max_memory, processor, today};
+use crate::machine::{max_memory, processor, set_max_memory, today};
 use crate::pipeline::{build_stage, plan_stage};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
@@ -22,6 +22,7 @@ use lightmoe_compress::{BuildInputs, ObserveOptions, Statistics, observe};
 use lightmoe_models::{Checkpoint, DType, ModelConfig, folder, synthesize};
 use rustix::time::{ClockId, clock_gettime};
 use std::fs;
+use std::path::Path;
 
 /// Tokens of a sample.
 const LENGTH: usize = 512;
@@ -39,9 +40,17 @@ struct Row {
     work: Work,
     /// What the machine made of the same, before and behind the build; none where there is none.
     rates: Vec<Rates>,
+    /// Bytes of the original, of what was observed, and of the result: what plan and build read and write.
+    traffic: u64,
 }
 
 impl Row {
+    /// The most resident memory of any step, in bytes.
+    fn peak(&self) -> u64 {
+        let steps = [self.observe, self.plan, self.build];
+        steps.iter().map(|step| step.peak).max().unwrap_or(0)
+    }
+
     /// Seconds of its own arithmetic alone.
     fn alone(&self) -> f64 {
         let seconds = self.rates.iter().map(|rates| rates.seconds(&self.work));
@@ -56,6 +65,8 @@ struct Methods {
     layers: usize,
     args: MethodsArgs,
     bytes: u64,
+    /// Bytes that the steps may hold.
+    memory: u64,
     copy: Cost,
     rows: Vec<Row>,
 }
@@ -77,28 +88,37 @@ impl Methods {
     fn page(&self) -> String {
         let (whole, layers) = (self.layers, self.config.num_layers);
         let args = &self.args;
+        let times = match layers == whole {
+            true => "the seconds are of the whole model".to_owned(),
+            false => format!(
+                "the whole model takes {:.0} times as long, the embeddings aside",
+                whole as f64 / layers as f64
+            ),
+        };
         let lead = format!(
             "# The methods at full size\n\nWritten by `cargo xtask bench methods` on {}, {}. {layers} of \
              the {whole} layers of `{}` at their true shape with random bf16 weights ({:.2} GiB), {} \
              tokens observed, as many parameters of experts saved as make {}% of the whole model. Before \
-             each step the model leaves the page cache. Methods work layer by layer, so the whole model \
-             takes {:.0} times as long, the embeddings aside.\n\nA pass is a copy of the model, {:.1} s. \
+             each step the model leaves the page cache. Methods work layer by layer; {times}. Steps may take \
+             {:.2} GiB of memory.\n\nA pass is a copy of the model, {:.1} s. \
              *Own arithmetic* is what the method computes beyond that, at the rate at which this machine \
              does the same alone, on all cores, measured before and behind each build: products, triangular \
              solutions and fits at that of products of the method's shapes ({} GFLOP/s in f32, {} in f64), \
              eigendecompositions at {} s each, those of the hidden size at {} s (in parentheses), \
              assignments of neurons at {} s. Products are counted as whole ones, though of symmetric and \
-             triangular matrices build computes a half. *Bound* is a pass and the own arithmetic, *ratio* is plan \
-             and build over it. The search of MoE-I² is not counted. Observing is done once for all \
+             triangular matrices build computes a half, and decompositions too, though of few leading vectors \
+             build only searches for these. *Bound* is a pass and the own arithmetic, *ratio* is plan \
+             and build over it. *Peak* is the most resident memory of any step, without the page cache; *read \
+             and written* is the original, what was observed of it for the method, and the result. The search of MoE-I² is not counted. Observing is done once for all \
              methods that want the same statistics. Of the {} steps that the fit of MoBE has, it was given \
              {}, and both times are of these; each is as long as another.\n\n",
             today(),
             processor(),
             self.config.family,
-            self.bytes as f64 / f64::from(1 << 30),
+            gib(self.bytes),
             args.tokens,
             100.0 * args.ratio,
-            whole as f64 / layers as f64,
+            gib(self.memory),
             self.copy.seconds,
             self.range(0, |rates| rates.products[0] / 1e9),
             self.range(0, |rates| rates.products[1] / 1e9),
@@ -119,6 +139,8 @@ impl Methods {
             "bound, s",
             "ratio",
             "cores busy",
+            "peak, GiB",
+            "read and written, GiB",
         ];
         let mut section = Section::new(head);
         for row in &self.rows {
@@ -138,6 +160,8 @@ impl Methods {
                 format!("{bound:.1}"),
                 format!("{:.2}", made / bound),
                 format!("{:.1}", row.busy),
+                format!("{:.2}", gib(row.peak())),
+                format!("{:.2}", gib(row.traffic)),
             ]);
         }
         lead + &markdown_table(&section)
@@ -181,6 +205,8 @@ pub fn run(args: MethodsArgs) -> Result<String> {
         counts.routed_experts as f64 / counts.total() as f64
     };
     let ratio = args.ratio * share(&config) / share(&full);
+    // What is free changes from step to step, and all are to have the same.
+    set_max_memory(max_memory());
     let mut seen: Vec<(Statistics, Cost, Observations)> = Vec::new();
     let mut rows = Vec::new();
     for method in methods.context("in `--methods`")? {
@@ -190,6 +216,7 @@ pub fn run(args: MethodsArgs) -> Result<String> {
     let measured = Methods {
         layers: full.num_layers,
         bytes: original.bytes(),
+        memory: max_memory(),
         copy: copy_cost,
         args,
         rows,
@@ -254,6 +281,8 @@ fn row(
     processors = processor_seconds();
     let (build, ()) = timed(|| build_stage(&inputs, &built))?;
     busy += processor_seconds() - processors;
+    let beside = observations.moments.as_deref().map(files_in).transpose()?;
+    let traffic = original.bytes() + beside.unwrap_or(0) + files_in(&built)?;
     fs::remove_dir_all(&built)?;
     Ok(Row {
         method,
@@ -263,6 +292,7 @@ fn row(
         busy: busy / (plan.seconds + build.seconds),
         rates: before.into_iter().chain(measure()?).collect(),
         work,
+        traffic,
     })
 }
 
@@ -295,6 +325,16 @@ fn observed(
         let seen = observe(original, &samples, &options, &mut |d, all| bar.of(d, all))?;
         Ok(seen.save(&target)?)
     })
+}
+
+/// Bytes of the files in a folder.
+fn files_in(folder: &Path) -> Result<u64> {
+    let sizes = fs::read_dir(folder)?.map(|entry| Ok(entry?.metadata()?.len()));
+    sizes.sum()
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
 }
 
 /// Seconds that all threads of this process worked.
