@@ -14,7 +14,7 @@ use super::{AdapterInit, BaseInit, MethodName, PlanModel, PlanOptions, Target, f
 use crate::observations::{Damage, Observations};
 use crate::plan::{CurvePoint, LayerPlan, Plan, PlanDamage, PlanSettings, SlotForm};
 use crate::ranks::{
-    Costs, Limit, Offer, Point, RankRule, Shared, curve_with_bases, spend_with_bases,
+    Chosen, Costs, Level, Limit, Offer, Point, RankRule, Shared, curve_with_bases, spend_with_bases,
 };
 use crate::{Error, Result};
 
@@ -75,37 +75,12 @@ pub(super) fn plan(
             ));
         }
     };
-    let chosen: Vec<Vec<Choice>> = match ruled {
-        None => {
-            let spent = spend_with_bases(&offers, limit)?;
-            let layers = menus.iter().zip(&spent.bases);
-            let picked = layers.zip(spent.places.chunks(experts));
-            picked
-                .map(|((menus, &base), places)| {
-                    let menus = menus.with(base).iter();
-                    menus
-                        .zip(places)
-                        .map(|(menu, &place)| menu[place])
-                        .collect()
-                })
-                .collect()
-        }
+    let chosen = match ruled {
+        None => chosen(&menus, spend_with_bases(&offers, limit)?),
         Some(levels) => {
-            let of = |damage: &Damage, expert: usize, level: Option<usize>| Choice {
-                form: form(level),
-                point: Point {
-                    cost: costs.of(level),
-                    loss: level.map_or(0.0, |rank| damage.of_ranks(expert)[rank]),
-                },
-            };
             let layers = damages.iter().zip(levels.chunks(experts));
             layers
-                .map(|(damage, levels)| {
-                    let levels = levels.iter().enumerate();
-                    levels
-                        .map(|(expert, &level)| of(damage, expert, level))
-                        .collect()
-                })
+                .map(|(damage, levels)| leveled(damage, levels, costs))
                 .collect()
         }
     };
@@ -156,6 +131,28 @@ pub(super) fn plan(
             .collect(),
     });
     Ok(plan)
+}
+
+/// What the places that were chosen stand for, layer by layer.
+fn chosen(menus: &[LayerMenus], spent: Chosen) -> Vec<Vec<Choice>> {
+    let mut places = spent.places.into_iter();
+    let of_layer = |(menus, base): (&LayerMenus, bool)| {
+        let slots = menus.with(base).iter().zip(&mut places);
+        slots.map(|(menu, place)| menu[place]).collect()
+    };
+    menus.iter().zip(spent.bases).map(of_layer).collect()
+}
+
+/// Ranks that follow a rule of their own, with what they cost.
+fn leveled(damage: &Damage, levels: &[Level], costs: Costs) -> Vec<Choice> {
+    let of = |(expert, &level): (usize, &Level)| Choice {
+        form: form(level),
+        point: Point {
+            cost: costs.of(level),
+            loss: level.map_or(0.0, |rank| damage.of_ranks(expert)[rank]),
+        },
+    };
+    levels.iter().enumerate().map(of).collect()
 }
 
 /// Bytes of a parameter of the result, and of all that is no routed expert: as `build` will write them where
