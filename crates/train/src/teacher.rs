@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 
 /// The most tokens of one pass of the other model, unless one batch has more.
 const PASS: usize = 1 << 14;
+/// The most bytes of a file of predictions beside its numbers: the header, and what the file system adds.
+const AROUND: u64 = 8 << 10;
 /// Below this a probability counts as none.
 const NONE: f64 = 1e-30;
 
@@ -146,7 +148,8 @@ impl KeptPredictions {
     /// is told of steps that are done and may stop the work by `false`.
     ///
     /// # Errors
-    /// If the model fails, predicts what are no numbers, or files cannot be written.
+    /// If the file system has no room for them all, before the model is opened; if the model fails, predicts
+    /// what are no numbers, or files cannot be written.
     pub fn keep<'a>(
         &self,
         open: &dyn Fn() -> Result<Box<dyn LanguageModel + 'a>>,
@@ -154,6 +157,7 @@ impl KeptPredictions {
         batch: &dyn Fn(usize) -> Result<TrainBatch>,
         each: &mut dyn FnMut(usize) -> bool,
     ) -> Result<bool> {
+        folder::check_room(&self.folder, self.missing(steps, batch)?)?;
         let mut model = None;
         let mut step = 0;
         while step < steps {
@@ -181,6 +185,17 @@ impl KeptPredictions {
             }
         }
         Ok(true)
+    }
+
+    /// Bytes of what is not kept yet.
+    fn missing(&self, steps: usize, batch: &dyn Fn(usize) -> Result<TrainBatch>) -> Result<u64> {
+        let mut bytes = 0u64;
+        for step in (0..steps).filter(|&step| self.open(step).is_err()) {
+            let numbers = 2 * batch(step)?.predicting().len() as u64;
+            let own = numbers.saturating_mul(4).saturating_mul(self.k as u64);
+            bytes = bytes.saturating_add(own).saturating_add(AROUND);
+        }
+        Ok(bytes)
     }
 
     /// Removes all that was kept, after it has served.
