@@ -1,7 +1,7 @@
 //! `docs`: the pages that are what the program says of itself, and the schemas of its files.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use crate::{Outcome, binary, shell};
@@ -25,11 +25,45 @@ pub fn run(arguments: &[String]) -> Outcome {
         write(page, &said(&lightmoe, arguments)?, check)?;
     }
     let names = said(&lightmoe, &["reference", "--schemas"])?;
+    let mut files = Vec::new();
     for name in String::from_utf8_lossy(&names).lines() {
         let schema = said(&lightmoe, &["reference", "--schema", name])?;
-        write(&format!("{SCHEMAS}/{name}.schema.json"), &schema, check)?;
+        let file = format!("{name}.schema.json");
+        write(&format!("{SCHEMAS}/{file}"), &schema, check)?;
+        files.push(file);
+    }
+    for stale in others(&shell::root().join(SCHEMAS), &files)? {
+        remove(&stale, check)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What lies in a folder besides these files.
+fn others(folder: &Path, files: &[String]) -> Result<Vec<PathBuf>, String> {
+    let cannot = |e| format!("cannot read `{}` ({e})", folder.display());
+    let entries = fs::read_dir(folder).map_err(cannot)?;
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(cannot)?;
+        let name = entry.file_name();
+        if !files.iter().any(|file| name == file.as_str()) {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
+}
+
+/// Removes a file that the program no longer says, or with `check` refuses it.
+fn remove(path: &Path, check: bool) -> Result<(), String> {
+    let shown = path.display();
+    if check {
+        return Err(format!(
+            "`{shown}` is the schema of nothing; run `cargo xtask docs`, which removes it"
+        ));
+    }
+    fs::remove_file(path).map_err(|e| format!("cannot remove `{shown}` ({e})"))?;
+    eprintln!("removed {shown}");
+    Ok(())
 }
 
 /// What the program prints.
@@ -65,4 +99,26 @@ fn write(page: &str, text: &[u8], check: bool) -> Result<(), String> {
         return Err(format!("`{shown}` is out of date; run `cargo xtask docs`"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stale_file_is_found() {
+        let folder = shell::target().join("tmp").join("docs-of-nothing");
+        fs::create_dir_all(&folder).unwrap();
+        for name in ["plan.schema.json", "old.schema.json"] {
+            fs::write(folder.join(name), "{}").unwrap();
+        }
+        let known = ["plan.schema.json".to_owned()];
+        let found = others(&folder, &known).unwrap();
+        assert_eq!(found, [folder.join("old.schema.json")]);
+        let refused = remove(&found[0], true).unwrap_err();
+        assert!(refused.contains("old.schema.json"), "{refused}");
+        assert!(found[0].exists());
+        remove(&found[0], false).unwrap();
+        assert!(others(&folder, &known).unwrap().is_empty());
+    }
 }

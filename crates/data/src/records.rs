@@ -81,20 +81,21 @@ pub fn read_text(path: &Path) -> Result<String> {
 /// [`Error::Read`]
 pub(crate) fn read(path: &Path) -> Result<String> {
     let mut text = String::new();
-    let mut read = || {
-        let mut file = File::open(path)?;
-        match path.extension().is_some_and(|e| e == "gz") {
-            true => MultiGzDecoder::new(file).read_to_string(&mut text),
-            false => file.read_to_string(&mut text),
-        }
-    };
-    match read() {
-        Ok(_) => Ok(text),
-        Err(source) => Err(Error::Read {
-            path: path.into(),
-            source,
-        }),
-    }
+    let whole = open(path).and_then(|mut file| file.read_to_string(&mut text));
+    whole.map_err(|source| Error::Read {
+        path: path.into(),
+        source,
+    })?;
+    Ok(text)
+}
+
+/// Opens a file that may be packed.
+pub(crate) fn open(path: &Path) -> std::io::Result<Box<dyn Read>> {
+    let file = File::open(path)?;
+    Ok(match path.extension().is_some_and(|e| e == "gz") {
+        true => Box::new(MultiGzDecoder::new(file)),
+        false => Box::new(file),
+    })
 }
 
 fn parse(

@@ -1,5 +1,6 @@
 //! Plain text as data: documents of files, a tokenizer trained on them, and windows of tokens.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use rand::seq::SliceRandom;
@@ -11,7 +12,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer};
 
 use crate::example::text_ids;
-use crate::records::read;
+use crate::records::{open, read};
 use crate::rng::stream;
 use crate::tokenizer::{EOS, PAD};
 use crate::{Encoded, Error, Result};
@@ -69,13 +70,24 @@ pub fn is_text(path: &Path) -> Result<bool> {
     if !ends_in(path, ".jsonl") {
         return Ok(ends_in(path, ".txt"));
     }
-    let text = read(path)?;
-    let first = text.lines().find(|line| !line.trim().is_empty());
-    let fields = first.and_then(|line| serde_json::from_str::<Map<String, Value>>(line).ok());
+    let first = first_line(path).map_err(|source| Error::Read {
+        path: path.into(),
+        source,
+    })?;
+    let fields = serde_json::from_str::<Map<String, Value>>(&first).ok();
     let records = ["prompt", "completion", "messages"];
     Ok(fields.is_some_and(|fields| {
         fields.contains_key("text") && !records.iter().any(|field| fields.contains_key(*field))
     }))
+}
+
+/// The first line that is not empty; the file may be large, and no more of it is read.
+fn first_line(path: &Path) -> std::io::Result<String> {
+    let mut lines = BufReader::new(open(path)?).lines();
+    let is_empty =
+        |line: &std::io::Result<String>| line.as_ref().is_ok_and(|line| line.trim().is_empty());
+    let first = lines.find(|line| !is_empty(line));
+    first.unwrap_or_else(|| Ok(String::new()))
 }
 
 /// Reads the documents of a file: the field `text` of every line of one that ends in `.jsonl` or
@@ -301,6 +313,13 @@ mod tests {
         assert!(!is("e.jsonl", "no record"));
         assert!(!is("f.json", "{\"text\": \"a\"}"));
         assert!(is_text(&folder.path().join("none.jsonl")).is_err());
+        // No more is read than the first line, which must be readable.
+        let rest = [&b"{\"text\": \"a\"}\n"[..], &b"\xff\n".repeat(9000)].concat();
+        let path = folder.path().join("g.jsonl");
+        fs::write(&path, &rest).unwrap();
+        assert!(is_text(&path).unwrap());
+        fs::write(&path, &rest[14..]).unwrap();
+        assert!(is_text(&path).is_err());
     }
 
     #[test]

@@ -68,8 +68,16 @@ pub fn evaluate_text(
     match scores.values().all(|score| score.value.is_finite()) {
         true => Ok((scores, samples)),
         // So unlikely a text has no perplexity that can be written.
-        false => Err(Error::NotFinite { index: 0 }),
+        false => Err(Error::NotFinite {
+            index: least_likely(&samples),
+        }),
     }
+}
+
+/// The window whose tokens are the least likely in the mean.
+fn least_likely(samples: &[Sample]) -> usize {
+    let least = samples.iter().max_by(|a, b| a.nll.total_cmp(&b.nll));
+    least.map_or(0, |sample| sample.index)
 }
 
 fn scores(samples: &[Sample]) -> Scores {
@@ -87,4 +95,33 @@ fn scores(samples: &[Sample]) -> Scores {
         ("perplexity".to_owned(), perplexity),
         ("bits_per_byte".to_owned(), bits),
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_least_likely_window_is_to_blame() {
+        let sample = |(index, nll): (usize, f64)| Sample {
+            index,
+            prompt: String::new(),
+            target: "text".to_owned(),
+            prediction: None,
+            exact_match: false,
+            nll,
+            answer_tokens: 1,
+            choice: None,
+            choice_norm: None,
+            right_choice: None,
+            choice_nll: Vec::new(),
+        };
+        let samples: Vec<Sample> = [3.0, 2e3, 1e3]
+            .into_iter()
+            .enumerate()
+            .map(sample)
+            .collect();
+        assert_eq!(scores(&samples)["perplexity"].value, f64::INFINITY);
+        assert_eq!(least_likely(&samples), 1);
+    }
 }

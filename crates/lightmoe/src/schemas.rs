@@ -13,6 +13,7 @@ use crate::settings::Settings;
 use anyhow::Result;
 use lightmoe_compress::plan::Plan;
 use lightmoe_eval::Sample;
+use lightmoe_eval::harness::{BenchmarkResults, BenchmarkSample};
 use lightmoe_models::BankLayout;
 use lightmoe_train::Point;
 use schemars::generate::{Contract, SchemaSettings};
@@ -30,7 +31,7 @@ pub struct Artefact {
 }
 
 /// All of them, in the order of `docs/artefacts.md`.
-pub const ALL: [Artefact; 11] = [
+pub const ALL: [Artefact; 13] = [
     of::<Plan>("plan", "plan.json"),
     of::<State>("run", "run.json of a run"),
     of::<Results>("results", "results.json of a run"),
@@ -40,6 +41,11 @@ pub const ALL: [Artefact; 11] = [
     of::<PairedFile>("compare-results", "what `compare-results --json` writes"),
     of::<Point>("loss", "a line of logs/loss.jsonl"),
     of::<Sample>("samples", "a line of logs/samples_<task>_<stage>.jsonl"),
+    of::<BenchmarkResults>(
+        "benchmarks",
+        "results.json and results.partial.json of an evaluation on benchmarks",
+    ),
+    of::<BenchmarkSample>("benchmark-samples", "a line of samples_<task>.jsonl"),
     of::<BankLayout>("config", "the key `lightmoe` of a checkpoint's config.json"),
     Artefact {
         name: "recipe",

@@ -50,6 +50,29 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     sync_folder(parent(path))
 }
 
+/// Refuses what cannot fit the file system on which `target`, a file or folder that may not be there yet,
+/// is to have `needed` bytes more.
+///
+/// # Errors
+/// [`Error::Invalid`] with both sizes; [`Error::Io`] if the file system cannot be asked.
+pub fn check_room(target: &Path, needed: u64) -> Result<()> {
+    let place = target.ancestors().find(|place| place.exists());
+    let place = place.unwrap_or(Path::new("."));
+    let found = rustix::fs::statvfs(place).map_err(|e| Error::io(place, e.into()))?;
+    let free = found.f_bavail.saturating_mul(found.f_frsize);
+    if needed <= free {
+        return Ok(());
+    }
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    Err(Error::Invalid(format!(
+        "`{}` needs {:.2} GiB, but its file system has {:.2} GiB left; free some, or give another \
+         folder",
+        target.display(),
+        gib(needed),
+        gib(free)
+    )))
+}
+
 /// The earlier version of `target` that a kill between the two renames of
 /// [`PartialFolder::commit`] left under its other name.
 pub fn abandoned(target: &Path) -> Option<PathBuf> {
@@ -335,5 +358,20 @@ mod tests {
         write_file(&path, b"two").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(names(path.parent().unwrap()), ["a"]);
+    }
+
+    #[test]
+    fn what_cannot_fit_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("new/folder");
+        for place in [target.as_path(), Path::new("new/folder")] {
+            check_room(place, 0).unwrap();
+            let message = check_room(place, u64::MAX).unwrap_err().to_string();
+            assert!(
+                message.contains("new/folder` needs 17179869184.00 GiB"),
+                "{message}"
+            );
+        }
+        assert!(!root.path().join("new").exists());
     }
 }

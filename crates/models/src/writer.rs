@@ -6,7 +6,7 @@
 use crate::checkpoint::{Checkpoint, Extra};
 use crate::config::ModelConfig;
 use crate::encode::{encode, first_not_finite};
-use crate::folder::{PartialFolder, write_file};
+use crate::folder::{PartialFolder, check_room, write_file};
 use crate::index::INDEX;
 use crate::layout::BankLayout;
 use crate::manifest::Manifest;
@@ -138,7 +138,7 @@ impl CheckpointWriter {
         key: &str,
     ) -> Result<Self> {
         let shards = Shards::new(folder.target(), format, manifest, extras)?;
-        check_room(&folder, shards.total + ROOM)?;
+        check_room(folder.target(), shards.total + ROOM)?;
         let create = |shard: &crate::shards::Shard| {
             let path = folder.path().join(&shard.name);
             shard.create(&path).map_err(|e| Error::io(&path, e))
@@ -389,24 +389,6 @@ impl Drop for CheckpointWriter {
             self.folder.keep();
         }
     }
-}
-
-/// Refuses what cannot fit the file system of the folder.
-fn check_room(folder: &PartialFolder, needed: u64) -> Result<()> {
-    let path = folder.path();
-    let found = rustix::fs::statvfs(path).map_err(|e| Error::io(path, e.into()))?;
-    let free = found.f_bavail.saturating_mul(found.f_frsize);
-    if needed <= free {
-        return Ok(());
-    }
-    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-    Err(Error::Invalid(format!(
-        "`{}` needs {:.2} GiB, but its file system has {:.2} GiB left; free some, or give another \
-         folder",
-        folder.target().display(),
-        gib(needed),
-        gib(free)
-    )))
 }
 
 fn json(name: &str, value: &impl Serialize) -> Result<Vec<u8>> {

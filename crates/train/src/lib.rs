@@ -22,5 +22,5 @@ pub use objective::{Losses, TrainBatch, distance, load_balance, objective};
 pub use prepare::{Recovery, finish_recovery, prepare_recovery, unfold_bases};
 pub use pruning::RowPruning;
 pub use schedule::{Annealing, AnnealingShape, Decay, LearningRate};
-pub use teacher::{KeptPredictions, Predictions, Teacher, TopTokens, distance_to_top};
+pub use teacher::{KeptPredictions, Predictions, Teacher};
 pub use trainer::{Folders, Group, Outcome, TrainOptions, train};

@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 
 /// The most tokens of one pass of the other model, unless one batch has more.
 const PASS: usize = 1 << 14;
+/// The most bytes of a file of predictions beside its numbers: the header, and what the file system adds.
+const AROUND: u64 = 8 << 10;
 /// Below this a probability counts as none.
 const NONE: f64 = 1e-30;
 
@@ -72,11 +74,11 @@ fn logits(model: &dyn LanguageModel, batch: &TrainBatch) -> Result<Tensor> {
 
 /// The likeliest tokens that a model predicts for `A` targets, `k` each, at one temperature.
 #[derive(Debug, Clone)]
-pub struct TopTokens {
+struct TopTokens {
     /// Their ids, the likeliest first: `[A, k]`, u32.
-    pub ids: Tensor,
+    ids: Tensor,
     /// `ln` of their probabilities among all tokens: `[A, k]`.
-    pub log_probabilities: Tensor,
+    log_probabilities: Tensor,
 }
 
 impl TopTokens {
@@ -84,7 +86,7 @@ impl TopTokens {
     ///
     /// # Errors
     /// If the tensors fail.
-    pub fn of(logits: &Tensor, k: usize, temperature: f64) -> Result<Self> {
+    fn of(logits: &Tensor, k: usize, temperature: f64) -> Result<Self> {
         let all = log_softmax(&(logits.detach() / temperature)?, D::Minus1)?;
         let ids = all
             .arg_sort_last_dim(false)?
@@ -103,7 +105,7 @@ impl TopTokens {
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn distance_to_top(student: &Tensor, teacher: &TopTokens, temperature: f64) -> Result<Tensor> {
+fn distance_to_top(student: &Tensor, teacher: &TopTokens, temperature: f64) -> Result<Tensor> {
     let own = log_softmax(&(student / temperature)?, D::Minus1)?;
     let top = &teacher.log_probabilities;
     let probabilities = top.exp()?;
@@ -146,7 +148,8 @@ impl KeptPredictions {
     /// is told of steps that are done and may stop the work by `false`.
     ///
     /// # Errors
-    /// If the model fails, predicts what are no numbers, or files cannot be written.
+    /// If the file system has no room for them all, before the model is opened; if the model fails, predicts
+    /// what are no numbers, or files cannot be written.
     pub fn keep<'a>(
         &self,
         open: &dyn Fn() -> Result<Box<dyn LanguageModel + 'a>>,
@@ -154,6 +157,7 @@ impl KeptPredictions {
         batch: &dyn Fn(usize) -> Result<TrainBatch>,
         each: &mut dyn FnMut(usize) -> bool,
     ) -> Result<bool> {
+        folder::check_room(&self.folder, self.missing(steps, batch)?)?;
         let mut model = None;
         let mut step = 0;
         while step < steps {
@@ -181,6 +185,17 @@ impl KeptPredictions {
             }
         }
         Ok(true)
+    }
+
+    /// Bytes of what is not kept yet.
+    fn missing(&self, steps: usize, batch: &dyn Fn(usize) -> Result<TrainBatch>) -> Result<u64> {
+        let mut bytes = 0u64;
+        for step in (0..steps).filter(|&step| self.open(step).is_err()) {
+            let numbers = 2 * batch(step)?.predicting().len() as u64;
+            let own = numbers.saturating_mul(4).saturating_mul(self.k as u64);
+            bytes = bytes.saturating_add(own).saturating_add(AROUND);
+        }
+        Ok(bytes)
     }
 
     /// Removes all that was kept, after it has served.
@@ -275,5 +290,53 @@ impl KeptPredictions {
             ids: tensor("ids")?.to_dtype(DType::U32)?,
             log_probabilities: tensor("log_probabilities")?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+
+    /// With all tokens it is the distance itself; with fewer never more, and zero between equals.
+    #[test]
+    fn the_distance_to_the_likeliest_tokens() {
+        let (rows, width, temperature) = (4, 7, 2.0);
+        let tensor = |start: f64| {
+            let numbers = (0..rows * width).map(|i| (start + i as f64 * 1.7).sin() * 3.0);
+            Tensor::from_vec(numbers.collect::<Vec<_>>(), (rows, width), &Device::Cpu).unwrap()
+        };
+        let (own, other) = (tensor(0.3), tensor(1.1));
+        let to_top = |own: &Tensor, k: usize| {
+            let top = TopTokens::of(&other, k, temperature).unwrap();
+            distance_to_top(own, &top, temperature).unwrap()
+        };
+        let number = |t: Tensor| t.to_scalar::<f64>().unwrap();
+        let whole = number(distance(&own, &other, temperature).unwrap());
+        let found: Vec<f64> = (1..=width).map(|k| number(to_top(&own, k))).collect();
+        assert!((found[width - 1] - whole).abs() < 1e-12 && whole > 0.1);
+        assert!(
+            found.windows(2).all(|two| two[0] <= two[1] + 1e-12),
+            "{found:?}"
+        );
+        assert!(found[0] > 0.0 && found[0] < whole);
+        assert!((1..=width).all(|k| number(to_top(&other, k)).abs() < 1e-12));
+
+        let student = Var::from_tensor(&own).unwrap();
+        let grads = to_top(student.as_tensor(), 3).backward().unwrap();
+        let grad = grads.get(&student).unwrap().flatten_all().unwrap();
+        let values = own.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        for (i, grad) in grad.to_vec1::<f64>().unwrap().into_iter().enumerate() {
+            let moved = |step: f64| {
+                let mut values = values.clone();
+                values[i] += step;
+                number(to_top(
+                    &Tensor::from_vec(values, (rows, width), &Device::Cpu).unwrap(),
+                    3,
+                ))
+            };
+            let slope = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+            assert!((slope - grad).abs() < 1e-8, "{i}: {grad} is not {slope}");
+        }
     }
 }

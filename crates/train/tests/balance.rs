@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use lightmoe_models::{Decoder, LanguageModel, ModelConfig, ParameterKind, Routing, Tokens};
-use lightmoe_train::{TopTokens, TrainBatch, distance, distance_to_top, load_balance, objective};
+use lightmoe_train::{TrainBatch, distance, load_balance, objective};
 use std::path::Path;
 
 /// A routing with these probabilities `[T, E]` and choices `[T · K]`.
@@ -252,46 +252,4 @@ fn the_distance_to_a_teacher() {
     }
     let same = distance(&tensor(&own), &tensor(&own), temperature).unwrap();
     assert!(same.to_scalar::<f64>().unwrap().abs() < 1e-12);
-}
-
-/// With all tokens it is the distance itself; with fewer never more, and zero between equals.
-#[test]
-fn the_distance_to_the_likeliest_tokens() {
-    let (rows, width, temperature) = (4, 7, 2.0);
-    let tensor = |start: f64| {
-        let numbers = (0..rows * width).map(|i| (start + i as f64 * 1.7).sin() * 3.0);
-        Tensor::from_vec(numbers.collect::<Vec<_>>(), (rows, width), &Device::Cpu).unwrap()
-    };
-    let (own, other) = (tensor(0.3), tensor(1.1));
-    let to_top = |own: &Tensor, k: usize| {
-        let top = TopTokens::of(&other, k, temperature).unwrap();
-        distance_to_top(own, &top, temperature).unwrap()
-    };
-    let number = |t: Tensor| t.to_scalar::<f64>().unwrap();
-    let whole = number(distance(&own, &other, temperature).unwrap());
-    let found: Vec<f64> = (1..=width).map(|k| number(to_top(&own, k))).collect();
-    assert!((found[width - 1] - whole).abs() < 1e-12 && whole > 0.1);
-    assert!(
-        found.windows(2).all(|two| two[0] <= two[1] + 1e-12),
-        "{found:?}"
-    );
-    assert!(found[0] > 0.0 && found[0] < whole);
-    assert!((1..=width).all(|k| number(to_top(&other, k)).abs() < 1e-12));
-
-    let student = Var::from_tensor(&own).unwrap();
-    let grads = to_top(student.as_tensor(), 3).backward().unwrap();
-    let grad = grads.get(&student).unwrap().flatten_all().unwrap();
-    let values = own.flatten_all().unwrap().to_vec1::<f64>().unwrap();
-    for (i, grad) in grad.to_vec1::<f64>().unwrap().into_iter().enumerate() {
-        let moved = |step: f64| {
-            let mut values = values.clone();
-            values[i] += step;
-            number(to_top(
-                &Tensor::from_vec(values, (rows, width), &Device::Cpu).unwrap(),
-                3,
-            ))
-        };
-        let slope = (moved(1e-5) - moved(-1e-5)) / 2e-5;
-        assert!((slope - grad).abs() < 1e-8, "{i}: {grad} is not {slope}");
-    }
 }

@@ -189,3 +189,24 @@ fn predictions_of_other_settings_are_refused() {
     let file = TensorFile::open(folder.join("1.safetensors")).unwrap();
     assert_eq!(file.shape("ids").unwrap(), [32, 4]);
 }
+
+/// What cannot fit the disk is refused before the model is opened, and nothing is left; what is there already
+/// needs no room.
+#[test]
+fn predictions_without_room_are_refused() {
+    let models = Models::new();
+    let original = Decoder::load(&models.original).unwrap();
+    let folder = models.folder.path().join("predictions");
+    let go = &mut |_: usize| true;
+    let unopened = || -> Result<Box<dyn LanguageModel>> { panic!("the model was opened") };
+    let all = 1 << 60;
+    let refused = kept(&folder, all).keep(&unopened, 2, &batch, go);
+    let message = refused.unwrap_err().to_string();
+    for part in ["predictions", "GiB left", "free some"] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    assert!(!folder.exists());
+    let whole = kept(&folder, 3);
+    whole.keep(&opened(&original), 2, &batch, go).unwrap();
+    whole.keep(&unopened, 2, &batch, go).unwrap();
+}

@@ -1,13 +1,15 @@
 //! The files that describe tasks and groups: YAML in the vocabulary of lm-evaluation-harness.
 
 use super::data_files::DataFiles;
+use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 /// One task. What a file leaves out is absent, so that a file can be laid over one that it includes;
 /// the methods name the defaults, which are the harness's.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(transform = need_no_key)]
 pub struct TaskConfig {
     /// A file beside this one whose keys hold where this one has none.
     pub include: Option<String>,
@@ -182,6 +184,11 @@ pub(super) fn version(metadata: Option<&Map<String, Value>>) -> Value {
         .unwrap_or(Value::Null)
 }
 
+/// In a schema: what is absent is not written.
+fn need_no_key(schema: &mut Schema) {
+    schema.remove("required");
+}
+
 /// What is absent is not written.
 fn remove_nulls(value: &mut Value) {
     match value {
@@ -195,7 +202,7 @@ fn remove_nulls(value: &mut Value) {
 }
 
 /// What is asked of the model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OutputType {
     /// The likelihood of one answer.
@@ -209,7 +216,7 @@ pub enum OutputType {
 }
 
 /// The choices of a task.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Choices {
     /// The same for every document.
@@ -219,7 +226,7 @@ pub enum Choices {
 }
 
 /// How few-shot examples are chosen.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FewshotConfig {
     /// The rule.
@@ -228,7 +235,7 @@ pub struct FewshotConfig {
 }
 
 /// The rule by which few-shot examples are chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Sampler {
     /// At random, others for each document.
@@ -239,8 +246,9 @@ pub enum Sampler {
 }
 
 /// How answers are generated: greedily, or sampled.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = need_no_key)]
 pub struct GenerationConfig {
     /// Texts that end an answer, and are no part of it.
     #[serde(default, deserialize_with = "one_or_many")]
@@ -269,7 +277,7 @@ impl GenerationConfig {
 }
 
 /// A chain of filters with a name, which results carry behind the metric's.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FilterChain {
     /// The name.
@@ -279,7 +287,7 @@ pub struct FilterChain {
 }
 
 /// One filter on generated answers.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "function", rename_all = "snake_case", deny_unknown_fields)]
 pub enum FilterStep {
     /// A match of the pattern, or of its first group that took part.
@@ -322,7 +330,7 @@ pub enum FilterStep {
         #[serde(default)]
         mapping_dict: Map<String, Value>,
         /// For answers that are not there.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         default_value: Option<String>,
     },
 }
@@ -336,16 +344,16 @@ fn default_fallback() -> String {
 }
 
 /// One metric.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MetricConfig {
     /// Its name.
     pub metric: String,
     /// How values become one; the metric's own if absent.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub aggregation: Option<String>,
     /// Overrules what is known of the metric.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub higher_is_better: Option<bool>,
     /// `exact_match`, `bleu`, `chrf`, `chrf++`: in small letters.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -366,7 +374,7 @@ pub struct MetricConfig {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub use_stemmer: bool,
     /// `bleu`: how texts become words, `13a` or `zh`.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenize: Option<String>,
     /// `pass_at_k`: programs of which one has to pass; one score each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -121,8 +121,12 @@ fn common_in_lines(answer: &[Vec<String>], reference: &[Vec<String>]) -> usize {
 /// Marks the words of `a` in the longest subsequence that it has in common with `b`: of several, in the
 /// one that `rouge_score` takes, which leaves out a word of `a` rather than one of `b`.
 fn mark_common(a: &[String], b: &[String], is_common: &mut [bool]) {
-    let first = vec![0; b.len() + 1];
-    let rows: Vec<Vec<u32>> = std::iter::once(first).chain(common_lengths(a, b)).collect();
+    let mut rows = vec![vec![0; b.len() + 1]];
+    for word in a {
+        let mut row = rows[rows.len() - 1].clone();
+        add_word(&mut row, word, b);
+        rows.push(row);
+    }
     let (mut i, mut j) = (a.len(), b.len());
     while i > 0 && j > 0 {
         if a[i - 1] == b[j - 1] {
@@ -138,26 +142,25 @@ fn mark_common(a: &[String], b: &[String], is_common: &mut [bool]) {
 
 /// The length of the longest common subsequence.
 fn longest_common(a: &[String], b: &[String]) -> usize {
-    let last = common_lengths(a, b).last();
-    last.and_then(|row| row.last().copied()).unwrap_or(0) as usize
+    let mut row = vec![0; b.len() + 1];
+    for word in a {
+        add_word(&mut row, word, b);
+    }
+    row[b.len()] as usize
 }
 
-/// For each beginning of `a` that is not empty, the lengths of the longest subsequences that it has in
-/// common with the beginnings of `b`, the empty one first.
-fn common_lengths<'a>(a: &'a [String], b: &'a [String]) -> impl Iterator<Item = Vec<u32>> + 'a {
-    let mut row = vec![0; b.len() + 1];
-    a.iter().map(move |word| {
-        let mut diagonal = 0;
-        for (place, other) in b.iter().enumerate() {
-            let above = row[place + 1];
-            row[place + 1] = match word == other {
-                true => diagonal + 1,
-                false => above.max(row[place]),
-            };
-            diagonal = above;
-        }
-        row.clone()
-    })
+/// `row` has the lengths of the longest subsequences that a text has in common with the beginnings of `b`,
+/// the empty one first; makes them those of the text with one `word` more.
+fn add_word(row: &mut [u32], word: &str, b: &[String]) {
+    let mut diagonal = 0;
+    for (place, other) in b.iter().enumerate() {
+        let above = row[place + 1];
+        row[place + 1] = match word == other {
+            true => diagonal + 1,
+            false => above.max(row[place]),
+        };
+        diagonal = above;
+    }
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ pub(crate) mod encode;
 mod filters;
 mod found;
 mod journal;
+mod layout;
 mod metrics;
 mod programs;
 mod reference;
@@ -20,10 +21,14 @@ mod work;
 
 pub use cache::RequestCache;
 pub use encode::{BeginOfText, rendered};
+pub use layout::{
+    BenchmarkResults, CallOptions, Cell, Documents, Partial, Row, ScoreKey, TaskKeys,
+};
 pub use metrics::corpus_metric;
 pub use programs::Judge;
 pub use reference::reference_rows;
 pub use results::{RunFacts, results};
+pub use sample::{Arguments, Asked, BenchmarkSample, Response, SampleValue};
 
 use crate::{Error, Progress, Result};
 use encode::Encoder;
@@ -34,7 +39,6 @@ use lightmoe_data::harness::{Prompts, TaskConfig};
 use lightmoe_models::{LanguageModel, ModelTokenizer};
 use metrics::{Kind, Metric, Value, metrics};
 use programs::Verdicts;
-use serde_json::{Map, Value as Json};
 use sha2::{Digest, Sha256};
 use std::path::Path;
 use work::{Stores, Work};
@@ -140,7 +144,7 @@ pub struct TaskOutcome {
     /// Documents that were scored.
     pub documents: usize,
     /// What became of each document, in the harness's form.
-    pub samples: Vec<Map<String, Json>>,
+    pub samples: Vec<BenchmarkSample>,
     /// A hash over documents, prompts and targets.
     pub hash: String,
 }

@@ -1,17 +1,22 @@
 //! `results.json` in the layout of lm-evaluation-harness.
 
+use super::layout::{
+    BenchmarkResults, CallOptions, Cell, Documents, Partial, Row, ScoreKey, TaskKeys,
+};
 use super::{Outcome, TaskOutcome, TaskPrompts, hash_text, metrics::metrics};
 use crate::Result;
+use indexmap::IndexMap;
 use lightmoe_data::harness::{Benchmark, GroupConfig, GroupMetric, TaskConfig};
 use lightmoe_models::ModelTokenizer;
-use serde_json::{Map, Value as Json, json};
+use serde_json::{Value as Json, json};
+use std::collections::BTreeMap;
 
 /// What is recorded of a run besides its scores.
 pub struct RunFacts<'a> {
     /// The model, as given.
     pub model: &'a str,
-    /// Options of the run, for `config`.
-    pub config: Map<String, Json>,
+    /// Options of the run.
+    pub config: CallOptions,
     /// Text before the tasks' descriptions.
     pub system_instruction: Option<&'a str>,
     /// The chat template, if it was used.
@@ -39,113 +44,87 @@ pub fn results(
     outcome: &Outcome,
     tokenizer: &ModelTokenizer,
     facts: RunFacts<'_>,
-) -> Result<Map<String, Json>> {
+) -> Result<BenchmarkResults> {
     let mut tables = Tables {
         outcome,
-        results: Map::new(),
-        groups: Map::new(),
-        subtasks: Map::new(),
-        versions: Map::new(),
+        results: IndexMap::new(),
+        groups: IndexMap::new(),
+        subtasks: IndexMap::new(),
+        versions: BTreeMap::new(),
     };
     tables.add(selected, 0);
-    let by_task = |value: &dyn Fn(&TaskPrompts) -> Result<Json>| -> Result<Map<String, Json>> {
-        let pairs = tasks
-            .iter()
-            .map(|t| Ok((t.task.name().to_owned(), value(t)?)));
-        let mut map: Map<String, Json> = pairs.collect::<Result<_>>()?;
-        map.sort_keys();
-        Ok(map)
-    };
-    let direction = |task: &TaskConfig| -> Result<Map<String, Json>> {
-        let metrics = metrics(task)?.into_iter();
-        Ok(metrics
-            .map(|metric| (metric.asked, metric.higher_is_better.into()))
-            .collect())
-    };
-    let mut directions = by_task(&|t| Ok(direction(&t.task)?.into()))?;
-    for benchmark in selected {
-        add_directions(benchmark, &mut directions, &direction)?;
-    }
-    let configs = by_task(&|t| config(t).map(Json::from))?;
-    let shots = by_task(&|t| Ok(t.prompts.num_fewshot.into()))?;
-    let counts = by_task(&|t| {
-        Ok(json!({"original": t.prompts.documents, "effective": t.prompts.items.len()}))
-    })?;
-    let hashes: Map<String, Json> = outcome
-        .tasks
+    let mut directions: BTreeMap<String, Directions> = tasks
         .iter()
-        .map(|task| (task.name.clone(), json!(task.hash)))
-        .collect();
-    let token = |id: Option<u32>| -> Result<Json> {
-        Ok(match id {
-            Some(id) => json!([tokenizer.decode_all(&[id])?, id.to_string()]),
-            None => Json::Null,
-        })
+        .map(|task| Ok((name(task), directions(&task.task)?)))
+        .collect::<Result<_>>()?;
+    for benchmark in selected {
+        add_directions(benchmark, &mut directions)?;
+    }
+    let configs = tasks.iter().map(|task| Ok((name(task), keys(task)?)));
+    let shots = tasks
+        .iter()
+        .map(|task| (name(task), task.prompts.num_fewshot));
+    let documents = tasks.iter().map(|task| {
+        let documents = Documents {
+            original: task.prompts.documents,
+            effective: task.prompts.items.len(),
+        };
+        (name(task), documents)
+    });
+    let hashes = outcome.tasks.iter();
+    let hashes = hashes.map(|task| (task.name.clone(), task.hash.clone()));
+    let token = |id: u32| -> Result<(String, String)> {
+        Ok((tokenizer.decode_all(&[id])?, id.to_string()))
     };
-    let mut all = Map::new();
-    let mut put = |key: &str, value: Json| all.insert(key.to_owned(), value);
-    put("results", tables.results.into());
-    if !tables.groups.is_empty() {
-        put("groups", tables.groups.into());
-    }
-    put("group_subtasks", tables.subtasks.into());
-    put("configs", configs.into());
-    tables.versions.sort_keys();
-    put("versions", tables.versions.into());
-    put("n-shot", shots.into());
-    put("higher_is_better", directions.into());
-    put("n-samples", counts.into());
-    put("config", facts.config.into());
-    put("git_hash", facts.git_hash.into());
-    put("date", facts.date.into());
-    put("lightmoe_version", facts.version.into());
-    put("tokenizer_eos_token", token(Some(tokenizer.eos))?);
-    put("tokenizer_bos_token", token(tokenizer.bos)?);
-    put("eot_token_id", tokenizer.eos.into());
-    put("max_length", outcome.max_length.into());
-    let signatures = signatures(outcome);
-    if !signatures.is_empty() {
-        put("signatures", signatures.into());
-    }
-    put("task_hashes", hashes.into());
-    put("model_source", "lightmoe".into());
-    put("model_name", facts.model.into());
-    put("model_name_sanitized", sanitized(facts.model).into());
-    put("system_instruction", facts.system_instruction.into());
-    put(
-        "system_instruction_sha",
-        facts.system_instruction.map(hash_text).into(),
-    );
-    put("fewshot_as_multiturn", facts.fewshot_as_multiturn.into());
-    put("chat_template", facts.chat_template.into());
-    put(
-        "chat_template_sha",
-        facts.chat_template.map(hash_text).into(),
-    );
-    put(
-        "total_evaluation_time_seconds",
-        facts.seconds.to_string().into(),
-    );
-    if !outcome.is_whole {
-        let done: usize = outcome.tasks.iter().map(|task| task.documents).sum();
-        let documents: usize = tasks.iter().map(|task| task.prompts.items.len()).sum();
-        put(
-            "partial",
-            json!({"documents_done": done, "documents": documents}),
-        );
-    }
-    Ok(all)
+    let partial = || Partial {
+        documents_done: outcome.tasks.iter().map(|task| task.documents).sum(),
+        documents: tasks.iter().map(|task| task.prompts.items.len()).sum(),
+    };
+    Ok(BenchmarkResults {
+        results: tables.results,
+        groups: tables.groups,
+        group_subtasks: tables.subtasks,
+        configs: configs.collect::<Result<_>>()?,
+        versions: tables.versions,
+        n_shot: shots.collect(),
+        higher_is_better: directions,
+        n_samples: documents.collect(),
+        config: facts.config,
+        git_hash: facts.git_hash.map(str::to_owned),
+        date: facts.date,
+        lightmoe_version: facts.version.to_owned(),
+        tokenizer_eos_token: token(tokenizer.eos)?,
+        tokenizer_bos_token: tokenizer.bos.map(token).transpose()?,
+        eot_token_id: tokenizer.eos,
+        max_length: outcome.max_length,
+        signatures: signatures(outcome),
+        task_hashes: hashes.collect(),
+        model_source: "lightmoe",
+        model_name: facts.model.to_owned(),
+        model_name_sanitized: sanitized(facts.model),
+        system_instruction: facts.system_instruction.map(str::to_owned),
+        system_instruction_sha: facts.system_instruction.map(hash_text),
+        fewshot_as_multiturn: facts.fewshot_as_multiturn,
+        chat_template: facts.chat_template.map(str::to_owned),
+        chat_template_sha: facts.chat_template.map(hash_text),
+        total_evaluation_time_seconds: facts.seconds.to_string(),
+        partial: (!outcome.is_whole).then(partial),
+    })
+}
+
+fn name(task: &TaskPrompts) -> String {
+    task.task.name().to_owned()
 }
 
 /// By task and metric, what decides the scores of a corpus besides the texts.
-fn signatures(outcome: &Outcome) -> Map<String, Json> {
+fn signatures(outcome: &Outcome) -> IndexMap<String, IndexMap<String, String>> {
     let of_task = |task: &TaskOutcome| {
         let signed = task
             .scores
             .iter()
-            .filter_map(|score| Some((score.metric.clone(), score.signature.clone()?.into())));
-        let signed: Map<String, Json> = signed.collect();
-        (!signed.is_empty()).then(|| (task.name.clone(), signed.into()))
+            .filter_map(|score| Some((score.metric.clone(), score.signature.clone()?)));
+        let signed: IndexMap<String, String> = signed.collect();
+        (!signed.is_empty()).then(|| (task.name.clone(), signed))
     };
     outcome.tasks.iter().filter_map(of_task).collect()
 }
@@ -170,7 +149,7 @@ fn sanitized(name: &str) -> String {
 }
 
 /// The keys of a task with what was filled in.
-fn config(task: &TaskPrompts) -> Result<Map<String, Json>> {
+fn keys(task: &TaskPrompts) -> Result<TaskKeys> {
     let mut keys = task.task.to_map()?;
     let mut fill = |key: &str, value: Json| {
         keys.entry(key).or_insert(value);
@@ -182,32 +161,34 @@ fn config(task: &TaskPrompts) -> Result<Map<String, Json>> {
     fill("repeats", json!(1));
     fill("should_decontaminate", json!(false));
     keys.insert("num_fewshot".into(), task.prompts.num_fewshot.into());
-    Ok(keys)
+    Ok(TaskKeys(keys))
 }
 
-type Direction<'a> = dyn Fn(&TaskConfig) -> Result<Map<String, Json>> + 'a;
+/// By metric, whether more is better; unknown where tasks disagree.
+type Directions = IndexMap<String, Option<bool>>;
 
-/// Of each group, whether more is better, of all metrics of its tasks; unknown where they disagree.
-fn add_directions(
-    benchmark: &Benchmark,
-    all: &mut Map<String, Json>,
-    direction: &Direction<'_>,
-) -> Result<()> {
+fn directions(task: &TaskConfig) -> Result<Directions> {
+    let metrics = metrics(task)?.into_iter();
+    let directions = metrics.map(|metric| (metric.asked, Some(metric.higher_is_better)));
+    Ok(directions.collect())
+}
+
+/// Those of each group, of all metrics of its tasks.
+fn add_directions(benchmark: &Benchmark, all: &mut BTreeMap<String, Directions>) -> Result<()> {
     if let Benchmark::Group(group, members) = benchmark {
-        let mut of_group: Map<String, Json> = Map::new();
+        let mut of_group = Directions::new();
         for task in benchmark.tasks() {
-            for (metric, higher) in direction(task)? {
-                let agreed = of_group.entry(metric).or_insert(higher.clone());
+            for (metric, higher) in directions(task)? {
+                let agreed = of_group.entry(metric).or_insert(higher);
                 if *agreed != higher {
-                    *agreed = Json::Null;
+                    *agreed = None;
                 }
             }
         }
-        all.insert(group.group.clone(), of_group.into());
+        all.insert(group.group.clone(), of_group);
         for member in members {
-            add_directions(member, all, direction)?;
+            add_directions(member, all)?;
         }
-        all.sort_keys();
     }
     Ok(())
 }
@@ -215,10 +196,10 @@ fn add_directions(
 /// The parts of the results that groups have a place in.
 struct Tables<'a> {
     outcome: &'a Outcome,
-    results: Map<String, Json>,
-    groups: Map<String, Json>,
-    subtasks: Map<String, Json>,
-    versions: Map<String, Json>,
+    results: IndexMap<String, Row>,
+    groups: IndexMap<String, Row>,
+    subtasks: IndexMap<String, Vec<String>>,
+    versions: BTreeMap<String, Json>,
 }
 
 impl Tables<'_> {
@@ -234,35 +215,28 @@ impl Tables<'_> {
             let name = benchmark.name().to_owned();
             match benchmark {
                 Benchmark::Task(task) => {
-                    let alias = format!("{mark}{}", task.alias());
-                    let mut row = Map::from_iter([("alias".to_owned(), alias.into())]);
-                    for score in self
-                        .of(&name)
-                        .map(|t| t.scores.as_slice())
-                        .unwrap_or_default()
-                    {
-                        row.extend(entries(
-                            &score.metric,
-                            &score.filter,
-                            score.value,
-                            score.stderr,
-                        ));
-                    }
-                    self.results.insert(name.clone(), row.into());
+                    let scores = self.of(&name).into_iter().flat_map(|t| &t.scores);
+                    let row = Row {
+                        alias: format!("{mark}{}", task.alias()),
+                        scores: scores
+                            .flat_map(|s| cells(&s.metric, &s.filter, s.value, s.stderr))
+                            .collect(),
+                    };
+                    self.results.insert(name.clone(), row);
                     self.versions.insert(name.clone(), task.version());
                     if depth == 0 {
-                        self.subtasks.insert(name, json!([]));
+                        self.subtasks.insert(name, Vec::new());
                     }
                 }
                 Benchmark::Group(group, members) => {
                     let row = self.group(group, benchmark, format!("{mark}{}", group.alias()));
                     if group.aggregate_metric_list.is_some() {
-                        self.groups.insert(name.clone(), row.clone().into());
+                        self.groups.insert(name.clone(), row.clone());
                         self.versions.insert(name.clone(), group.version());
                     }
-                    self.results.insert(name.clone(), row.into());
-                    let members_names: Vec<&str> = members.iter().map(Benchmark::name).collect();
-                    self.subtasks.insert(name, json!(members_names));
+                    self.results.insert(name.clone(), row);
+                    let names = members.iter().map(|member| member.name().to_owned());
+                    self.subtasks.insert(name, names.collect());
                     self.add(members, depth + 1);
                 }
             }
@@ -276,36 +250,31 @@ impl Tables<'_> {
             .find(|outcome| outcome.name == task && outcome.documents > 0)
     }
 
-    fn group(
-        &self,
-        group: &GroupConfig,
-        benchmark: &Benchmark,
-        alias: String,
-    ) -> Map<String, Json> {
-        let mut row = Map::from_iter([("alias".to_owned(), Json::from(alias))]);
+    fn group(&self, group: &GroupConfig, benchmark: &Benchmark, alias: String) -> Row {
+        let mut scores = IndexMap::new();
         let Some(list) = &group.aggregate_metric_list else {
-            row.insert(" ".into(), " ".into());
-            return row;
+            scores.insert(ScoreKey(" ".into()), Cell::Text(" "));
+            return Row { alias, scores };
         };
         let tasks = benchmark.tasks();
         let tasks: Vec<&TaskOutcome> = tasks.iter().filter_map(|t| self.of(t.name())).collect();
         for metric in list {
             for filter in &metric.filter_list {
                 if let Some((value, stderr)) = pooled(metric, filter, &tasks) {
-                    row.extend(entries(&metric.metric, filter, value, stderr));
+                    scores.extend(cells(&metric.metric, filter, value, stderr));
                 }
             }
         }
-        row
+        Row { alias, scores }
     }
 }
 
-fn entries(metric: &str, filter: &str, value: f64, stderr: Option<f64>) -> [(String, Json); 2] {
+fn cells(metric: &str, filter: &str, value: f64, stderr: Option<f64>) -> [(ScoreKey, Cell); 2] {
     [
-        (format!("{metric},{filter}"), value.into()),
+        (ScoreKey(format!("{metric},{filter}")), Cell::Number(value)),
         (
-            format!("{metric}_stderr,{filter}"),
-            stderr.map_or("N/A".into(), Json::from),
+            ScoreKey(format!("{metric}_stderr,{filter}")),
+            stderr.map_or(Cell::Text("N/A"), Cell::Number),
         ),
     ]
 }

@@ -4,6 +4,7 @@ use super::filters::Filters;
 use super::found::{Found, Place, RowScore};
 use super::metrics::{Kind, Metric, Unit, Value};
 use super::programs::{Verdicts, pass_at_k, program};
+use super::sample::Response;
 use crate::{Error, Result};
 use lightmoe_data::harness::{Item, NO_FILTER, OutputType, TaskConfig, python};
 use serde_json::Value as Json;
@@ -13,9 +14,9 @@ pub(super) struct Scored {
     /// Number of the document.
     pub(super) number: usize,
     /// What the model gave to each request, as the harness writes it.
-    pub(super) responses: Vec<Json>,
+    pub(super) responses: Vec<Vec<Response>>,
     /// The same filtered.
-    pub(super) filtered: Vec<Json>,
+    pub(super) filtered: Vec<Response>,
     /// By metric.
     pub(super) values: Vec<Value>,
 }
@@ -59,13 +60,14 @@ impl Scorer<'_> {
                 .iter()
                 .map(|metric| self.answer_value(metric, item, &filtered));
             let values: Option<Vec<Value>> = values.collect::<Result<_>>()?;
+            let one = |answer: &&str| Response::One((*answer).to_owned());
             return Ok(values.map(|values| Scored {
                 number,
-                responses: vec![Json::from(answers)],
+                responses: vec![answers.iter().map(one).collect()],
                 values,
                 filtered: vec![match self.filters.takes_first(chain) {
-                    true => Json::from(filtered.into_iter().next()),
-                    false => Json::from(filtered),
+                    true => Response::One(filtered.into_iter().next().unwrap_or_default()),
+                    false => Response::Several(filtered),
                 }],
             }));
         }
@@ -80,18 +82,15 @@ impl Scorer<'_> {
         let values = values.collect::<Result<Vec<Value>>>()?;
         // As Python writes them.
         let written = |score: &RowScore| match self.task.output_type() {
-            OutputType::LoglikelihoodRolling => Json::from(score.log_likelihood.to_string()),
-            _ => Json::from(vec![
+            OutputType::LoglikelihoodRolling => Response::One(score.log_likelihood.to_string()),
+            _ => Response::Several(vec![
                 score.log_likelihood.to_string(),
                 python::text_of(&Json::from(score.greedy)),
             ]),
         };
         Ok(Some(Scored {
             number,
-            responses: scores
-                .iter()
-                .map(|score| Json::from(vec![written(score)]))
-                .collect(),
+            responses: scores.iter().map(|score| vec![written(score)]).collect(),
             filtered: scores.iter().map(written).collect(),
             values,
         }))

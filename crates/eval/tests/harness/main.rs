@@ -7,11 +7,11 @@ mod resume;
 use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns, build_prompts};
 use lightmoe_data::records::Message;
 use lightmoe_eval::harness::{
-    BeginOfText, HarnessOptions, Judge, Kept, RunFacts, TaskPrompts, check_task, evaluate_tasks,
-    rendered, results,
+    BeginOfText, CallOptions, HarnessOptions, Judge, Kept, RunFacts, TaskPrompts, check_task,
+    evaluate_tasks, rendered, results,
 };
 use lightmoe_models::{Checkpoint, Decoder, ModelTokenizer};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -210,6 +210,7 @@ fn check(run: &str) {
     .unwrap();
     assert!(outcome.is_whole);
     let ours = results(&selected, &tasks, &outcome, tokenizer, facts()).unwrap();
+    let ours = serde_json::to_value(ours).unwrap();
     for key in [
         "results",
         "groups",
@@ -247,6 +248,7 @@ fn check(run: &str) {
         // HellaSwag's documents hold here what is used of a row.
         let has_same_docs = task.name != "hellaswag";
         for (ours, theirs) in task.samples.iter().zip(theirs) {
+            let ours = serde_json::to_value(ours).unwrap();
             let mut theirs = theirs.as_object().unwrap().clone();
             let place = format!("{run}/{}/{}", task.name, theirs["doc_id"]);
             let mut keys: Vec<String> = theirs.keys().cloned().collect();
@@ -272,7 +274,7 @@ fn check(run: &str) {
 fn facts() -> RunFacts<'static> {
     RunFacts {
         model: "fixtures/olmoe-nano",
-        config: Map::new(),
+        config: CallOptions::default(),
         system_instruction: None,
         chat_template: None,
         fewshot_as_multiturn: false,

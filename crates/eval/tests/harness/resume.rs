@@ -55,7 +55,7 @@ fn an_interrupted_evaluation_goes_on_to_the_same_numbers() {
     assert!(!whole && lines() < everything, "{}", lines());
     assert!(samples.as_array().unwrap().len() < undisturbed.as_array().unwrap().len());
     let said = results(&selected, &tasks, &part, &world.tokenizer, facts()).unwrap();
-    assert_eq!(said["partial"]["documents"], 16);
+    assert_eq!(said.partial.unwrap().documents, 16);
     // A line that a kill cut off is done again.
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, &text[..text.len() - 5]).unwrap();

@@ -81,7 +81,8 @@ fn add_rows(table: &mut Section, benchmarks: &[Benchmark], depth: usize) {
     }
 }
 
-fn shown(value: &Value) -> String {
+/// A version.
+pub(super) fn shown(value: &Value) -> String {
     match value {
         Value::Null => String::new(),
         other => other.to_string(),

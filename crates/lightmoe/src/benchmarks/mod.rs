@@ -19,11 +19,10 @@ use data::{Download, prompts_of};
 use lightmoe_data::harness::{Benchmark, Catalogue, Chat, PromptOptions, Turns};
 use lightmoe_data::records::Message;
 use lightmoe_eval::harness::{
-    BeginOfText, HarnessOptions, Judge, Kept, Outcome, RequestCache, RunFacts, TaskPrompts,
-    check_task, evaluate_tasks, rendered, results,
+    BeginOfText, BenchmarkResults, CallOptions, Cell, HarnessOptions, Judge, Kept, Outcome,
+    RequestCache, RunFacts, ScoreKey, TaskPrompts, check_task, evaluate_tasks, rendered, results,
 };
 use lightmoe_models::{ModelTokenizer, folder};
-use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -43,7 +42,7 @@ const FEWSHOT_SEED: u32 = 1234;
 /// [`Refused`] for tasks and data that cannot be used; if the work was stopped, with what was done in
 /// `results.partial.json`.
 pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Result<String> {
-    let begin = Instant::now();
+    let (begin, date) = (Instant::now(), SystemTime::now());
     let selected = Catalogue::built_in()?
         .checking(check_task)
         .select(&args.tasks)
@@ -109,7 +108,7 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
         system_instruction: args.system_instruction.as_deref(),
         chat_template: tokenizer.template().filter(|_| args.apply_chat_template),
         fewshot_as_multiturn: args.fewshot_as_multiturn,
-        date: SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64(),
+        date: date.duration_since(UNIX_EPOCH)?.as_secs_f64(),
         seconds: begin.elapsed().as_secs_f64(),
         version: env!("CARGO_PKG_VERSION"),
         git_hash: here.git_hash.as_deref(),
@@ -216,24 +215,23 @@ pub(crate) fn prompts(
 }
 
 /// What the harness records of the call.
-fn config(name: &str, args: &BenchmarkArgs, settings: &Settings, seed: u32) -> Map<String, Value> {
-    let config = json!({
-        "model": "lightmoe",
-        "model_args": format!("pretrained={name}"),
-        "batch_tokens": args.batch_tokens,
-        "max_length": settings.max_length,
-        "add_bos_token": args.add_bos_token,
-        "stride": args.stride,
-        "allow_code": args.allow_code,
-        "limit": args.documents.limit,
-        "use_cache": args.use_cache,
-        "bootstrap_iters": 100_000,
-        "fewshot_seed": seed,
-    });
-    config.as_object().cloned().unwrap_or_default()
+fn config(name: &str, args: &BenchmarkArgs, settings: &Settings, seed: u32) -> CallOptions {
+    CallOptions {
+        model: "lightmoe",
+        model_args: format!("pretrained={name}"),
+        batch_tokens: args.batch_tokens,
+        max_length: settings.max_length,
+        add_bos_token: args.add_bos_token,
+        stride: args.stride,
+        allow_code: args.allow_code,
+        limit: args.documents.limit,
+        use_cache: args.use_cache.clone(),
+        bootstrap_iters: 100_000,
+        fewshot_seed: seed,
+    }
 }
 
-fn write(out: &Path, results: &Map<String, Value>, outcome: &Outcome) -> Result<()> {
+fn write(out: &Path, results: &BenchmarkResults, outcome: &Outcome) -> Result<()> {
     let text = serde_json::to_string_pretty(results)? + "\n";
     if !outcome.is_whole {
         return Ok(folder::write_file(&out.join(PARTIAL), text.as_bytes())?);
@@ -259,39 +257,37 @@ fn write(out: &Path, results: &Map<String, Value>, outcome: &Outcome) -> Result<
 }
 
 /// The table that the harness prints.
-fn table(results: &Map<String, Value>, out: Option<&Path>) -> String {
+fn table(results: &BenchmarkResults, out: Option<&Path>) -> String {
     let mut table = Section::new([
         "task", "version", "filter", "n-shot", "metric", "value", "stderr",
     ]);
-    let rows = results["results"].as_object().into_iter().flatten();
-    for (name, row) in rows {
-        let text = |value: &Value| match value {
-            Value::Number(number) => number.as_f64().map_or(String::new(), |n| match n < 1e6 {
-                true => format!("{n:.4}"),
-                false => format!("{n:.4e}"),
-            }),
-            Value::String(text) => text.clone(),
-            _ => String::new(),
-        };
-        let whole = |key: &str| match &results[key][name] {
-            Value::Null => String::new(),
-            value => value.to_string(),
-        };
-        let scores = row.as_object().into_iter().flatten();
-        for (key, value) in scores {
+    let text = |cell: &Cell| match cell {
+        Cell::Number(n) if *n < 1e6 => format!("{n:.4}"),
+        Cell::Number(n) => format!("{n:.4e}"),
+        Cell::Text(text) => (*text).to_owned(),
+    };
+    for (name, row) in &results.results {
+        let shots = results.n_shot.get(name);
+        for (ScoreKey(key), value) in &row.scores {
             let Some((metric, filter)) =
                 key.split_once(',').filter(|(m, _)| !m.ends_with("_stderr"))
             else {
                 continue;
             };
+            let stderr = row
+                .scores
+                .get(&ScoreKey(format!("{metric}_stderr,{filter}")));
             table.rows.push(vec![
-                text(&row["alias"]),
-                whole("versions"),
+                row.alias.clone(),
+                results
+                    .versions
+                    .get(name)
+                    .map_or(String::new(), list::shown),
                 filter.to_owned(),
-                whole("n-shot"),
+                shots.map_or(String::new(), usize::to_string),
                 metric.to_owned(),
                 text(value),
-                text(&row[&format!("{metric}_stderr,{filter}")]),
+                stderr.map_or(String::new(), text),
             ]);
         }
     }

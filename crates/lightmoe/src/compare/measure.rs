@@ -1,19 +1,40 @@
 //! What says how good a model is and how large, in tables and pictures.
 
+use crate::recipe::Recipe;
 use crate::report::svg::scatter::Better;
+use anyhow::Result;
+use lightmoe_data::text::is_text;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 /// The places of columns with sizes.
 pub(super) const PARAMETERS: usize = 4;
 pub(super) const BYTES: usize = 7;
 
-/// A score of which more is better, or of text its perplexity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What says how good a model is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum Measure {
+    /// A score of which more is better.
+    #[default]
     Score,
+    /// Of text its perplexity.
     Perplexity,
 }
 
 impl Measure {
+    /// What the data that test the models allow: the user's own may be text.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn of(recipe: &Recipe) -> Result<Self> {
+        let own = recipe.eval_text.as_ref().or(recipe.train.as_ref());
+        Ok(match own.map(|path| is_text(path)).transpose()? {
+            Some(true) => Self::Perplexity,
+            Some(false) | None => Self::Score,
+        })
+    }
+
     /// The place of its column before recovery.
     pub fn before(self) -> usize {
         match self {

@@ -19,7 +19,7 @@ use crate::cli::CompareArgs;
 use crate::machine;
 use crate::preflight::{Refused, check_original, forecast};
 use crate::recipe::{Recipe, differences};
-use crate::results::{Results, Stage, TaskScores, nll};
+use crate::results::{Results, TaskScores, nll};
 use crate::run::{Inputs, occupied};
 use crate::runner::{Finished, Job, Pace, Runner};
 use crate::settings::Settings;
@@ -28,6 +28,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use grid::{Cell, Grid, Rate};
 use lightmoe_data::Task;
 use lightmoe_models::{ModelConfig, folder};
+use measure::Measure;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -80,6 +81,9 @@ pub(crate) struct Comparison {
     settings: serde_json::Map<String, serde_json::Value>,
     /// What is compared.
     grid: Grid,
+    /// What the models are compared by.
+    #[serde(default)]
+    measure: Measure,
     /// The finished cells of the grid.
     records: Vec<Record>,
 }
@@ -89,12 +93,6 @@ impl Record {
     fn validation_nll(&self) -> f64 {
         let scores = self.validation.values().next();
         scores.and_then(nll).map_or(f64::INFINITY, |s| s.value)
-    }
-
-    /// Whether its score is the perplexity of a text.
-    fn is_of_text(&self) -> bool {
-        let scores = self.results.scores(Stage::Original);
-        scores.is_some_and(|scores| scores.contains_key("perplexity"))
     }
 }
 
@@ -165,6 +163,7 @@ pub fn run(args: CompareArgs) -> Result<String> {
         inputs: crate::compress::inputs(&any, original.dir())?,
         settings: given(&common)?,
         grid,
+        measure: Measure::of(&any)?,
         records: Vec::new(),
     };
     let jobs = args.jobs.max(1);

@@ -314,10 +314,7 @@ pub(super) fn blocks(comparison: &Comparison) -> Vec<Block> {
         blocks.push(Block {
             // The user's own data have the name of their file.
             task: own.map_or_else(|| task_name(task), |r| r.results.task.clone()),
-            measure: match any.is_some_and(Record::is_of_text) {
-                true => Measure::Perplexity,
-                false => Measure::Score,
-            },
+            measure: comparison.measure,
             lines,
         });
     }

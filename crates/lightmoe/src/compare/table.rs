@@ -1,7 +1,7 @@
 //! The tables of a comparison, as Markdown, as CSV and for the page; made from `compare.json` alone.
 
 use super::Comparison;
-use super::Record;
+use super::measure::Measure;
 use super::rows::{Block, COLUMNS, ORIGINAL, blocks};
 use crate::report::table::{Section, markdown_table};
 use std::fmt::Write;
@@ -86,13 +86,13 @@ pub(super) fn notes(comparison: &Comparison) -> Vec<String> {
                 .join(", ")
         ),
     };
-    let (what, items, of) = match records.iter().any(Record::is_of_text) {
-        true => (
+    let (what, items, of) = match comparison.measure {
+        Measure::Perplexity => (
             "The score is perplexity: lower is better.",
             "windows",
             "NLL",
         ),
-        false => (
+        Measure::Score => (
             "The score is exact match, of translation chrF / 100.",
             "items",
             "answer NLL",

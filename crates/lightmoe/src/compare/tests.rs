@@ -1,6 +1,7 @@
 //! The cells, the tables and the page of a comparison, on made-up scores.
 
 use super::grid::{Cell, Grid, Rate};
+use super::measure::Measure;
 use super::page::html;
 use super::table::{csv, markdown};
 use super::variant::{Variant, check_common};
@@ -313,6 +314,7 @@ fn the_score_of_text_is_its_perplexity() {
             .unwrap()
             .value = 0.25;
     }
+    comparison.measure = Measure::Perplexity;
     assert_eq!(comparison.records[0].validation_nll(), 0.25);
     let page = markdown(&comparison);
     for text in [
@@ -338,4 +340,9 @@ fn the_score_of_text_is_its_perplexity() {
         "{}",
         csv(&comparison)
     );
+    // Before there is a cell, too.
+    comparison.records.clear();
+    let empty = markdown(&comparison);
+    assert!(empty.contains("The score is perplexity"), "{empty}");
+    assert!(empty.contains("| perplexity, before |"), "{empty}");
 }

@@ -1,6 +1,6 @@
 //! `evaluate --tasks` and `tasks`.
 
-use crate::support::{self, Outcome, command, end, files, names, repository};
+use crate::support::{self, Outcome, assert_schema, command, end, files, names, repository};
 use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::fs;
@@ -81,6 +81,7 @@ fn an_interrupted_run_says_so_and_goes_on() {
     assert_eq!(code, Some(130));
     assert_eq!(names(&out), ["requests.jsonl", "results.partial.json"]);
     let partial = support::json(&out.join("results.partial.json"));
+    assert_schema("benchmarks", &partial);
     let (done, all) = (
         &partial["partial"]["documents_done"],
         &partial["partial"]["documents"],

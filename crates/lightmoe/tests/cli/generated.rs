@@ -1,7 +1,7 @@
 //! `evaluate --tasks` with metrics of generated answers: programs, mathematics, summaries, translations.
 
 use crate::sandbox::{can_run_programs, processes, within};
-use crate::support::{Outcome, command, end, json, names, repository};
+use crate::support::{Outcome, assert_schema, command, end, json, names, repository};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -69,7 +69,11 @@ fn programs_pass_their_tests_or_not() {
     let scores = &json(&out.join("results.json"))["results"]["known"];
     assert_eq!(scores["pass_at_1,right"], 1.0);
     assert_eq!(scores["pass_at_1,wrong"], 0.0);
-    assert_eq!(samples(&out, "known").len(), 8);
+    let samples = samples(&out, "known");
+    assert_eq!(samples.len(), 8);
+    for sample in &samples {
+        assert_schema("benchmark-samples", sample);
+    }
 }
 
 /// Runs a command in a terminal of its own.
