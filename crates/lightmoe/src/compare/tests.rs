@@ -93,6 +93,7 @@ fn comparison(grid: Grid) -> Comparison {
         settings: serde_json::Map::new(),
         records: grid.search().into_iter().map(record).collect(),
         grid,
+        measure: Measure::Score,
     };
     let cells = comparison.grid.cells(&|m, t| comparison.rate(m, t));
     let missing = cells
