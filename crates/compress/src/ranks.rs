@@ -179,6 +179,15 @@ pub struct Point {
     pub loss: f64,
 }
 
+impl std::iter::Sum for Point {
+    fn sum<I: Iterator<Item = Self>>(points: I) -> Self {
+        points.fold(Self { cost: 0, loss: 0.0 }, |sum, point| Self {
+            cost: sum.cost + point.cost,
+            loss: sum.loss + point.loss,
+        })
+    }
+}
+
 /// From one choice of a slot to a larger one.
 #[derive(Debug, Clone, Copy)]
 struct Step {
@@ -284,15 +293,9 @@ pub fn spend(points: &[Vec<Point>], limit: Limit) -> Result<Vec<usize>> {
 /// apart in cost as far as there are steps.
 pub fn curve(points: &[Vec<Point>], count: usize) -> Vec<Point> {
     let mut places = vec![0; points.len()];
-    let sum = |places: &[usize]| {
-        let chosen = points
-            .iter()
-            .zip(places)
-            .map(|(points, &place)| points[place]);
-        chosen.fold(Point { cost: 0, loss: 0.0 }, |sum, point| Point {
-            cost: sum.cost + point.cost,
-            loss: sum.loss + point.loss,
-        })
+    let sum = |places: &[usize]| -> Point {
+        let chosen = points.iter().zip(places);
+        chosen.map(|(points, &place)| points[place]).sum()
     };
     let mut curve = vec![sum(&places)];
     let (mut cost, mut last) = (curve[0].cost, curve[0].cost);

@@ -1,8 +1,11 @@
 //! Products of runs of rows with one matrix each, in parallel: what grouped maps and adapters are made of.
+//! The backward skips the gradient of whatever nobody asked for: most weights of a compressed model are
+//! frozen.
 
 use crate::gemm::{Mat, Output};
 use crate::lanes::transpose;
-use crate::real::Real;
+use crate::real::{Real, dispatch, same_dtype, slice, storage, tensor, view};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 /// Rows and columns of a task's tile. Fixed, so that results do not depend on the thread count.
@@ -59,9 +62,10 @@ fn tiles(runs: &[Run], width: fn(&Run) -> usize) -> Vec<Tile> {
     tiles
 }
 
-/// `y = x · wᵀ` of every run; the results do not overlap.
-pub(crate) fn forward<T: Real>(runs: &[Run], x: &[T], w: &[T], y: &mut [T]) {
-    let out = Output::new(y);
+/// `y = x · wᵀ` of every run, `count` numbers in all; the results do not overlap.
+fn forward<T: Real>(runs: &[Run], x: &[T], w: &[T], count: usize) -> Vec<T> {
+    let mut y = vec![T::zero(); count];
+    let out = Output::new(&mut y);
     let tiles = tiles(runs, |run| run.columns).into_par_iter();
     tiles.for_each_init(Vec::new, |turned, tile| {
         let (run, m, n) = (tile.run, tile.rows, tile.columns);
@@ -85,11 +89,13 @@ pub(crate) fn forward<T: Real>(runs: &[Run], x: &[T], w: &[T], y: &mut [T]) {
             unsafe { out.matmul((at, stride, 1), (m, k, n), a, b, T::one(), before) };
         }
     });
+    y
 }
 
-/// `x = y · w` of every run: the way back.
-pub(crate) fn backward<T: Real>(runs: &[Run], y: &[T], w: &[T], x: &mut [T]) {
-    let out = Output::new(x);
+/// `x = y · w` of every run, `count` numbers in all: the way back.
+fn backward<T: Real>(runs: &[Run], y: &[T], w: &[T], count: usize) -> Vec<T> {
+    let mut x = vec![T::zero(); count];
+    let out = Output::new(&mut x);
     let tiles = tiles(runs, |run| run.inner).into_par_iter();
     tiles.for_each(|tile| {
         let (run, m, n) = (tile.run, tile.rows, tile.columns);
@@ -108,10 +114,13 @@ pub(crate) fn backward<T: Real>(runs: &[Run], y: &[T], w: &[T], x: &mut [T]) {
             )
         };
     });
+    x
 }
 
-/// `w += yᵀ · x` of every run: several may share a matrix, which then has the sum in their order.
-pub(crate) fn outer<T: Real>(runs: &[Run], y: &[T], x: &[T], w: &mut [T]) {
+/// `w = yᵀ · x` of every run, `count` numbers in all: several may share a matrix, which then has the sum in
+/// their order.
+fn outer<T: Real>(runs: &[Run], y: &[T], x: &[T], count: usize) -> Vec<T> {
+    let mut w = vec![T::zero(); count];
     // Of no columns nothing comes, and such a matrix begins where the next one does.
     let counts = |run: &&Run| run.rows * run.columns * run.inner > 0;
     let mut order: Vec<&Run> = runs.iter().filter(counts).collect();
@@ -121,7 +130,7 @@ pub(crate) fn outer<T: Real>(runs: &[Run], y: &[T], x: &[T], w: &mut [T]) {
         let rows = (0..runs[0].columns).step_by(TILE_GRAD);
         rows.map(move |row| (runs, row))
     });
-    let out = Output::new(w);
+    let out = Output::new(&mut w);
     let parts: Vec<(&[&Run], usize)> = parts.collect();
     parts.into_par_iter().for_each(|(runs, row)| {
         for run in runs {
@@ -142,4 +151,80 @@ pub(crate) fn outer<T: Real>(runs: &[Run], y: &[T], x: &[T], w: &mut [T]) {
             };
         }
     });
+    w
+}
+
+/// Which way rows go through their matrices.
+#[derive(Clone, Copy)]
+pub(crate) enum Way {
+    /// From the inputs to the outputs of the runs, `y = x · wᵀ`.
+    There,
+    /// From the outputs to the inputs, `x = y · w`.
+    Back,
+}
+
+/// The products of some runs as an operation on rows and matrices, which are contiguous.
+pub(crate) struct Products {
+    /// What errors name.
+    pub(crate) name: &'static str,
+    pub(crate) runs: Vec<Run>,
+    pub(crate) way: Way,
+    /// The shape of the result.
+    pub(crate) shape: Shape,
+}
+
+impl CustomOp2 for Products {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(
+        &self,
+        rows: &CpuStorage,
+        lr: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        same_dtype(self.name, rows.dtype(), w.dtype())?;
+        let count = self.shape.elem_count();
+        let out = dispatch!(rows.dtype(), self.name, T => {
+            let (rows, w) = (slice::<T>(rows, lr)?, slice(w, lw)?);
+            storage(match self.way {
+                Way::There => forward(&self.runs, rows, w, count),
+                Way::Back => backward(&self.runs, rows, w, count),
+            })
+        });
+        Ok((out, self.shape.clone()))
+    }
+
+    fn bwd(
+        &self,
+        rows: &Tensor,
+        w: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        let (of_rows, of_w) = (rows.elem_count(), w.elem_count());
+        let (vr, vw, vg) = (view(rows), view(w), view(&grad));
+        dispatch!(rows.dtype(), self.name, T => {
+            let (r, m, g) = (vr.slice::<T>()?, vw.slice()?, vg.slice()?);
+            let d_rows = rows.track_op().then(|| {
+                let found = match self.way {
+                    Way::There => backward(&self.runs, g, m, of_rows),
+                    Way::Back => forward(&self.runs, g, m, of_rows),
+                };
+                tensor(found, rows.shape())
+            });
+            let d_w = w.track_op().then(|| {
+                let (y, x) = match self.way {
+                    Way::There => (g, r),
+                    Way::Back => (r, g),
+                };
+                tensor(outer(&self.runs, y, x, of_w), w.shape())
+            });
+            Ok((d_rows.transpose()?, d_w.transpose()?))
+        })
+    }
 }

@@ -79,16 +79,16 @@ fn openings(offers: &[Offer]) -> Vec<Vec<bool>> {
 }
 
 /// The menus of all slots with these bases, and what the bases cost.
-fn menus<'a>(offers: &'a [Offer], bases: &[bool]) -> (Vec<&'a Vec<Point>>, u64) {
+fn menus(offers: &[Offer], bases: &[bool]) -> (Vec<Vec<Point>>, u64) {
     let mut cost = 0;
     let mut all = Vec::new();
     for (offer, &open) in offers.iter().zip(bases) {
         match offer.shared.as_ref().filter(|_| open) {
             Some(shared) => {
                 cost += shared.base;
-                all.extend(&shared.menus);
+                all.extend_from_slice(&shared.menus);
             }
-            None => all.extend(&offer.alone),
+            None => all.extend_from_slice(&offer.alone),
         }
     }
     (all, cost)
@@ -109,7 +109,6 @@ pub fn spend_with_bases(offers: &[Offer], limit: Limit) -> Result<Chosen> {
             Limit::Cost(most) => Limit::Cost(most - cost),
             loss => loss,
         };
-        let menus: Vec<Vec<Point>> = menus.into_iter().cloned().collect();
         let places = match spend(&menus, within) {
             Ok(places) => places,
             Err(error) => {
@@ -118,11 +117,8 @@ pub fn spend_with_bases(offers: &[Offer], limit: Limit) -> Result<Chosen> {
             }
         };
         let picked = menus.iter().zip(&places).map(|(menu, &place)| menu[place]);
-        let first = Point { cost, loss: 0.0 };
-        let all = picked.fold(first, |sum, point| Point {
-            cost: sum.cost + point.cost,
-            loss: sum.loss + point.loss,
-        });
+        let mut all: Point = picked.sum();
+        all.cost += cost;
         let better = best.as_ref().is_none_or(|(least, _)| match limit {
             Limit::Cost(_) => all.loss < least.loss,
             Limit::Loss(_) => all.cost < least.cost,
@@ -144,7 +140,6 @@ pub fn curve_with_bases(offers: &[Offer], count: usize) -> Vec<Point> {
     let mut whole = Point { cost: 0, loss: 0.0 };
     for bases in openings(offers) {
         let (menus, cost) = menus(offers, &bases);
-        let menus: Vec<Vec<Point>> = menus.into_iter().cloned().collect();
         let own = curve(&menus, count).into_iter().map(|point| Point {
             cost: point.cost + cost,
             ..point

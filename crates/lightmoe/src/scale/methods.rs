@@ -3,6 +3,7 @@
 //!
 //! Layers have the same shape, and methods work layer by layer, so a few layers tell of all.
 
+use super::page::gib;
 use super::work::{Rates, Work};
 use super::{Cost, copy_model, forget, timed};
 use crate::cli::MethodsArgs;
@@ -97,10 +98,10 @@ impl Methods {
         };
         let lead = format!(
             "# The methods at full size\n\nWritten by `cargo xtask bench methods` on {}, {}. {layers} of \
-             the {whole} layers of `{}` at their true shape with random bf16 weights ({:.2} GiB), {} \
+             the {whole} layers of `{}` at their true shape with random bf16 weights ({} GiB), {} \
              tokens observed, as many parameters of experts saved as make {}% of the whole model. Before \
              each step the model leaves the page cache. Methods work layer by layer; {times}. Steps may take \
-             {:.2} GiB of memory.\n\nA pass is a copy of the model, {:.1} s. \
+             {} GiB of memory.\n\nA pass is a copy of the model, {:.1} s. \
              *Own arithmetic* is what the method computes beyond that, at the rate at which this machine \
              does the same alone, on all cores, measured before and behind each build: products, triangular \
              solutions and fits at that of products of the method's shapes ({} GFLOP/s in f32, {} in f64), \
@@ -160,8 +161,8 @@ impl Methods {
                 format!("{bound:.1}"),
                 format!("{:.2}", made / bound),
                 format!("{:.1}", row.busy),
-                format!("{:.2}", gib(row.peak())),
-                format!("{:.2}", gib(row.traffic)),
+                gib(row.peak()),
+                gib(row.traffic),
             ]);
         }
         lead + &markdown_table(&section)
@@ -331,10 +332,6 @@ fn observed(
 fn files_in(folder: &Path) -> Result<u64> {
     let sizes = fs::read_dir(folder)?.map(|entry| Ok(entry?.metadata()?.len()));
     sizes.sum()
-}
-
-fn gib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 30)
 }
 
 /// Seconds that all threads of this process worked.

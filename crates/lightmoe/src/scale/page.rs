@@ -18,7 +18,7 @@ const OTHERS: [(&str, &str); 2] = [
     ("DeepSeek-V3", "deepseek-v3.json"),
 ];
 
-fn gib(bytes: u64) -> String {
+pub(super) fn gib(bytes: u64) -> String {
     format!("{:.2}", bytes as f64 / f64::from(1 << 30))
 }
 
