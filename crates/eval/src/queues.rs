@@ -1,7 +1,8 @@
 //! Which prompts have their answers generated together.
 
 /// Prompts of a queue for each that it works on at a time. The last of a queue leave its places empty,
-/// so longer queues take less time; and an interruption loses what a queue has done.
+/// so longer queues take less time; and where two queues are worked off side by side, the end of the last one
+/// leaves a core without work.
 const ROUNDS: usize = 4;
 
 /// Prompts that are worked off together: where the answer to one ends, the next takes its place.

@@ -80,6 +80,7 @@ fn experts(c: &mut Criterion) {
         ("nano", nano, 8192, true),
         ("olmoe", olmoe, 4096, true),
         ("olmoe-decode", olmoe, 8, false),
+        ("olmoe-few", olmoe, 160, false),
     ];
     for (name, (experts, hidden, inner), rows, backward) in shapes {
         let s = Shape {

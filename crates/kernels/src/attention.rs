@@ -21,6 +21,9 @@ pub struct Seen {
     /// By row of the batch, the first position; keys and values before it are padding. Empty: no row
     /// has any.
     pub starts: Arc<[usize]>,
+    /// By row of the batch, how many of the queries, from the first on, are no padding; the others see
+    /// nothing, give zero, and their keys are seen by none. Empty: no row has any.
+    pub lengths: Arc<[usize]>,
 }
 
 impl Seen {
@@ -41,6 +44,15 @@ impl Seen {
                 self.starts,
                 d.batch,
                 d.keys,
+                d.queries
+            )
+        }
+        let fits = self.lengths.is_empty() || self.lengths.len() == d.batch;
+        if !fits || self.lengths.iter().any(|length| *length > d.queries) {
+            candle_core::bail!(
+                "attention: rows of {:?} queries do not fit {} rows of {}; give one number a row",
+                self.lengths,
+                d.batch,
                 d.queries
             )
         }
@@ -105,17 +117,20 @@ impl Dims {
             .map(move |i| (i / self.kv_heads, i % self.kv_heads))
     }
 
-    /// Strips of one unit whose keys begin at `start`: (query head, first query, queries, visible keys).
+    /// Strips of one unit: (query head, first query, queries, visible keys). They depend on nothing but
+    /// how long the row is.
     fn strips(
         self,
-        kv_head: usize,
-        start: usize,
+        seen: &Seen,
+        (row, kv_head): (usize, usize),
     ) -> impl Iterator<Item = (usize, usize, usize, usize)> {
         let group = self.heads / self.kv_heads;
+        let length = seen.lengths.get(row).copied().unwrap_or(self.queries);
+        let behind = self.keys - seen.start(row) - self.queries;
         (kv_head * group..(kv_head + 1) * group).flat_map(move |head| {
-            (0..self.queries).step_by(STRIP).map(move |t| {
-                let n = STRIP.min(self.queries - t);
-                (head, t, n, self.keys - start - self.queries + t + n)
+            (0..length).step_by(STRIP).map(move |t| {
+                let n = STRIP.min(length - t);
+                (head, t, n, behind + t + n)
             })
         })
     }
@@ -202,7 +217,7 @@ impl Attention {
             let start = self.seen.start(batch);
             let [k_at, v_at] = d.kv_at(batch, start, kv_head);
             let (k, v) = (Mat::new(&k[k_at..], ks, 1), Mat::new(&v[v_at..], ks, 1));
-            for (head, t, n, visible) in d.strips(kv_head, start) {
+            for (head, t, n, visible) in d.strips(&self.seen, (batch, kv_head)) {
                 let at = d.q_at(batch, t, head);
                 let p = &mut p[..n * visible];
                 let q = Mat::new(&q[at..], qs, 1);
@@ -242,7 +257,7 @@ impl Attention {
             let start = self.seen.start(batch);
             let [k_at, v_at] = d.kv_at(batch, start, kv_head);
             let (k, v) = (Mat::new(&k[k_at..], ks, 1), Mat::new(&v[v_at..], ks, 1));
-            for (head, t, n, visible) in d.strips(kv_head, start) {
+            for (head, t, n, visible) in d.strips(&self.seen, (batch, kv_head)) {
                 let at = d.q_at(batch, t, head);
                 let (p, ds) = (&mut p[..n * visible], &mut ds[..n * visible]);
                 let (q, dyt) = (Mat::new(&q[at..], qs, 1), Mat::new(&dy[at..], qs, 1));

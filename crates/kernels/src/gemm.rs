@@ -50,6 +50,17 @@ impl<'a, T: Real> Output<'a, T> {
         }
     }
 
+    /// Copies `data` to `offset`.
+    ///
+    /// # Safety
+    /// No other task may read or write the elements addressed here at the same time.
+    pub(crate) unsafe fn write(self, offset: usize, data: &[T]) {
+        assert!(offset + data.len() <= self.len, "output row out of bounds");
+        // SAFETY: the elements are there, and the caller keeps other tasks away from them; `data` is borrowed,
+        // so it is none of them.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), self.ptr.add(offset), data.len()) };
+    }
+
     /// `self[offset + i*rs + j*cs] = alpha * (a · b)[i, j] + beta * self[…]` for
     /// `a: [m, k]`, `b: [k, n]`.
     ///
@@ -66,6 +77,21 @@ impl<'a, T: Real> Output<'a, T> {
         beta: T,
     ) {
         if m == 0 || n == 0 {
+            return;
+        }
+        if m.min(n) == 1 && beta == T::one() {
+            // To a single row or column `gemm` adds term by term, and to others the sum of the terms.
+            let mut product = vec![T::zero(); m * n];
+            // SAFETY: `product` is this task's own.
+            unsafe {
+                Output::new(&mut product).matmul((0, n, 1), (m, k, n), a, b, alpha, T::zero())
+            };
+            for (i, value) in product.into_iter().enumerate() {
+                let at = offset + i / n * rs + i % n * cs;
+                assert!(at < self.len, "output tile out of bounds");
+                // SAFETY: the element is there, and the caller keeps other tasks away from it.
+                unsafe { *self.ptr.add(at) = *self.ptr.add(at) + value };
+            }
             return;
         }
         assert!(

@@ -16,6 +16,7 @@ mod adamw;
 mod attention;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod few;
 mod gemm;
 mod grouped;
 mod lanes;

@@ -1,5 +1,6 @@
 //! The two floating-point types that the CPU operations accept, and zero-copy access to tensors.
 
+use crate::few;
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType};
 use std::ops::Deref;
 
@@ -7,12 +8,22 @@ use std::ops::Deref;
 pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum + 'static {
     /// `exp`, for `f32` without the call into the maths library that keeps loops scalar.
     fn fast_exp(self) -> Self;
+
+    /// As [`few::product`], which there is for `f32` alone.
+    fn few_rows(shape: few::Shape, x: &[Self], w: &[Self], y: &mut [Self]) -> bool {
+        let _ = (shape, x, w, y);
+        false
+    }
 }
 
 impl Real for f32 {
     #[inline(always)]
     fn fast_exp(self) -> Self {
         crate::lanes::exp(self)
+    }
+
+    fn few_rows(shape: few::Shape, x: &[Self], w: &[Self], y: &mut [Self]) -> bool {
+        few::product(shape, x, w, y)
     }
 }
 

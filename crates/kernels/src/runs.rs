@@ -2,6 +2,7 @@
 //! The backward skips the gradient of whatever nobody asked for: most weights of a compressed model are
 //! frozen.
 
+use crate::few::{self, DEPTH};
 use crate::gemm::{Mat, Output};
 use crate::lanes::transpose;
 use crate::real::{Real, dispatch, same_dtype, slice, storage, tensor, view};
@@ -11,10 +12,9 @@ use rayon::prelude::*;
 /// Rows and columns of a task's tile. Fixed, so that results do not depend on the thread count.
 const TILE_ROWS: usize = 512;
 const TILE_COLS: usize = 512;
-/// Inputs of a tile's weights that are turned at once, so that they stay in the cache.
-const TILE_DEPTH: usize = 256;
-/// Rows of a tile from which turning its weights pays.
-const TURN_FROM: usize = 4;
+/// Terms of a sum on the way back that are added before the next ones: no more than `gemm` adds at a time,
+/// which depends on how many rows there are beyond that.
+const BACK_DEPTH: usize = 512;
 /// Output rows of a task that reduces over tokens (weight gradients).
 const TILE_GRAD: usize = 64;
 
@@ -43,47 +43,68 @@ struct Tile {
     columns: usize,
 }
 
-/// The parts of results of as many columns as `width` says.
+/// The parts of results of as many columns as `width` says. Two columns at least, where there are as many: of
+/// a single one `gemm` sums in another order.
 fn tiles(runs: &[Run], width: fn(&Run) -> usize) -> Vec<Tile> {
     let mut tiles = Vec::new();
     for run in runs.iter().filter(|run| run.inner * run.columns > 0) {
+        let width = width(run);
         for row in (0..run.rows).step_by(TILE_ROWS) {
-            for column in (0..width(run)).step_by(TILE_COLS) {
+            let mut column = 0;
+            while column < width {
+                let left = width - column;
+                let columns = if left <= TILE_COLS + 1 {
+                    left
+                } else {
+                    TILE_COLS
+                };
                 tiles.push(Tile {
                     run: *run,
                     row,
                     rows: TILE_ROWS.min(run.rows - row),
                     column,
-                    columns: TILE_COLS.min(width(run) - column),
+                    columns,
                 });
+                column += columns;
             }
         }
     }
     tiles
 }
 
-/// `y = x · wᵀ` of every run, `count` numbers in all; the results do not overlap.
+/// `y = x · wᵀ` of every run, `count` numbers in all; the results do not overlap. What a row gives does not
+/// depend on the other rows of its run.
 fn forward<T: Real>(runs: &[Run], x: &[T], w: &[T], count: usize) -> Vec<T> {
     let mut y = vec![T::zero(); count];
     let out = Output::new(&mut y);
     let tiles = tiles(runs, |run| run.columns).into_par_iter();
-    tiles.for_each_init(Vec::new, |turned, tile| {
+    tiles.for_each_init(Vec::new, |scratch, tile| {
         let (run, m, n) = (tile.run, tile.rows, tile.columns);
         let (inner, stride) = (run.inner, run.columns);
+        let at = run.output + tile.row * stride + tile.column;
         let w = &w[run.matrix + tile.column * inner..];
-        // A few rows read every weight once, as it lies.
-        let step = if m < TURN_FROM { inner } else { TILE_DEPTH };
-        for depth in (0..inner).step_by(step) {
-            let k = step.min(inner - depth);
-            let b = if m < TURN_FROM {
-                Mat::new(w, inner, 1).t()
-            } else {
-                turned.resize(k * n, T::zero());
-                transpose(&w[depth..], inner, n, k, turned);
-                Mat::new(turned, n, 1)
+        let x = &x[run.input + tile.row * inner..];
+        if m <= few::MOST || n == 1 {
+            let shape = few::Shape {
+                rows: m,
+                inner,
+                columns: n,
             };
-            let a = Mat::new(&x[run.input + tile.row * inner + depth..], inner, 1);
-            let at = run.output + tile.row * stride + tile.column;
+            scratch.resize(m * n, T::zero());
+            if T::few_rows(shape, x, w, scratch) {
+                for (r, row) in scratch.chunks_exact(n).enumerate() {
+                    // SAFETY: the tiles partition the output.
+                    unsafe { out.write(at + r * stride, row) };
+                }
+                return;
+            }
+        }
+        // The weights are turned in parts that stay in the cache.
+        for depth in (0..inner).step_by(DEPTH) {
+            let k = DEPTH.min(inner - depth);
+            scratch.resize(k * n, T::zero());
+            transpose(&w[depth..], inner, n, k, scratch);
+            let (a, b) = (Mat::new(&x[depth..], inner, 1), Mat::new(scratch, n, 1));
             let before = if depth == 0 { T::zero() } else { T::one() };
             // SAFETY: the tiles partition the output.
             unsafe { out.matmul((at, stride, 1), (m, k, n), a, b, T::one(), before) };
@@ -99,20 +120,16 @@ fn backward<T: Real>(runs: &[Run], y: &[T], w: &[T], count: usize) -> Vec<T> {
     let tiles = tiles(runs, |run| run.inner).into_par_iter();
     tiles.for_each(|tile| {
         let (run, m, n) = (tile.run, tile.rows, tile.columns);
-        let a = Mat::new(&y[run.output + tile.row * run.columns..], run.columns, 1);
-        let b = Mat::new(&w[run.matrix + tile.column..], run.inner, 1);
         let at = run.input + tile.row * run.inner + tile.column;
-        // SAFETY: the tiles partition the output.
-        unsafe {
-            out.matmul(
-                (at, run.inner, 1),
-                (m, run.columns, n),
-                a,
-                b,
-                T::one(),
-                T::zero(),
-            )
-        };
+        for depth in (0..run.columns).step_by(BACK_DEPTH) {
+            let k = BACK_DEPTH.min(run.columns - depth);
+            let y = &y[run.output + tile.row * run.columns + depth..];
+            let w = &w[run.matrix + depth * run.inner + tile.column..];
+            let (a, b) = (Mat::new(y, run.columns, 1), Mat::new(w, run.inner, 1));
+            let before = if depth == 0 { T::zero() } else { T::one() };
+            // SAFETY: the tiles partition the output.
+            unsafe { out.matmul((at, run.inner, 1), (m, k, n), a, b, T::one(), before) };
+        }
     });
     x
 }

@@ -168,15 +168,19 @@ fn attention(batch: usize, (t, s): (usize, usize), (heads, kv): (usize, usize), 
     let (q, k) = ([batch, t, heads, dim], [batch, s, kv, dim]);
     let inputs = [random(1, &q), random(2, &k), random(3, &k)];
     check(&inputs, |v| causal_attention(&v[0], &v[1], &v[2], 0.7));
-    // Rows with padding before them, as much as leaves the queries.
+    // Rows with padding before them, as much as leaves the queries, and behind them.
     let starts: Vec<usize> = (0..batch).map(|row| (s - t).saturating_sub(row)).collect();
-    for (window, starts) in [
-        (Some(3), Vec::new()),
-        (None, starts.clone()),
-        (Some(3), starts),
+    let lengths: Vec<usize> = (0..batch).map(|row| t - row % t).collect();
+    for (window, starts, lengths) in [
+        (Some(3), Vec::new(), Vec::new()),
+        (None, starts.clone(), lengths),
+        (Some(3), starts, Vec::new()),
     ] {
-        let starts = starts.into();
-        let seen = Seen { window, starts };
+        let seen = Seen {
+            window,
+            starts: starts.into(),
+            lengths: lengths.into(),
+        };
         check(&inputs, |v| {
             lightmoe_kernels::attention(&v[0], &v[1], &v[2], 0.7, seen.clone())
         });

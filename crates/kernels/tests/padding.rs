@@ -21,6 +21,7 @@ fn padding_before_a_row_is_not_seen() {
         let seen = Seen {
             window,
             starts: starts.into(),
+            ..Seen::default()
         };
         let all = attention(&rotated, &k, &v, 0.5, seen).unwrap();
         for (row, start) in starts.into_iter().enumerate() {

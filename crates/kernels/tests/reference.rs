@@ -429,9 +429,20 @@ fn shapes_that_do_not_fit_are_errors() {
     fails(apply_rope(&r(&[3, 2, 2, 4]), &rope, &[0, 1]));
     fails(apply_rope(&r(&[2, 2, 2, 4]), &rope, &[0, 7]));
     let (q, k) = (r(&[2, 2, 1, 4]), r(&[2, 5, 1, 4]));
-    for starts in [&[0][..], &[3, 4], &[0, 0, 0]] {
-        let (window, starts) = (None, starts.into());
-        let seen = Seen { window, starts };
+    let none = &[][..];
+    for (starts, lengths) in [
+        (&[0][..], none),
+        (&[3, 4], none),
+        (&[0, 0, 0], none),
+        (none, &[2]),
+        (none, &[2, 3]),
+        (none, &[2, 2, 2]),
+    ] {
+        let seen = Seen {
+            window: None,
+            starts: starts.into(),
+            lengths: lengths.into(),
+        };
         fails(lightmoe_kernels::attention(&q, &k, &k, 1.0, seen));
     }
     fails(cross_entropy(&r(&[2, 3]), &[0, 3]));

@@ -117,6 +117,14 @@ impl Cache {
         (0..layers).map(&mut layer).collect::<Result<_>>().map(Self)
     }
 
+    /// The tokens that are read next end with padding: by row, so many do not. It costs no attention then,
+    /// and what a row gives does not depend on how much of it there is.
+    pub(crate) fn expect(&mut self, lengths: &[usize]) {
+        let lengths: Arc<[usize]> = lengths.into();
+        let layers = self.0.iter_mut();
+        layers.for_each(|layer| layer.expect(lengths.clone()));
+    }
+
     /// Tokens that were read, with padding.
     pub(crate) fn len(&self) -> usize {
         self.0.first().map_or(0, LayerCache::len)

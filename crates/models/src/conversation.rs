@@ -4,7 +4,7 @@ use crate::Result;
 use crate::cache::Cache;
 use crate::config::RopeScaling;
 use crate::decoder::LanguageModel;
-use crate::generate::{GenerateOptions, Next, go_on};
+use crate::generate::{GenerateOptions, Next, Step, go_on};
 
 /// Keys and values of what a model has read, for the next turn to go on from.
 pub struct Conversation<'m> {
@@ -56,9 +56,9 @@ impl<'m> Conversation<'m> {
         };
         cache.truncate(known);
         let prompts = [prompt.to_vec()];
-        let each = &mut |_, row: &[u32]| match row.last() {
-            Some(&token) => each(token),
-            None => Ok(Next::Continue),
+        let each = &mut |_, step: Step<'_>| match step {
+            Step::Token([.., token]) => each(*token),
+            _ => Ok(Next::Continue),
         };
         let (mut rows, cache) = go_on(self.model, cache, &prompts, options, each)?;
         let tokens = rows.pop().unwrap_or_default();

@@ -59,7 +59,16 @@ impl GenerateOptions {
     }
 }
 
-/// What to do after a new token.
+/// What is told of a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step<'a> {
+    /// Its answer so far, whose last token is new.
+    Token(&'a [u32]),
+    /// Its answer, which is whole.
+    Whole(&'a [u32]),
+}
+
+/// What to do after a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
     /// Go on.
@@ -79,13 +88,14 @@ pub fn generate(
     options: &GenerateOptions,
     each: &mut dyn FnMut(u32) -> bool,
 ) -> Result<Vec<Vec<u32>>> {
-    generate_rows(model, prompts, options, &mut |row, answer| match answer {
-        [.., token] if row == 0 && !each(*token) => Ok(Next::Stop),
+    generate_rows(model, prompts, options, &mut |row, step| match step {
+        Step::Token([.., token]) if row == 0 && !each(*token) => Ok(Next::Stop),
         _ => Ok(Next::Continue),
     })
 }
 
-/// As [`generate`]; `each` sees the number of every prompt with a new token, and its answer so far.
+/// As [`generate`]; `each` sees the number of every prompt that gets a new token or whose answer is whole.
+/// What the answer to a prompt is does not depend on the other prompts.
 ///
 /// # Errors
 /// For an empty prompt and one that fills the context, and what the model and `each` bring.
@@ -93,7 +103,7 @@ pub fn generate_rows(
     model: &dyn LanguageModel,
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
-    each: &mut dyn FnMut(usize, &[u32]) -> Result<Next>,
+    each: &mut dyn FnMut(usize, Step<'_>) -> Result<Next>,
 ) -> Result<Vec<Vec<u32>>> {
     Ok(go_on(model, model.cache(), prompts, options, each)?.0)
 }
@@ -105,7 +115,7 @@ pub(crate) fn go_on(
     cache: Cache,
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
-    each: &mut dyn FnMut(usize, &[u32]) -> Result<Next>,
+    each: &mut dyn FnMut(usize, Step<'_>) -> Result<Next>,
 ) -> Result<(Vec<Vec<u32>>, Cache)> {
     let context = model.config().max_position_embeddings;
     if prompts.iter().map(Vec::len).min().unwrap_or(0) == 0 {
@@ -150,7 +160,7 @@ struct Generation<'a> {
     model: &'a dyn LanguageModel,
     prompts: &'a [Vec<u32>],
     options: &'a GenerateOptions,
-    each: &'a mut dyn FnMut(usize, &[u32]) -> Result<Next>,
+    each: &'a mut dyn FnMut(usize, Step<'_>) -> Result<Next>,
     samplers: Vec<LogitsProcessor>,
     answers: Vec<Vec<u32>>,
     /// Prompts that nothing was read of.
@@ -231,6 +241,11 @@ impl Generation<'_> {
                 token: 0,
             });
         }
+        let lengths: Vec<usize> = rows
+            .iter()
+            .map(|row| row.read.positions.len() - known)
+            .collect();
+        cache.expect(&lengths);
         self.forward(&ids, rows, cache)
     }
 
@@ -251,25 +266,32 @@ impl Generation<'_> {
         let mut staying = Vec::with_capacity(rows.len());
         for (r, row) in rows.into_iter().enumerate() {
             let token = self.samplers[row.prompt].sample(&logits.get(r)?)?;
-            if self.options.ends.contains(&token) {
-                continue;
-            }
             let answer = &mut self.answers[row.prompt];
-            answer.push(token);
-            let is_whole = match (self.each)(row.prompt, answer)? {
-                Next::Continue => {
-                    let context = self.model.config().max_position_embeddings;
-                    let is_full = row.read.positions.len() + 1 == context;
-                    is_full || answer.len() == self.options.max_new_tokens
+            let mut next = Next::EndRow;
+            if !self.options.ends.contains(&token) {
+                answer.push(token);
+                next = (self.each)(row.prompt, Step::Token(answer))?;
+                let context = self.model.config().max_position_embeddings;
+                let is_full = row.read.positions.len() + 1 == context;
+                if next == Next::Continue
+                    && (is_full || answer.len() == self.options.max_new_tokens)
+                {
+                    next = Next::EndRow;
                 }
-                Next::EndRow => true,
+            }
+            if next == Next::EndRow {
+                next = match (self.each)(row.prompt, Step::Whole(answer))? {
+                    Next::Stop => Next::Stop,
+                    _ => Next::EndRow,
+                };
+            }
+            match next {
+                Next::Continue => staying.push(Row { token, ..row }),
+                Next::EndRow => {}
                 Next::Stop => {
                     self.is_stopped = true;
                     return Ok(Vec::new());
                 }
-            };
-            if !is_whole {
-                staying.push(Row { token, ..row });
             }
         }
         Ok(staying)

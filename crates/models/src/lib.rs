@@ -50,7 +50,7 @@ pub use config::{Family, ModelConfig, torch_dtype};
 pub use conversation::{Conversation, Turn};
 pub use decoder::{Decoder, Embedding, Ends, LanguageModel, Observer, StreamedDecoder, Tokens};
 pub use error::{Error, Result};
-pub use generate::{GenerateOptions, Next, generate, generate_rows};
+pub use generate::{GenerateOptions, Next, Step, generate, generate_rows};
 pub use index::parse_index;
 pub use layer::{Layer, LayerObserver, ParameterKind, Visitor};
 pub use layout::{BankLayout, FactoredBases, LayerLayout, SlotLayout};

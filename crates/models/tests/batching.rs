@@ -6,19 +6,21 @@ mod support;
 use candle_core::Tensor;
 use lightmoe_models::{
     Cache, Checkpoint, Decoder, Ends, GenerateOptions, LanguageModel, Layer, ModelConfig, Next,
-    Observer, Result, Tokens, generate_rows,
+    Observer, Result, Step, Tokens, generate_rows,
 };
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Mutex;
-use support::Random;
+use support::{Folder, Form, Random, config_with};
 
-/// A model that counts what it reads: rows and tokens of each pass.
+/// A model that counts what it reads: rows and tokens of each pass. It also keeps what it says of each next
+/// token, to the bit.
 struct Counting {
     model: Decoder,
     passes: Mutex<Vec<(usize, usize)>>,
+    said: Mutex<BTreeSet<Vec<u32>>>,
 }
 
 impl LanguageModel for Counting {
@@ -44,12 +46,23 @@ impl LanguageModel for Counting {
         passes.push((tokens.rows, tokens.ids.len() / tokens.rows));
         self.model.forward(tokens, cache, observe)
     }
+
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let logits = self.model.logits(hidden)?;
+        let rows = logits.to_vec2::<f32>()?.into_iter();
+        let rows = rows.map(|row| row.into_iter().map(f32::to_bits).collect());
+        self.said.lock().unwrap().extend(rows);
+        Ok(logits)
+    }
 }
 
 impl Counting {
     fn new(model: Decoder) -> Self {
-        let passes = Mutex::new(Vec::new());
-        Self { model, passes }
+        Self {
+            model,
+            passes: Mutex::default(),
+            said: Mutex::default(),
+        }
     }
 
     /// A small random one.
@@ -82,10 +95,10 @@ impl Counting {
             at_once,
             ..GenerateOptions::greedy(100, Vec::new())
         };
-        let each = &mut |prompt: usize, answer: &[u32]| {
-            Ok(match answer.len() == length(prompt) {
-                true => Next::EndRow,
-                false => Next::Continue,
+        let each = &mut |prompt: usize, step: Step<'_>| {
+            Ok(match step {
+                Step::Token(answer) if answer.len() == length(prompt) => Next::EndRow,
+                _ => Next::Continue,
             })
         };
         let answers = generate_rows(self, prompts, &options, each).unwrap();
@@ -108,6 +121,7 @@ impl Counting {
                 .remove(0)
         };
         let alone: Vec<Vec<u32>> = (0..prompts.len()).map(alone).collect();
+        let said = std::mem::take(&mut *self.said.lock().unwrap());
         assert_eq!((alone[0].len(), alone[3].len()), (1, 2));
         assert_eq!(alone[12].len(), 9);
         let tokens: BTreeSet<u32> = alone.iter().flatten().copied().collect();
@@ -118,6 +132,8 @@ impl Counting {
         for at_once in [0, 1, 2, 5, 16, usize::MAX] {
             let (answers, passes) = self.answers(&prompts, at_once, length);
             assert_eq!(answers, alone, "{at_once} at once");
+            let together = std::mem::take(&mut *self.said.lock().unwrap());
+            assert!(together == said, "{at_once} at once move last digits");
             let rows = passes.iter().map(|pass| pass.0).max().unwrap();
             assert!(rows <= at_once.max(1), "{rows} rows");
         }
@@ -142,6 +158,17 @@ fn latent_attention() {
 #[test]
 fn long_rope() {
     Counting::fixture("phimoe").check(90);
+}
+
+/// Kept and replaced experts of every form.
+#[test]
+fn compressed_layers() {
+    let folder = Folder::new();
+    let original = folder.original(&config_with(json!({"max_position_embeddings": 64})));
+    for form in [Form::Mixed, Form::Merge, Form::Every, Form::Mixture] {
+        let model = Decoder::load(&folder.compressed(&original, form.slots())).unwrap();
+        Counting::new(model).check(30);
+    }
 }
 
 #[test]
@@ -174,10 +201,10 @@ fn a_stop_ends_all_answers() {
         ..GenerateOptions::greedy(6, Vec::new())
     };
     // At the first token of a prompt that came later, while another is at work.
-    let each = &mut |prompt: usize, answer: &[u32]| {
-        Ok(match (prompt, answer.len()) {
-            (0, 3) => Next::EndRow,
-            (2, 1) => Next::Stop,
+    let each = &mut |prompt: usize, step: Step<'_>| {
+        Ok(match (prompt, step) {
+            (0, Step::Token([_, _, _])) => Next::EndRow,
+            (2, Step::Token([_])) => Next::Stop,
             _ => Next::Continue,
         })
     };

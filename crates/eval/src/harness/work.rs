@@ -12,7 +12,7 @@ use crate::side_by_side::{lock, side_by_side};
 use crate::{Error, Progress, Result};
 use lightmoe_data::Encoded;
 use lightmoe_data::harness::{Item, Prompts, Request, TaskConfig};
-use lightmoe_models::{GenerateOptions, LanguageModel, ModelTokenizer, Next, generate_rows};
+use lightmoe_models::{GenerateOptions, LanguageModel, ModelTokenizer, Next, Step, generate_rows};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::cmp::Reverse;
@@ -165,9 +165,9 @@ impl Work {
         Ok(found)
     }
 
-    /// Does what is not known yet, by batches of rows and queues of prompts without those that the cache
-    /// knew: of these only whole ones are left out, so that a resumed run computes what an undisturbed one
-    /// would.
+    /// Does what is not known yet. Of the batches of rows (without those that the cache knew) only whole ones
+    /// are left out, since likelihoods depend in their last digits on the batch: so a resumed run computes
+    /// what an undisturbed one would. Answers to prompts do not depend on each other.
     ///
     /// # Errors
     /// What the model and the journal bring; not an interruption, after which `Found` has gaps.
@@ -240,32 +240,17 @@ impl Work {
         options: &HarnessOptions<'_>,
         state: &Mutex<State<'_, '_>>,
     ) -> Result<()> {
-        let queues = self.prompt_queues(prompts, options.batch_tokens);
+        let is_unknown = |prompt: &usize| lock(state).found.answers[*prompt].is_none();
+        let (unknown, known): (Vec<usize>, Vec<usize>) = prompts.into_iter().partition(is_unknown);
+        lock(state).progress.advance(known.len())?;
+        let queues = self.prompt_queues(unknown, options.batch_tokens);
         side_by_side(model, queues.len(), &|number| {
-            let queue = &queues[number];
-            let is_known = |prompt: &usize| lock(state).found.answers[*prompt].is_some();
-            if queue.prompts.iter().all(is_known) {
-                return lock(state).progress.advance(queue.prompts.len());
-            }
-            let (answers, told) = self.answer(model, tokenizer, queue, state)?;
-            let state = &mut *lock(state);
-            for (&prompt, answer) in queue.prompts.iter().zip(answers) {
-                state.found.answers[prompt] = Some(answer);
-            }
-            let (stores, found) = (&mut state.stores, &state.found);
-            stores.journal.add_answers(&queue.prompts, found)?;
-            if let Some(cache) = stores.cache {
-                let answered =
-                    |&prompt: &usize| Some((&self.prompts[prompt], found.answers[prompt].clone()?));
-                cache.add_answers(queue.prompts.iter().filter_map(answered))?;
-            }
-            state.progress.advance(queue.prompts.len() - told)
+            self.answer(model, tokenizer, &queues[number], state)
         })
     }
 
     /// Prompts of one kind, longest first; drawn answers are with others to the same request only, whose
-    /// seeds follow each other. What is in the places of a queue together depends on nothing
-    /// but its prompts and their answers, so a queue is done whole or anew.
+    /// seeds follow each other.
     fn prompt_queues(&self, mut order: Vec<usize>, batch_tokens: usize) -> Vec<Queue> {
         let kind = |prompt: usize| (self.prompts[prompt].most, &self.prompts[prompt].until);
         let length = |prompt: usize| self.prompts[prompt].tokens.len();
@@ -287,14 +272,14 @@ impl Work {
             .collect()
     }
 
-    /// The answers to the prompts of a queue, and how many of them the progress was told of.
+    /// Finds the answers to the prompts of a queue, each of which is kept as soon as it is whole.
     fn answer(
         &self,
         model: &dyn LanguageModel,
         tokenizer: &ModelTokenizer,
         queue: &Queue,
         state: &Mutex<State<'_, '_>>,
-    ) -> Result<(Vec<String>, usize)> {
+    ) -> Result<()> {
         let first = &self.prompts[queue.prompts[0]];
         let (until, most) = (&first.until, first.most);
         let prompts: Vec<Vec<u32>> = (queue.prompts.iter())
@@ -308,36 +293,52 @@ impl Work {
             at_once: queue.at_once,
             ..GenerateOptions::greedy(most, vec![tokenizer.eos])
         };
-        let (mut interrupted, mut told) = (false, 0);
-        let answers = generate_rows(model, &prompts, &options, &mut |prompt, tokens| {
-            // As many have ended as have begun beyond those that are worked on at a time.
-            let ended = (prompt + 1).saturating_sub(queue.at_once);
-            let more = ended.saturating_sub(told);
-            told += more;
-            if lock(state).progress.advance(more).is_err() {
-                interrupted = true;
-                return Ok(Next::Stop);
+        let step = |prompt: usize, step: Step<'_>| match step {
+            Step::Token(tokens) => {
+                lock(state).progress.advance(0)?;
+                let text = tokenizer.decode_all(tokens)?;
+                let is_whole = until.iter().any(|end| text.contains(end.as_str()));
+                Ok(if is_whole {
+                    Next::EndRow
+                } else {
+                    Next::Continue
+                })
             }
-            let text = tokenizer.decode_all(tokens)?;
-            Ok(match until.iter().any(|end| text.contains(end.as_str())) {
-                true => Next::EndRow,
-                false => Next::Continue,
-            })
-        })?;
-        if interrupted {
-            return Err(Error::Interrupted);
-        }
-        let text = |tokens: Vec<u32>| -> Result<String> {
-            let text = tokenizer.decode(&tokens)?;
-            let cut = |text: &'_ str, end: &String| text.find(end.as_str()).unwrap_or(text.len());
-            let length = until
-                .iter()
-                .fold(text.len(), |length, end| cut(&text[..length], end));
-            Ok(text[..length].to_owned())
+            Step::Whole(tokens) => {
+                let text = cut(tokenizer.decode(tokens)?, until);
+                self.keep(queue.prompts[prompt], text, &mut lock(state))?;
+                Ok(Next::Continue)
+            }
         };
-        let answers = answers.into_iter().map(text).collect::<Result<_>>()?;
-        Ok((answers, told))
+        // What the model calls an error is its own.
+        let mut failed = Ok(());
+        generate_rows(model, &prompts, &options, &mut |prompt, now| {
+            Ok(step(prompt, now).unwrap_or_else(|e| {
+                failed = Err(e);
+                Next::Stop
+            }))
+        })?;
+        failed
     }
+
+    /// Keeps the answer to a prompt.
+    fn keep(&self, prompt: usize, answer: String, state: &mut State<'_, '_>) -> Result<()> {
+        let (stores, found) = (&mut state.stores, &mut state.found);
+        found.answers[prompt] = Some(answer.clone());
+        stores.journal.add_answers(&[prompt], found)?;
+        if let Some(cache) = stores.cache {
+            cache.add_answers([(&self.prompts[prompt], answer)].into_iter())?;
+        }
+        state.progress.advance(1)
+    }
+}
+
+/// A text up to the first of what ends it.
+fn cut(mut text: String, until: &[String]) -> String {
+    for end in until {
+        text.truncate(text.find(end.as_str()).unwrap_or(text.len()));
+    }
+    text
 }
 
 /// Numbers below `count` but for `without`, which ascend.

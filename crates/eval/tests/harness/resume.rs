@@ -1,8 +1,46 @@
 //! Evaluations that are interrupted and go on.
 
 use crate::{World, expected, facts, select};
+use candle_core::Tensor;
 use lightmoe_data::harness::Benchmark;
 use lightmoe_eval::harness::{HarnessOptions, Kept, RequestCache, evaluate_tasks, results};
+use lightmoe_models::{
+    Cache, Decoder, Ends, LanguageModel, Layer, ModelConfig, Observer, Result, Tokens,
+};
+use std::borrow::Cow;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// A model that counts the prompts that it reads.
+struct Reading<'a> {
+    model: &'a Decoder,
+    prompts: AtomicUsize,
+}
+
+impl LanguageModel for Reading<'_> {
+    fn config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    fn ends(&self) -> &Ends {
+        self.model.ends()
+    }
+
+    fn layer(&self, number: usize) -> Result<Cow<'_, Layer>> {
+        self.model.layer(number)
+    }
+
+    fn forward(
+        &self,
+        tokens: Tokens<'_>,
+        cache: Option<&mut Cache>,
+        observe: &mut Observer<'_>,
+    ) -> Result<Tensor> {
+        if tokens.ids.len() > tokens.rows {
+            self.prompts.fetch_add(tokens.rows, Ordering::Relaxed);
+        }
+        self.model.forward(tokens, cache, observe)
+    }
+}
 
 /// One of choices and one of answers.
 fn two_tasks(expected: &serde_json::Value) -> Vec<Benchmark> {
@@ -112,4 +150,53 @@ fn a_resumed_evaluation_leaves_out_what_the_cache_knew_at_first() {
     for (a, b) in resumed.tasks.iter().zip(&undisturbed.tasks) {
         assert_eq!(a.samples, b.samples);
     }
+}
+
+/// Though all prompts are worked off together, and the rest then in another company.
+#[test]
+fn an_answer_that_was_whole_is_not_generated_again() {
+    let (world, expected) = (World::new(), expected("fewshot"));
+    let mut selected = select(&expected);
+    selected.retain(|benchmark| benchmark.name() == "gsm8k");
+    let tasks = world.prompts(&selected, &expected["options"]);
+    let folder = tempfile::tempdir().unwrap();
+    let run = |journal: &str, stop: usize| {
+        let journal = folder.path().join(journal);
+        let kept = Kept {
+            journal: Some(&journal),
+            fingerprint: "model",
+            cache: None,
+        };
+        let model = Reading {
+            model: &world.model,
+            prompts: AtomicUsize::new(0),
+        };
+        let mut calls = 0;
+        let mut go_on = |_, _| {
+            calls += 1;
+            calls < stop
+        };
+        let options = HarnessOptions::default();
+        let tokenizer = &world.tokenizer;
+        let outcome =
+            evaluate_tasks(&model, tokenizer, &tasks, &options, kept, &mut go_on).unwrap();
+        let known = std::fs::read_to_string(&journal).unwrap().lines().count() - 1;
+        (outcome, model.prompts.into_inner(), known)
+    };
+    let (all, prompts, known) = run("undisturbed", usize::MAX);
+    assert!(all.is_whole && known == prompts);
+    let mut before = 0;
+    for stop in [9, 9] {
+        let (part, _, known) = run("resumed", stop);
+        assert!(
+            !part.is_whole && before < known && known < prompts,
+            "{known} of {prompts}"
+        );
+        assert_eq!(part.tasks[0].documents, known);
+        before = known;
+    }
+    let (resumed, read, known) = run("resumed", usize::MAX);
+    assert_eq!((read, known), (prompts - before, prompts));
+    assert!(resumed.is_whole);
+    assert_eq!(resumed.tasks[0].samples, all.tasks[0].samples);
 }

@@ -118,7 +118,7 @@ fn questions(count: usize) -> String {
 
 /// What is generated together is a function of all requests, so answers are found again by queues.
 #[test]
-fn an_interrupted_run_goes_on_with_the_queue_where_it_stopped() {
+fn an_interrupted_run_goes_on_with_the_answers_that_it_has() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("data/gsm8k");
     fs::create_dir_all(&data).unwrap();
@@ -127,7 +127,7 @@ fn an_interrupted_run_goes_on_with_the_queue_where_it_stopped() {
     let run = |out: &Path| {
         let mut command = command("evaluate");
         command.args(["--tasks", "gsm8k", "--num-fewshot", "0"]);
-        // Several at a time, and so queues of some more.
+        // Some at a time.
         command.args(["--batch-tokens", "1200", "--data"]);
         command.arg(data.parent().unwrap()).arg("--out").arg(out);
         command

@@ -218,7 +218,7 @@ fn a_plan_by_bytes_needs_no_recovery() {
 #[test]
 fn the_better_model_is_kept() {
     let folder = tempfile::tempdir().unwrap();
-    for (lr, kept) in [("1e-3", "recovered"), ("0.9", "built")] {
+    for (lr, kept) in [("1e-3", "recovered"), ("30", "built")] {
         let out = folder.path().join(kept);
         let mut call = tiny("compress");
         call.args([

@@ -7,7 +7,7 @@ use crate::layer::{ParameterKind, Source, Visitor};
 use crate::rotary::Rotary;
 use crate::{Error, Result};
 use candle_core::Tensor;
-use lightmoe_kernels::{Seen, apply_rope, attention, linear, rms_norm};
+use lightmoe_kernels::{apply_rope, attention, linear, rms_norm};
 
 /// The weights of one attention.
 #[derive(Debug, Clone)]
@@ -99,11 +99,11 @@ impl GroupedAttention {
         x: &Tensor,
         config: &ModelConfig,
         rotary: &Rotary,
-        cache: Option<&mut LayerCache>,
+        mut cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
         let (b, t, _) = x.dims3()?;
         let (heads, kv_heads, d) = (config.num_heads, config.num_kv_heads, config.head_dim);
-        let place = Place::new(cache.as_deref());
+        let place = Place::new(cache.as_deref_mut(), self.facts.window);
         let rope = rotary.of_length(place.behind + t);
         let [q, k, v, o] = &self.projections;
         // Queries or keys: projected, normed as a whole or per head, rotated.
@@ -126,11 +126,7 @@ impl GroupedAttention {
             Some(cache) => cache.append(k, v)?,
             None => (k, v),
         };
-        let seen = Seen {
-            window: self.facts.window,
-            starts: place.starts,
-        };
-        let y = attention(&q, &k, &v, config.attention_scale(), seen)?;
+        let y = attention(&q, &k, &v, config.attention_scale(), place.seen)?;
         o.forward(&y.reshape((b, t, heads * d))?)
     }
 

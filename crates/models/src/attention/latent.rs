@@ -7,7 +7,7 @@ use crate::config::ModelConfig;
 use crate::layer::{ParameterKind, Source, Visitor};
 use crate::rotary::Rotary;
 use candle_core::{D, Tensor};
-use lightmoe_kernels::{Seen, apply_rope, attention, linear, rms_norm};
+use lightmoe_kernels::{apply_rope, attention, linear, rms_norm};
 
 /// Epsilon of the norms on the latents; no configuration has a key for it.
 const EPS: f64 = 1e-6;
@@ -102,12 +102,12 @@ impl LatentAttention {
         x: &Tensor,
         config: &ModelConfig,
         rotary: &Rotary,
-        cache: Option<&mut LayerCache>,
+        mut cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
         let (b, t, _) = x.dims3()?;
         let w = self.widths;
         let heads = config.num_heads;
-        let place = Place::new(cache.as_deref());
+        let place = Place::new(cache.as_deref_mut(), None);
         let (rope, offsets) = (rotary.of_length(place.behind + t), &place.offsets);
         let q = match &self.query {
             Query::Whole(q) => linear(x, q)?,
@@ -135,11 +135,7 @@ impl LatentAttention {
         // The kernel wants heads of one width; zeros add nothing to a score or a sum.
         let width = (w.nope + w.rope).max(w.value);
         let [q, k, v] = [q, k, v].map(|x| widened(&x, width));
-        let seen = Seen {
-            window: None,
-            starts: place.starts,
-        };
-        let y = attention(&q?, &k?, &v?, config.attention_scale(), seen)?;
+        let y = attention(&q?, &k?, &v?, config.attention_scale(), place.seen)?;
         let y = y.narrow(D::Minus1, 0, w.value)?.contiguous()?;
         Ok(linear(&y.reshape((b, t, heads * w.value))?, &self.o)?)
     }

@@ -11,6 +11,7 @@ use crate::rotary::Rotary;
 use candle_core::Tensor;
 use grouped::GroupedAttention;
 use latent::LatentAttention;
+use lightmoe_kernels::Seen;
 use std::sync::Arc;
 
 /// Positions that a cache grows by, so that a token more seldom moves those before it.
@@ -26,9 +27,16 @@ pub struct LayerCache {
     len: usize,
     /// By row, the first position that is no padding. Empty: no row has any.
     starts: Arc<[usize]>,
+    /// By row, how many of the tokens that are read next are no padding. Empty: all.
+    lengths: Arc<[usize]>,
 }
 
 impl LayerCache {
+    /// The tokens that are read next end with padding: by row, so many do not.
+    pub(crate) fn expect(&mut self, lengths: Arc<[usize]>) {
+        self.lengths = lengths;
+    }
+
     /// Adds new tokens behind those kept and returns all.
     fn append(&mut self, a: Tensor, b: Tensor) -> Result<(Tensor, Tensor)> {
         let before = self.len;
@@ -76,6 +84,7 @@ impl LayerCache {
                 true => Arc::default(),
                 false => starts.clone(),
             },
+            lengths: Arc::default(),
         })
     }
 
@@ -114,15 +123,17 @@ struct Place {
     behind: usize,
     /// The position of the first new token of all rows, or of each.
     offsets: Vec<usize>,
-    /// As those of [`Seen`](lightmoe_kernels::Seen).
-    starts: Arc<[usize]>,
+    /// What a token sees.
+    seen: Seen,
 }
 
 impl Place {
-    /// Behind what is cached.
-    fn new(cache: Option<&LayerCache>) -> Self {
-        let behind = cache.map_or(0, LayerCache::len);
-        let starts = cache.map_or_else(Arc::default, |cache| cache.starts.clone());
+    /// Behind what is cached, seen as far as a `window` reaches.
+    fn new(cache: Option<&mut LayerCache>, window: Option<usize>) -> Self {
+        let (behind, starts, lengths) = cache.map_or_else(Default::default, |cache| {
+            let lengths = std::mem::take(&mut cache.lengths);
+            (cache.len(), cache.starts.clone(), lengths)
+        });
         let offsets = match starts.len() {
             0 => vec![behind],
             _ => starts.iter().map(|start| behind - start).collect(),
@@ -130,7 +141,11 @@ impl Place {
         Self {
             behind,
             offsets,
-            starts,
+            seen: Seen {
+                window,
+                starts,
+                lengths,
+            },
         }
     }
 }
