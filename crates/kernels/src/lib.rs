@@ -37,7 +37,7 @@ pub use attention::{Seen, attention, causal_attention};
 pub use grouped::{Segment, grouped_linear, linear};
 pub use loss::cross_entropy;
 pub use low_rank::low_rank;
-pub use memory::{keep_freed_memory, tune_process};
+pub use memory::{keep_freed_memory, return_freed_memory, tune_process};
 pub use norm::rms_norm;
 pub use rope::{Rope, RopePairs, apply_rope};
 pub use route::{Dispatch, TokenGroups, top_k};

@@ -19,6 +19,18 @@ pub fn keep_freed_memory() {
     }
 }
 
+/// Returns to the system what was freed and [`keep_freed_memory`] has kept, also between what is still in use.
+///
+/// Buffers of many sizes that come and go leave gaps, which grow from layer to layer: call it between
+/// steps of work that must keep to a limit. It does nothing where the C library is not glibc.
+pub fn return_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: `malloc_trim` may be called at any time.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Tunes the process for training and inference; to be called first thing in `main`.
 ///
 /// Besides [`keep_freed_memory`], it keeps candle's own element-wise operations on one thread, unless

@@ -18,10 +18,10 @@ const BORROWED: usize = 128;
 #[derive(Clone)]
 struct ExpertSums {
     mass: f64,
-    /// `[H, H]`, packed
-    input: Tensor,
+    /// `[H, H]`, packed; added to in place, since gaps of this size would take much memory
+    input: Vec<f32>,
     /// `[F, F]`, packed
-    hidden: Tensor,
+    hidden: Vec<f32>,
     /// `[F]`
     mean: Tensor,
     /// `[4, F]`
@@ -62,14 +62,14 @@ impl ExpertSums {
         })
     }
 
-    fn and(self, other: &Self) -> candle_core::Result<Self> {
-        Ok(Self {
-            mass: self.mass + other.mass,
-            input: (self.input + &other.input)?,
-            hidden: (self.hidden + &other.hidden)?,
-            mean: (self.mean + &other.mean)?,
-            slopes: (self.slopes + &other.slopes)?,
-        })
+    fn add(&mut self, other: &Self) -> candle_core::Result<()> {
+        let add = |to: &mut [f32], from: &[f32]| to.iter_mut().zip(from).for_each(|(a, b)| *a += b);
+        self.mass += other.mass;
+        add(&mut self.input, &other.input);
+        add(&mut self.hidden, &other.hidden);
+        self.mean = (&self.mean + &other.mean)?;
+        self.slopes = (&self.slopes + &other.slopes)?;
+        Ok(())
     }
 }
 
@@ -174,11 +174,11 @@ impl DamageSums {
                 .map(|(expert, [gate, up, down])| of(*expert, [gate, up, down]))
                 .collect::<candle_core::Result<_>>()?;
             for ((expert, _), more) in some.iter().zip(more) {
-                let sums = &mut self.experts[*expert];
-                *sums = match (sums.take(), more) {
-                    (Some(sums), Some(more)) => Some(sums.and(&more)?),
-                    (sums, more) => sums.or(more),
-                };
+                match (&mut self.experts[*expert], more) {
+                    (Some(sums), Some(more)) => sums.add(&more)?,
+                    (_, None) => {}
+                    (sums, more) => *sums = more,
+                }
             }
         }
         Ok(())
@@ -208,9 +208,8 @@ impl DamageSums {
                 (Tensor::eye(h, DType::F32, &Device::Cpu)? / h as f64)?
             }
         };
-        self.save(&output, folder, number, fingerprint)?;
         // They are read expert by expert from here on.
-        drop(std::mem::take(&mut self.experts));
+        self.save(&output, folder, number, fingerprint)?;
         let layer = LayerDamage::open(&self.config, folder, number, fingerprint)?;
         let experts = dense(bank)?;
         let mut mass = vec![0.0; bank.len()];
@@ -240,22 +239,35 @@ impl DamageSums {
         Ok(damage)
     }
 
-    fn save(&self, output: &Tensor, folder: &Path, number: usize, fingerprint: &str) -> Result<()> {
+    /// Writes the sums, which are gone then.
+    fn save(
+        &mut self,
+        output: &Tensor,
+        folder: &Path,
+        number: usize,
+        fingerprint: &str,
+    ) -> Result<()> {
         let [h, f] = widths(&self.config);
         let mut tensors = vec![block("output".to_owned(), Some(output.clone()), &[h, h])];
-        for (expert, sums) in self.experts.iter().enumerate() {
-            let mut push = |what: &str, pick: fn(&ExpertSums) -> &Tensor, shape: &[usize]| {
-                let values = sums.as_ref().map(|sums| pick(sums).clone());
+        for (expert, sums) in std::mem::take(&mut self.experts).into_iter().enumerate() {
+            let mut push = |what: &str, values: Option<Tensor>, shape: &[usize]| {
                 tensors.push(block(format!("{what}.{expert}"), values, shape));
             };
-            push("input", |s| &s.input, &[triangle(h)]);
-            push("hidden", |s| &s.hidden, &[triangle(f)]);
-            push("mean", |s| &s.mean, &[f]);
-            push("slopes", |s| &s.slopes, &[4, f]);
-            let mass = sums
-                .as_ref()
-                .map(|sums| Tensor::new(&[sums.mass as f32], &Device::Cpu));
-            tensors.push(block(format!("mass.{expert}"), mass.transpose()?, &[1]));
+            let [mut input, mut hidden, mut mean, mut slopes, mut mass] = [const { None }; 5];
+            if let Some(sums) = sums {
+                let all = |values: Vec<f32>| {
+                    let len = values.len();
+                    Tensor::from_vec(values, len, &Device::Cpu).map(Some)
+                };
+                (input, hidden) = (all(sums.input)?, all(sums.hidden)?);
+                (mean, slopes) = (Some(sums.mean), Some(sums.slopes));
+                mass = all(vec![sums.mass as f32])?;
+            }
+            push("input", input, &[triangle(h)]);
+            push("hidden", hidden, &[triangle(f)]);
+            push("mean", mean, &[f]);
+            push("slopes", slopes, &[4, f]);
+            push("mass", mass, &[1]);
         }
         beside::save(file(folder, number), tensors, fingerprint)
     }
@@ -289,11 +301,12 @@ fn telling_mean(experts: &[(usize, [Tensor; 3])], mass: &[f64]) -> Result<Option
 
 /// The upper half of a symmetric matrix `[n, n]`, row by row, `[n · (n + 1) / 2]`: these matrices are most
 /// of what is held of a layer.
-fn packed(m: &Tensor) -> candle_core::Result<Tensor> {
+fn packed(m: &Tensor) -> candle_core::Result<Vec<f32>> {
     let n = m.dim(0)?;
     let values = m.flatten_all()?.to_vec1::<f32>()?;
-    let rows = (0..n).flat_map(|i| values[i * n + i..(i + 1) * n].iter().copied());
-    Tensor::from_vec(rows.collect::<Vec<_>>(), triangle(n), m.device())
+    let mut all = Vec::with_capacity(triangle(n));
+    (0..n).for_each(|i| all.extend_from_slice(&values[i * n + i..(i + 1) * n]));
+    Ok(all)
 }
 
 fn block(name: String, values: Option<Tensor>, shape: &[usize]) -> (String, Block) {

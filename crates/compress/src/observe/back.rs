@@ -12,7 +12,7 @@ use crate::observations::Observations;
 use crate::states::{Keep, Values};
 use crate::{Error, Result};
 use candle_core::{D, Device, Tensor, Var};
-use lightmoe_kernels::cross_entropy;
+use lightmoe_kernels::{cross_entropy, return_freed_memory};
 use lightmoe_models::random::stream;
 use lightmoe_models::{Bank, Checkpoint, Ends, Layer, LayerObserver, Routing};
 use rand::Rng;
@@ -87,6 +87,8 @@ impl Way<'_> {
             }
             states.record(&seen, Values::Gradient, number, Keep::Last)?;
             states.forget(Values::Hidden, number + 1)?;
+            drop(layer);
+            return_freed_memory();
             if !progress(layers - number) {
                 return Err(Error::Interrupted);
             }
@@ -171,6 +173,9 @@ impl Way<'_> {
             let grads = (out * gradient)?.sum_all()?.backward()?;
             let found = grads.get(&x).cloned();
             writer.push(&found.map_or_else(|| x.zeros_like(), Ok)?)?;
+            drop(grads);
+            // The sums grow between what comes and goes with each batch.
+            return_freed_memory();
         }
         writer.close()
     }

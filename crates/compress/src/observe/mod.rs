@@ -12,6 +12,7 @@ use crate::observations::{LayerObservations, Observations, moments_folder};
 use crate::states::{Keep, States, StatesWriter, Values, Work};
 use crate::{Error, Result};
 use back::Way;
+use lightmoe_kernels::return_freed_memory;
 use lightmoe_models::{Checkpoint, Embedding, Layer, LayerObserver, ModelConfig, Rotary, Tokens};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -260,6 +261,8 @@ pub fn observe(
         next.close()?;
         let keep = if returns { Keep::All } else { Keep::Last };
         states.record(&seen, Values::Hidden, l + 1, keep)?;
+        drop(layer);
+        return_freed_memory();
         compute += begin.elapsed();
         if !progress(l + 1, total) {
             return Err(Error::Interrupted);

@@ -46,10 +46,11 @@ struct Row {
 }
 
 impl Row {
-    /// The most resident memory of any step, in bytes.
-    fn peak(&self) -> u64 {
-        let steps = [self.observe, self.plan, self.build];
-        steps.iter().map(|step| step.peak).max().unwrap_or(0)
+    /// The most resident memory of each step, in GiB.
+    fn peaks(&self) -> String {
+        [self.observe, self.plan, self.build]
+            .map(|step| gib(step.peak))
+            .join(", ")
     }
 
     /// Seconds of its own arithmetic alone.
@@ -109,7 +110,7 @@ impl Methods {
              assignments of neurons at {} s. Products are counted as whole ones, though of symmetric and \
              triangular matrices build computes a half, and decompositions too, though of few leading vectors \
              build only searches for these. *Bound* is a pass and the own arithmetic, *ratio* is plan \
-             and build over it. *Peak* is the most resident memory of any step, without the page cache; *read \
+             and build over it. *Peaks* are the most resident memory of the three steps, without the page cache; *read \
              and written* is the original, what was observed of it for the method, and the result. The search of MoE-I² is not counted. Observing is done once for all \
              methods that want the same statistics. Of the {} steps that the fit of MoBE has, it was given \
              {}, and both times are of these; each is as long as another.\n\n",
@@ -140,7 +141,7 @@ impl Methods {
             "bound, s",
             "ratio",
             "cores busy",
-            "peak, GiB",
+            "peaks, GiB",
             "read and written, GiB",
         ];
         let mut section = Section::new(head);
@@ -161,7 +162,7 @@ impl Methods {
                 format!("{bound:.1}"),
                 format!("{:.2}", made / bound),
                 format!("{:.1}", row.busy),
-                gib(row.peak()),
+                row.peaks(),
                 gib(row.traffic),
             ]);
         }
