@@ -5,10 +5,26 @@
 //! the sums of the parts in theirs. So what a model says of a sequence does not depend on what is computed
 //! beside it.
 
+use std::ops::Range;
+
 /// Inputs whose products are summed before they are added to what those before them gave.
 pub(crate) const DEPTH: usize = 256;
+/// Terms of which `gemm` makes no sum of its own: it adds each to the output, rounded on its way.
+const FEWEST: usize = 2;
+
+/// Parts of `terms` terms, which are summed apart: of `most` each, and the last of what is left. None is so
+/// short that `gemm` adds it in another way, but for a sum that is.
+pub(crate) fn parts(terms: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let left = terms - start;
+        let len = if left <= most + FEWEST { left } else { most };
+        start += len;
+        (len > 0).then_some(start - len..start)
+    })
+}
 /// Rows up to which this takes less time than turning the weights beforehand.
-pub(crate) const MOST: usize = 12;
+const MOST: usize = 12;
 
 /// `y = x · wᵀ` for `x: [rows, inner]`, `w: [columns, inner]`, `y: [rows, columns]`, each without a gap.
 #[derive(Clone, Copy)]
@@ -16,6 +32,14 @@ pub(crate) struct Shape {
     pub(crate) rows: usize,
     pub(crate) inner: usize,
     pub(crate) columns: usize,
+}
+
+impl Shape {
+    /// Whether the product is to be computed here: of few rows for the time that it takes, of a single column
+    /// or few inputs since `gemm` has another order for them.
+    pub(crate) fn is_small(&self) -> bool {
+        self.rows <= MOST || self.columns == 1 || self.inner <= FEWEST
+    }
 }
 
 /// Computes the product, if the processor has what it takes; whether it did.
@@ -56,11 +80,10 @@ mod wide {
         } = shape;
         y[..rows * columns].fill(0.0);
         // The rows part by part: they would push each other out of the cache at distances of powers of two.
-        let mut parts = Vec::with_capacity(rows * inner);
-        for depth in (0..inner).step_by(DEPTH) {
-            let end = inner.min(depth + DEPTH);
+        let mut packed = Vec::with_capacity(rows * inner);
+        for part in super::parts(inner, DEPTH) {
             let rows = x.chunks_exact(inner).take(rows);
-            rows.for_each(|row| parts.extend_from_slice(&row[depth..end]));
+            rows.for_each(|row| packed.extend_from_slice(&row[part.clone()]));
         }
         let mut last = Vec::new();
         for column in (0..columns).step_by(LANES) {
@@ -72,12 +95,12 @@ mod wide {
                 last.resize(LANES * inner, 0.0);
                 w = &last;
             }
-            for depth in (0..inner).step_by(DEPTH) {
+            for part in super::parts(inner, DEPTH) {
                 let part = Part {
-                    w: &w[depth..],
-                    x: &parts[depth * rows..],
+                    w: &w[part.start..],
                     inner,
-                    len: DEPTH.min(inner - depth),
+                    x: &packed[part.start * rows..],
+                    len: part.len(),
                 };
                 let mut row = 0;
                 while row < rows {

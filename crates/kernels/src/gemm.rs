@@ -80,7 +80,7 @@ impl<'a, T: Real> Output<'a, T> {
             return;
         }
         if m.min(n) == 1 && beta == T::one() {
-            // To a single row or column `gemm` adds term by term, and to others the sum of the terms.
+            // To a single row or column `gemm` adds term by term, and to others the sum of three terms and more.
             let mut product = vec![T::zero(); m * n];
             // SAFETY: `product` is this task's own.
             unsafe {

@@ -2,7 +2,7 @@
 //! The backward skips the gradient of whatever nobody asked for: most weights of a compressed model are
 //! frozen.
 
-use crate::few::{self, DEPTH};
+use crate::few::{self, DEPTH, parts};
 use crate::gemm::{Mat, Output};
 use crate::lanes::transpose;
 use crate::real::{Real, dispatch, same_dtype, slice, storage, tensor, view};
@@ -12,9 +12,9 @@ use rayon::prelude::*;
 /// Rows and columns of a task's tile. Fixed, so that results do not depend on the thread count.
 const TILE_ROWS: usize = 512;
 const TILE_COLS: usize = 512;
-/// Terms of a sum on the way back that are added before the next ones: no more than `gemm` adds at a time,
-/// which depends on how many rows there are beyond that.
-const BACK_DEPTH: usize = 512;
+/// Terms of a sum on the way back that are added before the next ones: with the few that may be left over no
+/// more than the 512 that `gemm` adds at a time, since beyond that it depends on how many rows there are.
+const BACK_DEPTH: usize = 510;
 /// Output rows of a task that reduces over tokens (weight gradients).
 const TILE_GRAD: usize = 64;
 
@@ -84,12 +84,12 @@ fn forward<T: Real>(runs: &[Run], x: &[T], w: &[T], count: usize) -> Vec<T> {
         let at = run.output + tile.row * stride + tile.column;
         let w = &w[run.matrix + tile.column * inner..];
         let x = &x[run.input + tile.row * inner..];
-        if m <= few::MOST || n == 1 {
-            let shape = few::Shape {
-                rows: m,
-                inner,
-                columns: n,
-            };
+        let shape = few::Shape {
+            rows: m,
+            inner,
+            columns: n,
+        };
+        if shape.is_small() {
             scratch.resize(m * n, T::zero());
             if T::few_rows(shape, x, w, scratch) {
                 for (r, row) in scratch.chunks_exact(n).enumerate() {
@@ -100,8 +100,8 @@ fn forward<T: Real>(runs: &[Run], x: &[T], w: &[T], count: usize) -> Vec<T> {
             }
         }
         // The weights are turned in parts that stay in the cache.
-        for depth in (0..inner).step_by(DEPTH) {
-            let k = DEPTH.min(inner - depth);
+        for part in parts(inner, DEPTH) {
+            let (depth, k) = (part.start, part.len());
             scratch.resize(k * n, T::zero());
             transpose(&w[depth..], inner, n, k, scratch);
             let (a, b) = (Mat::new(&x[depth..], inner, 1), Mat::new(scratch, n, 1));
@@ -121,8 +121,8 @@ fn backward<T: Real>(runs: &[Run], y: &[T], w: &[T], count: usize) -> Vec<T> {
     tiles.for_each(|tile| {
         let (run, m, n) = (tile.run, tile.rows, tile.columns);
         let at = run.input + tile.row * run.inner + tile.column;
-        for depth in (0..run.columns).step_by(BACK_DEPTH) {
-            let k = BACK_DEPTH.min(run.columns - depth);
+        for part in parts(run.columns, BACK_DEPTH) {
+            let (depth, k) = (part.start, part.len());
             let y = &y[run.output + tile.row * run.columns + depth..];
             let w = &w[run.matrix + depth * run.inner + tile.column..];
             let (a, b) = (Mat::new(y, run.columns, 1), Mat::new(w, run.inner, 1));

@@ -64,7 +64,7 @@ impl GenerateOptions {
 pub enum Step<'a> {
     /// Its answer so far, whose last token is new.
     Token(&'a [u32]),
-    /// Its answer, which is whole.
+    /// Its answer, which is whole; nothing is told where no tokens are asked for.
     Whole(&'a [u32]),
 }
 

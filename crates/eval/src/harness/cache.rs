@@ -150,7 +150,7 @@ impl RequestCache {
             Some(own) => added.insert(own),
             None => added.insert(self.own_file()?),
         };
-        // One write a batch: a kill leaves whole lines but for the last.
+        // One write for all: a kill leaves whole lines but for the last.
         file.write_all(lines.as_bytes()).map_err(io(path))
     }
 

@@ -144,7 +144,7 @@ impl Journal {
         let Some((path, file)) = &mut self.file else {
             return Ok(());
         };
-        // One write a batch: a kill leaves whole lines but for the last.
+        // One write for all: a kill leaves whole lines but for the last.
         file.write_all(lines_of(entries)?.as_bytes())
             .map_err(|source| Error::Io {
                 path: path.clone(),

@@ -200,3 +200,44 @@ fn an_answer_that_was_whole_is_not_generated_again() {
     assert!(resumed.is_whole);
     assert_eq!(resumed.tasks[0].samples, all.tasks[0].samples);
 }
+
+/// Of the answers that are drawn for a request, those that are missing, with their own seeds.
+#[test]
+fn drawn_answers_are_drawn_again_one_by_one() {
+    let (world, expected) = (World::new(), expected("fewshot"));
+    let mut selected = select(&expected);
+    selected.retain(|benchmark| benchmark.name() == "gsm8k");
+    let mut tasks = world.prompts(&selected, &expected["options"]);
+    let task = &mut tasks[0].task;
+    task.repeats = Some(3);
+    let generation = task.generation_kwargs.as_mut().unwrap();
+    (generation.do_sample, generation.temperature) = (Some(true), Some(1.0));
+    generation.max_gen_toks = Some(12);
+    let folder = tempfile::tempdir().unwrap();
+    let journal = folder.path().join("requests.jsonl");
+    let run = || {
+        let kept = Kept {
+            journal: Some(&journal),
+            fingerprint: "model",
+            cache: None,
+        };
+        let (model, tokenizer) = (&world.model, &world.tokenizer);
+        let options = HarnessOptions::default();
+        let outcome = evaluate_tasks(model, tokenizer, &tasks, &options, kept, &mut |_, _| true);
+        serde_json::to_value(&outcome.unwrap().tasks[0].samples).unwrap()
+    };
+    let all = run();
+    let answers = all[0]["resps"][0].as_array().unwrap();
+    assert!(
+        answers.len() == 3 && answers[1] != answers[2],
+        "{answers:?}"
+    );
+    let text = std::fs::read_to_string(&journal).unwrap();
+    // All but one of the first request, the last of the second, the middle one of the third.
+    let missing = [1, 2, 5, 7].map(|prompt| format!("{{\"prompt\":{prompt},"));
+    let is_kept = |line: &&str| !missing.iter().any(|start| line.starts_with(start));
+    let kept: Vec<&str> = text.lines().filter(is_kept).collect();
+    assert_eq!(kept.len() + missing.len(), text.lines().count());
+    std::fs::write(&journal, kept.join("\n") + "\n").unwrap();
+    assert_eq!(run(), all);
+}

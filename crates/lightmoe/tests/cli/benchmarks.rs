@@ -116,7 +116,7 @@ fn questions(count: usize) -> String {
     (0..count).map(question).collect()
 }
 
-/// What is generated together is a function of all requests, so answers are found again by queues.
+/// An answer is kept as soon as it is whole.
 #[test]
 fn an_interrupted_run_goes_on_with_the_answers_that_it_has() {
     let folder = tempfile::tempdir().unwrap();
