@@ -5,7 +5,7 @@ use lightmoe_models::ModelConfig;
 use lightmoe_models::config::Attention;
 
 /// Tokens that are enough to keep every core busy with every expert.
-const ENOUGH: usize = 8192;
+pub(crate) const ENOUGH: usize = 8192;
 /// What the program needs beside weights and activations, in bytes.
 const PROGRAM: u64 = 128 << 20;
 const F32: u64 = 4;

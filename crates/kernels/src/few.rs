@@ -11,6 +11,8 @@ use std::ops::Range;
 pub(crate) const DEPTH: usize = 256;
 /// Terms of which `gemm` makes no sum of its own: it adds each to the output, rounded on its way.
 const FEWEST: usize = 2;
+/// Rows up to which this takes less time than turning the weights beforehand.
+const MOST: usize = 12;
 
 /// Parts of `terms` terms, which are summed apart: of `most` each, and the last of what is left. None is so
 /// short that `gemm` adds it in another way, but for a sum that is.
@@ -23,8 +25,6 @@ pub(crate) fn parts(terms: usize, most: usize) -> impl Iterator<Item = Range<usi
         (len > 0).then_some(start - len..start)
     })
 }
-/// Rows up to which this takes less time than turning the weights beforehand.
-const MOST: usize = 12;
 
 /// `y = x · wᵀ` for `x: [rows, inner]`, `w: [columns, inner]`, `y: [rows, columns]`, each without a gap.
 #[derive(Clone, Copy)]

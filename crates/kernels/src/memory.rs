@@ -5,9 +5,8 @@
 ///
 /// Otherwise every activation and gradient of some megabytes is mapped, cleared by the kernel page
 /// by page, and unmapped again, which costs as much as the arithmetic of a small model. Call it
-/// once at the start of a program; the process then holds on to its peak of memory, or to what it has when
-/// [`return_freed_memory`] is called. It does
-/// nothing where the C library is not glibc.
+/// once at the start of a program; the process then holds on to its peak of memory until
+/// [`return_freed_memory`] is called. It does nothing where the C library is not glibc.
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: `mallopt` takes plain integers and may be called at any time.

@@ -87,8 +87,10 @@ impl Way<'_> {
             }
             states.record(&seen, Values::Gradient, number, Keep::Last)?;
             states.forget(Values::Hidden, number + 1)?;
-            drop(layer);
-            return_freed_memory();
+            if pass.is_tight {
+                drop(layer);
+                return_freed_memory();
+            }
             if !progress(layers - number) {
                 return Err(Error::Interrupted);
             }
@@ -173,9 +175,12 @@ impl Way<'_> {
             let grads = (out * gradient)?.sum_all()?.backward()?;
             let found = grads.get(&x).cloned();
             writer.push(&found.map_or_else(|| x.zeros_like(), Ok)?)?;
-            drop(grads);
-            // The sums grow between what comes and goes with each batch.
-            return_freed_memory();
+            if pass.is_tight {
+                // The sums grow between what comes and goes with each batch. What is asked for again at
+                // once would take longer, so nothing is returned where there is room.
+                drop(grads);
+                return_freed_memory();
+            }
         }
         writer.close()
     }

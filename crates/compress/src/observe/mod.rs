@@ -7,7 +7,7 @@
 mod back;
 mod sums;
 
-use crate::memory::{BACKWARD, batch_tokens, damage_bytes, moment_bytes, sample_bytes};
+use crate::memory::{BACKWARD, ENOUGH, batch_tokens, damage_bytes, moment_bytes, sample_bytes};
 use crate::observations::{LayerObservations, Observations, moments_folder};
 use crate::states::{Keep, States, StatesWriter, Values, Work};
 use crate::{Error, Result};
@@ -242,6 +242,7 @@ pub fn observe(
             config,
             rotary: &rotary,
             number: l,
+            is_tight: tokens < ENOUGH,
         };
         match (options.successor, layer.bank().is_some()) {
             (Some(successor), true) => {
@@ -261,8 +262,10 @@ pub fn observe(
         next.close()?;
         let keep = if returns { Keep::All } else { Keep::Last };
         states.record(&seen, Values::Hidden, l + 1, keep)?;
-        drop(layer);
-        return_freed_memory();
+        if pass.is_tight {
+            drop(layer);
+            return_freed_memory();
+        }
         compute += begin.elapsed();
         if !progress(l + 1, total) {
             return Err(Error::Interrupted);
@@ -276,6 +279,7 @@ pub fn observe(
             config,
             rotary: &rotary,
             number: 0,
+            is_tight: tokens < ENOUGH,
         };
         let way = Way {
             checkpoint,
@@ -302,6 +306,8 @@ struct Pass<'a> {
     config: &'a ModelConfig,
     rotary: &'a Rotary,
     number: usize,
+    /// Whether memory decides how large a batch is.
+    is_tight: bool,
 }
 
 impl Pass<'_> {
