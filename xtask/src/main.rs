@@ -4,6 +4,7 @@
 mod bench;
 mod binary;
 mod browser;
+mod cuda;
 mod docs;
 mod fixtures;
 mod fuzz;
@@ -11,6 +12,7 @@ mod gpu;
 mod nvrtc;
 mod shell;
 mod test;
+mod wheels;
 
 use std::process::ExitCode;
 
@@ -61,6 +63,12 @@ const COMMANDS: &[Command] = &[
         arguments: "[RUN|PAGE]...",
         about: "Open the report and the comparison in headless Chromium, without a network, and check them",
         run: browser::run,
+    },
+    Command {
+        name: "cuda",
+        arguments: "[CARGO ARGUMENTS]",
+        about: "Build `lightmoe` with CUDA, to run models on a GPU; brings a toolkit where there is none",
+        run: cuda::run,
     },
     Command {
         name: "gpu",

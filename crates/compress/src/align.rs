@@ -6,7 +6,7 @@
 //! `Σ ⟨gate₁, gate₂⟩ + ⟨up₁, up₂⟩ + ⟨down₁, down₂⟩` over the pairs of neurons.
 
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 /// The order of the neurons of `expert` that is most like `reference`: the number of the neuron that
 /// takes each place, `[F]`. Both are gate `[F, H]`, up `[F, H]` and down `[H, F]`.
@@ -35,7 +35,7 @@ pub fn permutation(reference: &[Tensor; 3], expert: &[Tensor; 3]) -> Result<Vec<
 /// # Errors
 /// If the order is of another number of neurons.
 pub fn permuted(expert: &[Tensor; 3], order: &[u32]) -> Result<[Tensor; 3]> {
-    let order = Tensor::new(order, &Device::Cpu)?;
+    let order = Tensor::new(order, expert[0].device())?;
     let [gate, up, down] = expert;
     Ok([
         gate.index_select(&order, 0)?,

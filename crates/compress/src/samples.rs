@@ -191,7 +191,7 @@ impl SampleSums {
             .collect();
         self.seen += places.len();
         for some in picked.chunks(self.rows) {
-            let some = Tensor::new(some, &Device::Cpu)?;
+            let some = Tensor::new(some, x.device())?;
             let y = Tensor::stack(&bank.outputs(&x.index_select(&some, 0)?)?, 1)?;
             let gram = y.matmul(&y.transpose(1, 2)?)?;
             self.gram.extend(gram.flatten_all()?.to_vec1::<f32>()?);

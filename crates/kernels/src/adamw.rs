@@ -1,5 +1,6 @@
 //! One fused AdamW update (Loshchilov & Hutter, decoupled weight decay) of one parameter.
 
+use crate::composed;
 use crate::lanes::simd;
 use crate::real::{Real, slice};
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor};
@@ -8,13 +9,72 @@ use std::sync::Mutex;
 
 const CHUNK: usize = 1 << 13;
 
-/// First and second moments of one parameter, in f32.
-#[derive(Debug, Clone, Default, PartialEq)]
+/// First and second moments of one parameter, in f32: the running means of its gradient and of its square.
+/// They lie where the parameter does, from the first update on; before that they are zero.
+#[derive(Debug, Clone, Default)]
 pub struct Moments {
-    /// Running mean of the gradient.
-    pub first: Vec<f32>,
-    /// Running mean of the squared gradient.
-    pub second: Vec<f32>,
+    /// On the host; empty before the first update.
+    first: Vec<f32>,
+    second: Vec<f32>,
+    /// Elsewhere, in the shape of the parameter.
+    away: Option<[Tensor; 2]>,
+}
+
+impl Moments {
+    /// Known ones, of as many elements as the parameter has.
+    pub fn new(first: Vec<f32>, second: Vec<f32>) -> Self {
+        Self {
+            first,
+            second,
+            away: None,
+        }
+    }
+
+    /// Both, of a parameter of `count` elements.
+    pub fn values(&self, count: usize) -> Result<[Vec<f32>; 2]> {
+        if let Some([first, second]) = &self.away {
+            let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+            return Ok([values(first)?, values(second)?]);
+        }
+        let values = |known: &Vec<f32>| {
+            let mut values = known.clone();
+            values.resize(count, 0.0);
+            values
+        };
+        Ok([values(&self.first), values(&self.second)])
+    }
+
+    /// Checks that those on the host, if there are any, are of a parameter of `count` elements.
+    fn check(&self, count: usize) -> Result<()> {
+        let lengths = [self.first.len(), self.second.len()];
+        if lengths != [0; 2] && lengths != [count; 2] {
+            let [first, second] = lengths;
+            candle_core::bail!(
+                "adamw: moments of {first} and {second} elements do not fit a parameter of {count}"
+            )
+        }
+        Ok(())
+    }
+
+    /// Those beside a parameter that is not on the host; taken there first.
+    fn away(&mut self, parameter: &Tensor) -> Result<[Tensor; 2]> {
+        if let Some(away) = self.away.take() {
+            if away[0].shape() != parameter.shape() {
+                candle_core::bail!(
+                    "adamw: moments of {:?} do not fit a parameter of {:?}",
+                    away[0].shape(),
+                    parameter.shape()
+                )
+            }
+            return Ok(away);
+        }
+        let count = parameter.elem_count();
+        self.check(count)?;
+        let [first, second] = self.values(count)?;
+        (self.first, self.second) = (Vec::new(), Vec::new());
+        let tensor = |values| Tensor::from_vec(values, parameter.shape(), parameter.device());
+        Ok([tensor(first)?, tensor(second)?])
+    }
 }
 
 /// The settings of one update.
@@ -71,21 +131,9 @@ impl InplaceOp2 for Update<'_> {
             candle_core::bail!("adamw: the moments are poisoned")
         };
         let moments = &mut **moments;
-        if moments.first.is_empty() && moments.second.is_empty() {
-            moments.first.resize(param.len(), 0.0);
-            moments.second.resize(param.len(), 0.0);
-        }
-        if moments.first.len() != param.len() || moments.second.len() != param.len() {
-            candle_core::bail!(
-                "adamw: moments of {} and {} elements do not fit a parameter of {}",
-                moments.first.len(),
-                moments.second.len(),
-                param.len()
-            )
-        }
-        if s.step == 0 {
-            candle_core::bail!("adamw: the first step is number 1")
-        }
+        moments.check(param.len())?;
+        moments.first.resize(param.len(), 0.0);
+        moments.second.resize(param.len(), 0.0);
         let correction = |beta: f64| 1.0 - beta.powi(s.step as i32);
         let step_size = (s.lr / correction(s.beta1)) as f32;
         let root = (1.0 / correction(s.beta2).sqrt()) as f32;
@@ -108,7 +156,7 @@ impl InplaceOp2 for Update<'_> {
 }
 
 impl AdamW {
-    /// Updates `parameter` and its `moments` in place; both tensors are f32 of one shape.
+    /// Updates `parameter` and its `moments` in place; parameter and gradient are f32 of one shape.
     pub fn update(&self, parameter: &Tensor, grad: &Tensor, moments: &mut Moments) -> Result<()> {
         if parameter.shape() != grad.shape() {
             candle_core::bail!(
@@ -116,6 +164,15 @@ impl AdamW {
                 parameter.shape(),
                 grad.shape()
             )
+        }
+        if self.step == 0 {
+            candle_core::bail!("adamw: the first step is number 1")
+        }
+        if composed::is_for(parameter) {
+            let [first, second] = moments.away(parameter)?;
+            let [new, first, second] = composed::adamw(self, parameter, grad, [&first, &second])?;
+            moments.away = Some([first, second]);
+            return parameter.slice_set(&new.contiguous()?, 0, 0);
         }
         let update = Update {
             settings: *self,

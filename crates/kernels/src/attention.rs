@@ -3,6 +3,7 @@
 //!
 //! The probabilities are recomputed in the backward instead of kept.
 
+use crate::composed;
 use crate::gemm::{Mat, Output};
 use crate::lanes::{dot, max, simd, sum};
 use crate::real::{Real, dispatch, same_dtype, slice, storage, tracked, view};
@@ -356,6 +357,10 @@ pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Resul
 /// As [`causal_attention`], but a query sees only a part of the keys. The first positions of a longer
 /// `k` and `v` are read where they are.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, seen: Seen) -> Result<Tensor> {
+    if composed::is_for(q) {
+        seen.check(Dims::new(q.shape(), k.shape(), v.shape())?)?;
+        return composed::attention(q, k, v, scale, &seen);
+    }
     let in_rows = |x: &Tensor| match has_whole_rows(x.layout()) {
         true => Ok(x.clone()),
         false => x.contiguous(),

@@ -4,6 +4,7 @@
 //! stored as `torch.nn.Linear` stores it). With one group this is an ordinary linear layer, so the
 //! whole model uses this one product.
 
+use crate::composed;
 use crate::runs::{Products, Run, Way};
 use candle_core::{Result, Tensor};
 use std::sync::Arc;
@@ -49,6 +50,9 @@ pub fn grouped_linear(x: &Tensor, w: &Tensor, segments: &Arc<[Segment]>) -> Resu
         candle_core::bail!("{NAME}: x is [{rows}, {k}] but w is [{groups}, {n}, {wk}]")
     }
     Segment::check(segments, rows, groups, NAME)?;
+    if composed::is_for(x) {
+        return composed::grouped_linear(x, w, segments);
+    }
     let run = |s: &Segment| Run {
         rows: s.len,
         inner: k,
@@ -73,11 +77,15 @@ pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
         candle_core::bail!("linear: x has no dimensions")
     };
     let rows = dims.iter().product();
+    dims.push(w.dim(0)?);
+    let x = x.reshape((rows, k))?;
+    if composed::is_for(&x) {
+        return composed::linear(&x, w)?.reshape(dims);
+    }
     let segments: Arc<[Segment]> = Arc::new([Segment {
         group: 0,
         start: 0,
         len: rows,
     }]);
-    dims.push(w.dim(0)?);
-    grouped_linear(&x.reshape((rows, k))?, &w.unsqueeze(0)?, &segments)?.reshape(dims)
+    grouped_linear(&x, &w.unsqueeze(0)?, &segments)?.reshape(dims)
 }

@@ -14,6 +14,7 @@
 
 mod adamw;
 mod attention;
+mod composed;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod few;
@@ -41,6 +42,6 @@ pub use memory::{keep_freed_memory, return_freed_memory, tune_process};
 pub use norm::rms_norm;
 pub use rope::{Rope, RopePairs, apply_rope};
 pub use route::{Dispatch, TokenGroups, top_k};
-pub use scatter::weighted_scatter;
+pub use scatter::{select_rows, weighted_scatter};
 pub use spread::spread_columns;
 pub use swiglu::{silu_with_slope, swiglu};

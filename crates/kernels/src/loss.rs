@@ -1,5 +1,6 @@
 //! Token-wise cross entropy with a backward that never stores the log-probabilities.
 
+use crate::composed;
 use crate::lanes::{max, simd, sum};
 use crate::real::{Real, dispatch, slice, storage, tensor, view};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
@@ -37,12 +38,6 @@ impl CustomOp1 for CrossEntropy {
     fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
         let (rows, vocab) = layout.shape().dims2()?;
-        if rows != self.targets.len() || self.targets.iter().any(|&t| t as usize >= vocab) {
-            candle_core::bail!(
-                "cross_entropy: {} targets do not fit logits [{rows}, {vocab}]",
-                self.targets.len()
-            )
-        }
         let loss = dispatch!(logits.dtype(), self.name(), T => {
             let loss: Vec<T> = slice::<T>(logits, layout)?
                 .par_chunks(vocab.max(1))
@@ -75,6 +70,16 @@ impl CustomOp1 for CrossEntropy {
 
 /// Negative log-likelihood in nats of each target: `logits: [T, V]`, `targets: [T]`, result `[T]`.
 pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+    let (rows, vocab) = logits.dims2()?;
+    if rows != targets.len() || targets.iter().any(|&t| t as usize >= vocab) {
+        candle_core::bail!(
+            "cross_entropy: {} targets do not fit logits [{rows}, {vocab}]",
+            targets.len()
+        )
+    }
+    if composed::is_for(logits) {
+        return composed::cross_entropy(logits, targets);
+    }
     logits.contiguous()?.apply_op1(CrossEntropy {
         targets: targets.into(),
     })

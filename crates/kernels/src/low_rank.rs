@@ -4,6 +4,7 @@
 //! components of all slots lie one after the other, so ranks that differ take neither the memory nor the
 //! time of the widest. What lies between, `a_k·x` of every row, is as wide as the row's slot has components.
 
+use crate::composed;
 use crate::grouped::Segment;
 use crate::runs::{Products, Run, Way};
 use candle_core::{Result, Tensor};
@@ -51,6 +52,9 @@ pub fn low_rank(
         candle_core::bail!("{NAME}: components {starts:?} do not divide {components} rows")
     }
     Segment::check(segments, rows, starts.len() - 1, NAME)?;
+    if composed::is_for(x) {
+        return composed::low_rank(x, [a, b], segments, starts);
+    }
     let (shrink, between) = runs(segments, starts, k);
     let shrink = Products {
         name: NAME,

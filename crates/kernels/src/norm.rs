@@ -2,6 +2,7 @@
 //!
 //! candle's fused `rms_norm` has no gradient; the composed form costs six passes over the data.
 
+use crate::composed;
 use crate::lanes::{dot, simd, sum};
 use crate::real::{Real, dispatch, same_dtype, slice, storage, tracked, view};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
@@ -97,13 +98,6 @@ impl CustomOp2 for RmsNorm {
     ) -> Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
         same_dtype(self.name(), x.dtype(), w.dtype())?;
-        if lx.dims().last() != Some(&lw.shape().dims1()?) {
-            candle_core::bail!(
-                "rms_norm: x is {:?} but weight is {:?}",
-                lx.shape(),
-                lw.shape()
-            )
-        }
         let y = dispatch!(x.dtype(), self.name(), T => {
             storage(forward::<T>(slice(x, lx)?, slice(w, lw)?, self.eps))
         });
@@ -128,6 +122,16 @@ impl CustomOp2 for RmsNorm {
 
 /// RMSNorm over the last dimension: `x: [.., H]`, `weight: [H]`.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if x.dims().last() != Some(&weight.dims1()?) {
+        candle_core::bail!(
+            "rms_norm: x is {:?} but weight is {:?}",
+            x.shape(),
+            weight.shape()
+        )
+    }
+    if composed::is_for(x) {
+        return composed::rms_norm(x, weight, eps);
+    }
     x.contiguous()?
         .apply_op2(&weight.contiguous()?, RmsNorm { eps })
 }

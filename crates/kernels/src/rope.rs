@@ -1,5 +1,6 @@
 //! Rotary position embedding with a backward.
 
+use crate::composed;
 use crate::real::{Real, dispatch, slice, storage, tensor, view};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -95,11 +96,37 @@ struct ApplyRope {
 }
 
 impl ApplyRope {
+    /// Checks that `x: [B, T, heads, D]` fits.
+    fn check(&self, shape: &Shape) -> Result<()> {
+        let (rows, len, _, dim) = shape.dims4()?;
+        if ![1, rows].contains(&self.offsets.len()) {
+            candle_core::bail!(
+                "rope: {} offsets for {rows} rows; give one for all or one for each",
+                self.offsets.len()
+            )
+        }
+        let width = 2 * self.rope.frequencies.len();
+        let last = self.offsets.iter().max().copied().unwrap_or(0);
+        if dim == 0 || dim != width || last + len > self.rope.positions {
+            candle_core::bail!(
+                "rope: {len} tokens from position {last} of heads of {dim} do not fit a context of {} \
+                 positions and head size {width}; shorten the input to the model's context",
+                self.rope.positions,
+            )
+        }
+        Ok(())
+    }
+
+    /// Cosines and sines of `len` positions of each row, `[B or 1, len, D/2]`.
+    fn table(&self, len: usize) -> Vec<(f64, f64)> {
+        let offsets = self.offsets.iter();
+        offsets.flat_map(|&at| self.rope.table(at, len)).collect()
+    }
+
     fn rotate<T: Real>(&self, x: &[T], (len, heads): (usize, usize)) -> Vec<T> {
         let half = self.rope.frequencies.len();
         let row = (heads * 2 * half).max(1);
-        let tables = self.offsets.iter();
-        let table: Vec<_> = tables.flat_map(|&at| self.rope.table(at, len)).collect();
+        let table = self.table(len);
         let positions = self.offsets.len() * len;
         // The places of pair `j` in a head.
         let (step, apart) = match self.rope.pairs {
@@ -132,22 +159,7 @@ impl CustomOp1 for ApplyRope {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
-        let (rows, len, heads, dim) = layout.shape().dims4()?;
-        if ![1, rows].contains(&self.offsets.len()) {
-            candle_core::bail!(
-                "rope: {} offsets for {rows} rows; give one for all or one for each",
-                self.offsets.len()
-            )
-        }
-        let width = 2 * self.rope.frequencies.len();
-        let last = self.offsets.iter().max().copied().unwrap_or(0);
-        if dim == 0 || dim != width || last + len > self.rope.positions {
-            candle_core::bail!(
-                "rope: {len} tokens from position {last} of heads of {dim} do not fit a context of {} \
-                 positions and head size {width}; shorten the input to the model's context",
-                self.rope.positions,
-            )
-        }
+        let (_, len, heads, _) = layout.shape().dims4()?;
         let y = dispatch!(x.dtype(), self.name(), T => {
             storage(self.rotate::<T>(slice(x, layout)?, (len, heads)))
         });
@@ -172,9 +184,16 @@ impl CustomOp1 for ApplyRope {
 /// Rotates queries or keys `x: [B, T, heads, D]`; the first token of every row stands at the one position
 /// in `offsets`, or that of each row at its own.
 pub fn apply_rope(x: &Tensor, rope: &Rope, offsets: &[usize]) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(ApplyRope {
+    let op = ApplyRope {
         rope: rope.clone(),
         offsets: offsets.to_vec(),
         direction: 1.0,
-    })
+    };
+    op.check(x.shape())?;
+    if composed::is_for(x) {
+        let table = op.table(x.dim(1)?).into_iter();
+        let (cos, sin) = table.map(|(cos, sin)| (cos as f32, sin as f32)).unzip();
+        return composed::rotate(x, [cos, sin], rope.pairs);
+    }
+    x.contiguous()?.apply_op1(op)
 }

@@ -3,7 +3,7 @@
 
 use crate::grouped::Segment;
 use crate::real::{dispatch, view};
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -14,7 +14,8 @@ pub fn top_k(scores: &Tensor, k: usize) -> Result<Vec<u32>> {
     if k == 0 || k > experts {
         candle_core::bail!("top_k: cannot choose {k} of {experts} experts")
     }
-    let scores = scores.contiguous()?;
+    // The host sorts the rows by what was chosen.
+    let scores = scores.to_device(&Device::Cpu)?.contiguous()?;
     let view = view(&scores);
     dispatch!(scores.dtype(), "top_k", T => {
         let scores = view.slice::<T>()?;

@@ -3,6 +3,7 @@
 //! `y[target[s]] += weight[s] · rows[s]`, summed in ascending row order per target, so the result
 //! does not depend on the number of threads.
 
+use crate::composed;
 use crate::lanes::{dot, simd};
 use crate::real::{Real, dispatch, same_dtype, slice, storage, tracked, view};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
@@ -153,5 +154,18 @@ pub fn weighted_scatter(
         targets: targets.clone(),
         outputs,
     };
+    if composed::is_for(rows) {
+        op.check(rows.shape(), weights.shape())?;
+        return composed::weighted_scatter(rows, weights, targets, outputs);
+    }
     rows.contiguous()?.apply_op2(&weights.contiguous()?, op)
+}
+
+/// `x[index[s]]`: `x: [N, W]`, `index: [S]` below `N`, result `[S, W]`; several may be of one row.
+/// Differentiable.
+pub fn select_rows(x: &Tensor, index: &Arc<[u32]>) -> Result<Tensor> {
+    if composed::is_for(x) {
+        return composed::select_rows(x, index);
+    }
+    x.index_select(&Tensor::new(&index[..], x.device())?, 0)
 }

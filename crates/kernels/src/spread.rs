@@ -1,6 +1,7 @@
 //! Few columns to their places among many: what the kept rows of a sparse matrix give, in the outputs
 //! that those rows stand for.
 
+use crate::composed;
 use crate::grouped::Segment;
 use crate::real::{Real, dispatch, slice, storage, tracked, view};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
@@ -114,5 +115,9 @@ pub fn spread_columns(
         places: places.clone(),
         width,
     };
+    if composed::is_for(x) {
+        op.check(x.shape())?;
+        return composed::spread_columns(x, places, segments, width);
+    }
     x.contiguous()?.apply_op1(op)
 }

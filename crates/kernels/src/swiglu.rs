@@ -1,5 +1,6 @@
 //! The gated activation of every expert here: `h = silu(gate) · up`, fused, with its backward.
 
+use crate::composed;
 use crate::lanes::simd;
 use crate::real::{Real, dispatch, same_dtype, slice, storage, tracked, view};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
@@ -113,5 +114,8 @@ impl CustomOp2 for SwiGlu {
 
 /// `silu(gate) · up`, element by element; any shape, equal for both.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    if composed::is_for(gate) {
+        return composed::swiglu(gate, up);
+    }
     gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu)
 }

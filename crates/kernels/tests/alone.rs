@@ -1,6 +1,6 @@
 //! What a row gives has the same bits whatever is computed beside it, on processors with AVX2 and FMA: others
 //! have no code of their own for a few rows, and `gemm` adds those in another order.
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(feature = "composed")))]
 #![allow(clippy::unwrap_used)] // in the helpers, too
 
 mod common;

@@ -267,6 +267,7 @@ fn one_input_used_twice_gets_the_sum() {
 }
 
 #[test]
+#[cfg_attr(feature = "composed", ignore = "of the fused operations alone")]
 fn no_gradient_for_what_is_not_tracked() {
     let s = segments(&[(0, 2), (1, 2)]);
     let targets: Arc<[u32]> = [0, 1, 0, 1].into();

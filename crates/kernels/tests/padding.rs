@@ -10,6 +10,7 @@ use lightmoe_kernels::{Rope, Seen, apply_rope, attention};
 
 /// A row with padding before it gives the bits of the row alone, whatever the padding is.
 #[test]
+#[cfg_attr(feature = "composed", ignore = "of the fused operations alone")]
 fn padding_before_a_row_is_not_seen() {
     let (t, s, rope) = (3, 90, Rope::new(4, 10_000.0, 100));
     let starts = [5, 0, 87, 40];

@@ -19,7 +19,7 @@ pub use compare_results::CompareResultsArgs;
 pub use divergence::{DivergenceArgs, TextArgs};
 pub use reference::ReferenceArgs;
 pub use report::ReportArgs;
-pub use speak::{ChatArgs, GenerateArgs, SpeakArgs};
+pub use speak::{ChatArgs, GenerateArgs, PlaceArgs, SpeakArgs};
 
 /// Makes a Mixture-of-Experts language model smaller and keeps it working
 #[derive(Debug, Parser)]
@@ -419,6 +419,9 @@ pub struct LogitsArgs {
     /// Token ids: `input_ids` [batch, length], integers [default: 2 × 32 ids spread over the vocabulary]
     #[arg(long, value_name = "FILE.safetensors")]
     pub tokens: Option<PathBuf>,
+    /// Where
+    #[command(flatten)]
+    pub place: PlaceArgs,
     /// What to write: `input_ids`, `logits` [batch, length, vocabulary], `hidden.<layer>` (what goes
     /// into a layer; after the last, the normed output) and, by layer with experts,
     /// `router.<layer>.{logits,ids,weights}`
@@ -456,4 +459,7 @@ pub struct PretrainArgs {
     /// Write the model here instead of where the recipe says
     #[arg(long)]
     pub out: Option<PathBuf>,
+    /// auto, cpu, or cuda (cuda:N for another than the first GPU) in a program with CUDA
+    #[arg(long, default_value = "auto")]
+    pub device: String,
 }

@@ -12,6 +12,7 @@ pub mod compare;
 pub mod compeft;
 pub mod compress;
 pub mod contrast;
+pub mod device;
 pub mod divergence;
 pub mod hub;
 pub mod inspect;

@@ -4,8 +4,8 @@
 mod recover;
 
 use crate::calibration::Calibration;
+use crate::device;
 use crate::items::Items;
-use crate::machine;
 use crate::preflight::check_original;
 use crate::progress::{Progress, stopped};
 use crate::recipe::Recipe;
@@ -87,8 +87,9 @@ pub fn observe_samples(
         statistics: what.statistics,
         answers: what.answers,
         successor: what.successor,
-        max_memory: machine::max_memory(),
+        max_memory: device::max_memory(),
     };
+    let checkpoint = &checkpoint.on(&device::placement(checkpoint));
     let seen = observe(checkpoint, samples, &options, &mut |done, all| {
         bar.of(done, all)
     })?;
@@ -143,7 +144,7 @@ pub fn build_stage(inputs: &BuildInputs<'_>, target: &Path) -> Result<()> {
 ///
 /// # Errors
 /// If it cannot be read.
-pub fn load_model(checkpoint: &Checkpoint) -> Result<Box<dyn LanguageModel + '_>> {
+pub fn load_model(checkpoint: &Checkpoint) -> Result<Box<dyn LanguageModel>> {
     load(checkpoint, fit(&[checkpoint]))
 }
 
@@ -151,10 +152,10 @@ pub fn load_model(checkpoint: &Checkpoint) -> Result<Box<dyn LanguageModel + '_>
 ///
 /// # Errors
 /// If one cannot be read.
-pub fn load_pair<'a>(
-    one: &'a Checkpoint,
-    other: &'a Checkpoint,
-) -> Result<(Box<dyn LanguageModel + 'a>, Box<dyn LanguageModel + 'a>)> {
+pub fn load_pair(
+    one: &Checkpoint,
+    other: &Checkpoint,
+) -> Result<(Box<dyn LanguageModel>, Box<dyn LanguageModel>)> {
     let fit = fit(&[one, other]);
     Ok((load(one, fit)?, load(other, fit)?))
 }
@@ -170,18 +171,23 @@ pub(crate) enum Fit {
 
 /// In memory, if all of the models fit there at once.
 pub(crate) fn fit(checkpoints: &[&Checkpoint]) -> Fit {
-    let parameters: u64 = checkpoints.iter().map(|c| c.parameters()).sum();
-    // Weights are f32 in memory; caches and activations want some room beside them.
-    match parameters.saturating_mul(4).saturating_mul(5) / 4 <= machine::max_memory() {
+    let bytes = |c: &&Checkpoint| {
+        let each = device::placement(c).dtype.size_in_bytes() as u64;
+        c.parameters().saturating_mul(each)
+    };
+    let bytes: u64 = checkpoints.iter().map(bytes).sum();
+    // Caches and activations want some room beside the weights.
+    match bytes.saturating_mul(5) / 4 <= device::max_memory() {
         true => Fit::Whole,
         false => Fit::ByLayer,
     }
 }
 
-fn load(checkpoint: &Checkpoint, fit: Fit) -> Result<Box<dyn LanguageModel + '_>> {
+fn load(checkpoint: &Checkpoint, fit: Fit) -> Result<Box<dyn LanguageModel>> {
+    let checkpoint = checkpoint.on(&device::placement(checkpoint));
     Ok(match fit {
-        Fit::Whole => Box::new(Decoder::load(checkpoint)?),
-        Fit::ByLayer => Box::new(StreamedDecoder::new(checkpoint)?),
+        Fit::Whole => Box::new(Decoder::load(&checkpoint)?),
+        Fit::ByLayer => Box::new(StreamedDecoder::new(&checkpoint)?),
     })
 }
 

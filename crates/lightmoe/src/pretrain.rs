@@ -3,6 +3,7 @@
 
 mod material;
 
+use crate::device;
 use crate::preflight::Refused;
 use crate::progress::Progress;
 use anyhow::{Context, Result, bail, ensure};
@@ -176,6 +177,11 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
     let config = ModelConfig::from_json(&raw, Path::new("the recipe's [model]"))?;
     let t = &recipe.training;
     let mut model = Decoder::random(&config, recipe.seed)?;
+    let placement = device::fresh();
+    model.visit(&mut |_, _, tensor| {
+        *tensor = placement.put(tensor)?;
+        Ok(())
+    })?;
     let work = recipe.out.with_extension("pretraining");
     let fingerprint =
         crate::fingerprint(&(recipe, &material.fingerprint, env!("CARGO_PKG_VERSION")))?;
@@ -185,6 +191,8 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
         beta1: t.beta1,
         beta2: t.beta2,
         clip_norm: t.clip_norm,
+        micro_batch: 0,
+        recompute: false,
         balance: t.balance,
         annealing: Annealing {
             shape: AnnealingShape::None,

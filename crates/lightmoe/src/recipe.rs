@@ -80,6 +80,10 @@ pub struct Recipe {
     #[serde(default = "recovered")]
     pub keep: Keep,
     pub batch_size: usize,
+    #[serde(default)]
+    pub micro_batch_size: usize,
+    #[serde(default)]
+    pub gradient_checkpointing: bool,
     pub lr: f64,
     pub warmup: f64,
     pub decay: Decay,
@@ -223,6 +227,8 @@ impl Recipe {
                 "recovered, better",
             )?,
             batch_size: s.batch_size.unwrap_or(16),
+            micro_batch_size: s.micro_batch_size.unwrap_or(0),
+            gradient_checkpointing: s.gradient_checkpointing.unwrap_or(false),
             lr: s
                 .lr
                 .unwrap_or(PAPER_LR * PAPER_HIDDEN / config.hidden_size as f64),

@@ -91,6 +91,12 @@ pub struct Settings {
     /// Sequences of a batch [default: 16]
     #[arg(long)]
     pub batch_size: Option<usize>,
+    /// Sequences of a batch that run at once, their gradients added up: less memory, and but for rounding the same steps [default: all]
+    #[arg(long)]
+    pub micro_batch_size: Option<usize>,
+    /// Run the layers again on the way back, so that the activations of one at a time are in memory [default: false]
+    #[arg(long, value_name = "BOOL")]
+    pub gradient_checkpointing: Option<bool>,
     /// Highest learning rate [default: 1e-4 · 2048 / hidden size]
     #[arg(long)]
     pub lr: Option<f64>,
@@ -142,10 +148,10 @@ pub struct Settings {
     /// Seed of every random choice [default: 0]
     #[arg(long)]
     pub seed: Option<u64>,
-    /// auto or cpu [default: auto]
+    /// auto, cpu, or cuda (cuda:N for another than the first GPU) in a program with CUDA [default: auto]
     #[arg(long)]
     pub device: Option<String>,
-    /// Element type of the work: auto or f32; files keep the model's own [default: auto]
+    /// The numbers that models compute with: auto, f32, and on a GPU bf16 or f16; what is trained is f32, and files keep the model's own [default: auto]
     #[arg(long)]
     pub dtype: Option<String>,
     /// What the result must meet: in a recipe file the keys of the table `verdict`
@@ -235,6 +241,8 @@ impl Settings {
             steps,
             keep,
             batch_size,
+            micro_batch_size,
+            gradient_checkpointing,
             lr,
             warmup,
             decay,

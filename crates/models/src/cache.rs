@@ -2,7 +2,6 @@
 
 use crate::Result;
 use crate::attention::{GROWTH, LayerCache};
-use candle_core::{Device, Tensor};
 use std::iter::repeat_n;
 use std::ops::Range;
 use std::sync::Arc;
@@ -23,7 +22,7 @@ pub(crate) struct Span {
 /// What goes into a new cache.
 pub(crate) struct Places {
     /// Places among all positions of all rows of all old caches, with their room, `[B · S]`.
-    pub(crate) index: Tensor,
+    pub(crate) index: Vec<u32>,
     /// Positions of a row that are filled.
     pub(crate) len: usize,
     /// By row, the first position that is no padding.
@@ -32,7 +31,7 @@ pub(crate) struct Places {
 
 impl Places {
     /// Moves `spans` of `caches` to the end of the rows of a new cache, with `room` behind them.
-    fn new(caches: &[Cache], spans: &mut [Span], room: usize) -> Result<Self> {
+    fn new(caches: &[Cache], spans: &mut [Span], room: usize) -> Self {
         let mut firsts = vec![0];
         for cache in caches {
             let (rows, positions) = cache.room();
@@ -54,11 +53,11 @@ impl Places {
                 positions: start..len,
             };
         }
-        Ok(Self {
-            index: Tensor::new(index, &Device::Cpu)?,
+        Self {
+            index,
             len,
             starts: spans.iter().map(|span| span.positions.start).collect(),
-        })
+        }
     }
 }
 
@@ -79,7 +78,7 @@ impl Cache {
             positions: self.start(row as usize)..self.len(),
         };
         let mut spans: Vec<Span> = rows.iter().map(span).collect();
-        let places = Places::new(std::slice::from_ref(self), &mut spans, 0)?;
+        let places = Places::new(std::slice::from_ref(self), &mut spans, 0);
         let layers = self.0.iter();
         layers
             .map(|layer| LayerCache::gather(&[layer], &places))
@@ -106,7 +105,7 @@ impl Cache {
         {
             return Ok(caches.remove(0));
         }
-        let places = Places::new(&caches, spans, GROWTH)?;
+        let places = Places::new(&caches, spans, GROWTH);
         let layers = caches.first().map_or(0, |cache| cache.0.len());
         // A layer's old tensors are gone before the next one's are made.
         let mut layer = |l: usize| {

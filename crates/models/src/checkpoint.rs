@@ -8,6 +8,7 @@ use crate::index::{INDEX, read_index, shards};
 use crate::layout::BankLayout;
 use crate::manifest::Manifest;
 use crate::names::Scheme;
+use crate::placement::Placement;
 use crate::tensor_file::{BlockScales, Change, Stored, TensorFile, count_numbers};
 use crate::{Error, Result, folder, names};
 use candle_core::{DType, Device, Tensor};
@@ -16,6 +17,7 @@ use safetensors::Dtype;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The weights, if they are one file.
 pub(crate) const SINGLE: &str = "model.safetensors";
@@ -23,14 +25,16 @@ pub(crate) const SINGLE: &str = "model.safetensors";
 const SCALE: &str = "_scale_inv";
 
 /// An open model folder.
+#[derive(Clone)]
 pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
     layout: BankLayout,
     scheme: Scheme,
-    files: Vec<TensorFile>,
-    by_name: HashMap<String, usize>,
-    change: Option<Box<Change>>,
+    files: Arc<[TensorFile]>,
+    by_name: Arc<HashMap<String, usize>>,
+    change: Option<Arc<Change>>,
+    placement: Placement,
 }
 
 /// A tensor of the files that is no part of the model as we run it.
@@ -116,9 +120,10 @@ impl Checkpoint {
             config,
             layout,
             scheme,
-            files,
-            by_name,
+            files: files.into(),
+            by_name: by_name.into(),
             change: None,
+            placement: Placement::default(),
         })
     }
 
@@ -127,7 +132,7 @@ impl Checkpoint {
     /// that type computes the same. Extra tensors stay as they are.
     pub fn changed(self, change: impl Fn(&str, usize, &mut [f32]) + Send + Sync + 'static) -> Self {
         Self {
-            change: Some(Box::new(change)),
+            change: Some(Arc::new(change)),
             ..self
         }
     }
@@ -174,7 +179,7 @@ impl Checkpoint {
     /// If a file is gone.
     pub fn stamp(&self) -> Result<String> {
         let mut stamp = self.config.raw.to_string();
-        for file in &self.files {
+        for file in self.files.iter() {
             let found = fs::metadata(&file.path).map_err(|e| Error::io(&file.path, e))?;
             let path = fs::canonicalize(&file.path).map_err(|e| Error::io(&file.path, e))?;
             stamp += &format!(
@@ -196,7 +201,7 @@ impl Checkpoint {
     /// The element type most numbers have on disk; bf16 where that is FP8.
     pub fn dtype(&self) -> DType {
         let mut counts = BTreeMap::new();
-        for file in &self.files {
+        for file in self.files.iter() {
             for (dtype, numbers) in count_numbers(&file.metadata) {
                 *counts.entry(dtype).or_insert(0u64) += numbers;
             }
@@ -277,14 +282,34 @@ impl Checkpoint {
         Ok(extras)
     }
 
-    /// Reads the tensor `name` (our name, see [`crate::names`]) of the given shape as f32 on the CPU.
-    /// A missing tensor, another shape, an element type that is no float, NaN and infinity are
-    /// errors.
+    /// The same model, whose tensors go to another place as they are read.
+    #[must_use]
+    pub fn on(&self, placement: &Placement) -> Self {
+        Self {
+            placement: placement.clone(),
+            ..self.clone()
+        }
+    }
+
+    /// Where tensors go as they are read.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    /// Reads the tensor `name` (our name, see [`crate::names`]) of the given shape; see
+    /// [`Checkpoint::on`]. A missing tensor, another shape, an element type that is no float, NaN and
+    /// infinity are errors.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let values = self.values(name, shape)?;
+        let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
+        self.placement.put(&tensor)
+    }
+
+    fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let stored = self.find(name, shape)?;
         let mut values = vec![0f32; shape.iter().product()];
         stored.read(&mut values)?;
-        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+        Ok(values)
     }
 
     /// Reads tensors of one shape, as [`Checkpoint::tensor`] does, into one: `[names, ..shape]`.
@@ -300,7 +325,8 @@ impl Checkpoint {
             .zip(&stored)
             .try_for_each(|(values, stored)| stored.read(values))?;
         let shape = [&[names.len()], shape].concat();
-        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+        let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
+        self.placement.put(&tensor)
     }
 
     /// Reads the places of rows `name`, each below `rows` and ascending: `[count]`.
@@ -308,7 +334,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Tensor`] if it is missing or damaged, or a place is none.
     pub fn index(&self, name: &str, count: usize, rows: usize) -> Result<Vec<u32>> {
-        let places = self.tensor(name, &[count])?.to_vec1::<f32>()?;
+        let places = self.values(name, &[count])?;
         let places: Vec<u32> = places.into_iter().map(|place| place as u32).collect();
         let mut next = 0;
         for (i, &place) in places.iter().enumerate() {

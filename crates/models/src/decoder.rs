@@ -11,7 +11,7 @@ use crate::rotary::Rotary;
 use crate::router::Routing;
 use crate::writer::CheckpointWriter;
 use crate::{Error, Result, names};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use lightmoe_kernels::linear;
 use std::borrow::Cow;
 
@@ -74,7 +74,7 @@ impl Embedding {
                 "token id {id} is outside the vocabulary of {vocab}; use the model's own tokenizer"
             )));
         }
-        let ids = Tensor::new(tokens.ids, &Device::Cpu)?;
+        let ids = Tensor::new(tokens.ids, self.table.device())?;
         let len = tokens.ids.len() / tokens.rows;
         Ok(self
             .table
@@ -170,15 +170,28 @@ impl Ends {
         self.logits(&self.norm.forward(hidden)?)
     }
 
+    /// Where they are, and so the whole model is.
+    pub fn device(&self) -> &Device {
+        self.embedding.table.device()
+    }
+
     /// Logits of normed hidden states `[T, H]` → `[T, V]`.
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let head = self.head.as_ref().unwrap_or(&self.embedding.table);
-        let logits = linear(hidden, head)?;
+        let logits = at_least_f32(linear(hidden, head)?)?;
         Ok(match &self.head_bias {
-            Some(bias) => logits.broadcast_add(bias)?,
+            Some(bias) => logits.broadcast_add(&bias.to_dtype(logits.dtype())?)?,
             None => logits,
         })
     }
+}
+
+/// What probabilities are computed from, in f32 where it comes as 16-bit floats.
+pub(crate) fn at_least_f32(x: Tensor) -> Result<Tensor> {
+    Ok(match x.dtype() {
+        DType::BF16 | DType::F16 => x.to_dtype(DType::F32)?,
+        _ => x,
+    })
 }
 
 /// A model that can be run, wherever its layers are.
@@ -195,9 +208,10 @@ pub trait LanguageModel: Sync {
     /// What reading it brings.
     fn layer(&self, number: usize) -> Result<Cow<'_, Layer>>;
 
-    /// Whether two passes may run at the same time, each of which takes memory of its own.
+    /// Whether two passes may run at the same time, each of which takes memory of its own: on the CPU,
+    /// whose cores one pass does not keep busy all the time.
     fn runs_side_by_side(&self) -> bool {
-        true
+        self.ends().device().is_cpu()
     }
 
     /// An empty cache for [`LanguageModel::forward`].
@@ -270,23 +284,25 @@ impl LanguageModel for Decoder {
 }
 
 /// A model on disk: each pass reads every layer, and holds one at a time.
-pub struct StreamedDecoder<'a> {
-    checkpoint: &'a Checkpoint,
+pub struct StreamedDecoder {
+    checkpoint: Checkpoint,
     ends: Ends,
 }
 
-impl<'a> StreamedDecoder<'a> {
+impl StreamedDecoder {
     /// Reads what stands before and behind the layers.
     ///
     /// # Errors
     /// What reading it brings.
-    pub fn new(checkpoint: &'a Checkpoint) -> Result<Self> {
-        let ends = Ends::load(checkpoint)?;
-        Ok(Self { checkpoint, ends })
+    pub fn new(checkpoint: &Checkpoint) -> Result<Self> {
+        Ok(Self {
+            ends: Ends::load(checkpoint)?,
+            checkpoint: checkpoint.clone(),
+        })
     }
 }
 
-impl LanguageModel for StreamedDecoder<'_> {
+impl LanguageModel for StreamedDecoder {
     fn config(&self) -> &ModelConfig {
         self.checkpoint.config()
     }
@@ -296,7 +312,7 @@ impl LanguageModel for StreamedDecoder<'_> {
     }
 
     fn layer(&self, number: usize) -> Result<Cow<'_, Layer>> {
-        Ok(Cow::Owned(Layer::load(self.checkpoint, number)?))
+        Ok(Cow::Owned(Layer::load(&self.checkpoint, number)?))
     }
 
     /// Each would hold a layer of its own and read all of them.

@@ -37,13 +37,13 @@ pub fn gaussian(rng: &mut ChaCha8Rng, std: f64, shape: &[usize]) -> Result<Tenso
 impl Adapters {
     /// Fresh adapters for `experts` of one layer: `lora_A` Gaussian with standard deviation
     /// `1/sqrt(in)`, `lora_B` zero, so they change nothing yet (LightMoE §3.3). Each expert draws from
-    /// a stream of its own, whichever others there are. `None` for no experts or rank zero.
+    /// a stream of its own, whichever others there are. They are f32 on `device`. `None` for no experts or rank zero.
     pub fn fresh(
         config: &ModelConfig,
         layer: usize,
         experts: &[usize],
-        rank: usize,
-        seed: u64,
+        (rank, seed): (usize, u64),
+        device: &Device,
     ) -> Result<Option<Self>> {
         if experts.is_empty() || rank == 0 {
             return Ok(None);
@@ -58,10 +58,10 @@ impl Adapters {
                     &[rank, width],
                 )
             });
-            Ok(Tensor::stack(&each.collect::<Result<Vec<_>>>()?, 0)?)
+            Ok(Tensor::stack(&each.collect::<Result<Vec<_>>>()?, 0)?.to_device(device)?)
         };
         let n = experts.len();
-        let zeros = |out: usize| Tensor::zeros((n, out, rank), DType::F32, &Device::Cpu);
+        let zeros = |out: usize| Tensor::zeros((n, out, rank), DType::F32, device);
         Ok(Some(Self {
             a: Projections {
                 gate: a("gate_proj", h)?,

@@ -2,6 +2,7 @@
 
 use crate::Result;
 use crate::config::{ExpertGroups, GroupScore, ModelConfig, MoeConfig, Scoring};
+use crate::decoder::at_least_f32;
 use crate::layer::{ParameterKind, Source, Visitor};
 use crate::mlp::sigmoid;
 use candle_core::{D, Tensor};
@@ -48,7 +49,7 @@ impl Router {
 
     /// `x: [T, H]`; the experts `removed` are not there, as if the router had no rows for them.
     pub(crate) fn route(&self, x: &Tensor, moe: &MoeConfig, removed: &[usize]) -> Result<Routing> {
-        let logits = linear(x, &self.weight)?;
+        let logits = at_least_f32(linear(x, &self.weight)?)?;
         route_logits(logits, self.correction.as_ref(), moe, removed)
     }
 
@@ -101,7 +102,9 @@ pub fn route_logits(
         });
     }
     let mut choice = match correction {
-        Some(correction) => probabilities.broadcast_add(correction)?,
+        Some(correction) => {
+            probabilities.broadcast_add(&correction.to_dtype(probabilities.dtype())?)?
+        }
         // The softmax keeps the order of the logits, and rounds.
         None => logits.clone(),
     };

@@ -3,7 +3,7 @@
 
 mod support;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use lightmoe_models::{
     Adapters, Decoder, GenerateOptions, LanguageModel, ParameterKind, SlotLayout, Tokens, generate,
     multiplied_out,
@@ -259,9 +259,9 @@ fn attach_adapters(model: &mut Decoder) {
     let (config, mut random) = (model.config().clone(), Random::new(9));
     for (l, bank) in model.banks_mut().enumerate() {
         let experts = bank.dense_experts().to_vec();
-        bank.dense_adapters = Adapters::fresh(&config, l, &experts, 2, 1).unwrap();
+        bank.dense_adapters = Adapters::fresh(&config, l, &experts, (2, 1), &Device::Cpu).unwrap();
         let bases: Vec<usize> = (0..bank.base_count()).collect();
-        bank.base_adapters = Adapters::fresh(&config, l, &bases, 3, 2).unwrap();
+        bank.base_adapters = Adapters::fresh(&config, l, &bases, (3, 2), &Device::Cpu).unwrap();
         for adapters in [&mut bank.dense_adapters, &mut bank.base_adapters] {
             for (_, b) in adapters.iter_mut().flat_map(|a| a.b.named_mut()) {
                 *b = random.tensor(b.dims(), 0.0, 0.5);

@@ -4,7 +4,7 @@
 
 mod support;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use lightmoe_kernels::cross_entropy;
 use lightmoe_models::{
     Adapters, Decoder, LanguageModel, LayerLayout, ParameterKind, Projections, Tokens,
@@ -27,7 +27,7 @@ fn variables(mut model: Decoder) -> (Decoder, Vec<(String, ParameterKind, Var)>)
     let config = model.config().clone();
     for (l, bank) in model.banks_mut().enumerate() {
         let experts = bank.dense_experts().to_vec();
-        bank.dense_adapters = Adapters::fresh(&config, l, &experts, 2, 3).unwrap();
+        bank.dense_adapters = Adapters::fresh(&config, l, &experts, (2, 3), &Device::Cpu).unwrap();
         // A fresh `lora_B` is zero, which hides the gradient of `lora_A`.
         for (_, b) in bank.dense_adapters.iter_mut().flat_map(|a| a.b.named_mut()) {
             *b = random.tensor(b.dims(), 0.0, 0.5);
@@ -172,7 +172,7 @@ fn adapters_of_bases() {
     let (config, mut random) = (model.config().clone(), Random::new(6));
     for (l, bank) in model.banks_mut().enumerate() {
         let bases: Vec<usize> = (0..bank.base_count()).collect();
-        bank.base_adapters = Adapters::fresh(&config, l, &bases, 2, 4).unwrap();
+        bank.base_adapters = Adapters::fresh(&config, l, &bases, (2, 4), &Device::Cpu).unwrap();
         for (_, b) in bank.base_adapters.iter_mut().flat_map(|a| a.b.named_mut()) {
             *b = random.tensor(b.dims(), 0.0, 0.5);
         }
@@ -212,7 +212,8 @@ fn every_parameter_of_mixed_slots() {
         for tensor in mixtures(bank) {
             *tensor = tensor.to_dtype(DType::F64).unwrap();
         }
-        let fresh = Adapters::fresh(&config, l, bank.mixed_experts(), 2, 3).unwrap();
+        let fresh =
+            Adapters::fresh(&config, l, bank.mixed_experts(), (2, 3), &Device::Cpu).unwrap();
         bank.freeze_components(2).unwrap();
         let b = Random::new(6).tensor(fresh.as_ref().unwrap().b.down.dims(), 0.0, 0.5);
         bank.mixed.as_mut().unwrap().down_adapters = fresh.map(|fresh| (fresh.a.down, b));

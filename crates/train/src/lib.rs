@@ -7,6 +7,7 @@
 
 mod curve;
 mod error;
+mod gradients;
 mod objective;
 mod prepare;
 mod pruning;

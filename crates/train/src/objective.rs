@@ -7,6 +7,7 @@ use candle_core::{D, Tensor};
 use candle_nn::ops::log_softmax;
 use lightmoe_kernels::cross_entropy;
 use lightmoe_models::{Decoder, LanguageModel, Routing, Tokens};
+use std::ops::Range;
 
 /// A batch of right-padded sequences.
 #[derive(Debug, Clone)]
@@ -33,12 +34,52 @@ impl TrainBatch {
         }
     }
 
+    /// The same in parts of at most `rows` sequences, each with the places of its targets among all; those
+    /// without a target are left out. Zero rows make one part.
+    ///
+    /// # Errors
+    /// If there is no target.
+    pub(crate) fn parts(&self, rows: usize) -> Result<Vec<Part>> {
+        let (len, mut targets) = (self.length(), 0);
+        let rows = if rows == 0 { self.rows.max(1) } else { rows };
+        let parts = (0..self.rows).step_by(rows).map(|first| {
+            let rows = rows.min(self.rows - first);
+            let tokens = first * len..(first + rows) * len;
+            let batch = Self {
+                tokens: self.tokens[tokens.clone()].to_vec(),
+                rows,
+                loss_mask: self.loss_mask[tokens].to_vec(),
+            };
+            let begin = targets;
+            targets += batch.predicting().len();
+            Part {
+                batch,
+                targets: begin..targets,
+            }
+        });
+        let parts: Vec<Part> = parts.filter(|part| !part.targets.is_empty()).collect();
+        match parts.is_empty() {
+            true => Err(Error::Invalid(
+                "a batch has no target tokens; check the training data".into(),
+            )),
+            false => Ok(parts),
+        }
+    }
+
     /// Where of `[rows · len]` the targets are predicted, `[A]`: at the token before each.
     pub(crate) fn predicting(&self) -> Vec<u32> {
         let len = self.length();
         let places = (0..self.tokens.len()).filter(|i| i % len + 1 < len && self.loss_mask[i + 1]);
         places.map(|i| i as u32).collect()
     }
+}
+
+/// Some sequences of a batch.
+#[derive(Debug, Clone)]
+pub(crate) struct Part {
+    pub(crate) batch: TrainBatch,
+    /// Its targets among those of the whole batch.
+    pub(crate) targets: Range<usize>,
 }
 
 /// The load-balancing loss of Switch Transformers (arXiv 2101.03961, eq. 4): `E · Σ_e f_e · p_e`,
@@ -92,32 +133,54 @@ pub fn distance(student: &Tensor, teacher: &Tensor, temperature: f64) -> Result<
 }
 
 /// The objective's parts on the batch of `step`.
+///
+/// # Errors
+/// If the batch has no targets, or the model fails.
 pub fn objective(
     model: &Decoder,
     (step, batch): (usize, &TrainBatch),
     balance: bool,
     teacher: Option<&Teacher<'_>>,
 ) -> Result<Losses> {
-    let at = batch.predicting();
-    if at.is_empty() {
-        return Err(Error::Invalid(
-            "a batch has no target tokens; check the training data".into(),
-        ));
-    }
-    let targets: Vec<u32> = at.iter().map(|&i| batch.tokens[i as usize + 1]).collect();
+    let whole = &batch.parts(0)?[0];
+    objective_of(model, (step, whole), balance, teacher)
+}
+
+/// The same on a part of it.
+pub(crate) fn objective_of(
+    model: &Decoder,
+    (step, part): (usize, &Part),
+    balance: bool,
+    teacher: Option<&Teacher<'_>>,
+) -> Result<Losses> {
     let mut routing = Vec::new();
-    let hidden = model.forward(batch.tokens(), None, &mut |_, _, r| {
+    let hidden = model.forward(part.batch.tokens(), None, &mut |_, _, r| {
         if balance {
             routing.extend(r.cloned());
         }
         Ok(())
     })?;
-    let at = Tensor::new(at, hidden.device())?;
+    let at = Tensor::new(part.batch.predicting(), hidden.device())?;
     let logits = model.logits(&hidden.index_select(&at, 0)?)?;
-    let distance = teacher.map(|teacher| teacher.distance(&logits, batch, step));
+    let (task, distance) = losses(&logits, (step, part), teacher)?;
     Ok(Losses {
-        task: cross_entropy(&logits, &targets)?.mean_all()?,
+        task,
         balance: balance.then(|| load_balance(&routing)).transpose()?,
-        distance: distance.transpose()?,
+        distance,
     })
+}
+
+/// Cross entropy, and distance to the teacher, of the logits of the targets, `[A, V]`.
+pub(crate) fn losses(
+    logits: &Tensor,
+    (step, part): (usize, &Part),
+    teacher: Option<&Teacher<'_>>,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let at = part.batch.predicting().into_iter();
+    let targets: Vec<u32> = at.map(|i| part.batch.tokens[i as usize + 1]).collect();
+    let distance = teacher.map(|teacher| teacher.distance(logits, step, part));
+    Ok((
+        cross_entropy(logits, &targets)?.mean_all()?,
+        distance.transpose()?,
+    ))
 }

@@ -25,22 +25,22 @@ pub struct Recovery {
 /// themselves (they change nothing yet), and the replaced experts of the `original` checkpoint, with full
 /// weight, where annealing wants them.
 pub fn prepare_recovery(model: &mut Decoder, original: &Checkpoint, r: &Recovery) -> Result<()> {
-    let config = model.config().clone();
+    let (config, device) = (model.config().clone(), model.ends().device().clone());
     for l in config.moe_layers() {
         let Some(bank) = model.layers[l].bank_mut() else {
             continue;
         };
         let kept = bank.dense_experts().to_vec();
-        bank.dense_adapters = Adapters::fresh(&config, l, &kept, r.kept_rank, r.seed)?;
+        bank.dense_adapters = Adapters::fresh(&config, l, &kept, (r.kept_rank, r.seed), &device)?;
         if let Some(rank) = r.base_rank {
             // Beside the experts' own numbers, so that no two adapters start alike.
             let first = bank.len();
             let bases: Vec<usize> = (first..first + bank.base_count()).collect();
-            bank.base_adapters = Adapters::fresh(&config, l, &bases, rank, r.seed)?;
+            bank.base_adapters = Adapters::fresh(&config, l, &bases, (rank, r.seed), &device)?;
         }
         let mixed = bank.mixed_experts().to_vec();
         if let Some(slots) = &mut bank.mixed {
-            let fresh = Adapters::fresh(&config, l, &mixed, r.kept_rank, r.seed)?;
+            let fresh = Adapters::fresh(&config, l, &mixed, (r.kept_rank, r.seed), &device)?;
             slots.down_adapters = fresh.map(|adapters| (adapters.a.down, adapters.b.down));
         }
         if let Some(rank) = r.trained_rank {

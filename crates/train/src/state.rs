@@ -3,7 +3,8 @@
 
 use crate::trainer::Parameter;
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
+use lightmoe_kernels::Moments;
 use lightmoe_models::TensorFile;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -33,10 +34,8 @@ pub(crate) fn save(
         let values = p.var.as_tensor().flatten_all()?.to_vec1::<f32>()?;
         let count = values.len();
         data.push((p.name.clone(), count, bytes(&values)));
-        // Before its first gradient a parameter has no moments; zeros are the same.
-        for (suffix, moment) in [("first", &p.moments.first), ("second", &p.moments.second)] {
-            let mut moment = moment.clone();
-            moment.resize(count, 0.0);
+        let [first, second] = p.moments.values(count)?;
+        for (suffix, moment) in [("first", first), ("second", second)] {
             data.push((format!("{}.{suffix}", p.name), count, bytes(&moment)));
         }
         if let Some(rows) = &p.rows {
@@ -119,8 +118,10 @@ pub(crate) fn load(
             Ok(values)
         };
         let count = shape.elem_count();
-        p.moments.first = read(&format!("{}.first", p.name), count)?;
-        p.moments.second = read(&format!("{}.second", p.name), count)?;
+        p.moments = Moments::new(
+            read(&format!("{}.first", p.name), count)?,
+            read(&format!("{}.second", p.name), count)?,
+        );
         if let Some(rows) = &mut p.rows {
             let count = rows.importance.len();
             rows.importance = read(&format!("{}.importance", p.name), count)?;
@@ -128,7 +129,7 @@ pub(crate) fn load(
         p.var.set(&Tensor::from_vec(
             read(&p.name, count)?,
             shape.clone(),
-            &Device::Cpu,
+            p.var.device(),
         )?)?;
     }
     Ok(Some(step))

@@ -4,14 +4,15 @@
 //! The other one runs beside it, or its likeliest tokens were kept before: then it need not be in memory
 //! together with the trained one, and may be larger than memory itself.
 
-use crate::objective::{TrainBatch, distance};
+use crate::objective::{Part, TrainBatch, distance};
 use crate::{Error, Result};
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::log_softmax;
 use lightmoe_models::{Decoder, LanguageModel, TensorFile, Tokens, folder};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, serialize};
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// The most tokens of one pass of the other model, unless one batch has more.
@@ -42,24 +43,22 @@ pub struct Teacher<'a> {
 }
 
 impl Teacher<'_> {
-    /// The distance of the logits `student: [A, V]` of the targets of `batch`, which is that of `step`, from
-    /// the teacher's. `[]`
+    /// The distance of the logits `student: [A, V]` of the targets of a part of the batch of `step` from the
+    /// teacher's. `[]`
     ///
     /// # Errors
     /// If the model fails, or what was kept cannot be read.
-    pub(crate) fn distance(
-        &self,
-        student: &Tensor,
-        batch: &TrainBatch,
-        step: usize,
-    ) -> Result<Tensor> {
+    pub(crate) fn distance(&self, student: &Tensor, step: usize, part: &Part) -> Result<Tensor> {
         match self.predictions {
             Predictions::Model(model) => {
-                let theirs = logits(model, batch)?;
+                let theirs = logits(model, &part.batch)?;
                 distance(student, &theirs, self.temperature)
             }
             Predictions::Kept(kept) => {
-                distance_to_top(student, &kept.read(step)?, self.temperature)
+                let theirs = kept
+                    .read(step)?
+                    .of_targets(&part.targets, student.device())?;
+                distance_to_top(student, &theirs, self.temperature)
             }
         }
     }
@@ -82,6 +81,18 @@ struct TopTokens {
 }
 
 impl TopTokens {
+    /// Those of some targets, where they are compared.
+    fn of_targets(&self, targets: &Range<usize>, device: &Device) -> Result<Self> {
+        let of = |all: &Tensor| {
+            all.narrow(0, targets.start, targets.len())?
+                .to_device(device)
+        };
+        Ok(Self {
+            ids: of(&self.ids)?.contiguous()?,
+            log_probabilities: of(&self.log_probabilities)?,
+        })
+    }
+
     /// Those of `logits: [A, V]`; `k` is at most `V`.
     ///
     /// # Errors
@@ -280,11 +291,7 @@ impl KeptPredictions {
         let shape = file.shape("ids").unwrap_or_default().to_vec();
         let tensor = |name: &str| -> Result<Tensor> {
             let values = file.values(name, &shape)?;
-            Ok(Tensor::from_vec(
-                values,
-                &shape[..],
-                &candle_core::Device::Cpu,
-            )?)
+            Ok(Tensor::from_vec(values, &shape[..], &Device::Cpu)?)
         };
         Ok(TopTokens {
             ids: tensor("ids")?.to_dtype(DType::U32)?,
@@ -296,7 +303,7 @@ impl KeptPredictions {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     /// With all tokens it is the distance itself; with fewer never more, and zero between equals.
     #[test]

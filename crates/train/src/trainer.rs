@@ -1,12 +1,13 @@
 //! The training loop.
 
 use crate::curve::{Curve, Point};
-use crate::objective::{TrainBatch, objective};
+use crate::gradients::gradients;
+use crate::objective::TrainBatch;
 use crate::pruning::{PrunedRows, RowPruning};
 use crate::schedule::{Annealing, LearningRate};
 use crate::teacher::Teacher;
 use crate::{Error, Result, state};
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Var};
 use lightmoe_kernels::{AdamW, Moments};
 use lightmoe_models::{Decoder, ParameterKind};
 use std::path::PathBuf;
@@ -35,6 +36,10 @@ pub struct TrainOptions {
     pub clip_norm: f64,
     /// Weight of the load-balancing loss; zero leaves it out.
     pub balance: f64,
+    /// Sequences that run at once, whose gradients are added to those of the batch; zero for all of it.
+    pub micro_batch: usize,
+    /// Whether the layers run again on the way back, so that the activations of one at a time are in memory.
+    pub recompute: bool,
     /// β by step.
     pub annealing: Annealing,
     /// How the sparse parts of factored bases lose their rows.
@@ -129,7 +134,8 @@ fn select(model: &mut Decoder, groups: &[Group]) -> Result<Vec<Parameter>> {
     let mut parameters = Vec::new();
     model.visit(&mut |name, kind, tensor| {
         if let Some(group) = groups.iter().find(|g| g.kinds.contains(&kind)) {
-            let var = Var::from_tensor(tensor)?;
+            // What learns is f32 whatever the rest of the model is: its steps are too small for less.
+            let var = Var::from_tensor(&tensor.to_dtype(DType::F32)?)?;
             *tensor = var.as_tensor().clone();
             parameters.push(Parameter {
                 name: name.to_owned(),
@@ -169,22 +175,12 @@ fn advance(
     (batch, teacher): (&TrainBatch, Option<&Teacher<'_>>),
     parameters: &mut [Parameter],
 ) -> Result<Point> {
-    let losses = objective(model, (step, batch), options.balance > 0.0, teacher)?;
-    let mut total = losses.task.clone();
-    if let Some(balance) = &losses.balance {
-        total = (total + (balance * options.balance)?)?;
-    }
-    if let (Some(distance), Some(teacher)) = (&losses.distance, teacher) {
-        total = (total + (distance * teacher.weight)?)?;
-    }
-    let grads = total.backward()?;
+    let mut found = gradients(model, options, (step, batch), teacher, parameters)?;
     let mut squares = 0.0;
-    for p in parameters.iter() {
-        if let Some(grad) = grads.get(&p.var) {
-            squares += f64::from(grad.sqr()?.sum_all()?.to_scalar::<f32>()?);
-        }
+    for grad in found.gradients.iter().flatten() {
+        squares += f64::from(grad.sqr()?.sum_all()?.to_scalar::<f32>()?);
     }
-    let (loss, grad_norm) = (f64::from(losses.task.to_scalar::<f32>()?), squares.sqrt());
+    let (loss, grad_norm) = (found.task, squares.sqrt());
     if !loss.is_finite() || !grad_norm.is_finite() {
         return Err(Error::Invalid(format!(
             "step {step}: the loss is {loss} and the gradient's norm {grad_norm}; lower the \
@@ -192,7 +188,7 @@ fn advance(
         )));
     }
     let lr = options.learning_rate.at(step, options.steps);
-    for p in parameters.iter_mut() {
+    for (p, grad) in parameters.iter_mut().zip(&mut found.gradients) {
         let update = AdamW {
             lr,
             beta1: options.beta1,
@@ -204,12 +200,12 @@ fn advance(
         };
         // Without a gradient (the bases while β = 1) a parameter stays as it is. Experts and bases are
         // stacked, so one that no token reached has a gradient of zeros and moves by its moments.
-        let grad = grads.get(&p.var);
-        if let Some(grad) = grad {
+        let grad = grad.take();
+        if let Some(grad) = &grad {
             update.update(p.var.as_tensor(), grad, &mut p.moments)?;
         }
         if let Some(rows) = &mut p.rows {
-            if let Some(grad) = grad {
+            if let Some(grad) = &grad {
                 let decay = options.pruning.decay;
                 rows.observe(p.var.as_tensor(), grad, update.grad_scale, decay)?;
             }
@@ -220,15 +216,11 @@ fn advance(
             rows.prune(&p.var, kept)?;
         }
     }
-    let scalar = |part: Option<Tensor>| -> Result<Option<f64>> {
-        let value = part.map(|part| part.to_scalar::<f32>()).transpose()?;
-        Ok(value.map(f64::from))
-    };
     Ok(Point {
         step,
         loss,
-        balance: scalar(losses.balance)?,
-        distance: scalar(losses.distance)?,
+        balance: found.balance,
+        distance: found.distance,
         lr,
         beta,
         grad_norm,

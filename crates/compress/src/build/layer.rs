@@ -235,7 +235,8 @@ impl Layer<'_> {
     /// Adapters that do nothing yet.
     fn fresh(&self, plan: &LayerPlan, expert: usize, rank: usize) -> Result<Named> {
         let config = self.checkpoint.config();
-        let fresh = Adapters::fresh(config, plan.layer, &[expert], rank, self.seed)?;
+        let numbers = (rank, self.seed);
+        let fresh = Adapters::fresh(config, plan.layer, &[expert], numbers, &Device::Cpu)?;
         let mut out = Vec::new();
         if let Some(adapters) = fresh {
             for (side, stack) in [("lora_A", &adapters.a), ("lora_B", &adapters.b)] {

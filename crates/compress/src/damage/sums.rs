@@ -137,7 +137,7 @@ impl DamageSums {
         self.seen += some.tokens.len();
         if !picked.is_empty() {
             // Copied: a part of a tensor would keep all of it.
-            let rows = x.index_select(&Tensor::new(picked, &Device::Cpu)?, 0)?;
+            let rows = x.index_select(&Tensor::new(picked, x.device())?, 0)?;
             self.borrowed.push(rows);
         }
         let k = routing.chosen.len() / x.dim(0)?;
@@ -156,7 +156,7 @@ impl DamageSums {
             if tokens.is_empty() {
                 return Ok(None);
             }
-            let x = x.index_select(&Tensor::new(&tokens[..], &Device::Cpu)?, 0)?;
+            let x = x.index_select(&Tensor::new(&tokens[..], x.device())?, 0)?;
             ExpertSums::of(own, &x, weights.clone()).map(Some)
         })
     }

@@ -11,7 +11,7 @@ use crate::memory::LOGITS;
 use crate::observations::Observations;
 use crate::states::{Keep, Values};
 use crate::{Error, Result};
-use candle_core::{D, Device, Tensor, Var};
+use candle_core::{D, Tensor, Var};
 use lightmoe_kernels::{cross_entropy, return_freed_memory};
 use lightmoe_models::random::stream;
 use lightmoe_models::{Bank, Checkpoint, Ends, Layer, LayerObserver, Routing};
@@ -114,7 +114,7 @@ impl Way<'_> {
         let mut writer = pass.states.writer(Values::Gradient, layers)?;
         let mut sample = 0;
         for (i, batch) in pass.batches.iter().enumerate() {
-            let hidden = pass.states.read(Values::Hidden, layers, i, batch)?;
+            let hidden = pass.read(Values::Hidden, layers, i)?;
             let hidden = hidden.flatten_to(1)?;
             let mut gradient = hidden.zeros_like()?;
             for row in 0..batch.samples.len() {
@@ -152,10 +152,10 @@ impl Way<'_> {
         let mut writer = pass.states.writer(Values::Gradient, number)?;
         let half = 0.5 / predicted as f64;
         for (i, batch) in pass.batches.iter().enumerate() {
-            let x = Var::from_tensor(&pass.states.read(Values::Hidden, number, i, batch)?)?;
-            let gradient = pass.states.read(Values::Gradient, number + 1, i, batch)?;
+            let x = Var::from_tensor(&pass.read(Values::Hidden, number, i)?)?;
+            let gradient = pass.read(Values::Gradient, number + 1, i)?;
             let tokens = batch.held();
-            let held = Tensor::new(&tokens[..], &Device::Cpu)?;
+            let held = Tensor::new(&tokens[..], gradient.device())?;
             let of_held = gradient.flatten_to(1)?.index_select(&held, 0)?;
             let weights = (of_held.sqr()?.sum(D::Minus1)? * half)?.to_vec1::<f32>()?;
             let tokens = WeightedTokens {

@@ -12,8 +12,11 @@ use crate::observations::{LayerObservations, Observations, moments_folder};
 use crate::states::{Keep, States, StatesWriter, Values, Work};
 use crate::{Error, Result};
 use back::Way;
+use candle_core::Tensor;
 use lightmoe_kernels::return_freed_memory;
-use lightmoe_models::{Checkpoint, Embedding, Layer, LayerObserver, ModelConfig, Rotary, Tokens};
+use lightmoe_models::{
+    Checkpoint, Embedding, Layer, LayerObserver, ModelConfig, Placement, Rotary, Tokens,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -165,6 +168,8 @@ pub fn observe(
     options: &ObserveOptions<'_>,
     progress: &mut dyn FnMut(usize, usize) -> bool,
 ) -> Result<Observed> {
+    // Wherever the model runs, rounding would add up in the sums.
+    let checkpoint = &checkpoint.on(&checkpoint.placement().exact());
     let config = checkpoint.config();
     if samples.is_empty() || samples.iter().any(Vec::is_empty) {
         return Err(Error::Invalid(
@@ -239,6 +244,7 @@ pub fn observe(
         let pass = Pass {
             states: &states,
             batches: &batches,
+            placement: checkpoint.placement(),
             config,
             rotary: &rotary,
             number: l,
@@ -276,6 +282,7 @@ pub fn observe(
         let pass = Pass {
             states: &states,
             batches: &batches,
+            placement: checkpoint.placement(),
             config,
             rotary: &rotary,
             number: 0,
@@ -303,6 +310,8 @@ pub fn observe(
 struct Pass<'a> {
     states: &'a States,
     batches: &'a [Batch<'a>],
+    /// Where the layers are.
+    placement: &'a Placement,
     config: &'a ModelConfig,
     rotary: &'a Rotary,
     number: usize,
@@ -311,6 +320,14 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
+    /// What goes into `layer` of batch `number`, or its gradient, where the layers are: `[B, T, H]`.
+    fn read(&self, what: Values, layer: usize, number: usize) -> Result<Tensor> {
+        let states = self
+            .states
+            .read(what, layer, number, &self.batches[number])?;
+        Ok(self.placement.put(&states)?)
+    }
+
     /// Runs all batches; `sums` looks on, and `next` takes what comes out.
     fn run(
         &self,
@@ -319,7 +336,7 @@ impl Pass<'_> {
         mut next: Option<&mut StatesWriter<'_>>,
     ) -> Result<()> {
         for (i, batch) in self.batches.iter().enumerate() {
-            let hidden = self.states.read(Values::Hidden, self.number, i, batch)?;
+            let hidden = self.read(Values::Hidden, self.number, i)?;
             if let Some(sums) = sums.as_deref_mut() {
                 sums.input(&hidden, batch)?;
             }

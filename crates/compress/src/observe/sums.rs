@@ -8,7 +8,7 @@ use crate::moments::MomentSums;
 use crate::observations::{Components, LayerObservations, OutputObservations};
 use crate::reception::SequenceSums;
 use crate::samples::SampleSums;
-use candle_core::{D, Device, Tensor};
+use candle_core::{D, Tensor};
 use lightmoe_models::{Bank, ExpertRows, Layer, LayerObserver, ModelConfig, Projections, Routing};
 use rayon::prelude::*;
 
@@ -64,7 +64,7 @@ impl LayerObserver for BatchSums<'_> {
         let (sums, batch) = (&mut *self.sums, self.batch);
         sums.routing(routing, batch)?;
         if let Some(all) = &mut sums.all_outputs {
-            let x = x.index_select(&Tensor::new(batch.held(), &Device::Cpu)?, 0)?;
+            let x = x.index_select(&Tensor::new(batch.held(), x.device())?, 0)?;
             let width = x.dim(1)?;
             let found = bank.output_sums(&x)?;
             for (&expert, sum) in bank.dense_experts().iter().zip(found) {
@@ -97,7 +97,7 @@ impl LayerObserver for BatchSums<'_> {
             let seen = places.filter(|(_, pair)| batch.holds(**pair as usize / k));
             let seen: Vec<u32> = seen.map(|(place, _)| place as u32).collect();
             if !seen.is_empty() {
-                moments.add(rows, &Tensor::new(seen, &Device::Cpu)?)?;
+                moments.add(rows, &Tensor::new(seen, rows.x.device())?)?;
             }
         }
         Ok(())
@@ -141,7 +141,7 @@ impl Sums {
     /// Looks at what goes into the layer, `[B, T, H]`.
     pub(super) fn input(&mut self, hidden: &Tensor, batch: &Batch<'_>) -> Result<()> {
         if let Some(damage) = &mut self.damage {
-            let held = Tensor::new(batch.held(), &Device::Cpu)?;
+            let held = Tensor::new(batch.held(), hidden.device())?;
             let squares = hidden.flatten_to(1)?.sqr()?.mean(D::Minus1)?;
             let squares = squares.index_select(&held, 0)?.to_vec1::<f32>()?;
             let whole = 0.5 / damage.tokens as f32;

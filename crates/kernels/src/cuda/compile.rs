@@ -116,8 +116,13 @@ pub struct Binary {
 
 /// Whether NVRTC can be loaded.
 pub fn compiler_present() -> bool {
+    #[cfg(feature = "linked")]
+    return true;
     // SAFETY: only looks for the library.
-    unsafe { sys::is_culib_present() }
+    #[cfg(not(feature = "linked"))]
+    unsafe {
+        sys::is_culib_present()
+    }
 }
 
 /// Compiles `source` for `architecture`, `sm_80` or `sm_90a` for example.

@@ -101,7 +101,9 @@ impl Gpu {
     /// # Errors
     /// If there is no driver, no such GPU, or it is older than Ampere.
     pub fn new(ordinal: usize) -> Result<Self> {
+        // A program that is linked with the driver does not start without it.
         // SAFETY: only looks for the library.
+        #[cfg(not(feature = "linked"))]
         if !unsafe { sys::is_culib_present() } {
             return Err(CudaError::NoDriver);
         }

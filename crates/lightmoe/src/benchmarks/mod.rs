@@ -6,6 +6,7 @@ mod list;
 pub use list::list;
 
 use crate::cli::BenchmarkArgs;
+use crate::device;
 use crate::machine::Environment;
 use crate::pipeline::load_model;
 use crate::preflight::Refused;
@@ -79,7 +80,7 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
         model_fingerprint(checkpoint.dir())?,
         env!("CARGO_PKG_VERSION"),
     );
-    let fingerprint = crate::fingerprint(&depends)?;
+    let fingerprint = device::fingerprint(&crate::fingerprint(&depends)?, &checkpoint)?;
     let journal = out.map(|out| out.join(JOURNAL));
     let cache = cache(args.use_cache.as_deref(), &fingerprint)?;
     let kept = Kept {

@@ -4,6 +4,17 @@ use super::share;
 use clap::Args;
 use std::path::PathBuf;
 
+/// What a model runs on
+#[derive(Debug, Args)]
+pub struct PlaceArgs {
+    /// auto, cpu, or cuda (cuda:N for another than the first GPU) in a program with CUDA
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// The numbers that it computes with: auto, f32, and on a GPU bf16 or f16
+    #[arg(long, default_value = "auto")]
+    pub dtype: String,
+}
+
 /// How a model speaks
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Sampling")]
@@ -40,6 +51,9 @@ pub struct GenerateArgs {
     /// How
     #[command(flatten)]
     pub speak: SpeakArgs,
+    /// Where
+    #[command(flatten)]
+    pub place: PlaceArgs,
 }
 
 /// `chat`
@@ -57,6 +71,9 @@ pub struct ChatArgs {
     /// How
     #[command(flatten)]
     pub speak: SpeakArgs,
+    /// Where
+    #[command(flatten)]
+    pub place: PlaceArgs,
 }
 
 fn temperature(text: &str) -> Result<f64, String> {

@@ -1,6 +1,7 @@
 //! `chat`: a conversation in the terminal, or one turn a line from elsewhere.
 
 use crate::cli::ChatArgs;
+use crate::device;
 use crate::pipeline::load_model;
 use crate::preflight::Refused;
 use crate::progress;
@@ -46,6 +47,7 @@ pub fn run_chat(args: ChatArgs) -> Result<String> {
     let question = [conversation.clone(), vec![message("user", "?".into())]].concat();
     tokenizer.chat(&question).map_err(Refused::of)?;
 
+    device::choose(&args.place.device, &args.place.dtype)?;
     let model = load_model(&checkpoint)?;
     let mut speaker = Speaker::new(&*model, &tokenizer, args.speak);
     let mut input = Input::open()?;

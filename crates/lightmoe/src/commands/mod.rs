@@ -20,6 +20,7 @@ use crate::cli::{
     RecipeArgs, RecoverArgs,
 };
 use crate::compress::{CHECKPOINT_EVERY, compress, default_out, inputs};
+use crate::device;
 use crate::pipeline::{
     Observing, RecoverInputs, build_stage, observe_samples, observe_stage, plan_stage,
     recover_stage,
@@ -43,13 +44,17 @@ use lightmoe_train::Folders;
 use std::io::IsTerminal;
 use std::path::Path;
 
+/// What the user set; models run where it says from here on.
 fn settings(args: RecipeArgs) -> Result<Settings> {
     let file = args
         .recipe
         .map(|path| Settings::load(&path))
         .transpose()
         .map_err(Refused::of)?;
-    Ok(args.settings.or(file.unwrap_or_default()))
+    let settings = args.settings.or(file.unwrap_or_default());
+    let or_auto = |name: &Option<String>| name.clone().unwrap_or_else(|| "auto".to_owned());
+    device::choose(&or_auto(&settings.device), &or_auto(&settings.dtype))?;
+    Ok(settings)
 }
 
 /// How standard output takes colours.
@@ -348,6 +353,7 @@ pub fn run_export(args: ExportArgs) -> Result<String> {
 /// # Errors
 /// What the training brings.
 pub fn run_pretrain(args: PretrainArgs) -> Result<String> {
+    device::choose(&args.device, "f32")?;
     let mut recipe = PretrainRecipe::load(&args.recipe).map_err(Refused::of)?;
     recipe.out = args.out.unwrap_or(recipe.out);
     let loss = pretrain(&recipe).context("pre-training")?;

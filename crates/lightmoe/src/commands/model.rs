@@ -2,6 +2,7 @@
 
 use super::dtype;
 use crate::cli::{GenerateArgs, InspectArgs, LogitsArgs, SynthesizeArgs};
+use crate::device;
 use crate::inspect::Summary;
 use crate::pipeline::load_model;
 use crate::progress::{self, Progress};
@@ -10,7 +11,7 @@ use crate::speak::Speaker;
 use crate::tokens::{INPUT_IDS, TokenBatch};
 use anyhow::{Result, bail};
 use lightmoe_models::hub::Want;
-use lightmoe_models::{ModelConfig, ModelTokenizer, Tokens, folder, synthesize};
+use lightmoe_models::{DType, ModelConfig, ModelTokenizer, Tokens, folder, synthesize};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
@@ -39,6 +40,7 @@ pub fn run_inspect(args: InspectArgs) -> Result<String> {
 /// # Errors
 /// If the prompt does not fit the model.
 pub fn run_generate(args: GenerateArgs) -> Result<String> {
+    device::choose(&args.place.device, &args.place.dtype)?;
     let checkpoint = open_model(&args.model)?;
     let tokenizer = ModelTokenizer::load(checkpoint.dir(), checkpoint.config().eos_token_id)?;
     let model = load_model(&checkpoint)?;
@@ -57,6 +59,7 @@ type Written = (String, Dtype, Vec<usize>, Vec<u8>);
 /// # Errors
 /// If the ids do not fit the model, or the file cannot be written.
 pub fn run_logits(args: LogitsArgs) -> Result<String> {
+    device::choose(&args.place.device, &args.place.dtype)?;
     let checkpoint = open_model(&args.model)?;
     let model = load_model(&checkpoint)?;
     let config = model.config();
@@ -81,7 +84,7 @@ pub fn run_logits(args: LogitsArgs) -> Result<String> {
         rows: batch.rows,
     };
     let hidden = model.forward(tokens, None, &mut |l, x, routing| {
-        let values = x.flatten_all()?.to_vec1::<f32>()?;
+        let values = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         all.push(floats(
             format!("hidden.{l}"),
             shape(config.hidden_size),
@@ -101,7 +104,10 @@ pub fn run_logits(args: LogitsArgs) -> Result<String> {
         Ok(())
     })?;
     let last = format!("hidden.{}", config.num_layers);
-    let values = hidden.flatten_all()?.to_vec1::<f32>()?;
+    let values = hidden
+        .to_dtype(DType::F32)?
+        .flatten_all()?
+        .to_vec1::<f32>()?;
     all.push(floats(last, shape(config.hidden_size), values));
     let logits = model.logits(&hidden)?.flatten_all()?.to_vec1::<f32>()?;
     all.push(floats("logits".into(), shape(config.vocab_size), logits));

@@ -1,6 +1,7 @@
 //! Stage recover: a built model is trained.
 
 use super::{INTERRUPTED, load_model};
+use crate::device;
 use crate::preflight::check_original;
 use crate::progress::Progress;
 use crate::recipe::Recipe;
@@ -46,6 +47,7 @@ pub fn recover_stage(
     check_original(inputs.original)?;
     CheckpointWriter::check_target(target)?;
     let (original, built, plan) = (inputs.original, inputs.built, inputs.plan);
+    let fingerprint = &device::fingerprint(inputs.fingerprint, built)?;
     let pad = built.config().pad_token_id.unwrap_or(0);
     let sampler = Sampler::new(inputs.encoded, recipe.batch_size, recipe.seed)?.with_pad(pad);
     let batch = |step| {
@@ -62,12 +64,13 @@ pub fn recover_stage(
         true => Some(keep_predictions(
             original,
             recipe,
-            (inputs.fingerprint, folders),
+            (fingerprint, folders),
             &batch,
         )?),
         false => None,
     };
-    let mut model = Decoder::load(built)?;
+    let placed = |checkpoint: &Checkpoint| checkpoint.on(&device::placement(checkpoint));
+    let mut model = Decoder::load(&placed(built))?;
     let mut annealing = recipe.annealing();
     if plan.mean_replaced() == 0.0 || plan.method.kind() != Kind::Replace {
         // There is nothing to fade out.
@@ -81,7 +84,7 @@ pub fn recover_stage(
         adapters_fade_in: plan.settings.adapters != AdapterInit::Fresh,
         seed: recipe.seed,
     };
-    prepare_recovery(&mut model, original, &recovery)?;
+    prepare_recovery(&mut model, &placed(original), &recovery)?;
     let merged = BuildInputs {
         checkpoint: original,
         plan,
@@ -94,10 +97,10 @@ pub fn recover_stage(
     })?;
     let options = TrainOptions {
         annealing,
-        ..train_options(recipe, inputs.fingerprint, inputs.checkpoint_every)
+        ..train_options(recipe, fingerprint, inputs.checkpoint_every)
     };
     let beside = match distills && kept.is_none() {
-        true => Some(Decoder::load(original)?),
+        true => Some(Decoder::load(&placed(original))?),
         false => None,
     };
     let beside = beside.as_ref().map(Predictions::Model);
@@ -182,6 +185,8 @@ fn train_options(recipe: &Recipe, fingerprint: &str, checkpoint_every: usize) ->
         beta1: 0.9,
         beta2: 0.999,
         clip_norm: recipe.clip_norm,
+        micro_batch: recipe.micro_batch_size,
+        recompute: recipe.gradient_checkpointing,
         balance: 0.0,
         annealing: recipe.annealing(),
         pruning: RowPruning::default(),

@@ -1,6 +1,7 @@
 //! What the values of a recipe must be, whatever the model.
 
 use super::Recipe;
+use crate::device;
 use anyhow::{Result, ensure};
 use lightmoe_compress::Sensitivity;
 use lightmoe_compress::methods::{AdapterInit, MethodName};
@@ -9,17 +10,7 @@ use lightmoe_compress::ranks::RankRule;
 impl Recipe {
     /// Refuses values that cannot work, each with what to give instead.
     pub(super) fn check(&self) -> Result<()> {
-        ensure!(
-            ["auto", "cpu"].contains(&self.device.as_str()),
-            "`device` is `{}`; this build runs on the CPU, use auto or cpu",
-            self.device
-        );
-        ensure!(
-            ["auto", "f32"].contains(&self.dtype.as_str()),
-            "`dtype` is `{}`; the CPU computes in f32 and files keep the model's own element type, \
-             use auto or f32",
-            self.dtype
-        );
+        device::dtype(&self.dtype, self.device.parse()?)?;
         let counts = [
             ("steps", self.steps),
             ("batch_size", self.batch_size),

@@ -72,7 +72,8 @@ impl LayerCache {
         let gathered = |parts: Vec<&Tensor>| -> Result<Tensor> {
             let flat = parts.iter().map(|part| part.flatten(0, 1));
             let flat = flat.collect::<candle_core::Result<Vec<_>>>()?;
-            let rows = Tensor::cat(&flat, 0)?.index_select(&places.index, 0)?;
+            let all = Tensor::cat(&flat, 0)?;
+            let rows = all.index_select(&Tensor::new(&places.index[..], all.device())?, 0)?;
             let (_, x, y) = rows.dims3()?;
             Ok(rows.reshape((starts.len(), (), x, y))?)
         };

@@ -66,7 +66,7 @@ impl RankedAdapters {
         if places.is_empty() {
             return Ok(None);
         }
-        let places = index(&places)?;
+        let places = index(&places, &self.a.gate)?;
         let rows = |w: &Tensor| Ok(w.index_select(&places, 0)?);
         Ok(Some(Self {
             a: self.a.map(rows)?,
@@ -85,7 +85,7 @@ impl RankedAdapters {
             self.of(slot).chain(whole + last.start..whole + last.end)
         });
         let places: Vec<u32> = places.map(|place| place as u32).collect();
-        let places = index(&places)?;
+        let places = index(&places, &self.a.gate)?;
         let joined = |of: fn(&Self) -> &Projections| -> Result<Projections> {
             let one = |pick: Pick| -> Result<Tensor> {
                 let both = Tensor::cat(&[pick(of(self)), pick(of(other))], 0)?;

@@ -94,7 +94,7 @@ impl Factored {
         let a = checkpoint.tensor(&name("lora_A"), &[shape.rank, width])?;
         let b = checkpoint.tensor(&name("lora_B"), &[out, shape.rank])?;
         let rows = checkpoint.tensor(&name("rows"), &[kept, width])?;
-        let places = Tensor::new(checkpoint.index(&name("index"), kept, out)?, &Device::Cpu)?;
+        let places = super::index(&checkpoint.index(&name("index"), kept, out)?, &rows)?;
         Ok(b.matmul(&a)?.index_add(&places, &rows, 0)?)
     }
 
@@ -133,7 +133,7 @@ pub fn largest_rows(s: &Tensor, count: usize) -> Result<(Vec<u32>, Tensor)> {
     });
     places.truncate(count);
     places.sort_unstable();
-    let rows = s.index_select(&super::index(&places)?, 0)?;
+    let rows = s.index_select(&super::index(&places, s)?, 0)?;
     Ok((places, rows))
 }
 
@@ -158,7 +158,8 @@ impl Bank {
             .into_iter()
             .zip(factors.products()?.named())
         {
-            *whole = (&*whole - product)?;
+            let product = product.to_dtype(whole.dtype())?;
+            *whole = (whole.to_device(product.device())? - product)?;
         }
         self.bases = Some(rest);
         self.base_adapters = Some(factors);
@@ -182,7 +183,7 @@ impl Bank {
             for base in 0..stack.dim(0)? {
                 let s = stack.get(base)?;
                 let (at, kept) = largest_rows(&s, shape.rows(projection))?;
-                let others = s.index_add(&super::index(&at)?, &kept.neg()?, 0)?;
+                let others = s.index_add(&super::index(&at, &s)?, &kept.neg()?, 0)?;
                 if others.abs()?.sum_all()?.to_scalar::<f32>()? > 0.0 {
                     return Err(Error::Invalid(format!(
                         "`{projection}` of base {base} has more rows than the {} that stay; train to \

@@ -4,7 +4,9 @@ use super::scales::TokenScales;
 use super::{Adapters, Bank, Pick, Projections, RankedAdapters, index, missing};
 use crate::{Error, Result};
 use candle_core::Tensor;
-use lightmoe_kernels::{Dispatch, Segment, grouped_linear, linear, swiglu, weighted_scatter};
+use lightmoe_kernels::{
+    Dispatch, Segment, grouped_linear, linear, select_rows, swiglu, weighted_scatter,
+};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -162,7 +164,7 @@ impl Bank {
             .iter()
             .flat_map(|segment| std::iter::repeat_n(segment.group as u32, segment.len))
             .collect();
-        let y = constants.index_select(&index(&slots)?, 0)?;
+        let y = constants.index_select(&index(&slots, constants)?, 0)?;
         Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)
     }
 
@@ -197,9 +199,8 @@ impl Bank {
         };
         let adapters = self.dense_adapters.as_ref();
         let project = |x: &Tensor, pick: Pick| product(w, adapters, x, pick, &rows.segments);
-        let tokens_of_rows = index(&rows.tokens)?;
         let scaled = |x: &Tensor, pick: fn(&TokenScales) -> &Tensor| match scales {
-            Some(scales) => x * pick(scales).index_select(&tokens_of_rows, 0)?,
+            Some(scales) => x * select_rows(pick(scales), &rows.tokens)?.to_dtype(x.dtype())?,
             None => Ok(x.clone()),
         };
         let h = swiglu(
@@ -241,12 +242,11 @@ impl Bank {
         let first = self.order.dense;
         let groups = &self.order.groups;
         let pairs = dispatch.token_groups(first, first + groups.len(), groups);
-        let pair_of_row = index(&pairs.pair_of_row)?;
-        let pair_x = x.index_select(&index(&pairs.tokens)?, 0)?;
+        let pair_x = select_rows(x, &pairs.tokens)?;
         let base = |x: &Tensor, pick: Pick| self.base_product(x, pick, &pairs.segments);
         let with_base = |own: Option<Tensor>, pick: Pick| -> Result<Tensor> {
             let y = (base(&pair_x, pick)? * share)?;
-            let y = y.index_select(&pair_of_row, 0)?;
+            let y = select_rows(&y, &pairs.pair_of_row)?;
             Ok(match own {
                 Some(own) => (own + y)?,
                 None => y,
@@ -330,8 +330,8 @@ impl Rows {
         let tokens: Arc<[u32]> = dispatch.tokens[rows.clone()].into();
         let pairs: Arc<[u32]> = dispatch.pairs[rows].into();
         Ok(Some(Self {
-            x: x.index_select(&index(&tokens)?, 0)?,
-            gates: gates.index_select(&index(&pairs)?, 0)?,
+            x: select_rows(x, &tokens)?,
+            gates: select_rows(gates, &pairs)?,
             tokens,
             pairs,
             segments: dispatch.segments(start, end),

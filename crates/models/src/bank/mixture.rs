@@ -51,8 +51,14 @@ impl Mixture {
         Ok(match &self.frozen {
             None => (self.bases.clone(), self.transforms.clone()),
             Some((bases, transforms)) => (
-                Tensor::cat(&[bases, &self.bases], 1)?,
-                Tensor::cat(&[transforms, &self.transforms], 2)?,
+                Tensor::cat(&[&bases.to_dtype(self.bases.dtype())?, &self.bases], 1)?,
+                Tensor::cat(
+                    &[
+                        &transforms.to_dtype(self.transforms.dtype())?,
+                        &self.transforms,
+                    ],
+                    2,
+                )?,
             ),
         })
     }
@@ -76,7 +82,9 @@ impl Mixture {
         let (bases, transforms) = self.whole()?;
         let chosen = || segments.iter().filter(|segment| segment.len > 0);
         let slots: Vec<u32> = chosen().map(|segment| segment.group as u32).collect();
-        let weights = self.weights.index_select(&super::index(&slots)?, 0)?;
+        let weights = self
+            .weights
+            .index_select(&super::index(&slots, &self.weights)?, 0)?;
         let renumbered: Arc<[Segment]> = chosen()
             .enumerate()
             .map(|(group, segment)| Segment { group, ..*segment })

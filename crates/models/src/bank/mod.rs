@@ -22,7 +22,7 @@
 
 use crate::layout::FactoredBases;
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -286,13 +286,15 @@ fn merged(weights: Option<Projections>, adapters: Option<Adapters>) -> Result<Op
         .into_iter()
         .zip(adapters.products()?.named())
     {
-        *w = (&*w + product)?;
+        // Rounded once, if at all.
+        *w = (w.to_dtype(product.dtype())? + product)?.to_dtype(w.dtype())?;
     }
     Ok(Some(sum))
 }
 
-fn index(values: &[u32]) -> Result<Tensor> {
-    Ok(Tensor::new(values, &Device::Cpu)?)
+/// Places among the rows of `of`, where it is.
+fn index(values: &[u32], of: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::new(values, of.device())?)
 }
 
 fn missing(what: &str) -> Error {

@@ -5,8 +5,8 @@ use candle_core::{DType, Device, Tensor};
 use lightmoe_models::random::{gaussian, stream};
 use lightmoe_models::{
     BankLayout, Checkpoint, CheckpointWriter, Decoder, FactoredBases, Family, Format,
-    LanguageModel, LayerLayout, Manifest, ModelConfig, ParameterKind, Scheme, SlotLayout, Tokens,
-    load_experts,
+    LanguageModel, LayerLayout, Manifest, ModelConfig, ParameterKind, Placement, Scheme,
+    SlotLayout, Tokens, load_experts,
 };
 use lightmoe_train::{
     Annealing, AnnealingShape, Curve, Decay, Folders, Group, LearningRate, Outcome, Point,
@@ -81,7 +81,12 @@ impl Models {
 
     /// The built model at the beginning of a recovery.
     pub fn prepared(&self, anneal: bool) -> Decoder {
-        let mut model = Decoder::load(&self.built).unwrap();
+        self.prepared_on(&Placement::default(), anneal)
+    }
+
+    /// The same elsewhere, or of other numbers.
+    pub fn prepared_on(&self, placement: &Placement, anneal: bool) -> Decoder {
+        let mut model = Decoder::load(&self.built.on(placement)).unwrap();
         let recovery = Recovery {
             kept_rank: RANK,
             base_rank: None,
@@ -90,7 +95,7 @@ impl Models {
             adapters_fade_in: false,
             seed: 2,
         };
-        prepare_recovery(&mut model, &self.original, &recovery).unwrap();
+        prepare_recovery(&mut model, &self.original.on(placement), &recovery).unwrap();
         model
     }
 
@@ -172,6 +177,8 @@ pub fn options() -> TrainOptions {
         beta1: 0.9,
         beta2: 0.999,
         clip_norm: 1.0,
+        micro_batch: 0,
+        recompute: false,
         balance: 0.0,
         annealing: Annealing {
             shape: AnnealingShape::Linear,

@@ -1,0 +1,260 @@
+//! What experts are made of: products of sorted rows, and the way from tokens to rows and back.
+//!
+//! Their gradients are written out: those that candle makes of many parts of one tensor are as large as the
+//! whole of it, for each part.
+
+use super::given::given;
+use super::{of_type, wide};
+use crate::grouped::Segment;
+use candle_core::{D, DType, Device, Result, Tensor};
+use std::sync::Arc;
+
+/// The segments that have rows.
+fn filled(segments: &[Segment]) -> impl Iterator<Item = &Segment> {
+    segments.iter().filter(|segment| segment.len > 0)
+}
+
+/// Those of its rows.
+fn rows(x: &Tensor, segment: &Segment) -> Result<Tensor> {
+    x.narrow(0, segment.start, segment.len)
+}
+
+/// One matrix of some rows for each group, as far as they are known; the others are zero.
+struct Groups {
+    parts: Vec<Option<Tensor>>,
+    /// Where the rows of each begin, and the last end.
+    starts: Arc<[usize]>,
+    width: usize,
+}
+
+impl Groups {
+    fn new(starts: &Arc<[usize]>, width: usize) -> Self {
+        Self {
+            parts: vec![None; starts.len() - 1],
+            starts: starts.clone(),
+            width,
+        }
+    }
+
+    fn add(&mut self, group: usize, more: Tensor) -> Result<()> {
+        let part = &mut self.parts[group];
+        *part = Some(match part.take() {
+            Some(sum) => (sum + more)?,
+            None => more,
+        });
+        Ok(())
+    }
+
+    /// All of them, one behind the other, `[rows, width]`.
+    fn joined(self, dtype: DType, device: &Device) -> Result<Tensor> {
+        let mut all = Vec::new();
+        for (part, bounds) in self.parts.into_iter().zip(self.starts.windows(2)) {
+            let count = bounds[1] - bounds[0];
+            match part {
+                Some(part) => all.push(part.to_dtype(dtype)?),
+                None if count > 0 => all.push(Tensor::zeros((count, self.width), dtype, device)?),
+                None => {}
+            }
+        }
+        match all.is_empty() {
+            true => Tensor::zeros((0, self.width), dtype, device),
+            false => Tensor::cat(&all, 0),
+        }
+    }
+}
+
+/// Results of segments, one behind the other; `like` has their type.
+fn joined(parts: &[Tensor], width: usize, like: &Tensor) -> Result<Tensor> {
+    match parts.is_empty() {
+        true => Tensor::zeros((0, width), like.dtype(), like.device()),
+        false => Tensor::cat(parts, 0),
+    }
+}
+
+/// As [`crate::grouped_linear`]; shapes are known to fit.
+pub(crate) fn grouped_linear(x: &Tensor, w: &Tensor, segments: &Arc<[Segment]>) -> Result<Tensor> {
+    let (groups, n, k) = w.dims3()?;
+    let (of_x, of_w, segments) = (x.detach().contiguous()?, w.detach(), segments.clone());
+    let matrix = move |s: &Segment, rows: &Tensor| of_type(&of_w.get(s.group)?, rows);
+    let parts = filled(&segments).map(|s| {
+        let x = rows(&of_x, s)?;
+        x.matmul(&matrix(s, &x)?.t()?)
+    });
+    let value = joined(&parts.collect::<Result<Vec<_>>>()?, n, &of_x)?;
+    let (of_rows, of_groups, dtype) = (x.track_op(), w.track_op(), w.dtype());
+    let inputs = [x, w, &x.detach()];
+    given("grouped_linear", inputs, value, move |dy| {
+        let starts = (0..=groups).map(|group| group * n).collect();
+        let (mut dx, mut dw) = (Vec::new(), Groups::new(&starts, k));
+        for s in filled(&segments) {
+            let dy = rows(dy, s)?;
+            if of_rows {
+                dx.push(dy.matmul(&matrix(s, &dy)?)?);
+            }
+            if of_groups {
+                dw.add(s.group, dy.t()?.matmul(&rows(&of_x, s)?)?)?;
+            }
+        }
+        let dx = of_rows.then(|| joined(&dx, k, &of_x));
+        let dw = of_groups.then(|| dw.joined(dtype, of_x.device())?.reshape((groups, n, k)));
+        Ok([dx.transpose()?, dw.transpose()?, None])
+    })
+}
+
+/// As [`crate::low_rank`]; shapes are known to fit.
+pub(crate) fn low_rank(
+    x: &Tensor,
+    [a, b]: [&Tensor; 2],
+    segments: &Arc<[Segment]>,
+    starts: &Arc<[usize]>,
+) -> Result<Tensor> {
+    let (k, n) = (a.dim(1)?, b.dim(1)?);
+    let of_x = x.detach().contiguous()?;
+    let (of_a, of_b) = (of_type(&a.detach(), x)?, of_type(&b.detach(), x)?);
+    let (segments, starts) = (segments.clone(), starts.clone());
+    // The components of a segment's slot; none if it has none.
+    let of_slots = starts.clone();
+    let factors = move |s: &Segment| -> Result<Option<[Tensor; 2]>> {
+        let (first, end) = (of_slots[s.group], of_slots[s.group + 1]);
+        let of_slot = |t: &Tensor| t.narrow(0, first, end - first);
+        Ok(match end > first {
+            true => Some([of_slot(&of_a)?, of_slot(&of_b)?]),
+            false => None,
+        })
+    };
+    let parts = filled(&segments).map(|s| match factors(s)? {
+        Some([a, b]) => rows(&of_x, s)?.matmul(&a.t()?)?.matmul(&b),
+        None => Tensor::zeros((s.len, n), of_x.dtype(), of_x.device()),
+    });
+    let value = joined(&parts.collect::<Result<Vec<_>>>()?, n, &of_x)?;
+    let (of_rows, of_a, of_b) = (x.track_op(), a.track_op(), b.track_op());
+    let (type_a, type_b) = (a.dtype(), b.dtype());
+    given("low_rank", [x, a, b], value, move |dy| {
+        let (mut dx, mut da, mut db) =
+            (Vec::new(), Groups::new(&starts, k), Groups::new(&starts, n));
+        for s in filled(&segments) {
+            let Some([a, b]) = factors(s)? else {
+                dx.push(Tensor::zeros((s.len, k), of_x.dtype(), of_x.device())?);
+                continue;
+            };
+            let (x, dy) = (rows(&of_x, s)?, rows(dy, s)?);
+            let dz = dy.matmul(&b.t()?)?;
+            if of_rows {
+                dx.push(dz.matmul(&a)?);
+            }
+            if of_a {
+                da.add(s.group, dz.t()?.matmul(&x)?)?;
+            }
+            if of_b {
+                db.add(s.group, a.matmul(&x.t()?)?.matmul(&dy)?)?;
+            }
+        }
+        let dx = of_rows.then(|| joined(&dx, k, &of_x)).transpose()?;
+        let da = of_a.then(|| da.joined(type_a, of_x.device())).transpose()?;
+        let db = of_b.then(|| db.joined(type_b, of_x.device())).transpose()?;
+        Ok([dx, da, db])
+    })
+}
+
+/// As [`crate::select_rows`]: `x[index[s]]`.
+pub(crate) fn select_rows(x: &Tensor, index: &Arc<[u32]>) -> Result<Tensor> {
+    let (of_x, index) = (x.detach().contiguous()?, index.clone());
+    let value = of_x.index_select(&Tensor::new(&index[..], x.device())?, 0)?;
+    let outputs = x.dim(0)?;
+    let inputs = [x, &of_x, &of_x];
+    given("select_rows", inputs, value, move |dy| {
+        Ok([Some(summed(dy, &index, outputs)?), None, None])
+    })
+}
+
+/// `y[targets[s]] = Σ rows[s]`: `[outputs, ..]`. Each output takes its rows one after the other, so nothing
+/// depends on who is first.
+fn summed(rows: &Tensor, targets: &[u32], outputs: usize) -> Result<Tensor> {
+    let mut taken: Vec<Vec<u32>> = Vec::new();
+    let mut counts = vec![0usize; outputs];
+    let none = targets.len() as u32;
+    for (row, &target) in targets.iter().enumerate() {
+        let count = &mut counts[target as usize];
+        if taken.len() == *count {
+            taken.push(vec![none; outputs]);
+        }
+        taken[*count][target as usize] = row as u32;
+        *count += 1;
+    }
+    // A row of zeros, for outputs that have no more.
+    let padded = wide(rows)?.pad_with_zeros(0, 0, 1)?;
+    let mut sum: Option<Tensor> = None;
+    for index in taken {
+        let more = padded.index_select(&Tensor::new(index, rows.device())?, 0)?;
+        sum = Some(match sum {
+            Some(sum) => (sum + more)?,
+            None => more,
+        });
+    }
+    match sum {
+        Some(sum) => sum.to_dtype(rows.dtype()),
+        None => {
+            let dims = [&[outputs], &rows.dims()[1..]].concat();
+            Tensor::zeros(dims, rows.dtype(), rows.device())
+        }
+    }
+}
+
+/// As [`crate::weighted_scatter`]; shapes are known to fit. The weights may be wider than the rows.
+pub(crate) fn weighted_scatter(
+    rows: &Tensor,
+    weights: &Tensor,
+    targets: &Arc<[u32]>,
+    outputs: usize,
+) -> Result<Tensor> {
+    let (of_rows, targets) = (rows.detach(), targets.clone());
+    let weight = of_type(&weights.detach(), &wide(rows)?)?.unsqueeze(1)?;
+    let weighted = wide(&of_rows)?.broadcast_mul(&weight)?;
+    let value = summed(&weighted, &targets, outputs)?.to_dtype(rows.dtype())?;
+    let (trains, dtype) = ([rows.track_op(), weights.track_op()], weights.dtype());
+    let inputs = [rows, weights, &of_rows.clone()];
+    given("weighted_scatter", inputs, value, move |dy| {
+        let index = Tensor::new(&targets[..], dy.device())?;
+        let dy = wide(&dy.index_select(&index, 0)?)?;
+        let d_rows = trains[0].then(|| dy.broadcast_mul(&weight)?.to_dtype(of_rows.dtype()));
+        let d_weights = trains[1].then(|| {
+            let products = (wide(&of_rows)? * &dy)?.sum(D::Minus1)?;
+            products.to_dtype(dtype)
+        });
+        Ok([d_rows.transpose()?, d_weights.transpose()?, None])
+    })
+}
+
+/// As [`crate::spread_columns`]; shapes are known to fit.
+pub(crate) fn spread_columns(
+    x: &Tensor,
+    places: &Arc<[u32]>,
+    segments: &[Segment],
+    width: usize,
+) -> Result<Tensor> {
+    let (of_x, n) = (x.detach().contiguous()?, x.dim(1)?);
+    let parts = filled(segments).map(|s| {
+        // A column of zeros, for places that have none.
+        let mut columns = vec![n as u32; width];
+        let of_group = &places[s.group * n..(s.group + 1) * n];
+        for (column, &place) in of_group.iter().enumerate() {
+            columns[place as usize] = column as u32;
+        }
+        let columns = Tensor::new(columns, of_x.device())?;
+        rows(&of_x, s)?
+            .pad_with_zeros(1, 0, 1)?
+            .index_select(&columns, 1)
+    });
+    let value = joined(&parts.collect::<Result<Vec<_>>>()?, width, &of_x)?;
+    let (places, segments) = (places.clone(), segments.to_vec());
+    let inputs = [x, &of_x.clone(), &of_x.clone()];
+    given("spread_columns", inputs, value, move |dy| {
+        let parts = filled(&segments).map(|s| {
+            let places = &places[s.group * n..(s.group + 1) * n];
+            let places = Tensor::new(places, dy.device())?;
+            rows(dy, s)?.contiguous()?.index_select(&places, 1)
+        });
+        let dx = joined(&parts.collect::<Result<Vec<_>>>()?, n, &of_x)?;
+        Ok([Some(dx), None, None])
+    })
+}

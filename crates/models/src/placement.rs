@@ -1,0 +1,42 @@
+//! Where the weights of a model are, and as what numbers.
+
+use crate::Result;
+use candle_core::{DType, Device, Tensor};
+
+/// Where the weights that are read of a checkpoint go, and as what: f32 in the memory of the host, where
+/// nothing else is said.
+#[derive(Debug, Clone)]
+pub struct Placement {
+    /// The processor that computes with them.
+    pub device: Device,
+    /// Their element type; 16-bit floats on a GPU alone.
+    pub dtype: DType,
+}
+
+impl Default for Placement {
+    fn default() -> Self {
+        Self {
+            device: Device::Cpu,
+            dtype: DType::F32,
+        }
+    }
+}
+
+impl Placement {
+    /// The same place, as f32: where sums are taken that rounding would spoil.
+    #[must_use]
+    pub fn exact(&self) -> Self {
+        Self {
+            device: self.device.clone(),
+            dtype: DType::F32,
+        }
+    }
+
+    /// A tensor there.
+    ///
+    /// # Errors
+    /// If there is no room for it.
+    pub fn put(&self, tensor: &Tensor) -> Result<Tensor> {
+        Ok(tensor.to_dtype(self.dtype)?.to_device(&self.device)?)
+    }
+}

@@ -1,0 +1,140 @@
+//! Models on a GPU, or as 16-bit floats, say, learn and write what f32 on the CPU does, as far as their numbers
+//! go.
+//!
+//! With `LIGHTMOE_GPU` in the environment, and CUDA in the program, on the first GPU; and on the CPU with the
+//! feature `composed` of the kernels, which alone take 16-bit floats there.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use candle_core::{DType, Device, Tensor};
+use lightmoe_kernels::linear;
+use lightmoe_models::{Decoder, GenerateOptions, LanguageModel, Placement, Tokens, generate};
+use lightmoe_train::{Point, finish_recovery};
+use support::{Models, bits, finish, interrupt, logits, of, options, write};
+
+/// Where models can be, and how far what they say may be from f32 on the CPU.
+fn placements() -> Vec<(Placement, f32)> {
+    let mut all = Vec::new();
+    let half = Tensor::ones((1, 1), DType::BF16, &Device::Cpu).unwrap();
+    if linear(&half, &half).is_ok() {
+        all.push((Device::Cpu, DType::F32, 1e-5));
+        all.push((Device::Cpu, DType::BF16, 0.05));
+    }
+    if std::env::var_os("LIGHTMOE_GPU").is_some() {
+        let gpu = Device::new_cuda(0).unwrap();
+        all.push((gpu.clone(), DType::F32, 1e-3));
+        all.push((gpu.clone(), DType::BF16, 0.05));
+        all.push((gpu, DType::F16, 0.01));
+    }
+    if all.is_empty() {
+        eprintln!("SKIPPED: neither a GPU (LIGHTMOE_GPU) nor the feature `composed`");
+    }
+    let placement = |(device, dtype, within)| (Placement { device, dtype }, within);
+    all.into_iter().map(placement).collect()
+}
+
+/// In the root mean square: with few digits a token chooses another expert now and then, and is far away.
+#[track_caller]
+fn close(ours: &[f32], expected: &[f32], within: f32, what: &Placement) {
+    assert_eq!(ours.len(), expected.len());
+    let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>();
+    let error = squares(&mut ours.iter().zip(expected).map(|(a, b)| a - b)).sqrt();
+    let whole = squares(&mut expected.iter().copied()).sqrt();
+    assert!(error <= within * whole, "{error} of {whole} on {what:?}");
+}
+
+#[test]
+fn they_say_the_same() {
+    let models = Models::new();
+    for (place, within) in placements() {
+        for checkpoint in [&models.original, &models.built, &models.factored()] {
+            let expected = logits(&Decoder::load(checkpoint).unwrap());
+            let model = Decoder::load(&checkpoint.on(&place)).unwrap();
+            close(&logits(&model), &expected, within, &place);
+        }
+        let expected = logits(&models.prepared(true));
+        let model = models.prepared_on(&place, true);
+        close(&logits(&model), &expected, within, &place);
+    }
+}
+
+/// Token by token from a cache, of prompts of different lengths.
+#[test]
+fn they_go_on_the_same() {
+    let models = Models::new();
+    let prompts = [vec![1, 2, 3, 4, 5], vec![7], vec![9, 8, 7]];
+    for (place, within) in placements() {
+        let model = Decoder::load(&models.original.on(&place)).unwrap();
+        let options = GenerateOptions::greedy(8, Vec::new());
+        let answers = generate(&model, &prompts, &options, &mut |_| true).unwrap();
+        for (prompt, answer) in prompts.iter().zip(answers) {
+            // What was generated is what a whole pass finds likeliest, or as likely but for rounding.
+            let all = [&prompt[..], &answer].concat();
+            let tokens = Tokens::one(&all);
+            let hidden = model.forward(tokens, None, &mut |_, _, _| Ok(())).unwrap();
+            let rows: Vec<Vec<f32>> = model.logits(&hidden).unwrap().to_vec2().unwrap();
+            for (i, &token) in answer.iter().enumerate() {
+                let row = &rows[prompt.len() - 1 + i];
+                let best = row.iter().copied().fold(f32::MIN, f32::max);
+                let scale = row.iter().fold(0f32, |most, v| most.max(v.abs()));
+                assert!(best - row[token as usize] <= within * scale, "{place:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn they_learn_the_same() {
+    let models = Models::new();
+    let losses = |curve: &[Point]| curve.iter().map(|p| p.loss as f32).collect::<Vec<_>>();
+    let mut model = models.prepared(true);
+    let expected = losses(&finish(&mut model, &options(), &models.folders("host")));
+    for (i, (place, within)) in placements().into_iter().enumerate() {
+        let folders = models.folders(&format!("place-{i}"));
+        let mut model = models.prepared_on(&place, true);
+        let curve = losses(&finish(&mut model, &options(), &folders));
+        // Rounding grows with the steps.
+        close(&curve[..10], &expected[..10], 2.0 * within, &place);
+        close(&curve, &expected, 20.0 * within.min(0.01), &place);
+        let trained = logits(&model);
+        finish_recovery(&mut model).unwrap();
+        let path = models.folder.path().join(format!("recovered-{i}"));
+        let config = &models.built.config().raw;
+        let written = write(&path, config, &of(&model));
+        let reloaded = logits(&Decoder::load(&written.on(&place)).unwrap());
+        close(&reloaded, &trained, within, &place);
+    }
+}
+
+#[test]
+fn a_stopped_training_goes_on_to_the_same_bits() {
+    let models = Models::new();
+    for (i, (place, _)) in placements().into_iter().enumerate() {
+        let mut whole = models.prepared_on(&place, true);
+        finish(
+            &mut whole,
+            &options(),
+            &models.folders(&format!("whole-{i}")),
+        );
+        let folders = models.folders(&format!("stopped-{i}"));
+        interrupt(
+            &mut models.prepared_on(&place, true),
+            &options(),
+            &folders,
+            7,
+        );
+        let mut model = models.prepared_on(&place, true);
+        finish(&mut model, &options(), &folders);
+        let all = |model: &mut Decoder| {
+            let mut all = Vec::new();
+            let see = &mut |_: &str, _, tensor: &mut Tensor| {
+                all.push(bits(&tensor.to_dtype(DType::F32)?));
+                Ok(())
+            };
+            model.visit(see).unwrap();
+            all
+        };
+        assert!(all(&mut model) == all(&mut whole), "{place:?}");
+    }
+}
