@@ -36,17 +36,23 @@ const BUILD: &[&str] = &[
 
 /// Runs cargo with a toolkit: the build of the program, or other `arguments`.
 pub fn run(arguments: &[String]) -> Outcome {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    shell::replace(cargo(match arguments.is_empty() {
+        true => BUILD,
+        false => &arguments,
+    })?)
+}
+
+/// Cargo with a toolkit.
+///
+/// # Errors
+/// If there is none, with the reason.
+pub fn cargo(arguments: &[&str]) -> Result<Command, String> {
     let home = match env::var_os("CUDA_HOME").map(PathBuf::from) {
         Some(home) => home,
         None => toolkit()?,
     };
-    let mut command = match arguments.is_empty() {
-        true => shell::cargo(BUILD),
-        false => {
-            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-            shell::cargo(&arguments)
-        }
-    };
+    let mut command = shell::cargo(arguments);
     let path = env::var_os("PATH").unwrap_or_default();
     let path = std::iter::once(home.join("bin")).chain(env::split_paths(&path));
     let path = env::join_paths(path).map_err(|e| format!("cannot extend PATH ({e})"))?;
@@ -54,7 +60,7 @@ pub fn run(arguments: &[String]) -> Outcome {
     if env::var_os("CUDA_COMPUTE_CAP").is_none() {
         command.env("CUDA_COMPUTE_CAP", LEAST);
     }
-    shell::replace(command)
+    Ok(command)
 }
 
 /// The folder of a toolkit made of the packages.

@@ -3,19 +3,21 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
-use crate::{Outcome, no_arguments, shell};
+use crate::{Outcome, cuda, no_arguments, shell};
 
 const SCRIPTS: [(&str, &str); 2] = [
     ("run.sh", include_str!("gpu_run.sh")),
     ("peers.py", include_str!("gpu_peers.py")),
 ];
-/// What is built: a name in the folder, and what cargo's line about it contains.
-const BINARIES: [(&str, &str); 2] = [
+/// What is built of the kernels: a name in the folder, and what cargo's line about it contains.
+const KERNELS: [(&str, &str); 2] = [
     ("tests", "deps/lightmoe_kernels-"),
     ("bench", "benches/cuda/main.rs"),
 ];
+/// What runs whole models: linked with CUDA, so built with a toolkit.
+const MODELS: (&str, &str) = ("models", "tests/placement.rs");
 /// What a bundle may weigh, so that it can be carried anywhere.
 const LIMIT: u64 = 64 << 20;
 
@@ -26,12 +28,10 @@ pub fn run(arguments: &[String]) -> Outcome {
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir_all(&folder).map_err(|e| format!("cannot make `{}` ({e})", folder.display()))?;
     let mut size = 0;
-    for (name, built) in BINARIES
-        .iter()
-        .zip(build()?)
-        .map(|((name, _), path)| (name, path))
-    {
-        size += copy(&built, &folder.join(name))?;
+    let kernels = built(&mut kernels(), &KERNELS)?;
+    let models = built(&mut models()?, &[MODELS])?;
+    for (name, path) in kernels.into_iter().chain(models) {
+        size += copy(&path, &folder.join(name))?;
     }
     for (name, text) in SCRIPTS {
         let path = folder.join(name);
@@ -50,9 +50,9 @@ pub fn run(arguments: &[String]) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The binaries, in the order of [`BINARIES`].
-fn build() -> Result<Vec<PathBuf>, String> {
-    let mut build = shell::cargo(&[
+/// Builds the tests and timings of the kernels.
+fn kernels() -> Command {
+    shell::cargo(&[
         "test",
         "--package",
         "lightmoe-kernels",
@@ -63,23 +63,50 @@ fn build() -> Result<Vec<PathBuf>, String> {
         "--lib",
         "--bench",
         "cuda",
-    ]);
-    let output = build
-        .output()
-        .map_err(|e| shell::cannot_start(&build, &e))?;
+    ])
+}
+
+/// Builds the test that runs and trains models.
+fn models() -> Result<Command, String> {
+    cuda::cargo(&[
+        "test",
+        "--package",
+        "lightmoe-train",
+        "--release",
+        "--features",
+        "candle-core/cuda",
+        "--no-run",
+        "--test",
+        "placement",
+    ])
+}
+
+/// Runs a build and gives the paths of `binaries`, with their names.
+fn built(
+    build: &mut Command,
+    binaries: &[(&'static str, &str)],
+) -> Result<Vec<(&'static str, PathBuf)>, String> {
+    let output = build.output().map_err(|e| shell::cannot_start(build, &e))?;
     let messages = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {
         return Err(format!("the build failed:\n{messages}"));
     }
-    let find = |source: &str| {
+    let find = |&(name, source): &(&'static str, &str)| {
         let line = messages.lines().find(|line| line.contains(source));
         let path = line.and_then(|line| line.split_once('(')?.1.strip_suffix(')'));
-        path.map(|path| shell::root().join(path))
-            .ok_or_else(|| format!("cargo does not tell where `{source}` is:\n{messages}"))
+        let path =
+            path.ok_or_else(|| format!("cargo does not tell where `{source}` is:\n{messages}"))?;
+        Ok((name, shell::root().join(path)))
     };
-    BINARIES.iter().map(|(_, source)| find(source)).collect()
+    binaries.iter().map(find).collect()
 }
 
+/// Copies a binary without its symbols, and gives its size.
 fn copy(from: &Path, to: &Path) -> Result<u64, String> {
-    fs::copy(from, to).map_err(|e| format!("cannot copy `{}` ({e})", from.display()))
+    let mut strip = Command::new("strip");
+    if !shell::succeeds(strip.arg("-o").arg(to).arg(from)).unwrap_or(false) {
+        fs::copy(from, to).map_err(|e| format!("cannot copy `{}` ({e})", from.display()))?;
+    }
+    let size = fs::metadata(to).map(|file| file.len());
+    size.map_err(|e| format!("cannot read `{}` ({e})", to.display()))
 }

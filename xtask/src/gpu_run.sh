@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Checks the CUDA kernels against the reference, looks for bad memory accesses, then times them beside
-# others' kernels. Needs a card, a driver for CUDA 13 and NVRTC; the timings need cuBLAS too. Results go to the folder that the first argument names, `results` beside this file if
-# there is none. Exit code 0 only if every check passed.
+# Checks the CUDA kernels against the reference and models on the card against those on the CPU, looks for bad
+# memory accesses, then times the kernels beside others'. Needs a card, a driver for CUDA 13, NVRTC, cuBLAS,
+# cuRAND and CUDA's runtime. Results go to the folder that the first argument names, `results` beside this file
+# if there is none. Exit code 0 only if every check passed.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "${1:-$here/results}"
 out=$(cd "${1:-$here/results}" && pwd)
 rm -f "$out"/{bench,cases,peers}.json "$out/kernels.md"
 
-# NVRTC and cuBLAS: from the toolkit, or from the packages of the Python that is here.
+# The libraries: from the toolkit, or from the packages of the Python that is here.
 python=${PYTHON:-python3}
 packages=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' 2>/dev/null)
 for folder in "${CUDA_HOME:-/usr/local/cuda}/lib64" "$packages"/nvidia/cu*/lib "$packages"/nvidia/*/lib; do
@@ -20,6 +21,8 @@ export LD_LIBRARY_PATH LIGHTMOE_GPU=1
 
 failed=0
 "$here/tests" --test-threads=1 2>&1 | tee "$out/tests.log" || failed=1
+# Whole models: what they say, and how they learn.
+"$here/models" --test-threads=1 2>&1 | tee "$out/models.log" || failed=1
 if command -v compute-sanitizer >/dev/null; then
     compute-sanitizer --error-exitcode 9 "$here/tests" --test-threads=1 quick 2>&1 | tee "$out/sanitizer.log" || failed=1
 else

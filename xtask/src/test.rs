@@ -31,6 +31,38 @@ const STEPS: &[(&str, &[&str])] = &[
         "tests",
         &["test", "--workspace", "--release", "--features", CUDA],
     ),
+    // What models on a GPU are made of, on the CPU.
+    (
+        "composed",
+        &[
+            "test",
+            "--package",
+            "lightmoe-kernels",
+            "--package",
+            "lightmoe-models",
+            "--package",
+            "lightmoe-train",
+            "--release",
+            "--features",
+            "lightmoe-kernels/composed",
+            "--test",
+            "reference",
+            "--test",
+            "gradients",
+            "--test",
+            "parity",
+            "--test",
+            "bank",
+            "--test",
+            "placement",
+            "--test",
+            "memory",
+            "--test",
+            "recovery",
+            "--test",
+            "teacher",
+        ],
+    ),
 ];
 
 /// The CUDA kernels build everywhere.
@@ -44,7 +76,8 @@ const SKIPPED: &[(&str, &str)] = &[
     ),
     ("the comparison of methods", "cargo xtask bench quality"),
     ("the timing of kernels", "cargo xtask bench kernels"),
-    ("the CUDA kernels on a GPU", "cargo xtask gpu"),
+    ("the CUDA kernels, and models, on a GPU", "cargo xtask gpu"),
+    ("the program with CUDA", "cargo xtask cuda"),
     ("the pages in a browser", "cargo xtask browser"),
     ("fuzzing", "cargo xtask fuzz"),
 ];

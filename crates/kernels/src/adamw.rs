@@ -58,7 +58,7 @@ impl Moments {
 
     /// Those beside a parameter that is not on the host; taken there first.
     fn away(&mut self, parameter: &Tensor) -> Result<[Tensor; 2]> {
-        if let Some(away) = self.away.take() {
+        if let Some(away) = &self.away {
             if away[0].shape() != parameter.shape() {
                 candle_core::bail!(
                     "adamw: moments of {:?} do not fit a parameter of {:?}",
@@ -66,7 +66,7 @@ impl Moments {
                     parameter.shape()
                 )
             }
-            return Ok(away);
+            return Ok(away.clone());
         }
         let count = parameter.elem_count();
         self.check(count)?;

@@ -62,7 +62,7 @@ impl Way {
                 assert_eq!(a.is_some(), b.is_some());
                 let (a, b) = (a.unwrap_or(0.0), b.unwrap_or(0.0));
                 let what = format!("{a} is not {b}, by {}", self.micro_batch);
-                assert!((a - b).abs() <= self.within * b.abs(), "{what}");
+                assert!((a - b).abs() <= self.within * b.abs().max(1e-3), "{what}");
             }
         }
     }

@@ -20,12 +20,13 @@ fn placements() -> Vec<(Placement, f32)> {
     if linear(&half, &half).is_ok() {
         all.push((Device::Cpu, DType::F32, 1e-5));
         all.push((Device::Cpu, DType::BF16, 0.05));
+        all.push((Device::Cpu, DType::F16, 0.05));
     }
     if std::env::var_os("LIGHTMOE_GPU").is_some() {
         let gpu = Device::new_cuda(0).unwrap();
         all.push((gpu.clone(), DType::F32, 1e-3));
         all.push((gpu.clone(), DType::BF16, 0.05));
-        all.push((gpu, DType::F16, 0.01));
+        all.push((gpu, DType::F16, 0.05));
     }
     if all.is_empty() {
         eprintln!("SKIPPED: neither a GPU (LIGHTMOE_GPU) nor the feature `composed`");
