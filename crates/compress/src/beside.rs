@@ -2,7 +2,7 @@
 //! safetensors, all f32. The metadata `fingerprint` is that of the observations.
 
 use crate::{Error, Result};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use lightmoe_models::TensorFile;
 use safetensors::{Dtype, View};
 use std::borrow::Cow;
@@ -30,7 +30,17 @@ pub(crate) fn open(path: PathBuf, fingerprint: &str) -> Result<TensorFile> {
 ///
 /// # Errors
 /// If it cannot be written.
-pub(crate) fn save(path: PathBuf, tensors: Vec<(String, Block)>, fingerprint: &str) -> Result<()> {
+pub(crate) fn save(
+    path: PathBuf,
+    mut tensors: Vec<(String, Block)>,
+    fingerprint: &str,
+) -> Result<()> {
+    // What fails elsewhere, fails here.
+    for (_, block) in &mut tensors {
+        if let Some(values) = &mut block.values {
+            *values = values.to_device(&Device::Cpu)?;
+        }
+    }
     let metadata = HashMap::from([(FINGERPRINT.to_owned(), fingerprint.to_owned())]);
     let io = |source| Error::Io {
         path: path.clone(),

@@ -12,7 +12,7 @@ use crate::observations::Observations;
 use crate::observe::Batch;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
-use lightmoe_models::{Checkpoint, Layer, ModelConfig, Rotary};
+use lightmoe_models::{Checkpoint, Layer, ModelConfig, Rotary, to_be_read};
 use std::path::{Path, PathBuf};
 
 /// Layers with experts in a block: `T` of the paper.
@@ -70,7 +70,7 @@ impl SequenceSums {
             let room = MOST_TOKENS - self.lengths.iter().sum::<usize>();
             let length = sample.len().min(room);
             if picked && length > 0 {
-                let states = hidden.get(row)?.narrow(0, 0, length)?;
+                let states = to_be_read(&hidden.get(row)?.narrow(0, 0, length)?)?;
                 self.hidden.extend(states.flatten_all()?.to_vec1::<f32>()?);
                 self.lengths.push(length);
             }

@@ -76,7 +76,7 @@ pub fn choose(device: &str, dtype: &str) -> Result<()> {
     let device = match name {
         DeviceName::Cpu => Device::Cpu,
         DeviceName::Cuda(number) => gpu(number)?,
-        DeviceName::Auto => gpu(0).unwrap_or(Device::Cpu),
+        DeviceName::Auto => first_gpu(),
     };
     if device.is_cpu() {
         // Of `auto` it is known only now.
@@ -93,7 +93,18 @@ pub fn choose(device: &str, dtype: &str) -> Result<()> {
 fn gpu(number: usize) -> Result<Device> {
     // Says what is missing: a driver, a card, or a newer one.
     lightmoe_kernels::cuda::Gpu::new(number).map_err(Refused::of)?;
-    Ok(Device::new_cuda(number)?)
+    // One stream for all threads: work of one is there for the others.
+    Ok(Device::new_cuda_with_stream(number)?)
+}
+
+/// The first GPU, or the CPU where there is none.
+fn first_gpu() -> Device {
+    gpu(0).unwrap_or_else(|error| {
+        if cfg!(feature = "cuda") {
+            tracing::warn!("models run on the CPU: {error:#}");
+        }
+        Device::Cpu
+    })
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -129,12 +140,10 @@ pub fn fresh() -> Placement {
     }
 }
 
-/// The most memory that models and what they compute may take, in bytes: as set, or three quarters of what
-/// the processor has free.
+/// The most memory that models may take where they run, in bytes.
 pub fn max_memory() -> u64 {
-    machine::set_memory()
-        .or_else(|| free(&CHOSEN.get()?.device))
-        .unwrap_or_else(machine::max_memory)
+    let away = CHOSEN.get().and_then(|chosen| free(&chosen.device));
+    away.unwrap_or_else(machine::max_memory)
 }
 
 /// Three quarters of what a GPU has free.
@@ -157,8 +166,7 @@ fn free(_: &Device) -> Option<u64> {
 ///
 /// # Errors
 /// None but those of [`crate::fingerprint`].
-pub fn fingerprint(fingerprint: &str, checkpoint: &Checkpoint) -> Result<String> {
-    let placement = placement(checkpoint);
+pub fn fingerprint(fingerprint: &str, placement: &Placement) -> Result<String> {
     match placement.device.is_cpu() {
         true => Ok(fingerprint.to_owned()),
         false => crate::fingerprint(&(fingerprint, "cuda", placement.dtype.as_str())),

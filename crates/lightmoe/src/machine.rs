@@ -12,18 +12,13 @@ pub fn set_max_memory(bytes: u64) {
     let _ = MAX_MEMORY.set(bytes);
 }
 
-/// The most memory that the work may take, in bytes, if it was set.
-pub fn set_memory() -> Option<u64> {
-    MAX_MEMORY.get().copied()
-}
-
 /// The most memory that the work may take, in bytes: as set, or three quarters of what is free now.
 pub fn max_memory() -> u64 {
     let free = || {
         let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
         kib(&info, "MemAvailable:").map_or(u64::MAX, |bytes| bytes / 4 * 3)
     };
-    set_memory().unwrap_or_else(free)
+    MAX_MEMORY.get().copied().unwrap_or_else(free)
 }
 
 /// The bytes behind `key`, of text like that of `/proc`.

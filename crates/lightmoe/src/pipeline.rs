@@ -6,6 +6,7 @@ mod recover;
 use crate::calibration::Calibration;
 use crate::device;
 use crate::items::Items;
+use crate::machine;
 use crate::preflight::check_original;
 use crate::progress::{Progress, stopped};
 use crate::recipe::Recipe;
@@ -87,7 +88,7 @@ pub fn observe_samples(
         statistics: what.statistics,
         answers: what.answers,
         successor: what.successor,
-        max_memory: device::max_memory(),
+        max_memory: device::max_memory().min(machine::max_memory()),
     };
     let checkpoint = &checkpoint.on(&device::placement(checkpoint));
     let seen = observe(checkpoint, samples, &options, &mut |done, all| {

@@ -176,8 +176,8 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
     let raw = recipe.config(material.vocab_size);
     let config = ModelConfig::from_json(&raw, Path::new("the recipe's [model]"))?;
     let t = &recipe.training;
-    let mut model = Decoder::random(&config, recipe.seed)?;
     let placement = device::fresh();
+    let mut model = Decoder::random(&config, recipe.seed)?;
     model.visit(&mut |_, _, tensor| {
         *tensor = placement.put(tensor)?;
         Ok(())
@@ -185,6 +185,7 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
     let work = recipe.out.with_extension("pretraining");
     let fingerprint =
         crate::fingerprint(&(recipe, &material.fingerprint, env!("CARGO_PKG_VERSION")))?;
+    let fingerprint = device::fingerprint(&fingerprint, &placement)?;
     let options = TrainOptions {
         steps: t.steps,
         learning_rate: t.learning_rate,

@@ -80,9 +80,9 @@ pub struct Recipe {
     #[serde(default = "recovered")]
     pub keep: Keep,
     pub batch_size: usize,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub micro_batch_size: usize,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub gradient_checkpointing: bool,
     pub lr: f64,
     pub warmup: f64,
@@ -106,6 +106,11 @@ pub struct Recipe {
     pub dtype: String,
     #[serde(default, skip_serializing_if = "Thresholds::is_empty")]
     pub verdict: Thresholds,
+}
+
+/// What later versions added and nobody asked for: runs of earlier ones go on.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 fn contrast_tokens() -> usize {

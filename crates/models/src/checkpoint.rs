@@ -302,7 +302,11 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let values = self.values(name, shape)?;
         let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
-        self.placement.put(&tensor)
+        // What is added to scores decides by differences that 16 bits do not hold.
+        match name.contains(names::CORRECTION) {
+            true => self.placement.exact().put(&tensor),
+            false => self.placement.put(&tensor),
+        }
     }
 
     fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {

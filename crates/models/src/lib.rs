@@ -57,7 +57,7 @@ pub use layer::{Layer, LayerObserver, ParameterKind, Visitor};
 pub use layout::{BankLayout, FactoredBases, LayerLayout, SlotLayout};
 pub use manifest::{Manifest, NamedShape};
 pub use names::{ExpertPacking, Scheme};
-pub use placement::Placement;
+pub use placement::{Placement, to_be_read};
 pub use rotary::Rotary;
 pub use router::{Routing, route_logits};
 pub use synthesize::synthesize;

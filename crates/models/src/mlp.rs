@@ -3,6 +3,7 @@
 
 use crate::Result;
 use crate::config::ModelConfig;
+use crate::decoder::at_least_f32;
 use crate::layer::{ParameterKind, Source, Visitor};
 use candle_core::Tensor;
 use lightmoe_kernels::{linear, swiglu};
@@ -79,7 +80,10 @@ impl SharedExpert {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.mlp.forward(x)?;
         match &self.gate {
-            Some(gate) => Ok(y.broadcast_mul(&sigmoid(&linear(x, gate)?)?)?),
+            Some(gate) => {
+                let share = sigmoid(&at_least_f32(linear(x, gate)?)?)?;
+                Ok(y.broadcast_mul(&share.to_dtype(y.dtype())?)?)
+            }
             None => Ok(y),
         }
     }

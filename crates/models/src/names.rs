@@ -11,6 +11,9 @@
 use crate::families::Family;
 use crate::layout::{BankLayout, SlotLayout};
 
+/// What a router of DeepSeek-V3 adds to its scores, within its layer.
+pub(crate) const CORRECTION: &str = "mlp.gate.e_score_correction_bias";
+
 /// The embedding, `[V, H]`.
 pub const EMBED: &str = "model.embed_tokens";
 /// The last norm, `[H]`.

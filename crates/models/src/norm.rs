@@ -2,6 +2,7 @@
 
 use crate::Result;
 use crate::config::{ModelConfig, NormKind};
+use crate::decoder::at_least_f32;
 use crate::layer::{ParameterKind, Source, Visitor};
 use candle_core::{D, Tensor};
 use lightmoe_kernels::rms_norm;
@@ -42,9 +43,11 @@ impl Norm {
             return Ok(rms_norm(x, &self.weight, self.eps)?);
         };
         // A layer norm is the RMS norm of what is left without the mean.
-        let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+        let wide = at_least_f32(x.clone())?;
+        let centred = wide.broadcast_sub(&wide.mean_keepdim(D::Minus1)?)?;
         let normed = rms_norm(&centred, &self.weight, self.eps)?;
-        Ok(normed.broadcast_add(bias)?)
+        let shifted = normed.broadcast_add(&bias.to_dtype(normed.dtype())?)?;
+        Ok(shifted.to_dtype(x.dtype())?)
     }
 
     /// Every parameter.

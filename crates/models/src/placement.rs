@@ -40,3 +40,15 @@ impl Placement {
         Ok(tensor.to_dtype(self.dtype)?.to_device(&self.device)?)
     }
 }
+
+/// A part of a tensor, or all of it, ready to be read by the host: of one that is elsewhere candle would bring
+/// all that the part belongs to.
+///
+/// # Errors
+/// If there is no room for it.
+pub fn to_be_read(part: &Tensor) -> candle_core::Result<Tensor> {
+    match part.device().is_cpu() {
+        true => Ok(part.clone()),
+        false => part.force_contiguous(),
+    }
+}

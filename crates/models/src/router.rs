@@ -5,11 +5,11 @@ use crate::config::{ExpertGroups, GroupScore, ModelConfig, MoeConfig, Scoring};
 use crate::decoder::at_least_f32;
 use crate::layer::{ParameterKind, Source, Visitor};
 use crate::mlp::sigmoid;
+use crate::names::CORRECTION;
 use candle_core::{D, Tensor};
 use lightmoe_kernels::{linear, top_k};
 
 const WEIGHT: &str = "mlp.gate";
-const CORRECTION: &str = "mlp.gate.e_score_correction_bias";
 /// Added to a logit to take it out of a softmax.
 const OUT: f32 = -1e30;
 
@@ -49,7 +49,7 @@ impl Router {
 
     /// `x: [T, H]`; the experts `removed` are not there, as if the router had no rows for them.
     pub(crate) fn route(&self, x: &Tensor, moe: &MoeConfig, removed: &[usize]) -> Result<Routing> {
-        let logits = at_least_f32(linear(x, &self.weight)?)?;
+        let logits = linear(&at_least_f32(x.clone())?, &self.weight)?;
         route_logits(logits, self.correction.as_ref(), moe, removed)
     }
 

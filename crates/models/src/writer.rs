@@ -10,6 +10,7 @@ use crate::folder::{PartialFolder, check_room, write_file};
 use crate::index::INDEX;
 use crate::layout::BankLayout;
 use crate::manifest::Manifest;
+use crate::placement::to_be_read;
 pub use crate::shards::Format;
 use crate::shards::{Shards, Slot};
 use crate::tensor_file::Stored;
@@ -210,7 +211,7 @@ impl CheckpointWriter {
                 tensor.elem_count()
             )));
         }
-        let values = tensor.to_dtype(DType::F32)?.flatten_all()?;
+        let values = to_be_read(&tensor.to_dtype(DType::F32)?)?.flatten_all()?;
         let values = values.to_vec1::<f32>()?;
         let bytes = self.encoded(name, self.shards.slots[number].dtype, 0, &values)?;
         self.write(number, 0, &bytes)?;

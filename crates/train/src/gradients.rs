@@ -33,6 +33,7 @@ impl Found {
     fn add(&mut self, grads: &mut GradStore, parameters: &[Parameter]) -> Result<()> {
         for (sum, parameter) in self.gradients.iter_mut().zip(parameters) {
             if let Some(more) = grads.remove(&parameter.var) {
+                let more = more.detach();
                 *sum = Some(match sum.take() {
                     Some(sum) => (sum + more)?,
                     None => more,
@@ -128,7 +129,7 @@ fn layer_by_layer(
         distance,
     };
     let mut grads = found.total(&losses, share, weights)?.backward()?;
-    let mut gradient = grads.remove(&top);
+    let mut gradient = grads.remove(&top).map(|gradient| gradient.detach());
     found.add(&mut grads, parameters)?;
     let balance = weights[0] / config.num_moe_layers().max(1) as f64;
     for (layer, input) in model.layers.iter().zip(inputs).rev() {
@@ -145,7 +146,7 @@ fn layer_by_layer(
             sum = (sum + (own * (balance * share))?)?;
         }
         let mut grads = sum.backward()?;
-        gradient = grads.remove(&x);
+        gradient = grads.remove(&x).map(|gradient| gradient.detach());
         found.add(&mut grads, parameters)?;
     }
     if let Some(after) = gradient {

@@ -8,6 +8,7 @@ use crate::objective::{Part, TrainBatch, distance};
 use crate::{Error, Result};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::log_softmax;
+use lightmoe_kernels::top_k;
 use lightmoe_models::{Decoder, LanguageModel, TensorFile, Tokens, folder};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, serialize};
@@ -99,10 +100,8 @@ impl TopTokens {
     /// If the tensors fail.
     fn of(logits: &Tensor, k: usize, temperature: f64) -> Result<Self> {
         let all = log_softmax(&(logits.detach() / temperature)?, D::Minus1)?;
-        let ids = all
-            .arg_sort_last_dim(false)?
-            .narrow(1, 0, k)?
-            .contiguous()?;
+        let rows = all.dim(0)?;
+        let ids = Tensor::from_vec(top_k(&all, k)?, (rows, k), all.device())?;
         Ok(Self {
             log_probabilities: all.gather(&ids, 1)?,
             ids,

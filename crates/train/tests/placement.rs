@@ -10,8 +10,8 @@ mod support;
 use candle_core::{DType, Device, Tensor};
 use lightmoe_kernels::linear;
 use lightmoe_models::{Decoder, GenerateOptions, LanguageModel, Placement, Tokens, generate};
-use lightmoe_train::{Point, finish_recovery};
-use support::{Models, bits, finish, interrupt, logits, of, options, write};
+use lightmoe_train::{Point, Recovery, finish_recovery};
+use support::{Models, RECOVERY, bits, finish, interrupt, logits, of, options, write};
 
 /// Where models can be, and how far what they say may be from f32 on the CPU.
 fn placements() -> Vec<(Placement, f32)> {
@@ -23,7 +23,7 @@ fn placements() -> Vec<(Placement, f32)> {
         all.push((Device::Cpu, DType::F16, 0.05));
     }
     if std::env::var_os("LIGHTMOE_GPU").is_some() {
-        let gpu = Device::new_cuda(0).unwrap();
+        let gpu = Device::new_cuda_with_stream(0).unwrap();
         all.push((gpu.clone(), DType::F32, 1e-3));
         all.push((gpu.clone(), DType::BF16, 0.05));
         all.push((gpu, DType::F16, 0.05));
@@ -89,22 +89,40 @@ fn they_go_on_the_same() {
 fn they_learn_the_same() {
     let models = Models::new();
     let losses = |curve: &[Point]| curve.iter().map(|p| p.loss as f32).collect::<Vec<_>>();
-    let mut model = models.prepared(true);
-    let expected = losses(&finish(&mut model, &options(), &models.folders("host")));
-    for (i, (place, within)) in placements().into_iter().enumerate() {
-        let folders = models.folders(&format!("place-{i}"));
-        let mut model = models.prepared_on(&place, true);
-        let curve = losses(&finish(&mut model, &options(), &folders));
-        // Rounding grows with the steps.
-        close(&curve[..10], &expected[..10], 2.0 * within, &place);
-        close(&curve, &expected, 20.0 * within.min(0.01), &place);
-        let trained = logits(&model);
-        finish_recovery(&mut model).unwrap();
-        let path = models.folder.path().join(format!("recovered-{i}"));
-        let config = &models.built.config().raw;
-        let written = write(&path, config, &of(&model));
-        let reloaded = logits(&Decoder::load(&written.on(&place)).unwrap());
-        close(&reloaded, &trained, within, &place);
+    let last_components = Recovery {
+        trained_rank: Some(1),
+        anneal: false,
+        ..RECOVERY
+    };
+    let bases_by_adapters = Recovery {
+        base_rank: Some(2),
+        adapters_fade_in: true,
+        ..RECOVERY
+    };
+    for (way, recovery) in [RECOVERY, last_components, bases_by_adapters]
+        .iter()
+        .enumerate()
+    {
+        let mut options = options();
+        options.annealing.end_ratio *= f64::from(u8::from(recovery.anneal));
+        let host = models.folders(&format!("host-{way}"));
+        let mut model = models.prepared_by(&Placement::default(), recovery);
+        let expected = losses(&finish(&mut model, &options, &host));
+        for (i, (place, within)) in placements().into_iter().enumerate() {
+            let folders = models.folders(&format!("place-{way}-{i}"));
+            let mut model = models.prepared_by(&place, recovery);
+            let curve = losses(&finish(&mut model, &options, &folders));
+            // Rounding grows with the steps.
+            close(&curve[..10], &expected[..10], 2.0 * within, &place);
+            close(&curve, &expected, 20.0 * within.min(0.01), &place);
+            let trained = logits(&model);
+            finish_recovery(&mut model).unwrap();
+            let path = models.folder.path().join(format!("recovered-{way}-{i}"));
+            let config = &models.built.config().raw;
+            let written = write(&path, config, &of(&model));
+            let reloaded = logits(&Decoder::load(&written.on(&place)).unwrap());
+            close(&reloaded, &trained, within, &place);
+        }
     }
 }
 

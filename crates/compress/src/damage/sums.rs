@@ -7,7 +7,7 @@ use crate::merge::{merge, shares};
 use crate::observations::{Components, Damage};
 use candle_core::{DType, Device, Tensor};
 use lightmoe_kernels::linear;
-use lightmoe_models::{Bank, ModelConfig, Routing};
+use lightmoe_models::{Bank, ModelConfig, Routing, to_be_read};
 use rayon::prelude::*;
 use std::path::Path;
 
@@ -324,9 +324,9 @@ fn dense(bank: &Bank) -> lightmoe_models::Result<Vec<(usize, [Tensor; 3])>> {
     })?;
     let of = |(i, &expert): (usize, &usize)| {
         let own = [
-            weights.gate.get(i)?,
-            weights.up.get(i)?,
-            weights.down.get(i)?,
+            to_be_read(&weights.gate.get(i)?)?,
+            to_be_read(&weights.up.get(i)?)?,
+            to_be_read(&weights.down.get(i)?)?,
         ];
         Ok((expert, own))
     };

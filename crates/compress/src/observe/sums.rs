@@ -9,7 +9,9 @@ use crate::observations::{Components, LayerObservations, OutputObservations};
 use crate::reception::SequenceSums;
 use crate::samples::SampleSums;
 use candle_core::{D, Tensor};
-use lightmoe_models::{Bank, ExpertRows, Layer, LayerObserver, ModelConfig, Projections, Routing};
+use lightmoe_models::{
+    Bank, ExpertRows, Layer, LayerObserver, ModelConfig, Projections, Routing, to_be_read,
+};
 use rayon::prelude::*;
 
 /// Weights that are summed in f32.
@@ -162,7 +164,9 @@ impl Sums {
         let of_expert = |i: usize| -> Result<f64> {
             let (mut absolute, mut square, mut count) = (0.0, 0.0, 0usize);
             for (_, stack) in dense.named() {
-                let weights = stack.get(i)?.flatten_all()?.to_vec1::<f32>()?;
+                let weights = to_be_read(&stack.get(i)?)?
+                    .flatten_all()?
+                    .to_vec1::<f32>()?;
                 // Row by row in f32, the rows in f64.
                 for row in weights.chunks(ROW) {
                     absolute += f64::from(row.iter().map(|w| w.abs()).sum::<f32>());
@@ -196,7 +200,7 @@ impl Sums {
         let (expert, width) = (rows.expert, rows.y.dim(1)?);
         let k = routing.chosen.len() / (batch.samples.len() * batch.width);
         let gates = routing.gates.to_vec1::<f32>()?;
-        let values = rows.y.flatten_all()?.to_vec1::<f32>()?;
+        let values = to_be_read(rows.y)?.flatten_all()?.to_vec1::<f32>()?;
         // The sums of some rows each, in parallel; added in order, so that they are always the same.
         let parts: Vec<RowSums> = rows
             .pairs
@@ -351,7 +355,7 @@ fn of_weights(bank: &Bank, moments: &MomentSums) -> Result<Components> {
     let spectra = |(i, &expert): (usize, &usize)| -> Result<[Vec<f64>; 3]> {
         let [input, hidden] = moments.expert(expert)?;
         let of = |pick: fn(&Projections) -> &Tensor, metric| {
-            singular_values(&pick(dense).get(i)?, metric)
+            singular_values(&to_be_read(&pick(dense).get(i)?)?, metric)
         };
         let [input, hidden] = [input, hidden].map(Metric::of_inputs);
         Ok([

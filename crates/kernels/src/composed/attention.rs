@@ -53,7 +53,9 @@ pub(crate) fn attention(
     let (_, keys, kv_heads, width) = v.dims4()?;
     let each = heads / kv_heads.max(1);
     let by_head = |x: &Tensor| x.transpose(1, 2)?.contiguous();
-    let (q, k, v) = (by_head(q)?, by_head(k)?, by_head(v)?);
+    // Scaled first: 16 bits may not hold the products.
+    let q = (wide(q)? * scale)?.to_dtype(q.dtype())?;
+    let (q, k, v) = (by_head(&q)?, by_head(k)?, by_head(v)?);
     let k = k.t()?;
     let strip = (SCORES / (batch * heads * keys).max(1)).clamp(1, queries.max(1));
     let mut strips = Vec::new();
@@ -62,7 +64,7 @@ pub(crate) fn attention(
         // The query heads of one key head are rows of one product.
         let q = q.narrow(2, first, count)?.contiguous()?;
         let q = q.reshape((batch, kv_heads, each * count, dim))?;
-        let scores = (wide(&q.matmul(&k)?)? * scale)?;
+        let scores = wide(&q.matmul(&k)?)?;
         let scores = scores.reshape((batch, kv_heads, each, count, keys))?;
         let scores = match unseen(seen, [first, count, queries, keys], q.device())? {
             Some(mask) => scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?,

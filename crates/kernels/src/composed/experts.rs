@@ -71,6 +71,19 @@ fn joined(parts: &[Tensor], width: usize, like: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// As [`crate::linear`], of rows: `x: [S, K]`, `w: [N, K]`, result `[S, N]`.
+pub(crate) fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let (of_x, of_w) = (x.detach(), w.detach());
+    let value = of_x.matmul(&of_type(&of_w, x)?.t()?)?;
+    let (of_rows, of_weights, dtype) = (x.track_op(), w.track_op(), w.dtype());
+    given("linear", [x, w, &x.detach()], value, move |dy| {
+        let dx = of_rows.then(|| dy.matmul(&of_type(&of_w, dy)?));
+        // Most weights are frozen, and candle would make their gradients too.
+        let dw = of_weights.then(|| dy.t()?.matmul(&of_x)?.to_dtype(dtype));
+        Ok([dx.transpose()?, dw.transpose()?, None])
+    })
+}
+
 /// As [`crate::grouped_linear`]; shapes are known to fit.
 pub(crate) fn grouped_linear(x: &Tensor, w: &Tensor, segments: &Arc<[Segment]>) -> Result<Tensor> {
     let (groups, n, k) = w.dims3()?;

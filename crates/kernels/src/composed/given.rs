@@ -2,14 +2,23 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
+use std::sync::Mutex;
 
 /// From the gradient of a result to those of its inputs, where `track_op` says that they have one.
 type Backward = Box<dyn Fn(&Tensor) -> Result<[Option<Tensor>; 3]> + Send + Sync>;
 
 struct Given {
     name: &'static str,
-    value: Tensor,
+    /// Taken when the result is made of it, so that nothing is held twice.
+    value: Mutex<Option<Tensor>>,
     backward: Backward,
+}
+
+impl Given {
+    fn take(&self) -> Result<Tensor> {
+        let value = self.value.lock().ok().and_then(|mut value| value.take());
+        value.ok_or_else(|| candle_core::Error::Msg(format!("{}: run twice", self.name)))
+    }
 }
 
 impl CustomOp3 for Given {
@@ -26,7 +35,8 @@ impl CustomOp3 for Given {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (storage, layout) = self.value.storage_and_layout();
+        let value = self.take()?;
+        let (storage, layout) = value.storage_and_layout();
         match &*storage {
             Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
             _ => candle_core::bail!("{}: inputs on the CPU, and a result elsewhere", self.name),
@@ -42,7 +52,8 @@ impl CustomOp3 for Given {
         _: &CudaStorage,
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        let (storage, layout) = self.value.storage_and_layout();
+        let value = self.take()?;
+        let (storage, layout) = value.storage_and_layout();
         match &*storage {
             Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
             _ => candle_core::bail!("{}: inputs on a GPU, and a result elsewhere", self.name),
@@ -80,7 +91,7 @@ pub(super) fn given(
         c,
         Given {
             name,
-            value,
+            value: Mutex::new(Some(value)),
             backward,
         },
     )

@@ -12,7 +12,9 @@ mod experts;
 mod given;
 
 pub(crate) use attention::{attention, rotate};
-pub(crate) use experts::{grouped_linear, low_rank, select_rows, spread_columns, weighted_scatter};
+pub(crate) use experts::{
+    grouped_linear, linear, low_rank, select_rows, spread_columns, weighted_scatter,
+};
 
 use crate::adamw::AdamW;
 use candle_core::{D, DType, Result, Tensor};
@@ -48,11 +50,6 @@ pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> 
 /// As [`crate::swiglu`].
 pub(crate) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     (wide(gate)?.silu()? * wide(up)?)?.to_dtype(gate.dtype())
-}
-
-/// As [`crate::linear`], of rows: `x: [S, K]`, `w: [N, K]`, result `[S, N]`.
-pub(crate) fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    x.matmul(&of_type(w, x)?.t()?)
 }
 
 /// `ln Σ exp` over the last dimension, which stays with one entry.

@@ -80,7 +80,10 @@ pub fn run(args: &BenchmarkArgs, settings: &Settings, out: Option<&Path>) -> Res
         model_fingerprint(checkpoint.dir())?,
         env!("CARGO_PKG_VERSION"),
     );
-    let fingerprint = device::fingerprint(&crate::fingerprint(&depends)?, &checkpoint)?;
+    let fingerprint = device::fingerprint(
+        &crate::fingerprint(&depends)?,
+        &device::placement(&checkpoint),
+    )?;
     let journal = out.map(|out| out.join(JOURNAL));
     let cache = cache(args.use_cache.as_deref(), &fingerprint)?;
     let kept = Kept {

@@ -88,7 +88,8 @@ impl RankedAdapters {
         let places = index(&places, &self.a.gate)?;
         let joined = |of: fn(&Self) -> &Projections| -> Result<Projections> {
             let one = |pick: Pick| -> Result<Tensor> {
-                let both = Tensor::cat(&[pick(of(self)), pick(of(other))], 0)?;
+                let last = pick(of(other));
+                let both = Tensor::cat(&[&pick(of(self)).to_dtype(last.dtype())?, last], 0)?;
                 Ok(both.index_select(&places, 0)?)
             };
             Ok(Projections {

@@ -153,7 +153,10 @@ impl MixedSlots {
     /// Merges the adapters of the down matrices.
     pub(super) fn merge_adapters(&mut self) -> Result<()> {
         if let Some((a, b)) = self.down_adapters.take() {
-            self.down = (self.down.detach() + b.detach().matmul(&a.detach())?)?;
+            let change = b.detach().matmul(&a.detach())?;
+            // Rounded once, if at all.
+            let whole = (self.down.detach().to_dtype(change.dtype())? + change)?;
+            self.down = whole.to_dtype(self.down.dtype())?;
         }
         Ok(())
     }

@@ -26,6 +26,16 @@ pub const SHAPE: FactoredBases = FactoredBases {
     down_rows: 3,
 };
 
+/// Adapters on kept experts, and all of the rest.
+pub const RECOVERY: Recovery = Recovery {
+    kept_rank: RANK,
+    base_rank: None,
+    trained_rank: None,
+    anneal: true,
+    adapters_fade_in: false,
+    seed: 2,
+};
+
 /// An original and the model built from it: of eight experts a layer every other one is replaced,
 /// by two bases with adapters.
 pub struct Models {
@@ -86,16 +96,14 @@ impl Models {
 
     /// The same elsewhere, or of other numbers.
     pub fn prepared_on(&self, placement: &Placement, anneal: bool) -> Decoder {
+        let recovery = Recovery { anneal, ..RECOVERY };
+        self.prepared_by(placement, &recovery)
+    }
+
+    /// The same in another way.
+    pub fn prepared_by(&self, placement: &Placement, recovery: &Recovery) -> Decoder {
         let mut model = Decoder::load(&self.built.on(placement)).unwrap();
-        let recovery = Recovery {
-            kept_rank: RANK,
-            base_rank: None,
-            trained_rank: None,
-            anneal,
-            adapters_fade_in: false,
-            seed: 2,
-        };
-        prepare_recovery(&mut model, &self.original.on(placement), &recovery).unwrap();
+        prepare_recovery(&mut model, &self.original.on(placement), recovery).unwrap();
         model
     }
 
@@ -126,6 +134,7 @@ impl Models {
     /// The factored model at the beginning of a recovery: two experts of a layer are what its bases
     /// stand for.
     pub fn unfolded(&self, factored: &Checkpoint) -> Decoder {
+        // What the bases stand for is read on the host.
         let mut model = Decoder::load(factored).unwrap();
         unfold_bases(&mut model, &mut |l| {
             Ok(load_experts(&self.original, l, &[0, 5])?.unwrap())
