@@ -2,7 +2,7 @@
 
 use crate::machine;
 use crate::preflight::Refused;
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use lightmoe_models::{Checkpoint, Placement};
 use std::str::FromStr;
@@ -29,11 +29,12 @@ impl FromStr for DeviceName {
             "cuda" => Some(0),
             _ => name.strip_prefix("cuda:").and_then(|n| n.parse().ok()),
         };
-        ensure!(
-            number.is_some(),
-            "`device` is `{name}`; use auto, cpu, cuda, or cuda:N for another than the first GPU"
-        );
-        Ok(number.map_or(Self::Auto, Self::Cuda))
+        let number = number.with_context(|| {
+            format!(
+                "`device` is `{name}`; use auto, cpu, cuda, or cuda:N for another than the first GPU"
+            )
+        })?;
+        Ok(Self::Cuda(number))
     }
 }
 
@@ -47,7 +48,7 @@ pub fn dtype(name: &str, device: DeviceName) -> Result<Option<DType>> {
         "f32" => Some(DType::F32),
         "bf16" => Some(DType::BF16),
         "f16" => Some(DType::F16),
-        _ => anyhow::bail!("`dtype` is `{name}`; use auto, f32, bf16 or f16"),
+        _ => bail!("`dtype` is `{name}`; use auto, f32, bf16 or f16"),
     };
     ensure!(
         device != DeviceName::Cpu || dtype.is_none_or(|dtype| dtype == DType::F32),

@@ -7,6 +7,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::layer::{Layer, ParameterKind, Source, Visitor};
 use crate::norm::Norm;
+use crate::placement::Placement;
 use crate::rotary::Rotary;
 use crate::router::Routing;
 use crate::writer::CheckpointWriter;
@@ -372,6 +373,24 @@ impl Decoder {
             out.extend(layer.tensors(l)?);
         }
         Ok(out)
+    }
+
+    /// As [`Decoder::write`], of a model that began as `start`: where that was read with fewer digits than
+    /// its files have, numbers that have not moved since keep those of the files.
+    pub fn write_over(&self, writer: &CheckpointWriter, start: &Checkpoint) -> Result<()> {
+        let rounded = start.placement().dtype;
+        if rounded == DType::F32 {
+            return self.write(writer);
+        }
+        let host = Placement::default();
+        let files = start.on(&host);
+        for (name, tensor) in self.tensors()? {
+            let tensor = host.put(&tensor)?;
+            let own = files.tensor(&name, tensor.dims())?;
+            let stayed = host.put(&own.to_dtype(rounded)?)?.eq(&tensor)?;
+            writer.push(&name, &stayed.where_cond(&own, &tensor)?)?;
+        }
+        Ok(())
     }
 
     /// Writes the model into a folder begun by the caller, who adds side files and finishes it.

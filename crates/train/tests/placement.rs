@@ -9,7 +9,10 @@ mod support;
 
 use candle_core::{DType, Device, Tensor};
 use lightmoe_kernels::linear;
-use lightmoe_models::{Decoder, GenerateOptions, LanguageModel, Placement, Tokens, generate};
+use lightmoe_models::{
+    Checkpoint, CheckpointWriter, Decoder, Family, Format, GenerateOptions, LanguageModel,
+    Manifest, ParameterKind, Placement, Scheme, Tokens, generate,
+};
 use lightmoe_train::{Point, Recovery, finish_recovery};
 use support::{Models, RECOVERY, bits, finish, interrupt, logits, of, options, write};
 
@@ -155,5 +158,42 @@ fn a_stopped_training_goes_on_to_the_same_bits() {
             all
         };
         assert!(all(&mut model) == all(&mut whole), "{place:?}");
+    }
+}
+
+/// Files of f32 that were read as 16-bit floats keep what did not move.
+#[test]
+fn what_did_not_train_keeps_its_digits() {
+    let models = Models::new();
+    for (i, (place, _)) in placements().into_iter().enumerate() {
+        let start = models.built.on(&place);
+        let mut model = Decoder::load(&start).unwrap();
+        let mut moved = Vec::new();
+        let see = &mut |name: &str, kind, tensor: &mut Tensor| {
+            if kind == ParameterKind::Adapter {
+                *tensor = (tensor.to_dtype(DType::F32)? + 0.125)?;
+                moved.push(name.to_owned());
+            }
+            Ok(())
+        };
+        model.visit(see).unwrap();
+        assert!(!moved.is_empty());
+        let path = models.folder.path().join(format!("over-{i}"));
+        let config = models.built.config();
+        let format = Format::new(DType::F32, Scheme::published(Family::Olmoe));
+        let layout = models.built.layout();
+        let writer = CheckpointWriter::for_model(&path, &format, config, layout).unwrap();
+        model.write_over(&writer, &start).unwrap();
+        writer.finish(&config.raw).unwrap();
+        let written = Checkpoint::open(&path).unwrap();
+        for (name, shape) in Manifest::of(config, layout).unwrap().tensors {
+            let of = |checkpoint: &Checkpoint| bits(&checkpoint.tensor(&name, &shape).unwrap());
+            let is_adapter = name.contains("lora_");
+            assert_eq!(
+                of(&written) != of(&models.built),
+                is_adapter,
+                "{name} {place:?}"
+            );
+        }
     }
 }

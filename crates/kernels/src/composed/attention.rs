@@ -1,6 +1,6 @@
 //! Attention and rotations.
 
-use super::{log_sum_exp, wide};
+use super::{add, log_sum_exp, wide};
 use crate::attention::Seen;
 use crate::rope::RopePairs;
 use candle_core::{DType, Device, Result, Tensor};
@@ -94,14 +94,8 @@ fn unseen(
     let begin = (keys - queries + first) as f32;
     let at = |count: usize, from: f32| Tensor::arange(from, from + count as f32, device);
     let mut mask: Option<Tensor> = None;
-    let mut hide = |hidden: Tensor| -> Result<()> {
-        let hidden = (hidden.to_dtype(DType::F32)? * UNSEEN)?;
-        mask = Some(match mask.take() {
-            Some(mask) => mask.broadcast_add(&hidden)?,
-            None => hidden,
-        });
-        Ok(())
-    };
+    let mut hide =
+        |hidden: Tensor| -> Result<()> { add(&mut mask, (hidden.to_dtype(DType::F32)? * UNSEEN)?) };
     let key = at(keys, 0.0)?;
     let behind = at(count, begin)?
         .unsqueeze(1)?

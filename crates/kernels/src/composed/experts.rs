@@ -4,7 +4,7 @@
 //! whole of it, for each part.
 
 use super::given::given;
-use super::{of_type, wide};
+use super::{add, of_type, wide};
 use crate::grouped::Segment;
 use candle_core::{D, DType, Device, Result, Tensor};
 use std::sync::Arc;
@@ -34,15 +34,6 @@ impl Groups {
             starts: starts.clone(),
             width,
         }
-    }
-
-    fn add(&mut self, group: usize, more: Tensor) -> Result<()> {
-        let part = &mut self.parts[group];
-        *part = Some(match part.take() {
-            Some(sum) => (sum + more)?,
-            None => more,
-        });
-        Ok(())
     }
 
     /// All of them, one behind the other, `[rows, width]`.
@@ -105,7 +96,7 @@ pub(crate) fn grouped_linear(x: &Tensor, w: &Tensor, segments: &Arc<[Segment]>) 
                 dx.push(dy.matmul(&matrix(s, &dy)?)?);
             }
             if of_groups {
-                dw.add(s.group, dy.t()?.matmul(&rows(&of_x, s)?)?)?;
+                add(&mut dw.parts[s.group], dy.t()?.matmul(&rows(&of_x, s)?)?)?;
             }
         }
         let dx = of_rows.then(|| joined(&dx, k, &of_x));
@@ -156,10 +147,10 @@ pub(crate) fn low_rank(
                 dx.push(dz.matmul(&a)?);
             }
             if of_a {
-                da.add(s.group, dz.t()?.matmul(&x)?)?;
+                add(&mut da.parts[s.group], dz.t()?.matmul(&x)?)?;
             }
             if of_b {
-                db.add(s.group, a.matmul(&x.t()?)?.matmul(&dy)?)?;
+                add(&mut db.parts[s.group], a.matmul(&x.t()?)?.matmul(&dy)?)?;
             }
         }
         let dx = of_rows.then(|| joined(&dx, k, &of_x)).transpose()?;
@@ -198,11 +189,8 @@ fn summed(rows: &Tensor, targets: &[u32], outputs: usize) -> Result<Tensor> {
     let padded = wide(rows)?.pad_with_zeros(0, 0, 1)?;
     let mut sum: Option<Tensor> = None;
     for index in taken {
-        let more = padded.index_select(&Tensor::new(index, rows.device())?, 0)?;
-        sum = Some(match sum {
-            Some(sum) => (sum + more)?,
-            None => more,
-        });
+        let index = Tensor::new(index, rows.device())?;
+        add(&mut sum, padded.index_select(&index, 0)?)?;
     }
     match sum {
         Some(sum) => sum.to_dtype(rows.dtype()),

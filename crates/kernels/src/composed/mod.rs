@@ -37,6 +37,15 @@ fn of_type(w: &Tensor, rows: &Tensor) -> Result<Tensor> {
     w.to_dtype(rows.dtype())
 }
 
+/// Adds to a sum that may not have begun.
+fn add(sum: &mut Option<Tensor>, more: Tensor) -> Result<()> {
+    *sum = Some(match sum.take() {
+        Some(sum) => sum.broadcast_add(&more)?,
+        None => more,
+    });
+    Ok(())
+}
+
 /// As [`crate::rms_norm`].
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let wide = wide(x)?;

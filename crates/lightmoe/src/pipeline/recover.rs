@@ -10,9 +10,7 @@ use lightmoe_compress::methods::{AdapterInit, Kind};
 use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{BuildInputs, whole_bases};
 use lightmoe_data::{Encoded, Sampler};
-use lightmoe_models::{
-    Checkpoint, CheckpointWriter, DType, Decoder, Format, Manifest, ParameterKind, Placement,
-};
+use lightmoe_models::{Checkpoint, CheckpointWriter, Decoder, Format, Manifest, ParameterKind};
 use lightmoe_train::{
     AnnealingShape, Folders, Group, KeptPredictions, Outcome, Predictions, Recovery, RowPruning,
     Teacher, TrainBatch, TrainOptions, finish_recovery, prepare_recovery, train, unfold_bases,
@@ -49,8 +47,7 @@ pub fn recover_stage(
     check_original(inputs.original)?;
     CheckpointWriter::check_target(target)?;
     let (original, built, plan) = (inputs.original, inputs.built, inputs.plan);
-    let placement = device::placement(built);
-    let fingerprint = &device::fingerprint(inputs.fingerprint, &placement)?;
+    let fingerprint = &device::fingerprint(inputs.fingerprint, &device::placement(built))?;
     let pad = built.config().pad_token_id.unwrap_or(0);
     let sampler = Sampler::new(inputs.encoded, recipe.batch_size, recipe.seed)?.with_pad(pad);
     let batch = |step| {
@@ -137,32 +134,11 @@ pub fn recover_stage(
     built.keep_types(&mut manifest)?;
     let extras = built.extras()?;
     let mut writer = CheckpointWriter::new(target, &format, &manifest, &extras)?;
-    write(&model, &writer, built, &placement)?;
+    model.write_over(&writer, &placed(built))?;
     writer.copy_extras(built, &extras)?;
     writer.copy_side_files(built.dir())?;
     writer.finish(&built.config().raw)?;
     kept.map_or(Ok(()), |kept| Ok(kept.remove()?))
-}
-
-/// Writes the tensors of the model. Where it computes with fewer digits than the files have, numbers that
-/// training did not move keep those of the built model.
-fn write(
-    model: &Decoder,
-    writer: &CheckpointWriter,
-    built: &Checkpoint,
-    placement: &Placement,
-) -> Result<()> {
-    if placement.dtype == DType::F32 {
-        return Ok(model.write(writer)?);
-    }
-    for (name, tensor) in model.tensors()? {
-        let tensor = Placement::default().put(&tensor)?;
-        let own = built.tensor(&name, tensor.dims())?;
-        let rounded = own.to_dtype(placement.dtype)?.to_dtype(DType::F32)?;
-        let stayed = rounded.eq(&tensor)?;
-        writer.push(&name, &stayed.where_cond(&own, &tensor)?)?;
-    }
-    Ok(())
 }
 
 /// Keeps the original's likeliest tokens for the batches of the recovery beside its training state.
