@@ -3,8 +3,7 @@
 //! `fixtures harness`: the same for what lm-evaluation-harness says of the built-in model;
 //! `fixtures overlap`: for what sacreBLEU, `rouge_score` and it say of texts.
 
-use std::env;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -41,7 +40,7 @@ pub fn run(arguments: &[String]) -> Outcome {
         }
         _ => no_arguments(arguments)?,
     }
-    let python = python("torch, transformers, safetensors, numpy", FOLDER)?;
+    let python = shell::python("torch, transformers, safetensors, numpy", &versions(FOLDER))?;
     let root = shell::root();
     let made = shell::target().join("parity");
     let mut make = Command::new(&python);
@@ -70,9 +69,14 @@ fn overlap() -> Outcome {
     Ok(shell::code(compare(&made, &committed, files.into_iter())?))
 }
 
+/// What to install for a fixture.
+fn versions(folder: &str) -> String {
+    format!("the versions that {folder}/README.md names")
+}
+
 /// The folder of a fixture, and the one where its script has made it again.
 fn made_by(modules: &str, folder: &str, script: &str) -> Result<(PathBuf, PathBuf), String> {
-    let python = python(modules, folder)?;
+    let python = shell::python(modules, &versions(folder))?;
     let committed = shell::root().join(folder);
     let name = committed.file_name().unwrap_or_default();
     let made = shell::target().join(name);
@@ -106,22 +110,6 @@ fn harness() -> Outcome {
     }
     files.sort();
     Ok(shell::code(compare(&made, &committed, files.into_iter())?))
-}
-
-/// The Python of the variable PYTHON, if it has `modules`.
-fn python(modules: &str, folder: &str) -> Result<OsString, String> {
-    let python = env::var_os("PYTHON").unwrap_or_else(|| "python3".into());
-    let mut probe = Command::new(&python);
-    probe.args(["-c", &format!("import {modules}")]);
-    probe.stdout(Stdio::null()).stderr(Stdio::null());
-    match shell::succeeds(&mut probe)? {
-        true => Ok(python),
-        false => Err(format!(
-            "`{}` cannot import {modules}; install the versions that {folder}/README.md names, or set \
-             PYTHON to a Python that has them",
-            python.to_string_lossy()
-        )),
-    }
 }
 
 /// Whether the files are the same in both folders, byte by byte.

@@ -54,8 +54,8 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "bench",
-        arguments: "kernels|quality|usage|scale [ARGUMENTS]",
-        about: "Time the kernels, compare the methods, show the built-in model, or run a full-size one",
+        arguments: "kernels|layers|quality|usage|scale [ARGUMENTS]",
+        about: "Time kernels or layers, compare the methods, show the built-in model, or run a full-size one",
         run: bench::run,
     },
     Command {

@@ -1,8 +1,9 @@
 //! Folders and processes.
 
 use std::env;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 
 use crate::Outcome;
 
@@ -60,4 +61,19 @@ pub fn code(success: bool) -> ExitCode {
 pub fn cannot_start(command: &Command, error: &std::io::Error) -> String {
     let program = command.get_program().to_string_lossy();
     format!("cannot start `{program}` ({error}); check that it is installed")
+}
+
+/// The Python of the variable PYTHON, if it has `modules`; otherwise to `install` is advised.
+pub fn python(modules: &str, install: &str) -> Result<OsString, String> {
+    let python = env::var_os("PYTHON").unwrap_or_else(|| "python3".into());
+    let mut probe = Command::new(&python);
+    probe.args(["-c", &format!("import {modules}")]);
+    probe.stdout(Stdio::null()).stderr(Stdio::null());
+    match succeeds(&mut probe)? {
+        true => Ok(python),
+        false => Err(format!(
+            "`{}` cannot import {modules}; install {install}, or set PYTHON to a Python that has them",
+            python.to_string_lossy()
+        )),
+    }
 }

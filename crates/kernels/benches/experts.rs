@@ -7,7 +7,7 @@
 #![allow(clippy::unwrap_used)]
 #![allow(missing_docs)] // criterion's macros write undocumented functions
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput, measurement::WallTime};
 use criterion::{criterion_group, criterion_main};
 use lightmoe_kernels::{
@@ -79,6 +79,8 @@ fn experts(c: &mut Criterion) {
     let shapes = [
         ("nano", nano, 8192, true),
         ("olmoe", olmoe, 4096, true),
+        // At least 64 rows of each expert.
+        ("olmoe-long", olmoe, 8192, false),
         ("olmoe-decode", olmoe, 8, false),
         ("olmoe-few", olmoe, 160, false),
     ];
@@ -112,6 +114,15 @@ fn expert_layer(c: &mut Criterion, s: Shape) {
     bench(&mut group, "loop", ops, each);
     bench(&mut group, "dense", ops, ours);
     bench(&mut group, "dense-candle", ops, candle);
+    let narrow = |t: &Var| t.to_dtype(DType::BF16).unwrap();
+    let (w16, dense16) = (
+        LazyCell::new(|| narrow(&w)),
+        LazyCell::new(|| narrow(&dense)),
+    );
+    let grouped16 = || grouped_linear(&x, &w16, &segments).unwrap();
+    let dense16 = || linear(&x, &dense16).unwrap();
+    bench(&mut group, "grouped-bf16", ops, grouped16);
+    bench(&mut group, "dense-bf16", ops, dense16);
     if s.backward {
         train(&mut group, "grouped+backward", 3 * ops, grouped);
         train(&mut group, "dense+backward", 3 * ops, ours);

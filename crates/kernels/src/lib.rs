@@ -10,7 +10,7 @@
 //! `K` top-k, `H` hidden size, `F` expert intermediate size, `R` adapter rank, `D` head size.
 //!
 //! On the CPU all operations take `f32` or `f64` (the latter for finite-difference tests) and contiguous or
-//! strided tensors; outputs are contiguous.
+//! strided tensors; outputs are contiguous. The matrices of products may be `bf16` where rows are `f32`.
 
 mod adamw;
 mod attention;
@@ -24,7 +24,9 @@ mod lanes;
 mod loss;
 mod low_rank;
 mod memory;
+mod mixed;
 mod norm;
+mod panels;
 mod real;
 mod rope;
 mod route;
@@ -39,6 +41,7 @@ pub use grouped::{Segment, grouped_linear, linear};
 pub use loss::cross_entropy;
 pub use low_rank::low_rank;
 pub use memory::{keep_freed_memory, return_freed_memory, tune_process};
+pub use mixed::as_rows;
 pub use norm::rms_norm;
 pub use rope::{Rope, RopePairs, apply_rope};
 pub use route::{Dispatch, TokenGroups, top_k};

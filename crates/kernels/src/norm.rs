@@ -4,6 +4,7 @@
 
 use crate::composed;
 use crate::lanes::{dot, simd, sum};
+use crate::mixed::as_rows;
 use crate::real::{Real, dispatch, same_dtype, slice, storage, tracked, view};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -132,6 +133,6 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     if composed::is_for(x) {
         return composed::rms_norm(x, weight, eps);
     }
-    x.contiguous()?
-        .apply_op2(&weight.contiguous()?, RmsNorm { eps })
+    let weight = as_rows(weight)?.contiguous()?;
+    x.contiguous()?.apply_op2(&weight, RmsNorm { eps })
 }

@@ -1,17 +1,38 @@
 //! The two floating-point types that the CPU operations accept, and zero-copy access to tensors.
 
 use crate::few;
+use crate::gemm::Output;
+use crate::panels::{self, Stored};
+use crate::runs::{Tile, Way};
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType};
 use std::ops::Deref;
 
 /// `f32` for work, `f64` for finite-difference tests.
-pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum + 'static {
+pub(crate) trait Real:
+    WithDType + Default + num_traits::Float + std::iter::Sum + 'static
+{
     /// `exp`, for `f32` without the call into the maths library that keeps loops scalar.
     fn fast_exp(self) -> Self;
 
     /// As [`few::product`], which there is for `f32` alone.
     fn few_rows(shape: few::Shape, x: &[Self], w: &[Self], y: &mut [Self]) -> bool {
         let _ = (shape, x, w, y);
+        false
+    }
+
+    /// As [`Tile::by_unit`], of rows, matrix, and numbers from a row of it to the next, if the processor has a unit
+    /// for such numbers; whether it has.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn by_unit<'a>(
+        tile: &Tile,
+        way: Way,
+        (rows, w, stride): (&'a [Self], &[Self], usize),
+        out: Output<'_, Self>,
+        scratch: &mut panels::Scratch<'a>,
+    ) -> bool {
+        let _ = (tile, way, rows, w, stride, out, scratch);
         false
     }
 }
@@ -24,6 +45,21 @@ impl Real for f32 {
 
     fn few_rows(shape: few::Shape, x: &[Self], w: &[Self], y: &mut [Self]) -> bool {
         few::product(shape, x, w, y)
+    }
+
+    unsafe fn by_unit<'a>(
+        tile: &Tile,
+        way: Way,
+        (rows, w, stride): (&'a [Self], &[Self], usize),
+        out: Output<'_, Self>,
+        scratch: &mut panels::Scratch<'a>,
+    ) -> bool {
+        let Some(unit) = Self::unit() else {
+            return false;
+        };
+        // SAFETY: the caller's promise.
+        unsafe { tile.by_unit(unit, way, rows, (w, stride), out, scratch) };
+        true
     }
 }
 
@@ -56,7 +92,7 @@ macro_rules! dispatch {
 pub(crate) use dispatch;
 
 /// The elements of a contiguous CPU storage, in the order of its layout.
-pub(crate) fn slice<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+pub(crate) fn slice<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     let Some((start, end)) = layout.contiguous_offsets() else {
         candle_core::bail!("a contiguous tensor was expected")
     };
@@ -76,7 +112,7 @@ pub(crate) fn view(tensor: &Tensor) -> View<'_, impl Deref<Target = Storage> + '
 }
 
 impl<G: Deref<Target = Storage>> View<'_, G> {
-    pub(crate) fn slice<T: Real>(&self) -> Result<&[T]> {
+    pub(crate) fn slice<T: WithDType>(&self) -> Result<&[T]> {
         match &*self.guard {
             Storage::Cpu(storage) => slice(storage, self.layout),
             _ => candle_core::bail!("a tensor on the CPU was expected"),

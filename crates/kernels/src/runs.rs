@@ -5,9 +5,13 @@
 use crate::few::{self, DEPTH, parts};
 use crate::gemm::{Mat, Output};
 use crate::lanes::transpose;
+use crate::mixed;
+use crate::panels::{self, Inputs, Product, Stored, Unit};
 use crate::real::{Real, dispatch, same_dtype, slice, storage, tensor, view};
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
+use half::bf16;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Rows and columns of a task's tile. Fixed, so that results do not depend on the thread count.
 const TILE_ROWS: usize = 512;
@@ -35,38 +39,93 @@ pub(crate) struct Run {
 
 /// A part of a run: its first row and column, and how many of each.
 #[derive(Clone, Copy)]
-struct Tile {
-    run: Run,
-    row: usize,
-    rows: usize,
-    column: usize,
-    columns: usize,
+pub(crate) struct Tile {
+    pub(crate) run: Run,
+    pub(crate) row: usize,
+    pub(crate) rows: usize,
+    pub(crate) column: usize,
+    pub(crate) columns: usize,
 }
 
-/// The parts of results of as many columns as `width` says. Two columns at least, where there are as many: of
-/// a single one `gemm` sums in another order.
-fn tiles(runs: &[Run], width: fn(&Run) -> usize) -> Vec<Tile> {
+impl Tile {
+    /// Computes it by a unit of the processor, for the part `w` of a matrix that begins at its columns, with the
+    /// numbers from a row to the next.
+    ///
+    /// # Safety
+    /// No other task may use its part of the output at the same time.
+    pub(crate) unsafe fn by_unit<'a, W: Stored>(
+        &self,
+        unit: Unit,
+        way: Way,
+        rows: &'a [f32],
+        w: (&[W], usize),
+        out: Output<'_, f32>,
+        scratch: &mut panels::Scratch<'a>,
+    ) {
+        let run = self.run;
+        let (from, inner, to, width, inputs) = match way {
+            Way::There => (
+                run.input,
+                run.inner,
+                run.output,
+                run.columns,
+                Inputs::InRows,
+            ),
+            Way::Back => (
+                run.output,
+                run.columns,
+                run.input,
+                run.inner,
+                Inputs::InColumns,
+            ),
+        };
+        let product = Product {
+            rows: self.rows,
+            inner,
+            columns: self.columns,
+            x: (&rows[from + self.row * inner..], inner),
+            w,
+            inputs,
+        };
+        W::run(unit, &product, scratch, |row, column, values| {
+            let at = to + (self.row + row) * width + self.column + column;
+            // SAFETY: the caller's promise.
+            unsafe { out.write(at, values) };
+        });
+    }
+}
+
+/// Memory of a task.
+#[derive(Default)]
+pub(crate) struct Scratch<'a, T> {
+    numbers: Vec<T>,
+    panels: panels::Scratch<'a>,
+}
+
+/// Columns from `first` on, `most` at a time. Two at least, where there are as many: of a single one `gemm`
+/// sums in another order.
+pub(crate) fn pieces(columns: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let Range { mut start, end } = columns;
+    std::iter::from_fn(move || {
+        let left = end - start;
+        let count = if left <= most + 1 { left } else { most };
+        start += count;
+        (count > 0).then_some(start - count..start)
+    })
+}
+
+/// The parts of results of as many columns as `width` says.
+pub(crate) fn tiles(runs: &[Run], width: fn(&Run) -> usize) -> Vec<Tile> {
     let mut tiles = Vec::new();
     for run in runs.iter().filter(|run| run.inner * run.columns > 0) {
-        let width = width(run);
         for row in (0..run.rows).step_by(TILE_ROWS) {
-            let mut column = 0;
-            while column < width {
-                let left = width - column;
-                let columns = if left <= TILE_COLS + 1 {
-                    left
-                } else {
-                    TILE_COLS
-                };
-                tiles.push(Tile {
-                    run: *run,
-                    row,
-                    rows: TILE_ROWS.min(run.rows - row),
-                    column,
-                    columns,
-                });
-                column += columns;
-            }
+            tiles.extend(pieces(0..width(run), TILE_COLS).map(|columns| Tile {
+                run: *run,
+                row,
+                rows: TILE_ROWS.min(run.rows - row),
+                column: columns.start,
+                columns: columns.len(),
+            }));
         }
     }
     tiles
@@ -78,39 +137,65 @@ fn forward<T: Real>(runs: &[Run], x: &[T], w: &[T], count: usize) -> Vec<T> {
     let mut y = vec![T::zero(); count];
     let out = Output::new(&mut y);
     let tiles = tiles(runs, |run| run.columns).into_par_iter();
-    tiles.for_each_init(Vec::new, |scratch, tile| {
-        let (run, m, n) = (tile.run, tile.rows, tile.columns);
-        let (inner, stride) = (run.inner, run.columns);
-        let at = run.output + tile.row * stride + tile.column;
-        let w = &w[run.matrix + tile.column * inner..];
-        let x = &x[run.input + tile.row * inner..];
-        let shape = few::Shape {
-            rows: m,
-            inner,
-            columns: n,
-        };
-        if shape.is_small() {
-            scratch.resize(m * n, T::zero());
-            if T::few_rows(shape, x, w, scratch) {
-                for (r, row) in scratch.chunks_exact(n).enumerate() {
-                    // SAFETY: the tiles partition the output.
-                    unsafe { out.write(at + r * stride, row) };
-                }
-                return;
-            }
-        }
-        // The weights are turned in parts that stay in the cache.
-        for part in parts(inner, DEPTH) {
-            let (depth, k) = (part.start, part.len());
-            scratch.resize(k * n, T::zero());
-            transpose(&w[depth..], inner, n, k, scratch);
-            let (a, b) = (Mat::new(&x[depth..], inner, 1), Mat::new(scratch, n, 1));
-            let before = if depth == 0 { T::zero() } else { T::one() };
-            // SAFETY: the tiles partition the output.
-            unsafe { out.matmul((at, stride, 1), (m, k, n), a, b, T::one(), before) };
-        }
+    tiles.for_each_init(Default::default, |scratch, tile| {
+        let w = &w[tile.run.matrix + tile.column * tile.run.inner..];
+        // SAFETY: the tiles partition the output.
+        unsafe { there(&tile, x, w, out, scratch) };
     });
     y
+}
+
+/// One tile of `y = x · wᵀ`, for the rows `w` of its columns.
+///
+/// # Safety
+/// No other task may use the tile's part of the output at the same time.
+pub(crate) unsafe fn there<'a, T: Real>(
+    tile: &Tile,
+    x: &'a [T],
+    w: &[T],
+    out: Output<'_, T>,
+    scratch: &mut Scratch<'a, T>,
+) {
+    let Scratch {
+        numbers: scratch,
+        panels,
+    } = scratch;
+    let (run, m, n) = (tile.run, tile.rows, tile.columns);
+    let (inner, stride) = (run.inner, run.columns);
+    let at = run.output + tile.row * stride + tile.column;
+    let of_tile = &x[run.input + tile.row * inner..];
+    let shape = few::Shape {
+        rows: m,
+        inner,
+        columns: n,
+    };
+    if shape.is_small() {
+        scratch.resize(m * n, T::zero());
+        if T::few_rows(shape, of_tile, w, scratch) {
+            for (r, row) in scratch.chunks_exact(n).enumerate() {
+                // SAFETY: the caller's promise.
+                unsafe { out.write(at + r * stride, row) };
+            }
+            return;
+        }
+    }
+    // SAFETY: the caller's promise.
+    if unsafe { T::by_unit(tile, Way::There, (x, w, inner), out, panels) } {
+        return;
+    }
+    // The weights are turned in parts that stay in the cache.
+    for part in parts(inner, DEPTH) {
+        let (depth, k) = (part.start, part.len());
+        scratch.resize(k * n, T::zero());
+        transpose(&w[depth..], inner, n, k, scratch);
+        let (a, b) = (
+            Mat::new(&of_tile[depth..], inner, 1),
+            Mat::new(scratch, n, 1),
+        );
+        let before = if depth == 0 { T::zero() } else { T::one() };
+        // SAFETY: the caller's promise.
+        unsafe { out.matmul((at, stride, 1), (m, k, n), a, b, T::one(), before) };
+    }
 }
 
 /// `x = y · w` of every run, `count` numbers in all: the way back.
@@ -118,20 +203,42 @@ fn backward<T: Real>(runs: &[Run], y: &[T], w: &[T], count: usize) -> Vec<T> {
     let mut x = vec![T::zero(); count];
     let out = Output::new(&mut x);
     let tiles = tiles(runs, |run| run.inner).into_par_iter();
-    tiles.for_each(|tile| {
-        let (run, m, n) = (tile.run, tile.rows, tile.columns);
-        let at = run.input + tile.row * run.inner + tile.column;
-        for part in parts(run.columns, BACK_DEPTH) {
-            let (depth, k) = (part.start, part.len());
-            let y = &y[run.output + tile.row * run.columns + depth..];
-            let w = &w[run.matrix + depth * run.inner + tile.column..];
-            let (a, b) = (Mat::new(y, run.columns, 1), Mat::new(w, run.inner, 1));
-            let before = if depth == 0 { T::zero() } else { T::one() };
-            // SAFETY: the tiles partition the output.
-            unsafe { out.matmul((at, run.inner, 1), (m, k, n), a, b, T::one(), before) };
-        }
+    tiles.for_each_init(Default::default, |scratch, tile| {
+        let w = (&w[tile.run.matrix + tile.column..], tile.run.inner);
+        // SAFETY: the tiles partition the output.
+        unsafe { back(&tile, y, w, out, scratch) };
     });
     x
+}
+
+/// One tile of `x = y · w`, for the columns `w` of the tile and the numbers from a row of them to the next.
+///
+/// # Safety
+/// No other task may use the tile's part of the output at the same time.
+pub(crate) unsafe fn back<'a, T: Real>(
+    tile: &Tile,
+    y: &'a [T],
+    (w, stride): (&[T], usize),
+    out: Output<'_, T>,
+    scratch: &mut Scratch<'a, T>,
+) {
+    // SAFETY: the caller's promise.
+    if unsafe { T::by_unit(tile, Way::Back, (y, w, stride), out, &mut scratch.panels) } {
+        return;
+    }
+    let (run, m, n) = (tile.run, tile.rows, tile.columns);
+    let at = run.input + tile.row * run.inner + tile.column;
+    for part in parts(run.columns, BACK_DEPTH) {
+        let (depth, k) = (part.start, part.len());
+        let y = &y[run.output + tile.row * run.columns + depth..];
+        let (a, b) = (
+            Mat::new(y, run.columns, 1),
+            Mat::new(&w[depth * stride..], stride, 1),
+        );
+        let before = if depth == 0 { T::zero() } else { T::one() };
+        // SAFETY: the caller's promise.
+        unsafe { out.matmul((at, run.inner, 1), (m, k, n), a, b, T::one(), before) };
+    }
 }
 
 /// `w = yᵀ · x` of every run, `count` numbers in all: several may share a matrix, which then has the sum in
@@ -180,6 +287,24 @@ pub(crate) enum Way {
     Back,
 }
 
+impl Way {
+    /// The other one.
+    fn turned(self) -> Self {
+        match self {
+            Self::There => Self::Back,
+            Self::Back => Self::There,
+        }
+    }
+
+    /// What stands at the outputs of the runs and at their inputs, of results and of what they came of.
+    fn sides<'a, T>(self, results: &'a [T], rows: &'a [T]) -> (&'a [T], &'a [T]) {
+        match self {
+            Self::There => (results, rows),
+            Self::Back => (rows, results),
+        }
+    }
+}
+
 /// The products of some runs as an operation on rows and matrices, which are contiguous.
 pub(crate) struct Products {
     /// What errors name.
@@ -203,8 +328,13 @@ impl CustomOp2 for Products {
         lw: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
-        same_dtype(self.name, rows.dtype(), w.dtype())?;
         let count = self.shape.elem_count();
+        if let (DType::F32, DType::BF16) = (rows.dtype(), w.dtype()) {
+            let (rows, w) = (slice(rows, lr)?, slice(w, lw)?);
+            let out = mixed::products(&self.runs, self.way, rows, w, count);
+            return Ok((storage(out), self.shape.clone()));
+        }
+        same_dtype(self.name, rows.dtype(), w.dtype())?;
         let out = dispatch!(rows.dtype(), self.name, T => {
             let (rows, w) = (slice::<T>(rows, lr)?, slice(w, lw)?);
             storage(match self.way {
@@ -225,6 +355,9 @@ impl CustomOp2 for Products {
         let grad = grad.contiguous()?;
         let (of_rows, of_w) = (rows.elem_count(), w.elem_count());
         let (vr, vw, vg) = (view(rows), view(w), view(&grad));
+        if w.dtype() == DType::BF16 {
+            return self.bwd_mixed([rows, w], (vr.slice()?, vw.slice()?, vg.slice()?));
+        }
         dispatch!(rows.dtype(), self.name, T => {
             let (r, m, g) = (vr.slice::<T>()?, vw.slice()?, vg.slice()?);
             let d_rows = rows.track_op().then(|| {
@@ -235,13 +368,30 @@ impl CustomOp2 for Products {
                 tensor(found, rows.shape())
             });
             let d_w = w.track_op().then(|| {
-                let (y, x) = match self.way {
-                    Way::There => (g, r),
-                    Way::Back => (r, g),
-                };
+                let (y, x) = self.way.sides(g, r);
                 tensor(outer(&self.runs, y, x, of_w), w.shape())
             });
             Ok((d_rows.transpose()?, d_w.transpose()?))
         })
+    }
+}
+
+impl Products {
+    /// As `bwd`, of matrices in bf16; their own gradient is summed in f32.
+    fn bwd_mixed(
+        &self,
+        [rows, w]: [&Tensor; 2],
+        (r, m, g): (&[f32], &[bf16], &[f32]),
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let d_rows = rows.track_op().then(|| {
+            let back = self.way.turned();
+            let found = mixed::products(&self.runs, back, g, m, rows.elem_count());
+            tensor(found, rows.shape())
+        });
+        let d_w = w.track_op().then(|| {
+            let (y, x) = self.way.sides(g, r);
+            tensor(outer(&self.runs, y, x, w.elem_count()), w.shape())?.to_dtype(DType::BF16)
+        });
+        Ok((d_rows.transpose()?, d_w.transpose()?))
     }
 }

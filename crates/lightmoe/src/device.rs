@@ -51,9 +51,9 @@ pub fn dtype(name: &str, device: DeviceName) -> Result<Option<DType>> {
         _ => bail!("`dtype` is `{name}`; use auto, f32, bf16 or f16"),
     };
     ensure!(
-        device != DeviceName::Cpu || dtype.is_none_or(|dtype| dtype == DType::F32),
-        "`dtype` is `{name}`; the CPU computes in f32 and files keep the model's own element type, use \
-         auto or f32"
+        device != DeviceName::Cpu || dtype != Some(DType::F16),
+        "`dtype` is `f16`, which the CPU does not compute with; use auto, f32 or bf16 (files keep the \
+         model's own element type)"
     );
     Ok(dtype)
 }
@@ -169,7 +169,8 @@ fn free(_: &Device) -> Option<u64> {
 /// None but those of [`crate::fingerprint`].
 pub fn fingerprint(fingerprint: &str, placement: &Placement) -> Result<String> {
     match placement.device.is_cpu() {
-        true => Ok(fingerprint.to_owned()),
+        true if placement.dtype == DType::F32 => Ok(fingerprint.to_owned()),
+        true => crate::fingerprint(&(fingerprint, "cpu", placement.dtype.as_str())),
         false => crate::fingerprint(&(fingerprint, "cuda", placement.dtype.as_str())),
     }
 }

@@ -302,8 +302,8 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let values = self.values(name, shape)?;
         let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
-        // What is added to scores decides by differences that 16 bits do not hold.
-        match name.contains(names::CORRECTION) {
+        // Choices are decided by differences that 16 bits do not hold.
+        match names::is_router(name) {
             true => self.placement.exact().put(&tensor),
             false => self.placement.put(&tensor),
         }

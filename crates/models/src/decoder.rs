@@ -13,7 +13,7 @@ use crate::router::Routing;
 use crate::writer::CheckpointWriter;
 use crate::{Error, Result, names};
 use candle_core::{DType, Device, Tensor};
-use lightmoe_kernels::linear;
+use lightmoe_kernels::{as_rows, linear};
 use std::borrow::Cow;
 
 /// Token ids of a batch, right-padded: `[rows, len]`, row-major. Under causal attention, padding on
@@ -77,10 +77,8 @@ impl Embedding {
         }
         let ids = Tensor::new(tokens.ids, self.table.device())?;
         let len = tokens.ids.len() / tokens.rows;
-        Ok(self
-            .table
-            .index_select(&ids, 0)?
-            .reshape((tokens.rows, len, hidden))?)
+        let rows = as_rows(&self.table.index_select(&ids, 0)?)?;
+        Ok(rows.reshape((tokens.rows, len, hidden))?)
     }
 }
 

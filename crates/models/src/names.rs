@@ -14,6 +14,11 @@ use crate::layout::{BankLayout, SlotLayout};
 /// What a router of DeepSeek-V3 adds to its scores, within its layer.
 pub(crate) const CORRECTION: &str = "mlp.gate.e_score_correction_bias";
 
+/// Whether it is a parameter of a router.
+pub(crate) fn is_router(name: &str) -> bool {
+    name.contains(".mlp.gate.")
+}
+
 /// The embedding, `[V, H]`.
 pub const EMBED: &str = "model.embed_tokens";
 /// The last norm, `[H]`.

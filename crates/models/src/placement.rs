@@ -4,12 +4,13 @@ use crate::Result;
 use candle_core::{DType, Device, Tensor};
 
 /// Where the weights that are read of a checkpoint go, and as what: f32 in the memory of the host, where
-/// nothing else is said.
+/// nothing else is said. Parameters of routers are f32 everywhere.
 #[derive(Debug, Clone)]
 pub struct Placement {
     /// The processor that computes with them.
     pub device: Device,
-    /// Their element type; 16-bit floats on a GPU alone.
+    /// Their element type: on the CPU f32 or bf16, and rows are f32 whichever it is; on a GPU rows have the
+    /// same type.
     pub dtype: DType,
 }
 

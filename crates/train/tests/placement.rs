@@ -24,15 +24,14 @@ fn placements() -> Vec<(Placement, f32)> {
         all.push((Device::Cpu, DType::F32, 1e-5));
         all.push((Device::Cpu, DType::BF16, 0.05));
         all.push((Device::Cpu, DType::F16, 0.05));
+    } else {
+        all.push((Device::Cpu, DType::BF16, 0.05));
     }
     if std::env::var_os("LIGHTMOE_GPU").is_some() {
         let gpu = Device::new_cuda_with_stream(0).unwrap();
         all.push((gpu.clone(), DType::F32, 1e-3));
         all.push((gpu.clone(), DType::BF16, 0.05));
         all.push((gpu, DType::F16, 0.05));
-    }
-    if all.is_empty() {
-        eprintln!("SKIPPED: neither a GPU (LIGHTMOE_GPU) nor the feature `composed`");
     }
     let placement = |(device, dtype, within)| (Placement { device, dtype }, within);
     all.into_iter().map(placement).collect()
@@ -124,7 +123,8 @@ fn they_learn_the_same() {
             let config = &models.built.config().raw;
             let written = write(&path, config, &of(&model));
             let reloaded = logits(&Decoder::load(&written.on(&place)).unwrap());
-            close(&reloaded, &trained, within, &place);
+            // What trained was f32 until it was read again.
+            close(&reloaded, &trained, 2.0 * within, &place);
         }
     }
 }

@@ -8,8 +8,9 @@
 
 #![allow(clippy::print_stdout)]
 
-mod cases;
 mod measure;
+#[path = "../support/shapes.rs"]
+mod shapes;
 mod table;
 
 use std::path::Path;

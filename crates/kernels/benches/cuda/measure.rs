@@ -1,6 +1,8 @@
 //! Measures every case and writes `bench.json`; for others, `cases.json` with the routing of each.
 
-use super::cases::{Batch, Least, MODELS, Model, RANK, REPLACED, Skew, TOKENS};
+use super::shapes::{
+    Batch, GROUPS, Least, MODELS, Model, RANK, REPLACED, Skew, TOKENS, write_routing,
+};
 use cudarc::cublas::{CudaBlas, Gemm, GemmConfig, sys::cublasOperation_t as Operation};
 use cudarc::driver::{CudaEvent, CudaSlice, sys::CUevent_flags};
 use half::bf16;
@@ -41,12 +43,12 @@ pub fn run(folder: &Path) -> Outcome<()> {
     let (mut cases, mut others) = (Vec::new(), Vec::new());
     for model in MODELS {
         for replaced in REPLACED {
-            let shape = model.shape(replaced);
+            let shape = shape(&model, replaced);
             let block = bench.block(shape)?;
             for tokens in TOKENS {
                 for skew in Skew::ALL {
                     let batches = batches(&model, tokens, skew);
-                    let mut case = bench.case(&block, tokens, &batches)?;
+                    let mut case = bench.case(&block, (&model, tokens), &batches)?;
                     for (key, value) in [
                         ("model", json!(model.name)),
                         ("tokens", json!(tokens)),
@@ -57,7 +59,7 @@ pub fn run(folder: &Path) -> Outcome<()> {
                     }
                     if replaced == 0 && skew == Skew::Uniform && OTHERS.contains(&tokens) {
                         case["cublas_us"] = json!(bench.cublas(&shape, tokens, &batches[0])?);
-                        others.push(write_routing(folder, &model, tokens, &batches[0])?);
+                        others.push(write_routing(folder, &model, &batches[0])?);
                     }
                     cases.push(case);
                 }
@@ -94,12 +96,27 @@ pub fn once(case: &[&str]) -> Outcome<()> {
         .ok_or("no such model")?;
     let tokens: usize = tokens.parse()?;
     let gpu = Gpu::new(0)?;
-    let block = Bench::new(&gpu)?.block(model.shape(replaced.parse()?))?;
+    let block = Bench::new(&gpu)?.block(shape(model, replaced.parse()?))?;
     let x = gpu.upload(&Batch::new(model, tokens, Skew::Uniform, 0).x)?;
     let mut work = Workspace::new(&gpu, *block.shape(), tokens)?;
     let mut out = gpu.alloc(tokens * model.hidden)?;
     block.forward(&gpu, &x, tokens, &mut work, &mut out)?;
     Ok(gpu.synchronize()?)
+}
+
+/// A layer with so many percent of the experts replaced.
+fn shape(model: &Model, replaced: usize) -> Shape {
+    let adapted = model.adapted(replaced);
+    Shape {
+        hidden: model.hidden,
+        inner: model.inner,
+        experts: model.experts,
+        top_k: model.top_k,
+        dense: model.experts - adapted,
+        adapted,
+        groups: if adapted > 0 { GROUPS } else { 0 },
+        rank: RANK,
+    }
 }
 
 /// So many that their experts do not stay in the cache from one to the next.
@@ -112,22 +129,6 @@ fn batches(model: &Model, tokens: usize, skew: Skew) -> Vec<Batch> {
     (0..count)
         .map(|seed| Batch::new(model, tokens, skew, seed))
         .collect()
-}
-
-fn write_routing(folder: &Path, model: &Model, tokens: usize, batch: &Batch) -> Outcome<Value> {
-    let path = folder.join(format!("routing-{}-{tokens}.bin", model.name));
-    let chosen = batch.chosen.iter().flat_map(|v| v.to_le_bytes());
-    let gates = batch.gates.iter().flat_map(|v| v.to_le_bytes());
-    fs::write(&path, chosen.chain(gates).collect::<Vec<u8>>())?;
-    Ok(json!({
-        "name": format!("{} {tokens}", model.name),
-        "hidden": model.hidden,
-        "inner": model.inner,
-        "experts": model.experts,
-        "top_k": model.top_k,
-        "tokens": tokens,
-        "routing": path.file_name().and_then(|name| name.to_str()),
-    }))
 }
 
 struct Bench<'a> {
@@ -207,7 +208,12 @@ impl<'a> Bench<'a> {
         Ok(Block::new(self.gpu, shape, weights, scores, &groups)?)
     }
 
-    fn case(&self, block: &Block<bf16>, tokens: usize, batches: &[Batch]) -> Outcome<Value> {
+    fn case(
+        &self,
+        block: &Block<bf16>,
+        (model, tokens): (&Model, usize),
+        batches: &[Batch],
+    ) -> Outcome<Value> {
         let shape = *block.shape();
         let inputs: Vec<_> = batches
             .iter()
@@ -225,11 +231,12 @@ impl<'a> Bench<'a> {
         })?;
         let micros = self.graph_time(&graph)? / batches.len() as f64;
         drop(graph);
-        let least: Vec<Least> = batches.iter().map(|b| Least::new(&shape, b)).collect();
+        let least = batches.iter();
+        let least: Vec<Least> = least.map(|b| Least::new(model, shape.adapted, b)).collect();
         let mean = |f: fn(&Least) -> f64| least.iter().map(f).sum::<f64>() / least.len() as f64;
         let mut case = json!({
             "us": micros,
-            "bytes": mean(|l| l.bytes),
+            "bytes": size_of::<bf16>() as f64 * mean(|l| l.numbers),
             "operations": mean(|l| l.operations),
         });
         if tokens >= STAGED_FROM && shape.adapted > 0 {

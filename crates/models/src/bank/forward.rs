@@ -5,7 +5,7 @@ use super::{Adapters, Bank, Pick, Projections, RankedAdapters, index, missing};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use lightmoe_kernels::{
-    Dispatch, Segment, grouped_linear, linear, select_rows, swiglu, weighted_scatter,
+    Dispatch, Segment, as_rows, grouped_linear, linear, select_rows, swiglu, weighted_scatter,
 };
 use std::ops::Range;
 use std::sync::Arc;
@@ -164,7 +164,7 @@ impl Bank {
             .iter()
             .flat_map(|segment| std::iter::repeat_n(segment.group as u32, segment.len))
             .collect();
-        let y = constants.index_select(&index(&slots, constants)?, 0)?;
+        let y = as_rows(&constants.index_select(&index(&slots, constants)?, 0)?)?;
         Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)
     }
 

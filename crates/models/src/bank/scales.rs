@@ -7,7 +7,7 @@
 
 use crate::Result;
 use candle_core::Tensor;
-use lightmoe_kernels::weighted_scatter;
+use lightmoe_kernels::{as_rows, weighted_scatter};
 
 /// The vectors of a layer.
 #[derive(Debug, Clone)]
@@ -85,7 +85,7 @@ impl Scales {
         let owner = owner.into();
         let scale = |vectors: &Tensor| {
             weighted_scatter(
-                &vectors.index_select(&experts, 0)?,
+                &as_rows(&vectors.index_select(&experts, 0)?)?,
                 &weights,
                 &owner,
                 tokens,

@@ -1,9 +1,12 @@
-//! What is measured: the layers of published models, and batches whose routing is given.
+//! What is measured, on GPUs and on the CPU: the layers of published models, and batches whose routing is given.
 
 use half::bf16;
-use lightmoe_kernels::cuda::Shape;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde_json::{Value, json};
+use std::fs;
+use std::io;
+use std::path::Path;
 
 /// The routed experts of a published model.
 #[derive(Debug, Clone, Copy)]
@@ -54,19 +57,9 @@ pub const RANK: usize = 32;
 pub const GROUPS: usize = 1;
 
 impl Model {
-    /// Its layer with so many percent of the experts replaced.
-    pub fn shape(&self, replaced: usize) -> Shape {
-        let adapted = (self.experts * replaced + 50) / 100;
-        Shape {
-            hidden: self.hidden,
-            inner: self.inner,
-            experts: self.experts,
-            top_k: self.top_k,
-            dense: self.experts - adapted,
-            adapted,
-            groups: if adapted > 0 { GROUPS } else { 0 },
-            rank: RANK,
-        }
+    /// How many experts so many percent are.
+    pub fn adapted(&self, replaced: usize) -> usize {
+        (self.experts * replaced + 50) / 100
     }
 }
 
@@ -154,32 +147,50 @@ impl Batch {
 #[derive(Debug, Clone, Copy)]
 pub struct Least {
     /// Weights of what was hit, tokens in and out.
-    pub bytes: f64,
+    pub numbers: f64,
     /// Multiplications and additions, a base once for each token.
     pub operations: f64,
 }
 
 impl Least {
-    /// Expert `e` stands at position `e`: the last ones are replaced.
-    pub fn new(shape: &Shape, batch: &Batch) -> Self {
-        let counts = batch.counts(shape.experts);
-        let (h, f, r) = (shape.hidden as f64, shape.inner as f64, shape.rank as f64);
-        let hit = |range: std::ops::Range<usize>| {
-            let part = &counts[range];
+    /// Expert `e` stands at position `e`: the last ones, `adapted` of them, are replaced.
+    pub fn new(model: &Model, adapted: usize, batch: &Batch) -> Self {
+        let counts = batch.counts(model.experts);
+        let kept = model.experts - adapted;
+        let (h, f, r) = (model.hidden as f64, model.inner as f64, RANK as f64);
+        let hit = |part: &[usize]| {
             let hits = part.iter().filter(|&&n| n > 0).count() as f64;
             (hits, part.iter().sum::<usize>() as f64)
         };
-        let (dense, dense_rows) = hit(0..shape.dense);
-        let (slots, slot_rows) = hit(shape.dense..shape.positions());
-        let tokens = batch.chosen.len() / shape.top_k;
-        let of_base = |choice: &&[u32]| choice.iter().any(|&e| e as usize >= shape.dense);
-        let pairs = batch.chosen.chunks(shape.top_k).filter(of_base).count() as f64;
+        let (dense, dense_rows) = hit(&counts[..kept]);
+        let (slots, slot_rows) = hit(&counts[kept..]);
+        let tokens = batch.chosen.len() / model.top_k;
+        let of_base = |choice: &&[u32]| choice.iter().any(|&e| e as usize >= kept);
+        let pairs = batch.chosen.chunks(model.top_k).filter(of_base).count() as f64;
         let (expert, adapter) = (3.0 * h * f, 3.0 * r * (h + f));
         let bases = if pairs > 0.0 { 1.0 } else { 0.0 };
-        let weights = dense * expert + bases * expert + slots * adapter + shape.experts as f64 * h;
+        let weights = dense * expert + bases * expert + slots * adapter + model.experts as f64 * h;
         Self {
-            bytes: 2.0 * (weights + 2.0 * tokens as f64 * h),
+            numbers: weights + 2.0 * tokens as f64 * h,
             operations: 2.0 * ((dense_rows + pairs) * expert + slot_rows * adapter),
         }
     }
+}
+
+/// Writes the routing of a batch to a file in `folder`, and describes it for those who compute the same.
+pub fn write_routing(folder: &Path, model: &Model, batch: &Batch) -> io::Result<Value> {
+    let tokens = batch.chosen.len() / model.top_k;
+    let path = folder.join(format!("routing-{}-{tokens}.bin", model.name));
+    let chosen = batch.chosen.iter().flat_map(|v| v.to_le_bytes());
+    let gates = batch.gates.iter().flat_map(|v| v.to_le_bytes());
+    fs::write(&path, chosen.chain(gates).collect::<Vec<u8>>())?;
+    Ok(json!({
+        "name": format!("{} {tokens}", model.name),
+        "hidden": model.hidden,
+        "inner": model.inner,
+        "experts": model.experts,
+        "top_k": model.top_k,
+        "tokens": tokens,
+        "routing": path.file_name().and_then(|name| name.to_str()),
+    }))
 }

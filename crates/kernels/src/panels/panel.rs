@@ -1,0 +1,361 @@
+//! What all units share: rows and panels are brought into order part by part, and the sums of the parts added up.
+
+use super::{Inputs, Product, Scratch};
+use crate::few::parts;
+use half::bf16;
+use std::arch::x86_64::{
+    __m256bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm256_loadu_si256, _mm256_storeu_si256,
+    _mm512_castsi512_si256, _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh, _mm512_extracti64x4_epi64,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_or_si512, _mm512_permutex2var_epi64,
+    _mm512_set_epi64, _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32,
+    _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+};
+use std::array::from_fn;
+use std::mem::transmute;
+use std::ops::Range;
+
+/// Columns of half a panel, and words that are brought into order at a time: those of a register, and of a row of
+/// the tile unit.
+pub(super) const LANES: usize = 16;
+/// Columns that are worked on at a time.
+pub(super) const COLUMNS: usize = 2 * LANES;
+/// Words of a panel, which then stays in the first cache.
+const DEPTH: usize = crate::few::DEPTH;
+/// Words of half a panel, with the few more that the last part may have, filled up.
+const HALF: usize = (DEPTH + LANES) * LANES;
+/// Rows up to which matrices are read column by column.
+const FEW: usize = 32;
+/// Columns that are turned at a time.
+const TURNED: usize = LANES / 2;
+/// Numbers of a line of memory, of 32 bits.
+const LINE: usize = 64;
+
+/// What multiplies.
+pub(super) trait Multiply {
+    /// What it takes matrices as.
+    type Number: Number;
+    /// The most rows that it takes at a time.
+    const ROWS: usize;
+    /// Whether it always takes as many; there are zeros where no more are left.
+    const ALL: bool;
+
+    /// Makes it ready on this thread.
+    ///
+    /// # Safety
+    /// The processor has it.
+    unsafe fn begin() -> Self;
+
+    /// Adds to `sums: [rows, COLUMNS]` the products of `rows: [rows, words]` with a panel, each half of which is
+    /// `[words, LANES]`. The number of words is a multiple of [`LANES`].
+    ///
+    /// # Safety
+    /// The processor has it.
+    unsafe fn add(&self, rows: &[u32], words: usize, panel: [&[u32]; 2], sums: &mut [f32]);
+}
+
+/// What a matrix is stored as.
+pub(super) trait Number: Copy + Default {
+    /// How many of them make a word.
+    const OF_WORD: usize;
+
+    /// Appends rows as words, and zeros for what is missing of the last one.
+    ///
+    /// # Safety
+    /// The processor has AVX-512, of the numbers' own kind too.
+    unsafe fn words(row: &[f32], words: &mut Vec<u32>);
+
+    /// The words of sixteen columns whose numbers stand below each other: those of word `word`.
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
+    unsafe fn below(w: &[Self], stride: usize, word: usize) -> __m512i;
+}
+
+impl Number for f32 {
+    const OF_WORD: usize = 1;
+
+    unsafe fn words(row: &[f32], words: &mut Vec<u32>) {
+        words.extend(row.iter().map(|x| x.to_bits()));
+    }
+
+    #[inline(always)]
+    unsafe fn below(w: &[Self], stride: usize, word: usize) -> __m512i {
+        let from = &w[word * stride..][..LANES];
+        // SAFETY: so many numbers are there; the caller's promise.
+        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+    }
+}
+
+impl Number for bf16 {
+    const OF_WORD: usize = 2;
+
+    unsafe fn words(row: &[f32], words: &mut Vec<u32>) {
+        // SAFETY: the caller's promise.
+        unsafe { round(row, words) };
+    }
+
+    #[inline(always)]
+    unsafe fn below(w: &[Self], stride: usize, word: usize) -> __m512i {
+        let [even, odd] = [2 * word, 2 * word + 1].map(|row| {
+            let from = &w[row * stride..][..LANES];
+            // SAFETY: so many numbers are there; the caller's promise.
+            unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast())) }
+        });
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_or_si512(even, _mm512_slli_epi32::<16>(odd)) }
+    }
+}
+
+/// Appends numbers rounded to bf16, two to a word.
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn round(row: &[f32], words: &mut Vec<u32>) {
+    let end = words.len() + row.len().div_ceil(2);
+    let steps = row.chunks_exact(LANES);
+    let mut last = [0.0; LANES];
+    last[..steps.remainder().len()].copy_from_slice(steps.remainder());
+    for step in steps.chain([&last[..]]) {
+        // SAFETY: there are so many numbers; sixteen of 16 bits are eight of 32.
+        words.extend(unsafe {
+            let rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(step.as_ptr()));
+            transmute::<__m256bh, [u32; LANES / 2]>(rounded)
+        });
+    }
+    words.truncate(end);
+}
+
+/// As [`super::Stored::run`].
+///
+/// # Safety
+/// The processor has AVX-512 with BW, and what `M` is.
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) unsafe fn product<'a, M: Multiply>(
+    product: &Product<'a, '_, M::Number>,
+    scratch: &mut Scratch<'a>,
+    mut put: impl FnMut(usize, usize, &[f32]),
+) {
+    let rows = match M::ALL {
+        true => product.rows.next_multiple_of(M::ROWS),
+        false => product.rows,
+    };
+    let Scratch {
+        of,
+        rows: ordered,
+        panel,
+        sums,
+    } = scratch;
+    let parts = || parts(product.inner, DEPTH * M::Number::OF_WORD);
+    let words = |part: &Range<usize>| {
+        let words = part.len().div_ceil(M::Number::OF_WORD);
+        words.next_multiple_of(LANES)
+    };
+    // Where the words of each part begin.
+    let starts = parts().scan(0, |end, part| {
+        let start = *end;
+        *end += rows * words(&part);
+        Some((part, start))
+    });
+    let starts: Vec<(Range<usize>, usize)> = starts.collect();
+    let these = Some((product.x.0, product.rows));
+    let same = |(x, rows): (&[f32], usize)| std::ptr::eq(x, product.x.0) && rows == product.rows;
+    if !of.is_some_and(same) {
+        ordered.clear();
+    }
+    for (part, start) in &starts {
+        if ordered.len() > *start {
+            break;
+        }
+        for row in 0..product.rows {
+            let end = ordered.len() + words(part);
+            let from = &product.x.0[row * product.x.1..];
+            // SAFETY: the caller's promise.
+            unsafe { M::Number::words(&from[part.clone()], ordered) };
+            ordered.resize(end, 0);
+        }
+        ordered.resize(start + rows * words(part), 0);
+    }
+    *of = these;
+    panel.resize(2 * HALF, 0);
+    let of_columns = rows * COLUMNS;
+    sums.clear();
+    sums.resize(of_columns * product.columns.div_ceil(COLUMNS), 0.0);
+    // SAFETY: the caller's promise.
+    let unit = unsafe { M::begin() };
+    // Few rows stay in the cache with all their parts, and the matrix is read in its order. Of many a part does.
+    let columns = || (0..product.columns).step_by(COLUMNS);
+    let blocks: Vec<(usize, &(Range<usize>, usize))> = match rows <= FEW {
+        true => columns()
+            .flat_map(|column| starts.iter().map(move |part| (column, part)))
+            .collect(),
+        false => starts
+            .iter()
+            .flat_map(|part| columns().map(move |column| (column, part)))
+            .collect(),
+    };
+    let groups = rows.div_ceil(M::ROWS);
+    for (i, &(column, (part, start))) in blocks.iter().enumerate() {
+        let words = words(part);
+        let (left, right) = panel.split_at_mut(HALF);
+        fill(product, part.clone(), column, left);
+        fill(product, part.clone(), column + LANES, right);
+        let panel = [&left[..words * LANES], &right[..words * LANES]];
+        let next = blocks.get(i + 1).filter(|_| groups > 1);
+        let rows = ordered[*start..][..rows * words].chunks(M::ROWS * words);
+        let sums =
+            sums[column / COLUMNS * of_columns..][..of_columns].chunks_mut(M::ROWS * COLUMNS);
+        for (group, (rows, sums)) in rows.zip(sums).enumerate() {
+            if let Some((column, (part, _))) = next {
+                fetch(product, part.clone(), *column, (group, groups));
+            }
+            // SAFETY: the caller's promise.
+            unsafe { unit.add(rows, words, panel, sums) };
+        }
+    }
+    for (column, sums) in columns().zip(sums.chunks_exact(of_columns)) {
+        let width = COLUMNS.min(product.columns - column);
+        let sums = sums.chunks_exact(COLUMNS).take(product.rows);
+        for (row, sums) in sums.enumerate() {
+            put(row, column, &sums[..width]);
+        }
+    }
+}
+
+/// Asks for one of so many shares of what the panel of these inputs and columns will be made of.
+fn fetch<N: Number>(
+    product: &Product<'_, '_, N>,
+    inputs: Range<usize>,
+    column: usize,
+    (share, shares): (usize, usize),
+) {
+    let (w, stride) = product.w;
+    let columns = column..product.columns.min(column + COLUMNS);
+    let (rows, numbers) = match product.inputs {
+        Inputs::InRows => (columns, inputs),
+        Inputs::InColumns => (inputs, columns),
+    };
+    let count = rows.len();
+    for row in rows.start + share * count / shares..rows.start + (share + 1) * count / shares {
+        for number in numbers.clone().step_by(LINE / size_of::<N>()) {
+            let from = w.as_ptr().wrapping_add(row * stride + number);
+            // SAFETY: nothing is read.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) };
+        }
+    }
+}
+
+/// Half a panel: `inputs` of [`LANES`] columns from `column` on, zeros where there are none.
+#[target_feature(enable = "avx512f,avx512bw")]
+fn fill<N: Number>(
+    product: &Product<'_, '_, N>,
+    inputs: Range<usize>,
+    column: usize,
+    panel: &mut [u32],
+) {
+    let columns = product.columns.saturating_sub(column).min(LANES);
+    if columns == 0 {
+        panel.fill(0);
+        return;
+    }
+    let (w, stride) = product.w;
+    let step = LANES * N::OF_WORD;
+    let steps = inputs.clone().step_by(step);
+    match product.inputs {
+        Inputs::InRows => {
+            // Of eight columns first: lines of memory at distances of powers of two share few places in the
+            // cache.
+            for half in [0, TURNED] {
+                let first = column + half;
+                let columns = columns.saturating_sub(half).min(TURNED);
+                for (start, panel) in steps.clone().zip(panel.chunks_exact_mut(LANES * LANES)) {
+                    let count = step.min(inputs.end - start);
+                    if columns == TURNED && count == step {
+                        let w = &w[first * stride + start..];
+                        turn(from_fn(|c| sixteen(&w[c * stride..])), half, panel);
+                        continue;
+                    }
+                    // At the borders a copy with zeros stands for the matrix.
+                    let mut copy = [[N::default(); 2 * LANES]; TURNED];
+                    for (c, to) in copy.iter_mut().take(columns).enumerate() {
+                        let from = (first + c) * stride + start;
+                        to[..count].copy_from_slice(&w[from..from + count]);
+                    }
+                    turn(from_fn(|c| sixteen(&copy[c])), half, panel);
+                }
+            }
+        }
+        Inputs::InColumns => {
+            for (start, panel) in steps.zip(panel.chunks_exact_mut(LANES * LANES)) {
+                let count = step.min(inputs.end - start);
+                if columns == LANES && count == step {
+                    join(&w[start * stride + column..], stride, panel);
+                    continue;
+                }
+                let mut copy = [N::default(); LANES * 2 * LANES];
+                for (i, to) in copy.chunks_exact_mut(LANES).take(count).enumerate() {
+                    let from = (start + i) * stride + column;
+                    to[..columns].copy_from_slice(&w[from..from + columns]);
+                }
+                join(&copy, LANES, panel);
+            }
+        }
+    }
+}
+
+/// A step of half a panel from rows of the matrix, which stand below each other.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn join<N: Number>(w: &[N], stride: usize, panel: &mut [u32]) {
+    for (word, to) in panel.chunks_exact_mut(LANES).enumerate() {
+        // SAFETY: there is room for so many numbers, and the processor has AVX-512.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), N::below(w, stride, word)) };
+    }
+}
+
+/// Sixteen words.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn sixteen<N: Number>(from: &[N]) -> __m512i {
+    let from = &from[..LANES * N::OF_WORD];
+    // SAFETY: so many numbers are there.
+    unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+}
+
+/// Eight columns of sixteen words, turned into half of the lanes of sixteen rows of a panel: the first words of
+/// all, then the second ones, and so on.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn turn(columns: [__m512i; TURNED], first_lane: usize, panel: &mut [u32]) {
+    // Words of two columns side by side, then of four; a register has four such groups.
+    let twos: [[__m512i; 2]; 4] = from_fn(|i| {
+        let (a, b) = (columns[2 * i], columns[2 * i + 1]);
+        [_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)]
+    });
+    let fours: [[__m512i; 4]; 2] = from_fn(|i| {
+        let ([a, b], [c, d]) = (twos[2 * i], twos[2 * i + 1]);
+        [
+            _mm512_unpacklo_epi64(a, c),
+            _mm512_unpackhi_epi64(a, c),
+            _mm512_unpacklo_epi64(b, d),
+            _mm512_unpackhi_epi64(b, d),
+        ]
+    });
+    // Those have words `j`, `4 + j`, `8 + j` and `12 + j`.
+    let (low, high) = (
+        _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0),
+        _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4),
+    );
+    let [upper, lower] = fours;
+    for (j, (upper, lower)) in upper.into_iter().zip(lower).enumerate() {
+        for (first, order) in [(j, low), (8 + j, high)] {
+            let both = _mm512_permutex2var_epi64(upper, order, lower);
+            let parts = [
+                _mm512_castsi512_si256(both),
+                _mm512_extracti64x4_epi64::<1>(both),
+            ];
+            for (word, part) in [first, first + 4].into_iter().zip(parts) {
+                let to = &mut panel[word * LANES + first_lane..][..TURNED];
+                // SAFETY: there is room for so many numbers.
+                unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), part) };
+            }
+        }
+    }
+}

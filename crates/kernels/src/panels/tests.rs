@@ -1,0 +1,157 @@
+use super::*;
+use half::bf16;
+
+/// Numbers that 16 bits do not hold, of different sizes.
+fn numbers(count: usize, seed: u32) -> Vec<f32> {
+    let number = |i: u32| {
+        let hash = (i + 77 * seed).wrapping_mul(0x9e37_79b1);
+        let size = 1.0 + (hash >> 28) as f32;
+        (hash as i32 as f32 / i32::MAX as f32) * size
+    };
+    (0..count as u32).map(number).collect()
+}
+
+fn units<W: Stored>() -> Vec<Unit> {
+    let best = W::unit();
+    let vectors = best.map(|_| Unit::Vectors);
+    let mut units: Vec<Unit> = best.into_iter().chain(vectors).collect();
+    units.dedup();
+    let name = std::any::type_name::<W>();
+    if best.is_none() {
+        eprintln!("SKIPPED: this processor has no unit for {name}");
+    } else if best == vectors {
+        eprintln!("SKIPPED for {name}: this processor has no tile unit");
+    }
+    units
+}
+
+fn run<'a, W: Stored>(
+    unit: Unit,
+    product: &Product<'a, '_, W>,
+    scratch: &mut Scratch<'a>,
+) -> Vec<f32> {
+    let mut y = vec![f32::NAN; product.rows * product.columns];
+    W::run(unit, product, scratch, |row, column, values| {
+        let at = row * product.columns + column;
+        y[at..at + values.len()].copy_from_slice(values);
+    });
+    y
+}
+
+/// The numbers that matrices of a type hold, and those that rows become under them.
+trait Tested: Stored {
+    fn of(number: f32) -> Self;
+    fn value(self) -> f64;
+}
+
+impl Tested for f32 {
+    fn of(number: f32) -> Self {
+        number
+    }
+
+    fn value(self) -> f64 {
+        self.into()
+    }
+}
+
+impl Tested for bf16 {
+    fn of(number: f32) -> Self {
+        Self::from_f32(number)
+    }
+
+    fn value(self) -> f64 {
+        self.to_f64()
+    }
+}
+
+fn products_of_every_shape<W: Tested>() {
+    for unit in units::<W>() {
+        for (rows, inner, columns) in [
+            (1, 1, 1),
+            (1, 2048, 48),
+            (3, 31, 15),
+            (7, 33, 33),
+            (8, 512, 32),
+            (9, 513, 16),
+            (16, 64, 40),
+            (17, 1030, 17),
+            (33, 258, 70),
+        ] {
+            for inputs in [Inputs::InRows, Inputs::InColumns] {
+                let (width, high) = match inputs {
+                    Inputs::InRows => (inner + 5, columns),
+                    Inputs::InColumns => (columns + 5, inner),
+                };
+                let x = numbers(rows * (inner + 3), 1);
+                let w: Vec<W> = numbers(width * high, 2).into_iter().map(W::of).collect();
+                let product = Product {
+                    rows,
+                    inner,
+                    columns,
+                    x: (&x, inner + 3),
+                    w: (&w, width),
+                    inputs,
+                };
+                let mut scratch = Scratch::default();
+                let y = run(unit, &product, &mut scratch);
+                assert_eq!(run(unit, &product, &mut scratch), y, "again");
+                for (i, &y) in y.iter().enumerate() {
+                    let (row, column) = (i / columns, i % columns);
+                    let (mut sum, mut size) = (0.0, 0.0);
+                    for k in 0..inner {
+                        let x = W::of(x[row * (inner + 3) + k]).value();
+                        let w = w[match inputs {
+                            Inputs::InRows => column * width + k,
+                            Inputs::InColumns => k * width + column,
+                        }];
+                        sum += x * w.value();
+                        size += (x * w.value()).abs();
+                    }
+                    assert!(
+                        (f64::from(y) - sum).abs() <= 1e-5 * size,
+                        "{y} for {sum} at {i} of {rows} x {inner} x {columns} by {unit:?}"
+                    );
+                }
+                // The last row by itself has the bits that it has beside the others.
+                let alone = Product {
+                    rows: 1,
+                    x: (&x[(rows - 1) * (inner + 3)..], inner + 3),
+                    ..product
+                };
+                let alone = run(unit, &alone, &mut scratch);
+                assert_eq!(alone, y[(rows - 1) * columns..], "{unit:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn matrices_in_f32() {
+    products_of_every_shape::<f32>();
+}
+
+#[test]
+fn matrices_in_bf16() {
+    products_of_every_shape::<bf16>();
+}
+
+#[test]
+fn numbers_that_are_none_stay_so() {
+    for unit in units::<bf16>() {
+        let w = [bf16::ONE; 64];
+        let product = |x: f32| {
+            let x = [x, 1.0];
+            let product = Product {
+                rows: 1,
+                inner: 2,
+                columns: 1,
+                x: (&x, 2),
+                w: (&w, 2),
+                inputs: Inputs::InRows,
+            };
+            run(unit, &product, &mut Scratch::default())[0]
+        };
+        assert!(product(f32::NAN).is_nan());
+        assert_eq!(product(f32::INFINITY), f32::INFINITY);
+    }
+}

@@ -1,0 +1,289 @@
+//! Measures every case.
+
+use super::shapes::{
+    Batch, GROUPS, Least, MODELS, Model, RANK, REPLACED, Skew, TOKENS, write_routing,
+};
+use candle_core::{DType, Device, Tensor};
+use half::bf16;
+use lightmoe_kernels::linear;
+use lightmoe_models::{Bank, LayerLayout, Projections, RankedAdapters, SlotLayout};
+use rayon::prelude::*;
+use serde_json::{Value, json};
+use std::error::Error;
+use std::fs;
+use std::hint::black_box;
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+type Outcome<T> = Result<T, Box<dyn Error>>;
+
+/// Numbers of the copy whose rate is the measure of rates.
+const COPIED: usize = 1 << 27;
+/// Sides of the dense product whose rate is the measure of rates.
+const SIDE: usize = 4096;
+/// Seconds that one measurement may take, and the most repetitions.
+const BUDGET: f64 = 0.6;
+const MOST: usize = 30;
+/// What others are asked to do too.
+const OTHERS: [usize; 4] = [1, 32, 1024, 4096];
+/// Tokens of which one kind of routing is enough.
+const LONG: usize = 32768;
+
+/// Measures these models, or all, and `peers`: a program and its script.
+pub fn run(folder: &Path, models: &[&str], peers: Option<(&str, &str)>) -> Outcome<Value> {
+    let known = |name: &&&str| MODELS.iter().any(|model| model.name == **name);
+    if let Some(name) = models.iter().find(|name| !known(name)) {
+        let names = MODELS.map(|model| model.name).join(", ");
+        return Err(format!("no model `{name}`; there are {names}").into());
+    }
+    lightmoe_kernels::keep_freed_memory();
+    fs::create_dir_all(folder)?;
+    let mut results = json!({ "copy_bytes_per_second": copy_rate() });
+    for dtype in [DType::F32, DType::BF16] {
+        results["dense"][dtype.as_str()] = json!(dense_rate(dtype)?);
+    }
+    let (mut cases, mut others) = (Vec::new(), Vec::new());
+    let asked = |model: &Model| models.is_empty() || models.contains(&model.name);
+    for model in MODELS.into_iter().filter(asked) {
+        for tokens in OTHERS {
+            let batch = Batch::new(&model, tokens, Skew::Uniform, 0);
+            others.push(write_routing(folder, &model, &batch)?);
+        }
+        for dtype in [DType::F32, DType::BF16] {
+            let layer = Layer::random(&model, dtype)?;
+            for tokens in TOKENS {
+                for skew in Skew::ALL {
+                    if tokens < LONG || skew == Skew::Uniform {
+                        cases.push(layer.case(&model, tokens, skew)?);
+                    }
+                }
+            }
+            eprintln!("{} {}", model.name, dtype.as_str());
+        }
+    }
+    results["cases"] = cases.into();
+    let list = folder.join("cases.json");
+    fs::write(&list, serde_json::to_string_pretty(&others)?)?;
+    if let Some((program, script)) = peers {
+        let found = folder.join("peers.json");
+        let mut command = Command::new(program);
+        command.arg(script).arg(&list).arg(&found);
+        if !command.status()?.success() {
+            return Err(format!("{script} failed; see the messages above").into());
+        }
+        results["peers"] = serde_json::from_str(&fs::read_to_string(found)?)?;
+    }
+    let text = serde_json::to_string_pretty(&results)?;
+    fs::write(folder.join("layers.json"), text)?;
+    Ok(results)
+}
+
+/// Median seconds of `work`, which runs once beforehand if that does not take long.
+fn time(mut work: impl FnMut() -> Outcome<()>) -> Outcome<f64> {
+    let mut once = || -> Outcome<f64> {
+        let start = Instant::now();
+        work()?;
+        Ok(start.elapsed().as_secs_f64())
+    };
+    let first = once()?;
+    if first > 4.0 * BUDGET {
+        return Ok(first);
+    }
+    let count = (BUDGET / first.max(1e-9)) as usize;
+    let mut all = (0..count.clamp(3, MOST))
+        .map(|_| once())
+        .collect::<Outcome<Vec<f64>>>()?;
+    all.sort_by(f64::total_cmp);
+    Ok(all[all.len() / 2])
+}
+
+/// Bytes read and written a second, by all threads.
+fn copy_rate() -> f64 {
+    let from = vec![1f32; COPIED];
+    let mut to = vec![0f32; COPIED];
+    let part = COPIED / rayon::current_num_threads();
+    let mut best = f64::INFINITY;
+    for _ in 0..5 {
+        let start = Instant::now();
+        let parts = to.par_chunks_mut(part).zip(from.par_chunks(part));
+        parts.for_each(|(to, from)| to.copy_from_slice(from));
+        best = best.min(start.elapsed().as_secs_f64());
+        black_box(&to);
+    }
+    2.0 * size_of_val(&from[..]) as f64 / best
+}
+
+/// Operations a second of the faster of our own linear layer and candle's product.
+fn dense_rate(dtype: DType) -> Outcome<f64> {
+    let x = random(&[SIDE, SIDE], DType::F32, 1)?;
+    let w = random(&[SIDE, SIDE], dtype, 2)?;
+    let ours = time(|| {
+        black_box(linear(&x, &w)?);
+        Ok(())
+    })?;
+    let candle = time(|| {
+        black_box(x.to_dtype(dtype)?.matmul(&w.t()?)?);
+        Ok(())
+    })?;
+    Ok(2.0 * (SIDE as f64).powi(3) / ours.min(candle))
+}
+
+/// Hashed numbers of variance `1 / in`: cheap to make in the amounts needed here.
+fn random(shape: &[usize], dtype: DType, seed: u32) -> Outcome<Tensor> {
+    let size = (3.0 / shape[shape.len() - 1] as f32).sqrt() / i32::MAX as f32;
+    let number = |i: usize| (i as u32 ^ seed << 20).wrapping_mul(0x9e37_79b1) as i32 as f32 * size;
+    let numbers = (0..shape.iter().product::<usize>()).into_par_iter();
+    Ok(match dtype {
+        DType::BF16 => {
+            let numbers: Vec<bf16> = numbers.map(|i| bf16::from_f32(number(i))).collect();
+            Tensor::from_vec(numbers, shape, &Device::Cpu)?
+        }
+        _ => Tensor::from_vec(numbers.map(number).collect(), shape, &Device::Cpu)?,
+    })
+}
+
+/// The original layer and the compressed ones, which share its weights.
+struct Layer {
+    dtype: DType,
+    original: Projections,
+    banks: Vec<Bank>,
+}
+
+impl Layer {
+    fn random(model: &Model, dtype: DType) -> Outcome<Self> {
+        let Model {
+            hidden: h,
+            inner: f,
+            experts: e,
+            ..
+        } = *model;
+        let stacks = |shapes: [[usize; 3]; 2], seed: u32| -> Outcome<Projections> {
+            let one = |shape: [usize; 3], i: u32| {
+                // Without a first dimension of one matrix for each.
+                let shape: Vec<usize> = shape.into_iter().filter(|&n| n > 0).collect();
+                random(&shape, dtype, seed + i)
+            };
+            Ok(Projections {
+                gate: one(shapes[0], 0)?,
+                up: one(shapes[0], 1)?,
+                down: one(shapes[1], 2)?,
+            })
+        };
+        let original = stacks([[e, f, h], [e, h, f]], 1)?;
+        let bases = stacks([[GROUPS, f, h], [GROUPS, h, f]], 4)?;
+        let bank = |replaced: usize| -> Outcome<Bank> {
+            let adapted = model.adapted(replaced);
+            let slot = |expert: usize| match expert < e - adapted {
+                true => SlotLayout::Dense,
+                false => SlotLayout::Adapted {
+                    group: Some(0),
+                    rank: RANK,
+                },
+            };
+            let slots: Vec<SlotLayout> = (0..e).map(slot).collect();
+            let dense = original.map(|w| Ok(w.narrow(0, 0, e - adapted)?))?;
+            let mut bank = Bank::of_dense(&LayerLayout::from(slots), dense);
+            if adapted > 0 {
+                let all = adapted * RANK;
+                bank.bases = Some(bases.clone());
+                bank.adapters = Some(RankedAdapters {
+                    a: stacks([[all, h, 0], [all, f, 0]], 7)?,
+                    b: stacks([[all, f, 0], [all, h, 0]], 10)?,
+                    starts: (0..=adapted).map(|slot| slot * RANK).collect(),
+                });
+            }
+            Ok(bank)
+        };
+        let banks = REPLACED.into_iter().map(bank);
+        Ok(Self {
+            dtype,
+            banks: banks.collect::<Outcome<_>>()?,
+            original,
+        })
+    }
+
+    fn case(&self, model: &Model, tokens: usize, skew: Skew) -> Outcome<Value> {
+        let batches = batches(model, tokens, skew)?;
+        let mut case = json!({
+            "model": model.name,
+            "dtype": self.dtype.as_str(),
+            "tokens": tokens,
+            "routing": skew.name(),
+        });
+        for (bank, replaced) in self.banks.iter().zip(REPLACED) {
+            let mut turn = batches.iter().cycle();
+            let seconds = time(|| {
+                if let Some((batch, x, gates)) = turn.next() {
+                    black_box(bank.forward(x, gates, &batch.chosen)?);
+                }
+                Ok(())
+            })?;
+            let least = batches.iter();
+            let least = least.map(|(b, ..)| Least::new(model, model.adapted(replaced), b));
+            let least: Vec<Least> = least.collect();
+            let mean = |f: fn(&Least) -> f64| least.iter().map(f).sum::<f64>() / least.len() as f64;
+            case["layers"][replaced.to_string()] = json!({
+                "seconds": seconds,
+                "bytes": self.dtype.size_in_bytes() as f64 * mean(|l| l.numbers),
+                "operations": mean(|l| l.operations),
+            });
+        }
+        if self.dtype == DType::F32 && skew == Skew::Uniform && OTHERS.contains(&tokens) {
+            let (batch, x, gates) = &batches[0];
+            let loop_of_candle = || {
+                black_box(candle_loop(model, &self.original, x, gates, &batch.chosen)?);
+                Ok(())
+            };
+            case["candle_loop"] = json!(time(loop_of_candle)?);
+        }
+        Ok(case)
+    }
+}
+
+/// Batches with their rows and gates: of few tokens so many that their experts do not stay in the cache from one
+/// to the next.
+fn batches(model: &Model, tokens: usize, skew: Skew) -> Outcome<Vec<(Batch, Tensor, Tensor)>> {
+    let count = match tokens {
+        1 => 16,
+        2..32 => 4,
+        _ => 1,
+    };
+    let one = |seed: u64| -> Outcome<_> {
+        let batch = Batch::new(model, tokens, skew, seed);
+        let x = batch.x.iter().map(|x| x.to_f32()).collect();
+        let x = Tensor::from_vec(x, (tokens, model.hidden), &Device::Cpu)?;
+        let gates = Tensor::new(&batch.gates[..], &Device::Cpu)?;
+        Ok((batch, x, gates))
+    };
+    (0..count).map(one).collect()
+}
+
+/// A layer as candle's own models have it: expert by expert, with index_select and index_add.
+fn candle_loop(
+    model: &Model,
+    w: &Projections,
+    x: &Tensor,
+    gates: &Tensor,
+    chosen: &[u32],
+) -> Outcome<Tensor> {
+    let mut rows = vec![(Vec::new(), Vec::new()); model.experts];
+    for (pair, &expert) in chosen.iter().enumerate() {
+        rows[expert as usize].0.push((pair / model.top_k) as u32);
+        rows[expert as usize].1.push(pair as u32);
+    }
+    let mut sum = x.zeros_like()?;
+    for (expert, (tokens, pairs)) in rows.into_iter().enumerate() {
+        if tokens.is_empty() {
+            continue;
+        }
+        let tokens = Tensor::new(tokens, x.device())?;
+        let gates = gates.index_select(&Tensor::new(pairs, x.device())?, 0)?;
+        let of = |w: &Tensor, x: &Tensor| x.matmul(&w.get(expert)?.t()?);
+        let x = x.index_select(&tokens, 0)?;
+        let h = (of(&w.gate, &x)?.silu()? * of(&w.up, &x)?)?;
+        let y = of(&w.down, &h)?.broadcast_mul(&gates.unsqueeze(1)?)?;
+        sum = sum.index_add(&tokens, &y, 0)?;
+    }
+    Ok(sum)
+}
