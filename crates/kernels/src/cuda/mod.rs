@@ -12,19 +12,22 @@ mod decode;
 mod device;
 mod forward;
 mod gradients;
+mod graph;
 mod grouped;
 mod products;
 mod route;
 mod rows;
+mod tensor_map;
 #[cfg(test)]
 mod tests;
 mod workspace;
 
 pub use block::{Adapted, Block, Projections, Shape, Weights};
 pub use compile::{Binary, ElementKind, SOURCES, Source, compile, compiler_present};
-pub use device::{Element, Gpu, Graph, Number};
+pub use device::{Element, Gpu, Number};
 pub use forward::Stage;
 pub use gradients::{Gradients, Trained};
+pub use graph::Graph;
 pub use grouped::Path as GroupedPath;
 pub use route::{Choice, ExpertGroups, Scores};
 pub use workspace::Workspace;
