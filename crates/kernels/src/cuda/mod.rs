@@ -18,6 +18,8 @@ mod products;
 mod route;
 mod rows;
 mod tensor_map;
+#[cfg(feature = "linked")]
+mod tensors;
 #[cfg(test)]
 mod tests;
 mod workspace;
@@ -30,6 +32,8 @@ pub use gradients::{Gradients, Trained};
 pub use graph::Graph;
 pub use grouped::Path as GroupedPath;
 pub use route::{Choice, ExpertGroups, Scores};
+#[cfg(feature = "linked")]
+pub(crate) use tensors::{Product, Way};
 pub use workspace::Workspace;
 
 /// What can go wrong on a GPU.
