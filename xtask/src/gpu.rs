@@ -1,5 +1,5 @@
 //! `gpu`: one folder with all that a machine with a GPU needs to check the CUDA kernels and to time
-//! them. That machine needs a driver and NVRTC, and no Rust.
+//! them. That machine needs a driver and NVRTC, for tensors and models CUDA's libraries too, and no Rust.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,8 +16,12 @@ const KERNELS: [(&str, &str); 2] = [
     ("tests", "deps/lightmoe_kernels-"),
     ("bench", "benches/cuda/main.rs"),
 ];
-/// What runs whole models: linked with CUDA, so built with a toolkit.
-const MODELS: (&str, &str) = ("models", "tests/placement.rs");
+/// What runs operations on tensors, and whole models: linked with CUDA, so built with a toolkit. Each is packed,
+/// since most of it is candle's kernels as text.
+const LINKED: [(&str, &str); 2] = [
+    ("tensors", "deps/lightmoe_kernels-"),
+    ("models", "tests/placement.rs"),
+];
 /// What a bundle may weigh, so that it can be carried anywhere.
 const LIMIT: u64 = 64 << 20;
 
@@ -29,9 +33,12 @@ pub fn run(arguments: &[String]) -> Outcome {
     fs::create_dir_all(&folder).map_err(|e| format!("cannot make `{}` ({e})", folder.display()))?;
     let mut size = 0;
     let kernels = built(&mut kernels(), &KERNELS)?;
-    let models = built(&mut models()?, &[MODELS])?;
-    for (name, path) in kernels.into_iter().chain(models) {
+    for (name, path) in kernels {
         size += copy(&path, &folder.join(name))?;
+    }
+    for (name, path) in built(&mut linked()?, &LINKED)? {
+        copy(&path, &folder.join(name))?;
+        size += pack(&folder, name)?;
     }
     for (name, text) in SCRIPTS {
         let path = folder.join(name);
@@ -66,16 +73,19 @@ fn kernels() -> Command {
     ])
 }
 
-/// Builds the test that runs and trains models.
-fn models() -> Result<Command, String> {
+/// Builds the tests in which candle's tensors are on the GPU.
+fn linked() -> Result<Command, String> {
     cuda::cargo(&[
         "test",
+        "--package",
+        "lightmoe-kernels",
         "--package",
         "lightmoe-train",
         "--release",
         "--features",
-        "candle-core/cuda",
+        "lightmoe-kernels/linked",
         "--no-run",
+        "--lib",
         "--test",
         "placement",
     ])
@@ -107,6 +117,19 @@ fn copy(from: &Path, to: &Path) -> Result<u64, String> {
     if !shell::succeeds(strip.arg("-o").arg(to).arg(from)).unwrap_or(false) {
         fs::copy(from, to).map_err(|e| format!("cannot copy `{}` ({e})", from.display()))?;
     }
-    let size = fs::metadata(to).map(|file| file.len());
-    size.map_err(|e| format!("cannot read `{}` ({e})", to.display()))
+    size(to)
+}
+
+/// Puts a packed file in the place of another, and gives its size.
+fn pack(folder: &Path, name: &str) -> Result<u64, String> {
+    let path = folder.join(name);
+    if !shell::succeeds(Command::new("gzip").arg("-f").arg(&path))? {
+        return Err(format!("gzip could not pack `{}`", path.display()));
+    }
+    size(&folder.join(format!("{name}.gz")))
+}
+
+fn size(path: &Path) -> Result<u64, String> {
+    let size = fs::metadata(path).map(|file| file.len());
+    size.map_err(|e| format!("cannot read `{}` ({e})", path.display()))
 }

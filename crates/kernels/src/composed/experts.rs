@@ -4,63 +4,11 @@
 //! whole of it, for each part.
 
 use super::given::given;
+use super::products::{by_group, filled, joined, rows};
 use super::{add, of_type, wide};
 use crate::grouped::Segment;
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{D, Result, Tensor};
 use std::sync::Arc;
-
-/// The segments that have rows.
-fn filled(segments: &[Segment]) -> impl Iterator<Item = &Segment> {
-    segments.iter().filter(|segment| segment.len > 0)
-}
-
-/// Those of its rows.
-fn rows(x: &Tensor, segment: &Segment) -> Result<Tensor> {
-    x.narrow(0, segment.start, segment.len)
-}
-
-/// One matrix of some rows for each group, as far as they are known; the others are zero.
-struct Groups {
-    parts: Vec<Option<Tensor>>,
-    /// Where the rows of each begin, and the last end.
-    starts: Arc<[usize]>,
-    width: usize,
-}
-
-impl Groups {
-    fn new(starts: &Arc<[usize]>, width: usize) -> Self {
-        Self {
-            parts: vec![None; starts.len() - 1],
-            starts: starts.clone(),
-            width,
-        }
-    }
-
-    /// All of them, one behind the other, `[rows, width]`.
-    fn joined(self, dtype: DType, device: &Device) -> Result<Tensor> {
-        let mut all = Vec::new();
-        for (part, bounds) in self.parts.into_iter().zip(self.starts.windows(2)) {
-            let count = bounds[1] - bounds[0];
-            match part {
-                Some(part) => all.push(part.to_dtype(dtype)?),
-                None if count > 0 => all.push(Tensor::zeros((count, self.width), dtype, device)?),
-                None => {}
-            }
-        }
-        match all.is_empty() {
-            true => Tensor::zeros((0, self.width), dtype, device),
-            false => Tensor::cat(&all, 0),
-        }
-    }
-}
-
-/// Results of segments, one behind the other; `like` has their type.
-fn joined(parts: &[Tensor], width: usize, like: &Tensor) -> Result<Tensor> {
-    match parts.is_empty() {
-        true => Tensor::zeros((0, width), like.dtype(), like.device()),
-        false => Tensor::cat(parts, 0),
-    }
-}
 
 /// As [`crate::linear`], of rows: `x: [S, K]`, `w: [N, K]`, result `[S, N]`.
 pub(crate) fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
@@ -78,29 +26,16 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
 /// As [`crate::grouped_linear`]; shapes are known to fit.
 pub(crate) fn grouped_linear(x: &Tensor, w: &Tensor, segments: &Arc<[Segment]>) -> Result<Tensor> {
     let (groups, n, k) = w.dims3()?;
-    let (of_x, of_w, segments) = (x.detach().contiguous()?, w.detach(), segments.clone());
-    let matrix = move |s: &Segment, rows: &Tensor| of_type(&of_w.get(s.group)?, rows);
-    let parts = filled(&segments).map(|s| {
-        let x = rows(&of_x, s)?;
-        x.matmul(&matrix(s, &x)?.t()?)
-    });
-    let value = joined(&parts.collect::<Result<Vec<_>>>()?, n, &of_x)?;
+    let starts = (0..=groups).map(|group| group * n).collect();
+    let of_x = x.detach().contiguous()?;
+    let of_w = w.detach().reshape((groups * n, k))?;
+    let products = by_group(&of_x, &[&of_w], segments, &starts)?;
+    let value = products.there(&of_x, &of_w)?.reshape((x.dim(0)?, n))?;
     let (of_rows, of_groups, dtype) = (x.track_op(), w.track_op(), w.dtype());
     let inputs = [x, w, &x.detach()];
     given("grouped_linear", inputs, value, move |dy| {
-        let starts = (0..=groups).map(|group| group * n).collect();
-        let (mut dx, mut dw) = (Vec::new(), Groups::new(&starts, k));
-        for s in filled(&segments) {
-            let dy = rows(dy, s)?;
-            if of_rows {
-                dx.push(dy.matmul(&matrix(s, &dy)?)?);
-            }
-            if of_groups {
-                add(&mut dw.parts[s.group], dy.t()?.matmul(&rows(&of_x, s)?)?)?;
-            }
-        }
-        let dx = of_rows.then(|| joined(&dx, k, &of_x));
-        let dw = of_groups.then(|| dw.joined(dtype, of_x.device())?.reshape((groups, n, k)));
+        let dx = of_rows.then(|| products.back(dy, &of_w));
+        let dw = of_groups.then(|| products.outer(dy, &of_x, dtype)?.reshape((groups, n, k)));
         Ok([dx.transpose()?, dw.transpose()?, None])
     })
 }
@@ -112,51 +47,21 @@ pub(crate) fn low_rank(
     segments: &Arc<[Segment]>,
     starts: &Arc<[usize]>,
 ) -> Result<Tensor> {
-    let (k, n) = (a.dim(1)?, b.dim(1)?);
-    let of_x = x.detach().contiguous()?;
-    let (of_a, of_b) = (of_type(&a.detach(), x)?, of_type(&b.detach(), x)?);
-    let (segments, starts) = (segments.clone(), starts.clone());
-    // The components of a segment's slot; none if it has none.
-    let of_slots = starts.clone();
-    let factors = move |s: &Segment| -> Result<Option<[Tensor; 2]>> {
-        let (first, end) = (of_slots[s.group], of_slots[s.group + 1]);
-        let of_slot = |t: &Tensor| t.narrow(0, first, end - first);
-        Ok(match end > first {
-            true => Some([of_slot(&of_a)?, of_slot(&of_b)?]),
-            false => None,
-        })
-    };
-    let parts = filled(&segments).map(|s| match factors(s)? {
-        Some([a, b]) => rows(&of_x, s)?.matmul(&a.t()?)?.matmul(&b),
-        None => Tensor::zeros((s.len, n), of_x.dtype(), of_x.device()),
-    });
-    let value = joined(&parts.collect::<Result<Vec<_>>>()?, n, &of_x)?;
-    let (of_rows, of_a, of_b) = (x.track_op(), a.track_op(), b.track_op());
-    let (type_a, type_b) = (a.dtype(), b.dtype());
+    let (of_x, of_a, of_b) = (x.detach().contiguous()?, a.detach(), b.detach());
+    let products = by_group(&of_x, &[&of_a, &of_b], segments, starts)?;
+    let value = products.back(&products.there(&of_x, &of_a)?, &of_b)?;
+    let trains = [x, a, b].map(Tensor::track_op);
+    let types = [a.dtype(), b.dtype()];
     given("low_rank", [x, a, b], value, move |dy| {
-        let (mut dx, mut da, mut db) =
-            (Vec::new(), Groups::new(&starts, k), Groups::new(&starts, n));
-        for s in filled(&segments) {
-            let Some([a, b]) = factors(s)? else {
-                dx.push(Tensor::zeros((s.len, k), of_x.dtype(), of_x.device())?);
-                continue;
-            };
-            let (x, dy) = (rows(&of_x, s)?, rows(dy, s)?);
-            let dz = dy.matmul(&b.t()?)?;
-            if of_rows {
-                dx.push(dz.matmul(&a)?);
-            }
-            if of_a {
-                add(&mut da.parts[s.group], dz.t()?.matmul(&x)?)?;
-            }
-            if of_b {
-                add(&mut db.parts[s.group], a.matmul(&x.t()?)?.matmul(&dy)?)?;
-            }
-        }
-        let dx = of_rows.then(|| joined(&dx, k, &of_x)).transpose()?;
-        let da = of_a.then(|| da.joined(type_a, of_x.device())).transpose()?;
-        let db = of_b.then(|| db.joined(type_b, of_x.device())).transpose()?;
-        Ok([dx, da, db])
+        // What lies between is computed again, and as narrow as adapters are.
+        let dz = products.there(dy, &of_b)?;
+        let dx = trains[0].then(|| products.back(&dz, &of_a));
+        let da = trains[1].then(|| products.outer(&dz, &of_x, types[0]));
+        let db = trains[2].then(|| {
+            let z = products.there(&of_x, &of_a)?;
+            products.outer(&z, dy, types[1])
+        });
+        Ok([dx.transpose()?, da.transpose()?, db.transpose()?])
     })
 }
 

@@ -1,5 +1,6 @@
 //! The same operations made of candle's own, for tensors that are not in the memory of the host. They run
-//! wherever candle does and have gradients there.
+//! wherever candle does and have gradients there. Products of sorted rows are left to the kernels of
+//! `cuda` where a GPU has the tensors and the kernels can do it.
 //!
 //! Rows may be 16-bit floats there. Norms, rotations, softmax and losses are computed in f32 then, parameters
 //! take the type of the rows that they meet, and their gradients the type that they have.
@@ -7,10 +8,15 @@
 //! With the feature `composed` they run on the CPU too, which checks them against the fused operations and
 //! against the models of other programs.
 
+#[cfg(any(test, feature = "linked"))]
+mod at_once;
 mod attention;
 mod experts;
 mod given;
+mod products;
 
+#[cfg(all(test, feature = "linked"))]
+pub(crate) use at_once::AtOnce;
 pub(crate) use attention::{attention, rotate};
 pub(crate) use experts::{
     grouped_linear, linear, low_rank, select_rows, spread_columns, weighted_scatter,

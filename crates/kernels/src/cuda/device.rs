@@ -1,18 +1,18 @@
 //! A GPU: its context, one stream, and the kernels loaded so far.
 
 use super::compile::{ElementKind, Source, cached};
+use super::tensor_map::TensorMap;
 use super::{CudaError, Result, Trying};
 use cudarc::driver::result::memset_d8_async;
 use cudarc::driver::sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MAX_SHARED;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DevicePtr,
-    DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DevicePtrMut,
+    DeviceRepr, LaunchConfig, PushKernelArg,
 };
 use cudarc::nvrtc::Ptx;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::marker::PhantomData;
 use std::sync::{Arc, Mutex};
 
 mod sealed {
@@ -96,7 +96,7 @@ impl std::fmt::Debug for Gpu {
 }
 
 impl Gpu {
-    /// Opens GPU number `ordinal`.
+    /// Opens GPU number `ordinal`, with a stream of its own.
     ///
     /// # Errors
     /// If there is no driver, no such GPU, or it is older than Ampere.
@@ -110,6 +110,16 @@ impl Gpu {
         let context = CudaContext::new(ordinal).trying(format!("opening GPU {ordinal}"))?;
         // SAFETY: there is one stream, so nothing needs to wait for another.
         unsafe { context.disable_event_tracking() };
+        // The default stream cannot be captured.
+        Self::on(context.new_stream().trying("making a stream")?)
+    }
+
+    /// Queues on a stream that is there already. Memory must have been taken with it, too.
+    ///
+    /// # Errors
+    /// If the GPU is older than Ampere, or gives a block too little shared memory.
+    pub fn on(stream: Arc<CudaStream>) -> Result<Self> {
+        let context = stream.context().clone();
         let (major, minor) = context
             .compute_capability()
             .trying("asking for the GPU's kind")?;
@@ -133,8 +143,6 @@ impl Gpu {
         unsafe { sys::cuDriverGetVersion(&mut driver) }
             .result()
             .trying("asking for the driver")?;
-        // The default stream cannot be captured.
-        let stream = context.new_stream().trying("making a stream")?;
         Ok(Self {
             context,
             stream,
@@ -217,6 +225,20 @@ impl Gpu {
         Ok(memory)
     }
 
+    /// Memory for `n` numbers, which `queue` queues the making of.
+    #[cfg(feature = "linked")]
+    pub(super) fn filled<T: Number>(
+        &self,
+        n: usize,
+        queue: impl FnOnce(&mut CudaSlice<T>) -> Result<()>,
+    ) -> Result<CudaSlice<T>> {
+        let mut memory = self.alloc(n)?;
+        queue(&mut memory)?;
+        // Noted once more: a stream that reads it waits for what was queued until here.
+        self.address_mut(&mut memory);
+        Ok(memory)
+    }
+
     /// A copy of `values` on the GPU.
     ///
     /// # Errors
@@ -241,44 +263,25 @@ impl Gpu {
         Ok(values)
     }
 
-    /// Records what `work` queues, to be queued again with one call. The kernels must have run before, and
-    /// nothing may be taken, copied to the GPU or from it meanwhile.
+    /// Where memory, or a part of some, begins.
     ///
-    /// # Errors
-    /// If `work` fails or queues what cannot be recorded.
-    pub fn capture<'a>(&self, work: impl FnOnce() -> Result<()> + 'a) -> Result<Graph<'a>> {
-        use sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THREAD_LOCAL;
-        self.stream
-            .begin_capture(THREAD_LOCAL)
-            .trying("beginning to record a graph")?;
-        let done = work();
-        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = self.stream.end_capture(flags).trying("recording a graph");
-        done?;
-        let graph = graph?.ok_or_else(|| CudaError::Shape("nothing was recorded".into()))?;
-        Ok(Graph {
-            graph,
-            memory: PhantomData,
-        })
-    }
-
     /// # Panics
-    /// If the memory was taken from another [`Gpu`]: its stream would not wait for this one's.
-    pub(super) fn address<T>(&self, values: &CudaSlice<T>) -> Address {
-        self.own(values);
+    /// If it was taken with another stream, which would not wait for this one.
+    pub(super) fn address<T>(&self, values: &impl DevicePtr<T>) -> Address {
+        self.own(values.stream());
         Address(values.device_ptr(&self.stream).0)
     }
 
     /// # Panics
     /// As [`Gpu::address`].
     pub(super) fn address_mut<T>(&self, values: &mut CudaSlice<T>) -> Address {
-        self.own(values);
+        self.own(values.stream());
         Address(values.device_ptr_mut(&self.stream).0)
     }
 
-    fn own<T>(&self, values: &CudaSlice<T>) {
+    fn own(&self, stream: &Arc<CudaStream>) {
         assert!(
-            Arc::ptr_eq(values.stream(), &self.stream),
+            Arc::ptr_eq(stream, &self.stream),
             "this memory belongs to another `Gpu`; use it with the one that it was taken from"
         );
     }
@@ -368,94 +371,8 @@ impl Gpu {
     }
 }
 
-/// Recorded work. It holds on to the memory that the recorded closure borrowed.
-pub struct Graph<'a> {
-    graph: CudaGraph,
-    memory: PhantomData<&'a mut ()>,
-}
-
-impl std::fmt::Debug for Graph<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Graph").finish_non_exhaustive()
-    }
-}
-
-impl Graph<'_> {
-    /// Queues the work.
-    ///
-    /// # Safety
-    /// All memory that the recorded work uses must still be there, for what it was there then, and
-    /// nothing else may have been queued while it was recorded. What was only borrowed is held on to.
-    ///
-    /// # Errors
-    /// If the driver refuses.
-    pub unsafe fn launch(&self) -> Result<()> {
-        self.graph.launch().trying("queueing a graph")
-    }
-}
-
 /// A lock that a panic elsewhere does not spoil: the maps are only added to.
-fn lock<K, V>(map: &Loaded<K, V>) -> std::sync::MutexGuard<'_, HashMap<K, V>> {
+pub(super) fn lock<K, V>(map: &Loaded<K, V>) -> std::sync::MutexGuard<'_, HashMap<K, V>> {
     map.lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// How the copy engine of Hopper reads a matrix.
-#[derive(Debug, Clone, Copy)]
-#[repr(transparent)]
-pub(super) struct TensorMap(sys::CUtensorMap);
-
-// SAFETY: plain bytes that a kernel takes by value.
-unsafe impl DeviceRepr for TensorMap {}
-
-impl TensorMap {
-    /// 16-bit numbers at `address`, read in boxes with a swizzle of 128 bytes, zeros outside. Sizes are
-    /// those of the tensor from its last dimension to its first.
-    pub(super) fn new(
-        address: Address,
-        element: ElementKind,
-        sizes: &[usize],
-        boxes: &[u32],
-    ) -> Result<Self> {
-        use sys::CUtensorMapDataType::{
-            CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 as BF16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16 as F16,
-        };
-        let mut map = std::mem::MaybeUninit::<sys::CUtensorMap>::uninit();
-        let strides: Vec<u64> = sizes[..sizes.len() - 1]
-            .iter()
-            .scan(2, |bytes, &size| {
-                *bytes *= size as u64;
-                Some(*bytes)
-            })
-            .collect();
-        let steps = vec![1u32; sizes.len()];
-        let counts: Vec<u64> = sizes.iter().map(|&size| size as u64).collect();
-        // SAFETY: all arrays have as many entries as the map has dimensions, the strides one less; it is
-        // written on success.
-        unsafe {
-            sys::cuTensorMapEncodeTiled(
-                map.as_mut_ptr(),
-                if element == ElementKind::F16 {
-                    F16
-                } else {
-                    BF16
-                },
-                sizes.len() as u32,
-                address.0 as *mut _,
-                counts.as_ptr(),
-                strides.as_ptr(),
-                boxes.as_ptr(),
-                steps.as_ptr(),
-                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-            .result()
-            .trying(format!(
-                "describing a tensor of {sizes:?} to the copy engine"
-            ))?;
-            Ok(Self(map.assume_init()))
-        }
-    }
 }

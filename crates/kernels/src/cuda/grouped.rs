@@ -2,8 +2,9 @@
 
 use super::Result;
 use super::compile::{GROUPED, GROUPED_MMA, Source};
-use super::device::{Address, Element, Gpu, Launch, TensorMap};
-use cudarc::driver::{CudaSlice, DeviceRepr};
+use super::device::{Address, Element, Gpu, Launch};
+use super::tensor_map::TensorMap;
+use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 use std::ops::RangeInclusive;
 
 /// Rows a group for which tall tiles are better: wide ones would read most weights twice from memory.
@@ -51,6 +52,18 @@ pub(super) struct Segments {
 }
 
 impl Segments {
+    /// `rows` rows in the order of groups, which begin where `starts` says.
+    pub(super) fn sorted(starts: Address, rows: usize) -> Self {
+        Self {
+            starts,
+            tokens: Address::NULL,
+            gates: Address::NULL,
+            rows,
+            gather: false,
+            scale: false,
+        }
+    }
+
     pub(super) fn gathered(self) -> Self {
         Self {
             gather: true,
@@ -67,20 +80,15 @@ impl Segments {
 }
 
 /// What is computed, with its matrices `[groups, n, k]` and results.
-pub(super) enum Kind<'a, T> {
+pub(super) enum Kind<'a, T, W = CudaSlice<T>> {
     /// `W·x`, `[rows, n]`
-    Plain(&'a CudaSlice<T>, &'a mut CudaSlice<T>),
+    Plain(&'a W, &'a mut CudaSlice<T>),
     /// `W·x` and `V·x`, `[rows, n]` each.
-    Dual(
-        &'a CudaSlice<T>,
-        &'a CudaSlice<T>,
-        &'a mut CudaSlice<T>,
-        &'a mut CudaSlice<T>,
-    ),
+    Dual(&'a W, &'a W, &'a mut CudaSlice<T>, &'a mut CudaSlice<T>),
     /// The same in one result, `[rows, 2n]`.
-    SideBySide(&'a CudaSlice<T>, &'a CudaSlice<T>, &'a mut CudaSlice<T>),
+    SideBySide(&'a W, &'a W, &'a mut CudaSlice<T>),
     /// `silu(W·x) · (V·x)`, `[rows, n]`
-    Swiglu(&'a CudaSlice<T>, &'a CudaSlice<T>, &'a mut CudaSlice<T>),
+    Swiglu(&'a W, &'a W, &'a mut CudaSlice<T>),
 }
 
 /// `Grouped` of the kernels.
@@ -131,11 +139,11 @@ impl Grouped {
     }
 
     /// Queues the product of `a`, rows of `k`.
-    pub(super) fn run<T: Element>(
+    pub(super) fn run<T: Element, W: DevicePtr<T>>(
         &self,
         gpu: &Gpu,
-        kind: Kind<'_, T>,
-        a: &CudaSlice<T>,
+        kind: Kind<'_, T, W>,
+        a: &impl DevicePtr<T>,
         segments: &Segments,
     ) -> Result<()> {
         let n = self.n;

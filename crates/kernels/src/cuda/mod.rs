@@ -12,21 +12,28 @@ mod decode;
 mod device;
 mod forward;
 mod gradients;
+mod graph;
 mod grouped;
 mod products;
 mod route;
 mod rows;
+mod tensor_map;
+#[cfg(feature = "linked")]
+mod tensors;
 #[cfg(test)]
 mod tests;
 mod workspace;
 
 pub use block::{Adapted, Block, Projections, Shape, Weights};
 pub use compile::{Binary, ElementKind, SOURCES, Source, compile, compiler_present};
-pub use device::{Element, Gpu, Graph, Number};
+pub use device::{Element, Gpu, Number};
 pub use forward::Stage;
 pub use gradients::{Gradients, Trained};
+pub use graph::Graph;
 pub use grouped::Path as GroupedPath;
 pub use route::{Choice, ExpertGroups, Scores};
+#[cfg(feature = "linked")]
+pub(crate) use tensors::{Product, Way};
 pub use workspace::Workspace;
 
 /// What can go wrong on a GPU.

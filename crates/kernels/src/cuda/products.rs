@@ -2,9 +2,10 @@
 
 use super::Result;
 use super::compile::{BACKWARD, BACKWARD_MMA, Source};
-use super::device::{Address, Element, Gpu, Launch, TensorMap};
+use super::device::{Address, Element, Gpu, Launch};
 use super::grouped::{Path, Segments};
-use cudarc::driver::{CudaSlice, DeviceRepr};
+use super::tensor_map::TensorMap;
+use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 
 /// Columns up to which the narrow tiles of backward_mma.cu are better.
 const NARROW: usize = 128;
@@ -21,7 +22,7 @@ pub(super) struct Rows {
 
 impl Rows {
     /// The rows of `x`, each of `width` numbers, in the order of sorted rows.
-    pub(super) fn sorted<T>(gpu: &Gpu, x: &CudaSlice<T>, width: usize) -> Self {
+    pub(super) fn sorted<T>(gpu: &Gpu, x: &impl DevicePtr<T>, width: usize) -> Self {
         Self {
             address: gpu.address(x),
             stride: width,
@@ -132,7 +133,7 @@ impl Transposed {
     pub(super) fn one<T: Element>(
         &self,
         gpu: &Gpu,
-        (a, w): (Rows, &CudaSlice<T>),
+        (a, w): (Rows, &impl DevicePtr<T>),
         y: Out,
         rows: &Segments,
     ) -> Result<()> {

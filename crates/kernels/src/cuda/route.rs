@@ -233,24 +233,17 @@ impl Tables {
     /// The rows from position `first` on; there are `rows` in all.
     pub(super) fn rows(&self, gpu: &Gpu, first: usize, rows: usize) -> Segments {
         Segments {
-            starts: gpu.address(&self.starts).skip::<u32>(first),
             tokens: gpu.address(&self.row_tokens),
             gates: gpu.address(&self.row_gates),
-            rows,
-            gather: false,
-            scale: false,
+            ..Segments::sorted(gpu.address(&self.starts).skip::<u32>(first), rows)
         }
     }
 
     /// The pairs, at most `pairs`.
     pub(super) fn pairs(&self, gpu: &Gpu, pairs: usize) -> Segments {
         Segments {
-            starts: gpu.address(&self.pair_starts),
             tokens: gpu.address(&self.pair_tokens),
-            gates: Address::NULL,
-            rows: pairs,
-            gather: false,
-            scale: false,
+            ..Segments::sorted(gpu.address(&self.pair_starts), pairs)
         }
     }
 }

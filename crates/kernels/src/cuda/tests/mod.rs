@@ -6,6 +6,8 @@
 
 mod gradients;
 mod reference;
+#[cfg(feature = "linked")]
+mod tensors;
 
 use super::block::{Block, Shape};
 use super::device::Gpu;

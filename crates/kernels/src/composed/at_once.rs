@@ -1,0 +1,221 @@
+//! Products of sorted rows by the kernels of [`crate::cuda`], one launch for all groups.
+
+use super::products::filled;
+use crate::grouped::Segment;
+use candle_core::DType;
+#[cfg(feature = "linked")]
+use {
+    super::of_type,
+    super::products::ByGroup,
+    crate::cuda::{Gpu, Product, Way},
+    candle_core::{Device, Result, Tensor},
+    std::sync::Arc,
+};
+
+/// The most groups that the kernels take.
+const GROUPS: usize = 512;
+/// Numbers that are copied at once, which are 16 bytes: rows are made of as many.
+const PIECE: usize = 8;
+/// As far as the kernels and the copy engine count rows of a stack, and pieces of rows.
+const MOST: usize = i32::MAX as usize;
+
+/// What the kernels need to know of sorted rows and their groups.
+#[derive(Debug, PartialEq, Eq)]
+struct Plan {
+    rows: usize,
+    groups: usize,
+    /// Of each group.
+    components: usize,
+    /// First row of each group, and the end.
+    first_rows: Vec<u32>,
+}
+
+impl Plan {
+    /// For rows of this type in `segments` and stacks of these `widths`, whose rows `starts` gives to groups;
+    /// nothing where the kernels cannot do it.
+    fn new(dtype: DType, widths: &[usize], segments: &[Segment], starts: &[usize]) -> Option<Self> {
+        let groups = starts.len() - 1;
+        let rows = segments.last().map_or(0, |last| last.start + last.len);
+        if !matches!(dtype, DType::BF16 | DType::F16)
+            || !(1..=GROUPS).contains(&groups)
+            || !(1..=MOST).contains(&rows)
+        {
+            return None;
+        }
+        let components = starts[1] - starts[0];
+        let alike = |bounds: &[usize]| bounds[1] - bounds[0] == components;
+        let fits =
+            |&size: &usize| size > 0 && size.is_multiple_of(PIECE) && size / PIECE * rows <= MOST;
+        let fit = starts.windows(2).all(alike)
+            && groups * components <= MOST
+            && widths.iter().chain([&components]).all(fits);
+        Some(Self {
+            rows,
+            groups,
+            components,
+            first_rows: fit.then(|| first_rows(segments, groups)).flatten()?,
+        })
+    }
+}
+
+/// The first row of each group, and the end; nothing if rows do not lie in the order of groups.
+fn first_rows(segments: &[Segment], groups: usize) -> Option<Vec<u32>> {
+    let mut first = vec![0];
+    let mut end = 0;
+    for segment in filled(segments) {
+        if segment.group + 1 < first.len() {
+            return None;
+        }
+        // Groups that were passed by have no rows; a group may have several segments.
+        first.resize(first.len().max(segment.group + 1), end);
+        end = (segment.start + segment.len) as u32;
+    }
+    first.resize(groups + 1, end);
+    Some(first)
+}
+
+/// The products of our own kernels on candle's stream.
+#[cfg(feature = "linked")]
+pub(crate) struct AtOnce {
+    gpu: Arc<Gpu>,
+    plan: Plan,
+    /// [`Plan::first_rows`] on the GPU.
+    first_rows: Tensor,
+}
+
+#[cfg(feature = "linked")]
+impl AtOnce {
+    /// As [`super::products::by_group`]; nothing where the kernels cannot do it.
+    pub(crate) fn new(
+        x: &Tensor,
+        stacks: &[&Tensor],
+        segments: &[Segment],
+        starts: &[usize],
+    ) -> Result<Option<Self>> {
+        let Device::Cuda(device) = x.device() else {
+            return Ok(None);
+        };
+        let widths = stacks
+            .iter()
+            .map(|w| w.dim(1))
+            .collect::<Result<Vec<_>>>()?;
+        let Some(plan) = Plan::new(x.dtype(), &widths, segments, starts) else {
+            return Ok(None);
+        };
+        // Else it is candle that complains.
+        if !stacks.iter().all(|w| w.device().same_device(x.device())) {
+            return Ok(None);
+        }
+        let Some(gpu) = Gpu::of(device).map_err(candle_core::Error::wrap)? else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            gpu,
+            first_rows: Tensor::new(&plan.first_rows[..], x.device())?,
+            plan,
+        }))
+    }
+
+    fn product(&self, way: Way, a: &Tensor, b: &Tensor, width: usize) -> Result<Tensor> {
+        let product = Product {
+            gpu: self.gpu.clone(),
+            way,
+            rows: self.plan.rows,
+            groups: self.plan.groups,
+            n: self.plan.components,
+            k: width,
+        };
+        aligned(a)?.apply_op3_no_bwd(&aligned(b)?, &self.first_rows, &product)
+    }
+}
+
+#[cfg(feature = "linked")]
+impl ByGroup for AtOnce {
+    fn there(&self, x: &Tensor, w: &Tensor) -> Result<Tensor> {
+        self.product(Way::There, x, &of_type(w, x)?, w.dim(1)?)
+    }
+
+    fn back(&self, z: &Tensor, w: &Tensor) -> Result<Tensor> {
+        self.product(Way::Back, z, &of_type(w, z)?, w.dim(1)?)
+    }
+
+    fn outer(&self, z: &Tensor, x: &Tensor, dtype: DType) -> Result<Tensor> {
+        self.product(Way::Outer, z, x, x.dim(1)?)?.to_dtype(dtype)
+    }
+}
+
+/// The same numbers without gaps, the first of them at a multiple of 16 bytes: memory begins at one, but a
+/// part of a tensor need not.
+#[cfg(feature = "linked")]
+fn aligned(t: &Tensor) -> Result<Tensor> {
+    match t.is_contiguous() && t.layout().start_offset().is_multiple_of(PIECE) {
+        true => Ok(t.clone()),
+        false => t.force_contiguous(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segments(runs: &[(usize, usize)]) -> Vec<Segment> {
+        let mut start = 0;
+        let segment = |&(group, len): &(usize, usize)| {
+            start += len;
+            Segment {
+                group,
+                start: start - len,
+                len,
+            }
+        };
+        runs.iter().map(segment).collect()
+    }
+
+    #[test]
+    fn groups_begin_where_their_rows_do() {
+        let of = |runs: &[(usize, usize)], groups| first_rows(&segments(runs), groups);
+        assert_eq!(of(&[(0, 2), (1, 3)], 2), Some(vec![0, 2, 5]));
+        // Without rows: the first, some in between, the last.
+        let some = [(1, 2), (4, 1)];
+        assert_eq!(of(&some, 6), Some(vec![0, 0, 2, 2, 2, 3, 3]));
+        let empty = [(0, 0), (1, 2), (2, 0), (3, 0), (4, 1), (5, 0)];
+        assert_eq!(of(&empty, 6), of(&some, 6));
+        // Several segments of one group, and empty ones out of order.
+        let twice = [(0, 1), (0, 2), (3, 0), (1, 4), (0, 0), (1, 1)];
+        assert_eq!(of(&twice, 2), Some(vec![0, 3, 8]));
+        assert_eq!(of(&[], 2), Some(vec![0, 0, 0]));
+        assert_eq!(of(&[(1, 1), (0, 1)], 2), None);
+        assert_eq!(of(&[(0, 1), (1, 1), (0, 1)], 2), None);
+    }
+
+    #[test]
+    fn what_kernels_cannot_do_is_left_to_candle() {
+        let runs = segments(&[(0, 3), (1, 0), (2, 6)]);
+        let plan = |dtype, widths: &[usize], starts: &[usize]| {
+            Plan::new(dtype, widths, &runs, starts).is_some()
+        };
+        let starts = [0, 16, 32, 48];
+        for dtype in [DType::BF16, DType::F16] {
+            assert!(plan(dtype, &[8], &starts));
+            assert!(plan(dtype, &[2048, 64], &starts));
+        }
+        assert!(!plan(DType::F32, &[8], &starts));
+        assert!(!plan(DType::BF16, &[12], &starts));
+        assert!(!plan(DType::BF16, &[8, 4], &starts));
+        assert!(!plan(DType::BF16, &[0], &starts));
+        // Components that are no multiple of 8, none, or not as many for each group.
+        assert!(!plan(DType::BF16, &[8], &[0, 4, 8, 12]));
+        assert!(!plan(DType::BF16, &[8], &[0, 0, 0, 0]));
+        assert!(!plan(DType::BF16, &[8], &[0, 8, 16, 32]));
+        // More pieces of rows than are counted.
+        assert!(!plan(DType::BF16, &[MOST / 8 * 8], &starts));
+
+        let all: Vec<usize> = (0..=513).map(|group| group * 8).collect();
+        assert!(plan(DType::BF16, &[8], &all[..513]));
+        assert!(!plan(DType::BF16, &[8], &all));
+        assert_eq!(Plan::new(DType::BF16, &[8], &[], &starts), None);
+        assert_eq!(Plan::new(DType::BF16, &[8], &[], &[0]), None);
+        let turned = segments(&[(2, 3), (0, 6)]);
+        assert_eq!(Plan::new(DType::BF16, &[8], &turned, &starts), None);
+    }
+}
