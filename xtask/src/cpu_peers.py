@@ -3,15 +3,17 @@
 
     cpu_peers.py CASES.json RESULTS.json
 
-CASES.json is a list of {"name", "hidden", "inner", "experts", "top_k", "tokens", "routing"}; "routing" is the
-path, relative to the list, of a little-endian file of [tokens * top_k] u32 experts, then [tokens * top_k] f32
-gates. All peers compute the same uncompressed layer, once with all in f32 and once with all in bf16:
+CASES.json is a list of cases; each is a list of batches that are taken in turn, and a batch is {"name", "hidden",
+"inner", "experts", "top_k", "tokens", "routing"}; "routing" is the path, relative to the list, of a little-endian
+file of [tokens * top_k] u32 experts, then [tokens * top_k] f32 gates. All peers compute the same uncompressed
+layer, once with all in f32 and once with all in bf16:
 
     out[t] = sum_j gate[t, j] * down[e] (silu(gate_e x[t]) * (up_e x[t])),   e = expert[t, j]
 
 For each peer there is the median time, or its error.
 """
 
+import itertools
 import json
 import statistics
 import sys
@@ -25,15 +27,18 @@ BUDGET = 0.6  # seconds of repetitions for each case and peer
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
-def measure(run):
-    """Median seconds of `run`, after one run beforehand."""
+def measure(runs):
+    """Median seconds of `runs` in turn, after one run beforehand."""
+    turn = itertools.cycle(runs)
+
     def once():
+        run = next(turn)
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
 
     count = int(BUDGET / max(once(), 1e-6))
-    return statistics.median(once() for _ in range(max(3, min(30, count))))
+    return statistics.median(once() for _ in range(max(1, min(30, count))))
 
 
 def torch_loop(case, x, gate_up, down):
@@ -95,24 +100,25 @@ def with_routing(spec, folder):
 
 @torch.no_grad()
 def main():
-    cases, results = map(Path, sys.argv[1:])
-    specs = json.loads(cases.read_text())
-    times = {spec["name"]: [] for spec in specs}
+    list_path, results = map(Path, sys.argv[1:])
+    specs = json.loads(list_path.read_text())
+    times = {batches[0]["name"]: [] for batches in specs}
     for dtype_name, dtype in DTYPES.items():
         shape = None
-        for spec in specs:
+        for batches in specs:
+            spec = batches[0]
             sizes = spec["hidden"], spec["inner"], spec["experts"]
             if shape != sizes:
                 gate_up = down = None  # frees the old ones first
                 shape = hidden, inner, experts = sizes
                 gate_up = torch.empty(experts, 2 * inner, hidden, dtype=dtype).uniform_(-0.02, 0.02)
                 down = torch.empty(experts, hidden, inner, dtype=dtype).uniform_(-0.02, 0.02)
-            case = with_routing(spec, cases.parent)
-            x = torch.randn(case["tokens"], hidden).to(dtype)
+            cases = [with_routing(batch, list_path.parent) for batch in batches]
+            x = torch.randn(spec["tokens"], hidden).to(dtype)
             for name, prepare in PEERS.items():
                 entry = {"name": name, "dtype": dtype_name}
                 try:
-                    entry["seconds"] = measure(prepare(case, x, gate_up, down))
+                    entry["seconds"] = measure([prepare(case, x, gate_up, down) for case in cases])
                 except Exception as error:  # what a peer cannot do is its result
                     entry["error"] = f"{type(error).__name__}: {error}"
                 print(spec["name"], entry, file=sys.stderr)

@@ -41,6 +41,27 @@ unsafe impl<T: Send> Send for Output<'_, T> {}
 // SAFETY: as above; sharing the handle shares no reference to the elements.
 unsafe impl<T: Send> Sync for Output<'_, T> {}
 
+/// A part of an [`Output`]: its first number, and from a row to the next.
+#[derive(Clone, Copy)]
+pub(crate) struct Part<T> {
+    pub(crate) first: *mut T,
+    pub(crate) stride: usize,
+}
+
+impl<T> Part<T> {
+    /// The part from this row and column on.
+    ///
+    /// # Safety
+    /// They are there.
+    pub(crate) unsafe fn at(self, row: usize, column: usize) -> Self {
+        Self {
+            // SAFETY: the caller's promise.
+            first: unsafe { self.first.add(row * self.stride + column) },
+            ..self
+        }
+    }
+}
+
 impl<'a, T: Real> Output<'a, T> {
     pub(crate) fn new(data: &'a mut [T]) -> Self {
         Self {
@@ -59,6 +80,20 @@ impl<'a, T: Real> Output<'a, T> {
         // SAFETY: the elements are there, and the caller keeps other tasks away from them; `data` is borrowed,
         // so it is none of them.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), self.ptr.add(offset), data.len()) };
+    }
+
+    /// Where an output of so many rows and columns begins, whose rows are `stride` numbers apart.
+    pub(crate) fn part(self, offset: usize, stride: usize, [rows, columns]: [usize; 2]) -> Part<T> {
+        let end = match rows * columns {
+            0 => offset,
+            _ => offset + (rows - 1) * stride + columns,
+        };
+        assert!(end <= self.len, "output tile out of bounds");
+        Part {
+            // SAFETY: the offset is within the output, or at its end.
+            first: unsafe { self.ptr.add(offset) },
+            stride,
+        }
     }
 
     /// `self[offset + i*rs + j*cs] = alpha * (a · b)[i, j] + beta * self[…]` for

@@ -1,5 +1,5 @@
-//! Products of rows in f32 with matrices that stay in bf16: by the processor's own unit for such numbers, or with
-//! parts of the matrices widened to f32, exactly, where it has none.
+//! Products of rows in f32, rounded to bf16, with matrices that stay in bf16: by the processor's own unit for such
+//! numbers, or with parts of the matrices widened to f32 where it has none.
 
 use crate::composed;
 use crate::gemm::Output;
@@ -53,10 +53,15 @@ fn products_by(
             // SAFETY: the tiles partition the output.
             unsafe { tile.by_unit(unit, way, rows, w, out, scratch) };
         }),
-        None => tiles.for_each_init(Default::default, |scratch, tile| {
-            // SAFETY: the tiles partition the output.
-            unsafe { widened(&tile, way, rows, w, out, scratch) };
-        }),
+        None => {
+            // As a unit does.
+            let round = |x: &f32| bf16::from_f32(*x).to_f32();
+            let rows: Vec<f32> = rows.par_iter().map(round).collect();
+            tiles.for_each_init(Default::default, |scratch, tile| {
+                // SAFETY: the tiles partition the output.
+                unsafe { widened(&tile, way, &rows, w, out, scratch) };
+            });
+        }
     }
     results
 }

@@ -21,7 +21,7 @@ pub(crate) trait Real:
     }
 
     /// As [`Tile::by_unit`], of rows, matrix, and numbers from a row of it to the next, if the processor has a unit
-    /// for such numbers; whether it has.
+    /// for such numbers that is worth it; whether it has.
     ///
     /// # Safety
     /// As there.
@@ -54,7 +54,7 @@ impl Real for f32 {
         out: Output<'_, Self>,
         scratch: &mut panels::Scratch<'a>,
     ) -> bool {
-        let Some(unit) = Self::unit() else {
+        let Some(unit) = Self::unit().filter(|_| tile.is_large()) else {
             return false;
         };
         // SAFETY: the caller's promise.

@@ -16,9 +16,8 @@ use std::ops::Range;
 /// Rows and columns of a task's tile. Fixed, so that results do not depend on the thread count.
 const TILE_ROWS: usize = 512;
 const TILE_COLS: usize = 512;
-/// Terms of a sum on the way back that are added before the next ones: with the few that may be left over no
-/// more than the 512 that `gemm` adds at a time, since beyond that it depends on how many rows there are.
-const BACK_DEPTH: usize = 510;
+/// Numbers of a matrix that does not stay in the second cache.
+const LARGE: usize = 1 << 18;
 /// Output rows of a task that reduces over tokens (weight gradients).
 const TILE_GRAD: usize = 64;
 
@@ -48,6 +47,12 @@ pub(crate) struct Tile {
 }
 
 impl Tile {
+    /// Whether its matrix is so large that it comes from memory, which a unit fetches beforehand; smaller ones
+    /// `gemm` multiplies faster in f32, with the same bits.
+    pub(crate) fn is_large(&self) -> bool {
+        self.run.inner * self.run.columns >= LARGE
+    }
+
     /// Computes it by a unit of the processor, for the part `w` of a matrix that begins at its columns, with the
     /// numbers from a row to the next.
     ///
@@ -87,11 +92,10 @@ impl Tile {
             w,
             inputs,
         };
-        W::run(unit, &product, scratch, |row, column, values| {
-            let at = to + (self.row + row) * width + self.column + column;
-            // SAFETY: the caller's promise.
-            unsafe { out.write(at, values) };
-        });
+        let at = to + self.row * width + self.column;
+        let out = out.part(at, width, [self.rows, self.columns]);
+        // SAFETY: the caller's promise.
+        unsafe { W::run(unit, &product, scratch, out) };
     }
 }
 
@@ -228,7 +232,7 @@ pub(crate) unsafe fn back<'a, T: Real>(
     }
     let (run, m, n) = (tile.run, tile.rows, tile.columns);
     let at = run.input + tile.row * run.inner + tile.column;
-    for part in parts(run.columns, BACK_DEPTH) {
+    for part in parts(run.columns, DEPTH) {
         let (depth, k) = (part.start, part.len());
         let y = &y[run.output + tile.row * run.columns + depth..];
         let (a, b) = (

@@ -174,11 +174,13 @@ pub(crate) enum Fit {
 pub(crate) fn fit(checkpoints: &[&Checkpoint]) -> Fit {
     let bytes = |c: &&Checkpoint| {
         let each = device::placement(c).dtype.size_in_bytes() as u64;
-        c.parameters().saturating_mul(each)
+        let weights = c.parameters().saturating_mul(each);
+        // Beside them caches and activations want some room, and a layer as f32 while it is read.
+        let layer = c.parameters().saturating_mul(4) / c.config().num_layers.max(1) as u64;
+        weights.saturating_add(layer.max(weights / 4))
     };
-    let bytes: u64 = checkpoints.iter().map(bytes).sum();
-    // Caches and activations want some room beside the weights.
-    match bytes.saturating_mul(5) / 4 <= device::max_memory() {
+    let bytes = checkpoints.iter().map(bytes).fold(0, u64::saturating_add);
+    match bytes <= device::max_memory() {
         true => Fit::Whole,
         false => Fit::ByLayer,
     }

@@ -254,6 +254,7 @@ impl Runner {
             &self.inputs,
             (r.task, &r.train, r.seed, r.train_examples),
             (r.eval_examples, r.calibration_tokens, r.max_length),
+            (&r.device, &r.dtype),
             (&r.calibrate, &r.also, &r.eval_text),
             // What is observed beside the rest, and of which model.
             (

@@ -151,7 +151,7 @@ pub struct Settings {
     /// auto, cpu, or cuda (cuda:N for another than the first GPU) in a program with CUDA [default: auto]
     #[arg(long)]
     pub device: Option<String>,
-    /// The numbers that models compute with: auto, f32, and on a GPU bf16 or f16; what is trained is f32, and files keep the model's own [default: auto]
+    /// The numbers that models compute with: auto (on the CPU f32, on a GPU the model's own), f32, bf16, and on a GPU f16; what is trained is f32, and files keep the model's own [default: auto]
     #[arg(long)]
     pub dtype: Option<String>,
     /// What the result must meet: in a recipe file the keys of the table `verdict`

@@ -3,12 +3,16 @@
 
 mod support;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use half::bf16;
 use lightmoe_models::{
-    Bank, Checkpoint, Decoder, LayerLayout, Projections, largest_rows, multiplied_out,
+    Bank, Checkpoint, CheckpointWriter, Decoder, Family, Format, LayerLayout, Placement,
+    Projections, Scheme, largest_rows, multiplied_out,
 };
+use serde_json::json;
 use support::{
-    Folder, Random, assert_close, bank_of, config, factored_layers, logits, mixed, values,
+    Folder, Random, assert_close, bank_of, config, config_with, factored_layers, logits, mixed,
+    values,
 };
 
 const F32: f64 = 1e-5;
@@ -71,6 +75,47 @@ fn factored_bases_are_whole_while_they_train() {
     );
     let written = Decoder::load(&Checkpoint::open(&path).unwrap()).unwrap();
     assert_eq!(values(&logits(&written, &ids, 1)), values(&folded));
+}
+
+/// Places above 256 are no numbers of bf16: one that moved must not be taken for one that was rounded.
+#[test]
+fn places_that_moved_are_written_as_they_are() {
+    let folder = Folder::new();
+    let original = folder.original(&config_with(json!({"intermediate_size": 600})));
+    let compressed = folder.of_layers(&original, factored_layers());
+    let placement = Placement {
+        dtype: DType::BF16,
+        ..Placement::default()
+    };
+    let start = compressed.on(&placement);
+    let mut model = Decoder::load(&start).unwrap();
+    let mut moved = Vec::new();
+    for bank in model.banks_mut() {
+        let places = &mut bank.factored.as_mut().unwrap().places.gate;
+        // Each to what its place would be rounded to, or one on.
+        let each = places.flatten_all().unwrap().to_vec1::<u32>().unwrap();
+        let each = each
+            .iter()
+            .map(|&p| match bf16::from_f32(p as f32).to_f32() as u32 {
+                rounded if rounded != p && rounded < 600 => rounded,
+                _ => p,
+            });
+        let each: Vec<u32> = each.collect();
+        *places = Tensor::from_vec(each.clone(), places.dims(), &Device::Cpu).unwrap();
+        moved.push(each);
+    }
+    let (config, path) = (compressed.config(), folder.path("moved"));
+    let format = Format::new(DType::F32, Scheme::published(Family::Olmoe));
+    let layout = compressed.layout();
+    let writer = CheckpointWriter::for_model(&path, &format, config, layout).unwrap();
+    model.write_over(&writer, &start).unwrap();
+    writer.finish(&config.raw).unwrap();
+    let mut written = Decoder::load(&Checkpoint::open(&path).unwrap()).unwrap();
+    for (bank, expected) in written.banks_mut().zip(moved) {
+        let places = &bank.factored.as_ref().unwrap().places.gate;
+        let places = places.flatten_all().unwrap().to_vec1::<u32>().unwrap();
+        assert_eq!(places, expected);
+    }
 }
 
 #[test]

@@ -93,6 +93,8 @@ pub struct Batch {
     pub chosen: Vec<u32>,
     /// `[T · K]`
     pub gates: Vec<f32>,
+    /// What it was drawn with.
+    pub seed: u64,
 }
 
 impl Batch {
@@ -132,7 +134,12 @@ impl Batch {
             x.extend_from_slice(&logits);
             x.extend_from_slice(&noise[first..first + model.hidden - model.experts]);
         }
-        Self { x, chosen, gates }
+        Self {
+            x,
+            chosen,
+            gates,
+            seed,
+        }
     }
 
     /// Rows of each expert.
@@ -180,7 +187,10 @@ impl Least {
 /// Writes the routing of a batch to a file in `folder`, and describes it for those who compute the same.
 pub fn write_routing(folder: &Path, model: &Model, batch: &Batch) -> io::Result<Value> {
     let tokens = batch.chosen.len() / model.top_k;
-    let path = folder.join(format!("routing-{}-{tokens}.bin", model.name));
+    let path = folder.join(format!(
+        "routing-{}-{tokens}-{}.bin",
+        model.name, batch.seed
+    ));
     let chosen = batch.chosen.iter().flat_map(|v| v.to_le_bytes());
     let gates = batch.gates.iter().flat_map(|v| v.to_le_bytes());
     fs::write(&path, chosen.chain(gates).collect::<Vec<u8>>())?;

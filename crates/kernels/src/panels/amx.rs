@@ -1,7 +1,7 @@
 //! The tile unit of Intel's processors from Sapphire Rapids on: sixteen rows of pairs of inputs times those of
 //! sixteen columns in one instruction. Its intrinsics are not stable in Rust, so they are written as assembly.
 
-use super::panel::{COLUMNS, LANES, Multiply};
+use super::panel::{COLUMNS, LANES, Multiply, To};
 use half::bf16;
 use std::arch::asm;
 use std::sync::OnceLock;
@@ -77,11 +77,10 @@ impl Multiply for Tiles {
         Self(())
     }
 
-    unsafe fn add(&self, rows: &[u32], words: usize, [left, right]: [&[u32]; 2], sums: &mut [f32]) {
+    unsafe fn add(&self, rows: &[u32], words: usize, [left, right]: [&[u32]; 2], to: To) {
         let steps = words / LANES;
         let all = words * LANES;
         assert!(steps > 0 && rows.len() == all && left.len() == all && right.len() == all);
-        assert!(sums.len() == LANES * COLUMNS);
         let mut part = [0f32; LANES * COLUMNS];
         // SAFETY: sixteen rows of words and both halves of the panel are read, and sixteen rows of sums written,
         // as far as they reach; the caller has the instructions.
@@ -120,8 +119,14 @@ impl Multiply for Tiles {
                 options(nostack),
             );
         }
-        sums.iter_mut()
-            .zip(part)
-            .for_each(|(sum, part)| *sum += part);
+        for (row, sums) in part.chunks_exact(COLUMNS).take(to.count).enumerate() {
+            for (column, &sum) in sums.iter().enumerate() {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let out = to.out.at(row, column).first;
+                    *out = if to.first { sum } else { *out + sum };
+                }
+            }
+        }
     }
 }

@@ -6,9 +6,10 @@
 //! *panel*, in *words* of 32 bits: a number in f32, or two in bf16 that follow each other. The next panel is
 //! fetched from memory meanwhile, so that many matrices with few rows each take as long as one with all rows.
 //!
-//! Rows that meet a matrix in bf16 are rounded to bf16. Sums are f32: of each part of [`DEPTH`] words the
-//! products in the order of the inputs, then the parts in theirs, as [`few`](crate::few) has them. So what a row
-//! gives does not depend on the other rows.
+//! Rows that meet a matrix in bf16 are rounded to bf16. Sums are f32: those of parts of as many words as a panel
+//! has, and then the sum of the parts. In f32 a part takes its products in the order of the inputs, as
+//! [`few`](crate::few) and `gemm` do; the units for bf16 have orders of their own, and take numbers too small to be
+//! normal for zero. What a row gives does not depend on the other rows.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -18,6 +19,8 @@ mod panel;
 mod tests;
 #[cfg(target_arch = "x86_64")]
 mod vectors;
+
+use crate::gemm::Part;
 
 /// Which way the inputs of a product lie in its matrix.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -44,13 +47,14 @@ pub(crate) struct Product<'a, 'w, W> {
 /// Memory for what is brought into order.
 #[derive(Default)]
 pub(crate) struct Scratch<'a> {
-    /// The rows that are in order, from the first on, and how many: those of a product may be those of the one
-    /// before.
-    of: Option<(&'a [f32], usize)>,
+    /// The rows that are in order, from the first on, their sizes, and how many numbers make a word: those of a
+    /// product may be those of the one before.
+    of: Option<(&'a [f32], [usize; 4])>,
     /// Words of all rows, part by part.
     rows: Vec<u32>,
     panel: Vec<u32>,
-    sums: Vec<f32>,
+    /// The last columns, where they do not fill a panel.
+    rest: Vec<f32>,
 }
 
 /// What the processor has for products with matrices of a type.
@@ -67,19 +71,21 @@ pub(crate) trait Stored: Copy + Sized {
     /// The fastest unit that there is.
     fn unit() -> Option<Unit>;
 
-    /// Computes `product`: `put(row, column, values)` is given what belongs there, some numbers of one row at a
-    /// time.
-    fn run<'a>(
+    /// Computes `product` and writes it to `out`.
+    ///
+    /// # Safety
+    /// Nobody else uses that part of an output at the same time.
+    unsafe fn run<'a>(
         unit: Unit,
         product: &Product<'a, '_, Self>,
         scratch: &mut Scratch<'a>,
-        put: impl FnMut(usize, usize, &[f32]),
+        out: Part<f32>,
     );
 }
 
 #[cfg(target_arch = "x86_64")]
 mod stored {
-    use super::{Product, Scratch, Stored, Unit, amx::Tiles, panel, vectors};
+    use super::{Part, Product, Scratch, Stored, Unit, amx::Tiles, panel, vectors};
     use half::bf16;
     use std::arch::is_x86_feature_detected as has;
 
@@ -92,14 +98,14 @@ mod stored {
             has_vectors().then_some(Unit::Vectors)
         }
 
-        fn run<'a>(
+        unsafe fn run<'a>(
             _: Unit,
             product: &Product<'a, '_, Self>,
             scratch: &mut Scratch<'a>,
-            put: impl FnMut(usize, usize, &[f32]),
+            out: Part<f32>,
         ) {
-            // SAFETY: a `Unit` is made where the processor has its features alone.
-            unsafe { panel::product::<vectors::Singles>(product, scratch, put) };
+            // SAFETY: a `Unit` is made where the processor has its features alone; the caller's promise.
+            unsafe { panel::product::<vectors::Singles>(product, scratch, out) };
         }
     }
 
@@ -113,17 +119,17 @@ mod stored {
             })
         }
 
-        fn run<'a>(
+        unsafe fn run<'a>(
             unit: Unit,
             product: &Product<'a, '_, Self>,
             scratch: &mut Scratch<'a>,
-            put: impl FnMut(usize, usize, &[f32]),
+            out: Part<f32>,
         ) {
-            // SAFETY: a `Unit` is made where the processor has its features alone.
+            // SAFETY: a `Unit` is made where the processor has its features alone; the caller's promise.
             unsafe {
                 match unit {
-                    Unit::Amx => panel::product::<Tiles>(product, scratch, put),
-                    Unit::Vectors => panel::product::<vectors::Pairs>(product, scratch, put),
+                    Unit::Amx => panel::product::<Tiles>(product, scratch, out),
+                    Unit::Vectors => panel::product::<vectors::Pairs>(product, scratch, out),
                 }
             }
         }
@@ -132,7 +138,7 @@ mod stored {
 
 #[cfg(not(target_arch = "x86_64"))]
 mod stored {
-    use super::{Product, Scratch, Stored, Unit};
+    use super::{Part, Product, Scratch, Stored, Unit};
 
     macro_rules! nothing {
         ($($stored:ty),*) => {$(
@@ -141,11 +147,11 @@ mod stored {
                     None
                 }
 
-                fn run<'a>(
+                unsafe fn run<'a>(
                     unit: Unit,
                     _: &Product<'a, '_, Self>,
                     _: &mut Scratch<'a>,
-                    _: impl FnMut(usize, usize, &[f32]),
+                    _: Part<f32>,
                 ) {
                     match unit {}
                 }

@@ -2,6 +2,7 @@
 
 use super::{Inputs, Product, Scratch};
 use crate::few::parts;
+use crate::gemm::Part;
 use half::bf16;
 use std::arch::x86_64::{
     __m256bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm256_loadu_si256, _mm256_storeu_si256,
@@ -20,14 +21,14 @@ pub(super) const LANES: usize = 16;
 /// Columns that are worked on at a time.
 pub(super) const COLUMNS: usize = 2 * LANES;
 /// Words of a panel, which then stays in the first cache.
-const DEPTH: usize = crate::few::DEPTH;
+const WORDS: usize = crate::few::DEPTH;
 /// Words of half a panel, with the few more that the last part may have, filled up.
-const HALF: usize = (DEPTH + LANES) * LANES;
+const HALF: usize = (WORDS + LANES) * LANES;
 /// Rows up to which matrices are read column by column.
 const FEW: usize = 32;
 /// Columns that are turned at a time.
 const TURNED: usize = LANES / 2;
-/// Numbers of a line of memory, of 32 bits.
+/// Bytes of a line of memory.
 const LINE: usize = 64;
 
 /// What multiplies.
@@ -45,12 +46,23 @@ pub(super) trait Multiply {
     /// The processor has it.
     unsafe fn begin() -> Self;
 
-    /// Adds to `sums: [rows, COLUMNS]` the products of `rows: [rows, words]` with a panel, each half of which is
-    /// `[words, LANES]`. The number of words is a multiple of [`LANES`].
+    /// Multiplies `rows: [rows, words]` with a panel, each half of which is `[words, LANES]`, and adds the sums to
+    /// `out: [count, COLUMNS]`, or writes them where it is the first time. The number of words is a multiple of
+    /// [`LANES`].
     ///
     /// # Safety
-    /// The processor has it.
-    unsafe fn add(&self, rows: &[u32], words: usize, panel: [&[u32]; 2], sums: &mut [f32]);
+    /// The processor has it, and nobody else uses that part of an output at the same time.
+    unsafe fn add(&self, rows: &[u32], words: usize, panel: [&[u32]; 2], to: To);
+}
+
+/// Where sums go.
+#[derive(Clone, Copy)]
+pub(super) struct To {
+    pub(super) out: Part<f32>,
+    /// Rows, which may be fewer than were multiplied.
+    pub(super) count: usize,
+    /// Whether nothing is there yet.
+    pub(super) first: bool,
 }
 
 /// What a matrix is stored as.
@@ -58,11 +70,14 @@ pub(super) trait Number: Copy + Default {
     /// How many of them make a word.
     const OF_WORD: usize;
 
-    /// Appends rows as words, and zeros for what is missing of the last one.
+    /// Rows that are words as they lie.
+    fn as_words(row: &[f32]) -> Option<&[u32]>;
+
+    /// A row as words, and zeros for what is missing of the last one.
     ///
     /// # Safety
     /// The processor has AVX-512, of the numbers' own kind too.
-    unsafe fn words(row: &[f32], words: &mut Vec<u32>);
+    unsafe fn words(row: &[f32], words: &mut [u32]);
 
     /// The words of sixteen columns whose numbers stand below each other: those of word `word`.
     ///
@@ -74,8 +89,17 @@ pub(super) trait Number: Copy + Default {
 impl Number for f32 {
     const OF_WORD: usize = 1;
 
-    unsafe fn words(row: &[f32], words: &mut Vec<u32>) {
-        words.extend(row.iter().map(|x| x.to_bits()));
+    fn as_words(row: &[f32]) -> Option<&[u32]> {
+        // SAFETY: of one size, and any bits are words.
+        Some(unsafe { std::slice::from_raw_parts(row.as_ptr().cast(), row.len()) })
+    }
+
+    unsafe fn words(row: &[f32], words: &mut [u32]) {
+        let words = &mut words[..row.len()];
+        words
+            .iter_mut()
+            .zip(row)
+            .for_each(|(word, x)| *word = x.to_bits());
     }
 
     #[inline(always)]
@@ -89,7 +113,11 @@ impl Number for f32 {
 impl Number for bf16 {
     const OF_WORD: usize = 2;
 
-    unsafe fn words(row: &[f32], words: &mut Vec<u32>) {
+    fn as_words(_: &[f32]) -> Option<&[u32]> {
+        None
+    }
+
+    unsafe fn words(row: &[f32], words: &mut [u32]) {
         // SAFETY: the caller's promise.
         unsafe { round(row, words) };
     }
@@ -106,115 +134,176 @@ impl Number for bf16 {
     }
 }
 
-/// Appends numbers rounded to bf16, two to a word.
+/// Numbers rounded to bf16, two to a word.
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn round(row: &[f32], words: &mut Vec<u32>) {
-    let end = words.len() + row.len().div_ceil(2);
+fn round(row: &[f32], words: &mut [u32]) {
     let steps = row.chunks_exact(LANES);
     let mut last = [0.0; LANES];
-    last[..steps.remainder().len()].copy_from_slice(steps.remainder());
-    for step in steps.chain([&last[..]]) {
+    let rest = steps.remainder().len();
+    last[..rest].copy_from_slice(steps.remainder());
+    let steps = steps.chain((rest > 0).then_some(&last[..]));
+    for (step, to) in steps.zip(words.chunks_mut(LANES / 2)) {
         // SAFETY: there are so many numbers; sixteen of 16 bits are eight of 32.
-        words.extend(unsafe {
+        let rounded = unsafe {
             let rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(step.as_ptr()));
             transmute::<__m256bh, [u32; LANES / 2]>(rounded)
-        });
+        };
+        to.copy_from_slice(&rounded[..to.len()]);
     }
-    words.truncate(end);
 }
 
 /// As [`super::Stored::run`].
 ///
 /// # Safety
-/// The processor has AVX-512 with BW, and what `M` is.
+/// The processor has AVX-512 with BW, and what `M` is; nobody else uses that part of an output at the same time.
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(super) unsafe fn product<'a, M: Multiply>(
     product: &Product<'a, '_, M::Number>,
     scratch: &mut Scratch<'a>,
-    mut put: impl FnMut(usize, usize, &[f32]),
+    out: Part<f32>,
 ) {
+    let count = product.rows;
     let rows = match M::ALL {
-        true => product.rows.next_multiple_of(M::ROWS),
-        false => product.rows,
+        true => count.next_multiple_of(M::ROWS),
+        false => count,
     };
-    let Scratch {
-        of,
-        rows: ordered,
-        panel,
-        sums,
-    } = scratch;
-    let parts = || parts(product.inner, DEPTH * M::Number::OF_WORD);
-    let words = |part: &Range<usize>| {
-        let words = part.len().div_ceil(M::Number::OF_WORD);
-        words.next_multiple_of(LANES)
-    };
-    // Where the words of each part begin.
-    let starts = parts().scan(0, |end, part| {
-        let start = *end;
-        *end += rows * words(&part);
-        Some((part, start))
-    });
-    let starts: Vec<(Range<usize>, usize)> = starts.collect();
-    let these = Some((product.x.0, product.rows));
-    let same = |(x, rows): (&[f32], usize)| std::ptr::eq(x, product.x.0) && rows == product.rows;
-    if !of.is_some_and(same) {
-        ordered.clear();
-    }
-    for (part, start) in &starts {
-        if ordered.len() > *start {
-            break;
-        }
-        for row in 0..product.rows {
-            let end = ordered.len() + words(part);
-            let from = &product.x.0[row * product.x.1..];
+    let parts: Vec<Depth> = Depth::all::<M::Number>(product.inner, rows).collect();
+    let ordered = match in_order::<M>(product, &parts) {
+        Some(words) => words,
+        None => {
             // SAFETY: the caller's promise.
-            unsafe { M::Number::words(&from[part.clone()], ordered) };
-            ordered.resize(end, 0);
+            unsafe { order::<M>(product, &parts, rows, scratch) };
+            &scratch.rows
         }
-        ordered.resize(start + rows * words(part), 0);
-    }
-    *of = these;
+    };
+    let panel = &mut scratch.panel;
     panel.resize(2 * HALF, 0);
-    let of_columns = rows * COLUMNS;
-    sums.clear();
-    sums.resize(of_columns * product.columns.div_ceil(COLUMNS), 0.0);
     // SAFETY: the caller's promise.
     let unit = unsafe { M::begin() };
     // Few rows stay in the cache with all their parts, and the matrix is read in its order. Of many a part does.
     let columns = || (0..product.columns).step_by(COLUMNS);
-    let blocks: Vec<(usize, &(Range<usize>, usize))> = match rows <= FEW {
+    let blocks: Vec<(usize, &Depth)> = match rows <= FEW {
         true => columns()
-            .flat_map(|column| starts.iter().map(move |part| (column, part)))
+            .flat_map(|column| parts.iter().map(move |part| (column, part)))
             .collect(),
-        false => starts
+        false => parts
             .iter()
             .flat_map(|part| columns().map(move |column| (column, part)))
             .collect(),
     };
+    let whole = product.columns / COLUMNS * COLUMNS;
+    let rest = product.columns - whole;
+    scratch.rest.clear();
+    scratch
+        .rest
+        .resize(if rest > 0 { count * COLUMNS } else { 0 }, 0.0);
+    let beside = Part {
+        first: scratch.rest.as_mut_ptr(),
+        stride: COLUMNS,
+    };
     let groups = rows.div_ceil(M::ROWS);
-    for (i, &(column, (part, start))) in blocks.iter().enumerate() {
-        let words = words(part);
+    for (i, &(column, part)) in blocks.iter().enumerate() {
         let (left, right) = panel.split_at_mut(HALF);
-        fill(product, part.clone(), column, left);
-        fill(product, part.clone(), column + LANES, right);
-        let panel = [&left[..words * LANES], &right[..words * LANES]];
+        fill(product, part.inputs.clone(), column, left);
+        fill(product, part.inputs.clone(), column + LANES, right);
+        let filled = part.words * LANES;
+        let panel = [&left[..filled], &right[..filled]];
         let next = blocks.get(i + 1).filter(|_| groups > 1);
-        let rows = ordered[*start..][..rows * words].chunks(M::ROWS * words);
-        let sums =
-            sums[column / COLUMNS * of_columns..][..of_columns].chunks_mut(M::ROWS * COLUMNS);
-        for (group, (rows, sums)) in rows.zip(sums).enumerate() {
-            if let Some((column, (part, _))) = next {
-                fetch(product, part.clone(), *column, (group, groups));
+        let rows = ordered[part.start..][..rows * part.words].chunks(M::ROWS * part.words);
+        for (group, rows) in rows.enumerate() {
+            if let Some((column, part)) = next {
+                fetch(product, part.inputs.clone(), *column, (group, groups));
             }
-            // SAFETY: the caller's promise.
-            unsafe { unit.add(rows, words, panel, sums) };
+            let row = group * M::ROWS;
+            let (part_of_out, column) = match column < whole {
+                true => (out, column),
+                false => (beside, 0),
+            };
+            // SAFETY: rows and columns of the product, and the caller's promise.
+            unsafe {
+                let to = To {
+                    out: part_of_out.at(row, column),
+                    count: M::ROWS.min(count - row),
+                    first: part.inputs.start == 0,
+                };
+                unit.add(rows, part.words, panel, to);
+            }
         }
     }
-    for (column, sums) in columns().zip(sums.chunks_exact(of_columns)) {
-        let width = COLUMNS.min(product.columns - column);
-        let sums = sums.chunks_exact(COLUMNS).take(product.rows);
-        for (row, sums) in sums.enumerate() {
-            put(row, column, &sums[..width]);
+    for (row, sums) in scratch.rest.chunks_exact(COLUMNS).enumerate() {
+        // SAFETY: the last columns of a row of the product, and the caller's promise.
+        unsafe {
+            let to = out.at(row, whole).first;
+            std::ptr::copy_nonoverlapping(sums.as_ptr(), to, rest);
+        }
+    }
+}
+
+/// Inputs that are multiplied at a time.
+struct Depth {
+    inputs: Range<usize>,
+    /// How many words they are, filled up to whole steps.
+    words: usize,
+    /// Where the words of all rows begin.
+    start: usize,
+}
+
+impl Depth {
+    fn all<N: Number>(inner: usize, rows: usize) -> impl Iterator<Item = Self> {
+        let mut end = 0;
+        parts(inner, WORDS * N::OF_WORD).map(move |inputs| {
+            let words = inputs.len().div_ceil(N::OF_WORD).next_multiple_of(LANES);
+            let start = end;
+            end += rows * words;
+            Self {
+                inputs,
+                words,
+                start,
+            }
+        })
+    }
+}
+
+/// The words of all rows, if they lie in order.
+fn in_order<'a, M: Multiply>(
+    product: &Product<'a, '_, M::Number>,
+    parts: &[Depth],
+) -> Option<&'a [u32]> {
+    let (x, stride) = product.x;
+    match parts {
+        [one] if one.words == stride && !M::ALL => M::Number::as_words(&x[..product.rows * stride]),
+        _ => None,
+    }
+}
+
+/// Brings the words of all rows into order, unless they are.
+///
+/// # Safety
+/// The processor has AVX-512, of the numbers' own kind too.
+unsafe fn order<'a, M: Multiply>(
+    product: &Product<'a, '_, M::Number>,
+    parts: &[Depth],
+    rows: usize,
+    scratch: &mut Scratch<'a>,
+) {
+    let (x, stride) = product.x;
+    let sizes = [rows, product.inner, stride, M::Number::OF_WORD];
+    let same = |(of, had): (&[f32], [usize; 4])| std::ptr::eq(of, x) && had == sizes;
+    if scratch.of.is_some_and(same) {
+        return;
+    }
+    scratch.of = Some((x, sizes));
+    scratch.rows.clear();
+    let all = parts
+        .last()
+        .map_or(0, |part| part.start + rows * part.words);
+    scratch.rows.resize(all, 0);
+    for part in parts {
+        let words = scratch.rows[part.start..].chunks_exact_mut(part.words);
+        for (row, words) in words.take(product.rows).enumerate() {
+            let from = &x[row * stride..][part.inputs.clone()];
+            // SAFETY: the caller's promise.
+            unsafe { M::Number::words(from, words) };
         }
     }
 }

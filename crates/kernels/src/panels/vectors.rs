@@ -1,6 +1,6 @@
 //! The vectors of AVX-512: a word of one row times those of sixteen columns.
 
-use super::panel::{COLUMNS, LANES, Multiply};
+use super::panel::{LANES, Multiply, To};
 use half::bf16;
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_castsi512_ps, _mm512_dpbf16_ps,
@@ -31,13 +31,13 @@ macro_rules! multiply {
                 Self
             }
 
-            unsafe fn add(&self, rows: &[u32], words: usize, panel: [&[u32]; 2], sums: &mut [f32]) {
+            unsafe fn add(&self, rows: &[u32], words: usize, panel: [&[u32]; 2], to: To) {
                 #[target_feature(enable = $features)]
-                fn some<const M: usize>(
+                unsafe fn some<const M: usize>(
                     rows: &[u32],
                     words: usize,
                     panel: [&[u32]; 2],
-                    sums: &mut [f32],
+                    to: To,
                 ) {
                     let rows: [&[u32]; M] = from_fn(|r| &rows[r * words..][..words]);
                     let mut held = [[_mm512_setzero_ps(); 2]; M];
@@ -51,23 +51,24 @@ macro_rules! multiply {
                             }
                         }
                     }
-                    for (held, sums) in held.iter().zip(sums.chunks_exact_mut(COLUMNS)) {
-                        for (held, sums) in held.iter().zip(sums.chunks_exact_mut(LANES)) {
-                            add_to(sums, *held);
+                    for (row, held) in held.into_iter().enumerate() {
+                        for (half, held) in held.into_iter().enumerate() {
+                            // SAFETY: the caller's promise.
+                            unsafe { put(to.out.at(row, half * LANES).first, held, to.first) };
                         }
                     }
                 }
                 // SAFETY: the caller's promise.
                 unsafe {
                     match rows.len() / words {
-                        1 => some::<1>(rows, words, panel, sums),
-                        2 => some::<2>(rows, words, panel, sums),
-                        3 => some::<3>(rows, words, panel, sums),
-                        4 => some::<4>(rows, words, panel, sums),
-                        5 => some::<5>(rows, words, panel, sums),
-                        6 => some::<6>(rows, words, panel, sums),
-                        7 => some::<7>(rows, words, panel, sums),
-                        _ => some::<ROWS>(rows, words, panel, sums),
+                        1 => some::<1>(rows, words, panel, to),
+                        2 => some::<2>(rows, words, panel, to),
+                        3 => some::<3>(rows, words, panel, to),
+                        4 => some::<4>(rows, words, panel, to),
+                        5 => some::<5>(rows, words, panel, to),
+                        6 => some::<6>(rows, words, panel, to),
+                        7 => some::<7>(rows, words, panel, to),
+                        _ => some::<ROWS>(rows, words, panel, to),
                     }
                 }
             }
@@ -93,13 +94,19 @@ fn sixteen(from: &[u32]) -> __m512i {
     unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
 }
 
+/// Writes numbers to a place, or adds them to those that are there.
+///
+/// # Safety
+/// So many numbers are there, and nobody else uses them.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn add_to(sums: &mut [f32], more: __m512) {
-    let sums = &mut sums[..LANES];
-    // SAFETY: so many numbers are there.
+unsafe fn put(to: *mut f32, numbers: __m512, first: bool) {
+    // SAFETY: the caller's promise.
     unsafe {
-        let sum = _mm512_add_ps(_mm512_loadu_ps(sums.as_ptr()), more);
-        _mm512_storeu_ps(sums.as_mut_ptr(), sum);
+        let sum = match first {
+            true => numbers,
+            false => _mm512_add_ps(_mm512_loadu_ps(to), numbers),
+        };
+        _mm512_storeu_ps(to, sum);
     }
 }

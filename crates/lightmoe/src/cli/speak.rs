@@ -10,7 +10,7 @@ pub struct PlaceArgs {
     /// auto, cpu, or cuda (cuda:N for another than the first GPU) in a program with CUDA
     #[arg(long, default_value = "auto")]
     pub device: String,
-    /// The numbers that it computes with: auto, f32, and on a GPU bf16 or f16
+    /// The numbers that it computes with: auto (on the CPU f32, on a GPU its own), f32, bf16, and on a GPU f16
     #[arg(long, default_value = "auto")]
     pub dtype: String,
 }

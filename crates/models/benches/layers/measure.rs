@@ -27,8 +27,9 @@ const BUDGET: f64 = 0.6;
 const MOST: usize = 30;
 /// What others are asked to do too.
 const OTHERS: [usize; 4] = [1, 32, 1024, 4096];
-/// Tokens of which one kind of routing is enough.
-const LONG: usize = 32768;
+/// Tokens of which one kind of routing is enough, and the largest expert of which that many are measured: more
+/// takes minutes.
+const LONG: (usize, usize) = (32768, 4096 * 4096);
 
 /// Measures these models, or all, and `peers`: a program and its script.
 pub fn run(folder: &Path, models: &[&str], peers: Option<(&str, &str)>) -> Outcome<Value> {
@@ -37,24 +38,33 @@ pub fn run(folder: &Path, models: &[&str], peers: Option<(&str, &str)>) -> Outco
         let names = MODELS.map(|model| model.name).join(", ");
         return Err(format!("no model `{name}`; there are {names}").into());
     }
-    lightmoe_kernels::keep_freed_memory();
+    lightmoe_kernels::tune_process();
     fs::create_dir_all(folder)?;
-    let mut results = json!({ "copy_bytes_per_second": copy_rate() });
+    let mut results = json!({
+        "copy_bytes_per_second": copy_rate(),
+        "threads": rayon::current_num_threads(),
+    });
     for dtype in [DType::F32, DType::BF16] {
-        results["dense"][dtype.as_str()] = json!(dense_rate(dtype)?);
+        results["dense"][dtype.as_str()] = dense_rates(dtype)?;
     }
     let (mut cases, mut others) = (Vec::new(), Vec::new());
     let asked = |model: &Model| models.is_empty() || models.contains(&model.name);
     for model in MODELS.into_iter().filter(asked) {
         for tokens in OTHERS {
-            let batch = Batch::new(&model, tokens, Skew::Uniform, 0);
-            others.push(write_routing(folder, &model, &batch)?);
+            let batches =
+                (0..turns(tokens)).map(|seed| Batch::new(&model, tokens, Skew::Uniform, seed));
+            let each = batches.map(|batch| write_routing(folder, &model, &batch));
+            others.push(each.collect::<Result<Vec<_>, _>>()?);
         }
         for dtype in [DType::F32, DType::BF16] {
             let layer = Layer::random(&model, dtype)?;
             for tokens in TOKENS {
+                let long = tokens >= LONG.0;
+                if long && model.hidden * model.inner > LONG.1 {
+                    continue;
+                }
                 for skew in Skew::ALL {
-                    if tokens < LONG || skew == Skew::Uniform {
+                    if !long || skew == Skew::Uniform {
                         cases.push(layer.case(&model, tokens, skew)?);
                     }
                 }
@@ -79,19 +89,15 @@ pub fn run(folder: &Path, models: &[&str], peers: Option<(&str, &str)>) -> Outco
     Ok(results)
 }
 
-/// Median seconds of `work`, which runs once beforehand if that does not take long.
+/// Median seconds of `work`, after one run beforehand.
 fn time(mut work: impl FnMut() -> Outcome<()>) -> Outcome<f64> {
     let mut once = || -> Outcome<f64> {
         let start = Instant::now();
         work()?;
         Ok(start.elapsed().as_secs_f64())
     };
-    let first = once()?;
-    if first > 4.0 * BUDGET {
-        return Ok(first);
-    }
-    let count = (BUDGET / first.max(1e-9)) as usize;
-    let mut all = (0..count.clamp(3, MOST))
+    let count = (BUDGET / once()?.max(1e-9)) as usize;
+    let mut all = (0..count.clamp(1, MOST))
         .map(|_| once())
         .collect::<Outcome<Vec<f64>>>()?;
     all.sort_by(f64::total_cmp);
@@ -114,19 +120,21 @@ fn copy_rate() -> f64 {
     2.0 * size_of_val(&from[..]) as f64 / best
 }
 
-/// Operations a second of the faster of our own linear layer and candle's product.
-fn dense_rate(dtype: DType) -> Outcome<f64> {
+/// Operations a second of our own linear layer, of candle's product, and of the faster of them.
+fn dense_rates(dtype: DType) -> Outcome<Value> {
     let x = random(&[SIDE, SIDE], DType::F32, 1)?;
     let w = random(&[SIDE, SIDE], dtype, 2)?;
-    let ours = time(|| {
+    let narrow = x.to_dtype(dtype)?;
+    let rate = |seconds: f64| 2.0 * (SIDE as f64).powi(3) / seconds;
+    let ours = rate(time(|| {
         black_box(linear(&x, &w)?);
         Ok(())
-    })?;
-    let candle = time(|| {
-        black_box(x.to_dtype(dtype)?.matmul(&w.t()?)?);
+    })?);
+    let candle = rate(time(|| {
+        black_box(narrow.matmul(&w.t()?)?);
         Ok(())
-    })?;
-    Ok(2.0 * (SIDE as f64).powi(3) / ours.min(candle))
+    })?);
+    Ok(json!({ "ours": ours, "candle": candle, "faster": ours.max(candle) }))
 }
 
 /// Hashed numbers of variance `1 / in`: cheap to make in the amounts needed here.
@@ -230,9 +238,11 @@ impl Layer {
             });
         }
         if self.dtype == DType::F32 && skew == Skew::Uniform && OTHERS.contains(&tokens) {
-            let (batch, x, gates) = &batches[0];
+            let mut turn = batches.iter().cycle();
             let loop_of_candle = || {
-                black_box(candle_loop(model, &self.original, x, gates, &batch.chosen)?);
+                if let Some((batch, x, gates)) = turn.next() {
+                    black_box(candle_loop(model, &self.original, x, gates, &batch.chosen)?);
+                }
                 Ok(())
             };
             case["candle_loop"] = json!(time(loop_of_candle)?);
@@ -241,14 +251,17 @@ impl Layer {
     }
 }
 
-/// Batches with their rows and gates: of few tokens so many that their experts do not stay in the cache from one
-/// to the next.
-fn batches(model: &Model, tokens: usize, skew: Skew) -> Outcome<Vec<(Batch, Tensor, Tensor)>> {
-    let count = match tokens {
+/// Of how many batches: of few tokens so many that their experts do not stay in the cache from one to the next.
+fn turns(tokens: usize) -> u64 {
+    match tokens {
         1 => 16,
-        2..32 => 4,
+        2..=32 => 4,
         _ => 1,
-    };
+    }
+}
+
+/// Batches with their rows and gates.
+fn batches(model: &Model, tokens: usize, skew: Skew) -> Outcome<Vec<(Batch, Tensor, Tensor)>> {
     let one = |seed: u64| -> Outcome<_> {
         let batch = Batch::new(model, tokens, skew, seed);
         let x = batch.x.iter().map(|x| x.to_f32()).collect();
@@ -256,7 +269,7 @@ fn batches(model: &Model, tokens: usize, skew: Skew) -> Outcome<Vec<(Batch, Tens
         let gates = Tensor::new(&batch.gates[..], &Device::Cpu)?;
         Ok((batch, x, gates))
     };
-    (0..count).map(one).collect()
+    (0..turns(tokens)).map(one).collect()
 }
 
 /// A layer as candle's own models have it: expert by expert, with index_select and index_add.

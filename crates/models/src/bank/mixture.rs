@@ -6,7 +6,7 @@
 
 use crate::Result;
 use candle_core::{D, Tensor};
-use lightmoe_kernels::{Segment, grouped_linear};
+use lightmoe_kernels::{Segment, as_rows, grouped_linear};
 use std::sync::Arc;
 
 /// The gate or the up matrices of `n` slots over `M` bases of `R` rows.
@@ -66,7 +66,8 @@ impl Mixture {
     /// What transforms are multiplied with, for slots of these `weights`: `[n, R, H]`.
     fn mixed(bases: &Tensor, weights: &Tensor) -> Result<Tensor> {
         let (count, rank, width) = bases.dims3()?;
-        let shares = candle_nn::ops::softmax(weights, D::Minus1)?;
+        let bases = as_rows(bases)?;
+        let shares = candle_nn::ops::softmax(&as_rows(weights)?, D::Minus1)?;
         let sums = shares.matmul(&bases.reshape((count, rank * width))?)?;
         Ok(sums.reshape(((), rank, width))?.silu()?)
     }

@@ -20,6 +20,7 @@
 //! The products with a base run once per token and group: the gate and up inputs of a token's
 //! slots are the same, and the down projection is linear, so `Σ g·(B·h) = B·(Σ g·h)`.
 
+use crate::decoder::at_least_f32;
 use crate::layout::FactoredBases;
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -264,9 +265,12 @@ impl Bank {
 }
 
 impl Adapters {
-    /// `U·V` of every expert.
+    /// `U·V` of every expert, not rounded to 16 bits.
     pub fn products(&self) -> Result<Projections> {
-        let product = |a: &Tensor, b: &Tensor| b.detach().matmul(&a.detach());
+        let product = |a: &Tensor, b: &Tensor| -> Result<Tensor> {
+            let (a, b) = (at_least_f32(a.detach())?, at_least_f32(b.detach())?);
+            Ok(b.matmul(&a)?)
+        };
         Ok(Projections {
             gate: product(&self.a.gate, &self.b.gate)?,
             up: product(&self.a.up, &self.b.up)?,
