@@ -1,5 +1,6 @@
 //! The expert products against one dense product of the same number of operations and against a
-//! loop over experts, adapters of mixed ranks, then attention and the row-wise operations at the size of the nano model.
+//! loop over experts, adapters of mixed ranks, then every other operation, at the size of the nano model where
+//! nothing else is said.
 //! Throughput is counted in floating-point operations, for row-wise operations in elements.
 //!
 //! A "backward" is measured with its forward, which alone is measured above it.
@@ -11,8 +12,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput, measurement::WallTime};
 use criterion::{criterion_group, criterion_main};
 use lightmoe_kernels::{
-    Segment, causal_attention, cross_entropy, grouped_linear, keep_freed_memory, linear, low_rank,
-    rms_norm, swiglu, weighted_scatter,
+    AdamW, Dispatch, Moments, Rope, Segment, apply_rope, causal_attention, cross_entropy,
+    grouped_linear, keep_freed_memory, linear, low_rank, rms_norm, select_rows, spread_columns,
+    swiglu, top_k, weighted_scatter,
 };
 use std::{cell::LazyCell, hint::black_box, sync::Arc};
 
@@ -214,6 +216,59 @@ fn rows(c: &mut Criterion) {
     train(&mut group, "weighted_scatter", rows * hidden, || {
         weighted_scatter(&y, &gates, &back, tokens).unwrap()
     });
+    train(&mut group, "select_rows", rows * hidden, || {
+        select_rows(&x, &back).unwrap()
+    });
+    let places: Arc<[u32]> = (0..inner as u32).map(|i| 2 * i).collect();
+    let whole = [Segment {
+        group: 0,
+        start: 0,
+        len: rows,
+    }];
+    train(&mut group, "spread_columns", rows * hidden, || {
+        spread_columns(&gate, &places, &whole, hidden).unwrap()
+    });
+    let heads = random(&[16, tokens / 16, 4, hidden / 4]);
+    let rope = Rope::new(hidden / 4, 10_000.0, tokens);
+    train(&mut group, "apply_rope", tokens * hidden, || {
+        apply_rope(&heads, &rope, &[0]).unwrap()
+    });
+    group.finish();
+}
+
+/// The choice of experts and the order of rows, at OLMoE's numbers, and a step of the optimiser.
+fn choices_and_steps(c: &mut Criterion) {
+    let (tokens, experts, k) = (4096, 64, 8);
+    let scores = random(&[tokens, experts]);
+    let chosen = top_k(&scores, k).unwrap();
+    let position: Vec<usize> = (0..experts).rev().collect();
+    let mut group = c.benchmark_group("choices");
+    group.throughput(Throughput::Elements((tokens * experts) as u64));
+    group.bench_function("top_k", |b| {
+        b.iter(|| black_box(top_k(&scores, k).unwrap()))
+    });
+    group.throughput(Throughput::Elements((tokens * k) as u64));
+    group.bench_function("dispatch", |b| {
+        b.iter(|| black_box(Dispatch::new(&chosen, k, &position, experts)))
+    });
+    group.finish();
+
+    let (parameter, grad) = (random(&[1 << 20]), random(&[1 << 20]));
+    let step = AdamW {
+        lr: 1e-3,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay: 0.01,
+        step: 1,
+        grad_scale: 1.0,
+    };
+    let mut moments = Moments::default();
+    let mut group = c.benchmark_group("optimiser");
+    group.throughput(Throughput::Elements(1 << 20));
+    group.bench_function("adamw", |b| {
+        b.iter(|| step.update(&parameter, &grad, &mut moments).unwrap())
+    });
     group.finish();
 }
 
@@ -221,5 +276,13 @@ fn setup(_: &mut Criterion) {
     keep_freed_memory();
 }
 
-criterion_group!(benches, setup, experts, ranks, attention, rows);
+criterion_group!(
+    benches,
+    setup,
+    experts,
+    ranks,
+    attention,
+    rows,
+    choices_and_steps
+);
 criterion_main!(benches);

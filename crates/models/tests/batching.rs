@@ -3,10 +3,10 @@
 
 mod support;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use lightmoe_models::{
     Cache, Checkpoint, Decoder, Ends, GenerateOptions, LanguageModel, Layer, LayerLayout,
-    ModelConfig, Next, Observer, Result, Step, Tokens, generate_rows,
+    ModelConfig, Next, Observer, Placement, Result, Step, Tokens, generate_rows,
 };
 use serde_json::{Value, json};
 use std::borrow::Cow;
@@ -170,9 +170,17 @@ fn long_rope() {
 fn compressed_layers() {
     let folder = Folder::new();
     let original = folder.original(&config_with(json!({"max_position_embeddings": 64})));
+    let check = |compressed: &Checkpoint| {
+        for dtype in [DType::F32, DType::BF16] {
+            let placement = Placement {
+                dtype,
+                ..Placement::default()
+            };
+            Counting::new(Decoder::load(&compressed.on(&placement)).unwrap()).check(30);
+        }
+    };
     for form in [Form::Mixed, Form::Merge, Form::Every, Form::Mixture] {
-        let model = Decoder::load(&folder.compressed(&original, form.slots())).unwrap();
-        Counting::new(model).check(30);
+        check(&folder.compressed(&original, form.slots()));
     }
     // Products as short as some that `gemm` rounds in another way.
     let mut factored = factored_layers();
@@ -184,8 +192,7 @@ fn compressed_layers() {
         ..LayerLayout::dense(original.config().moe.num_experts)
     };
     for layers in [factored, [scaling.clone(), scaling]] {
-        let model = Decoder::load(&folder.of_layers(&original, layers)).unwrap();
-        Counting::new(model).check(30);
+        check(&folder.of_layers(&original, layers));
     }
 }
 

@@ -27,9 +27,10 @@ const BUDGET: f64 = 0.6;
 const MOST: usize = 30;
 /// What others are asked to do too.
 const OTHERS: [usize; 4] = [1, 32, 1024, 4096];
-/// Tokens of which one kind of routing is enough, and the largest expert of which that many are measured: more
-/// takes minutes.
-const LONG: (usize, usize) = (32768, 4096 * 4096);
+/// Tokens from which one kind of routing is enough.
+const LONG: usize = 4096;
+/// The most tokens, and the largest expert of which as many are measured: more takes minutes.
+const LONGEST: (usize, usize) = (32768, 2048 * 1024);
 
 /// Measures these models, or all, and `peers`: a program and its script.
 pub fn run(folder: &Path, models: &[&str], peers: Option<(&str, &str)>) -> Outcome<Value> {
@@ -59,12 +60,11 @@ pub fn run(folder: &Path, models: &[&str], peers: Option<(&str, &str)>) -> Outco
         for dtype in [DType::F32, DType::BF16] {
             let layer = Layer::random(&model, dtype)?;
             for tokens in TOKENS {
-                let long = tokens >= LONG.0;
-                if long && model.hidden * model.inner > LONG.1 {
+                if tokens >= LONGEST.0 && model.hidden * model.inner > LONGEST.1 {
                     continue;
                 }
                 for skew in Skew::ALL {
-                    if !long || skew == Skew::Uniform {
+                    if tokens < LONG || skew == Skew::Uniform {
                         cases.push(layer.case(&model, tokens, skew)?);
                     }
                 }
@@ -89,14 +89,18 @@ pub fn run(folder: &Path, models: &[&str], peers: Option<(&str, &str)>) -> Outco
     Ok(results)
 }
 
-/// Median seconds of `work`, after one run beforehand.
+/// Median seconds of `work`, after one run beforehand; the seconds of that if it takes long.
 fn time(mut work: impl FnMut() -> Outcome<()>) -> Outcome<f64> {
     let mut once = || -> Outcome<f64> {
         let start = Instant::now();
         work()?;
         Ok(start.elapsed().as_secs_f64())
     };
-    let count = (BUDGET / once()?.max(1e-9)) as usize;
+    let first = once()?;
+    if first > 4.0 * BUDGET {
+        return Ok(first);
+    }
+    let count = (BUDGET / first.max(1e-9)) as usize;
     let mut all = (0..count.clamp(1, MOST))
         .map(|_| once())
         .collect::<Outcome<Vec<f64>>>()?;

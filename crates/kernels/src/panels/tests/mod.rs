@@ -1,3 +1,6 @@
+#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+mod tiles;
+
 use super::*;
 use crate::gemm::Output;
 use half::bf16;
@@ -14,15 +17,15 @@ fn numbers(count: usize, seed: u32) -> Vec<f32> {
 
 fn units<W: Stored>() -> Vec<Unit> {
     let best = W::unit();
-    let vectors = best.map(|_| Unit::Vectors);
-    let mut units: Vec<Unit> = best.into_iter().chain(vectors).collect();
-    units.dedup();
-    let name = std::any::type_name::<W>();
     if best.is_none() {
+        let name = std::any::type_name::<W>();
         eprintln!("SKIPPED: this processor has no unit for {name}");
-    } else if best == vectors {
-        eprintln!("SKIPPED for {name}: this processor has no tile unit");
     }
+    let mut units: Vec<Unit> = best
+        .into_iter()
+        .chain(best.map(|_| Unit::Vectors))
+        .collect();
+    units.dedup();
     units
 }
 
@@ -66,8 +69,8 @@ impl Tested for bf16 {
     }
 }
 
-fn products_of_every_shape<W: Tested>() {
-    for unit in units::<W>() {
+fn products_of_every_shape<W: Tested>(units: &[Unit]) {
+    for &unit in units {
         for (rows, inner, columns) in [
             (1, 1, 1),
             (1, 2048, 48),
@@ -129,7 +132,7 @@ fn products_of_every_shape<W: Tested>() {
 
 #[test]
 fn matrices_in_f32() {
-    products_of_every_shape::<f32>();
+    products_of_every_shape::<f32>(&units::<f32>());
 }
 
 /// Which of them computes a row depends on what stands beside it.
@@ -161,7 +164,21 @@ fn the_same_bits_as_of_few_rows() {
 
 #[test]
 fn matrices_in_bf16() {
-    products_of_every_shape::<bf16>();
+    products_of_every_shape::<bf16>(&units::<bf16>());
+}
+
+/// The instructions of the tile unit where there is none, one by one.
+#[test]
+#[cfg(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"))]
+fn matrices_in_bf16_by_tiles() {
+    match bf16::unit() {
+        Some(Unit::Vectors) => {
+            let _tiles = tiles::Unit::new();
+            products_of_every_shape::<bf16>(&[Unit::Amx]);
+        }
+        Some(Unit::Amx) => {}
+        None => eprintln!("SKIPPED: rows are rounded by vectors that this processor does not have"),
+    }
 }
 
 #[test]
