@@ -1,6 +1,6 @@
 //! Products of rows with matrices by the widest units of the processor, for matrices in f32 or bf16: the vectors of
-//! AVX-512, and for bf16 the tile unit (AMX) where there is one. Products of bf16 are two to sixteen times as
-//! fast as those of f32, and half of the bytes.
+//! AVX-512, and for bf16 the tile unit (AMX) where there is one. In bf16 an instruction of AVX-512 does twice as
+//! many operations as in f32, and matrices are half of the bytes.
 //!
 //! Matrices are read as they lie. Thirty-two columns at a time are brought into the order that the units want, a
 //! *panel*, in *words* of 32 bits: a number in f32, or two in bf16 that follow each other. The next panel is

@@ -19,7 +19,7 @@ use tempfile::TempDir;
 pub const VOCABULARY: usize = 24;
 pub const STEPS: usize = 40;
 pub const RANK: usize = 3;
-/// Of factored bases: 2 and 3 of 16 rows stay.
+/// Of factored bases: 2 of 12 and 3 of 16 rows stay.
 pub const SHAPE: FactoredBases = FactoredBases {
     rank: 2,
     gate_up_rows: 2,
@@ -37,7 +37,7 @@ pub const RECOVERY: Recovery = Recovery {
 };
 
 /// An original and the model built from it: of eight experts a layer every other one is replaced,
-/// by two bases with adapters. Sizes but ranks are such as the kernels of GPUs take.
+/// by two bases with adapters.
 pub struct Models {
     pub folder: TempDir,
     pub original: Checkpoint,
@@ -46,17 +46,22 @@ pub struct Models {
 
 impl Models {
     pub fn new() -> Self {
+        Self::sized(12, 5)
+    }
+
+    /// With experts of another width.
+    pub fn sized(inner: usize, seed: u64) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let config = serde_json::json!({
             "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "hidden_act": "silu",
-            "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16,
+            "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": inner,
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
             "num_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 32,
             "rms_norm_eps": 1e-5, "norm_topk_prob": false, "tie_word_embeddings": false,
             "eos_token_id": 0,
         });
         let parsed = ModelConfig::from_json(&config, Path::new("config.json")).unwrap();
-        let model = Decoder::random(&parsed, 6).unwrap();
+        let model = Decoder::random(&parsed, seed).unwrap();
         let original = write(&folder.path().join("original"), &config, &of(&model));
         let adapted = |group| SlotLayout::Adapted {
             group: Some(group),
