@@ -74,10 +74,10 @@ pub(crate) fn score_batch(
             ids: &laid.beginnings,
         };
         let mut read = model.cache();
-        model.forward(tokens, Some(&mut read), &mut |_, _, _| Ok(()))?;
+        model.hidden_states(tokens, Some(&mut read))?;
         cache = Some(read.select(&laid.of_beginning)?);
     }
-    let hidden = model.forward(laid.tokens(), cache.as_mut(), &mut |_, _, _| Ok(()))?;
+    let hidden = model.hidden_states(laid.tokens(), cache.as_mut())?;
     let mut scored = tokens_of(model, &hidden, &laid)?.into_iter();
     Ok(batch
         .rows

@@ -183,11 +183,17 @@ struct Tiles {
     }
 };
 
+// 2^v: some units in the last place of f32.
+__device__ __forceinline__ float exp2_fast(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
 // v / (1 + e^-v) with the fast reciprocal: some units in the last place of f32.
 __device__ __forceinline__ float fast_silu(float v) {
-    float e, r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(v * -1.44269504f));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + exp2_fast(v * -1.44269504f)));
     return v * r;
 }
 

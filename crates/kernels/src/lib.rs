@@ -14,6 +14,7 @@
 
 mod adamw;
 mod attention;
+mod choice;
 mod composed;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -26,6 +27,8 @@ mod low_rank;
 mod memory;
 mod mixed;
 mod norm;
+#[cfg(any(test, feature = "linked"))]
+mod padded;
 mod panels;
 mod real;
 mod rope;
@@ -34,9 +37,11 @@ mod runs;
 mod scatter;
 mod spread;
 mod swiglu;
+mod whole;
 
 pub use adamw::{AdamW, Moments};
 pub use attention::{Seen, attention, causal_attention};
+pub use choice::{Choice, ExpertGroups};
 pub use grouped::{Segment, grouped_linear, linear};
 pub use loss::cross_entropy;
 pub use low_rank::low_rank;
@@ -48,3 +53,4 @@ pub use route::{Dispatch, TokenGroups, top_k};
 pub use scatter::{select_rows, weighted_scatter};
 pub use spread::spread_columns;
 pub use swiglu::{silu_with_slope, swiglu};
+pub use whole::{AdapterParts, LayerParts, WholeLayer};

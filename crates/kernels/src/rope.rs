@@ -2,9 +2,9 @@
 
 use crate::composed;
 use crate::real::{Real, dispatch, slice, storage, tensor, view};
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, Device, DeviceLocation, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Which two numbers of a head turn together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +25,18 @@ pub struct Rope {
     scale: f64,
     /// Longest context.
     positions: usize,
+    /// The last table that was brought to a device: all layers ask for the same.
+    kept: Arc<Mutex<Option<Kept>>>,
+}
+
+/// A table on a device, and what it is of.
+#[derive(Debug, Clone)]
+struct Kept {
+    offsets: Vec<usize>,
+    len: usize,
+    at: DeviceLocation,
+    /// `[B or 1, len, D/2]` each.
+    table: [Tensor; 2],
 }
 
 impl Rope {
@@ -47,6 +59,7 @@ impl Rope {
             pairs: RopePairs::Halves,
             scale: 1.0,
             positions,
+            kept: Arc::default(),
         }
     }
 
@@ -59,7 +72,12 @@ impl Rope {
 
     /// With a factor on the rotated numbers.
     pub fn with_scale(self, scale: f64) -> Self {
-        Self { scale, ..self }
+        let kept = Arc::default();
+        Self {
+            scale,
+            kept,
+            ..self
+        }
     }
 
     /// With other pairs.
@@ -121,6 +139,33 @@ impl ApplyRope {
     fn table(&self, len: usize) -> Vec<(f64, f64)> {
         let offsets = self.offsets.iter();
         offsets.flat_map(|&at| self.rope.table(at, len)).collect()
+    }
+
+    /// The same on a device, in f32.
+    fn table_on(&self, len: usize, device: &Device) -> Result<[Tensor; 2]> {
+        let mut kept = (self.rope.kept.lock()).unwrap_or_else(PoisonError::into_inner);
+        let at = device.location();
+        if let Some(kept) = kept.as_ref()
+            && kept.offsets == self.offsets
+            && (kept.len, kept.at) == (len, at)
+        {
+            return Ok(kept.table.clone());
+        }
+        let numbers = self.table(len).into_iter();
+        let (cos, sin): (Vec<f32>, Vec<f32>) =
+            numbers.map(|(cos, sin)| (cos as f32, sin as f32)).unzip();
+        let shape = (self.offsets.len(), len, self.rope.frequencies.len());
+        let table = [
+            Tensor::from_vec(cos, shape, device)?,
+            Tensor::from_vec(sin, shape, device)?,
+        ];
+        *kept = Some(Kept {
+            offsets: self.offsets.clone(),
+            len,
+            at,
+            table: table.clone(),
+        });
+        Ok(table)
     }
 
     fn rotate<T: Real>(&self, x: &[T], (len, heads): (usize, usize)) -> Vec<T> {
@@ -191,9 +236,8 @@ pub fn apply_rope(x: &Tensor, rope: &Rope, offsets: &[usize]) -> Result<Tensor> 
     };
     op.check(x.shape())?;
     if composed::is_for(x) {
-        let table = op.table(x.dim(1)?).into_iter();
-        let (cos, sin) = table.map(|(cos, sin)| (cos as f32, sin as f32)).unzip();
-        return composed::rotate(x, [cos, sin], rope.pairs);
+        let table = op.table_on(x.dim(1)?, x.device())?;
+        return composed::rotate(x, &table, rope.pairs);
     }
     x.contiguous()?.apply_op1(op)
 }

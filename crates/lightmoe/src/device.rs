@@ -94,8 +94,7 @@ pub fn choose(device: &str, dtype: &str) -> Result<()> {
 fn gpu(number: usize) -> Result<Device> {
     // Says what is missing: a driver, a card, or a newer one.
     lightmoe_kernels::cuda::Gpu::new(number).map_err(Refused::of)?;
-    // One stream for all threads: work of one is there for the others.
-    Ok(Device::new_cuda_with_stream(number)?)
+    Ok(lightmoe_kernels::cuda::device(number)?)
 }
 
 /// The first GPU, or the CPU where there is none.

@@ -219,35 +219,33 @@ pub trait LanguageModel: Sync {
         Cache(layers.collect())
     }
 
-    /// Hidden states after the last norm, `[B · T, H]`. With a cache the tokens continue it. The
-    /// observer sees each layer's input and routing.
+    /// Hidden states after the last norm, `[B · T, H]`. With a cache the tokens continue it.
     ///
     /// # Errors
     /// Ids beyond the vocabulary, a cache of another model, more tokens than the context holds.
+    fn hidden_states(&self, tokens: Tokens<'_>, cache: Option<&mut Cache>) -> Result<Tensor> {
+        let (config, rotary) = (self.config(), &self.ends().rotary);
+        pass(self, tokens, cache, &mut |l, x, cache| {
+            self.layer(l)?.hidden_states(x, config, rotary, cache)
+        })
+    }
+
+    /// The same, while the observer sees each layer's input and routing.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::hidden_states`].
     fn forward(
         &self,
         tokens: Tokens<'_>,
         cache: Option<&mut Cache>,
         observe: &mut Observer<'_>,
     ) -> Result<Tensor> {
-        let (config, ends) = (self.config(), self.ends());
-        if cache
-            .as_ref()
-            .is_some_and(|c| c.0.len() != config.num_layers)
-        {
-            return Err(Error::Invalid(
-                "the cache belongs to another model; make one with `cache`".into(),
-            ));
-        }
-        let mut x = ends.embedding.embed(tokens)?;
-        let mut caches = cache.map(|c| c.0.iter_mut());
-        for l in 0..config.num_layers {
-            let cache = caches.as_mut().and_then(Iterator::next);
-            let (y, routing) = self.layer(l)?.forward(&x, config, &ends.rotary, cache)?;
-            observe(l, &x, routing.as_ref())?;
-            x = y;
-        }
-        ends.norm.forward(&x.flatten_to(1)?)
+        let (config, rotary) = (self.config(), &self.ends().rotary);
+        pass(self, tokens, cache, &mut |l, x, cache| {
+            let (y, routing) = self.layer(l)?.forward(x, config, rotary, cache)?;
+            observe(l, x, routing.as_ref())?;
+            Ok(y)
+        })
     }
 
     /// Logits of hidden states `[T, H]` → `[T, V]`. Select the rows that matter first.
@@ -257,6 +255,30 @@ pub trait LanguageModel: Sync {
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.ends().logits(hidden)
     }
+}
+
+/// What a layer, by its number, makes of its input `[B, T, H]`.
+type Step<'a> = dyn FnMut(usize, &Tensor, Option<&mut LayerCache>) -> Result<Tensor> + 'a;
+
+/// From tokens to hidden states after the last norm, `[B · T, H]`, by a `step` for each layer.
+fn pass<M: LanguageModel + ?Sized>(
+    model: &M,
+    tokens: Tokens<'_>,
+    cache: Option<&mut Cache>,
+    step: &mut Step<'_>,
+) -> Result<Tensor> {
+    let (layers, ends) = (model.config().num_layers, model.ends());
+    if cache.as_ref().is_some_and(|c| c.0.len() != layers) {
+        return Err(Error::Invalid(
+            "the cache belongs to another model; make one with `cache`".into(),
+        ));
+    }
+    let mut x = ends.embedding.embed(tokens)?;
+    let mut caches = cache.map(|c| c.0.iter_mut());
+    for l in 0..layers {
+        x = step(l, &x, caches.as_mut().and_then(Iterator::next))?;
+    }
+    ends.norm.forward(&x.flatten_to(1)?)
 }
 
 /// A model in memory.

@@ -256,7 +256,7 @@ impl Generation<'_> {
             ids,
             rows: rows.len(),
         };
-        let hidden = (self.model).forward(tokens, Some(cache), &mut |_, _, _| Ok(()))?;
+        let hidden = (self.model).hidden_states(tokens, Some(cache))?;
         let ends = rows.iter().map(|row| row.read.positions.end - known);
         let last = ends
             .enumerate()

@@ -5,7 +5,7 @@
 //! [`crate::ModelConfig`] alone.
 
 use crate::attention::{LayerCache, SelfAttention};
-use crate::bank::{Bank, ExpertRows};
+use crate::bank::{Bank, ExpertRows, Whole};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::mlp::{Mlp, SharedExpert};
@@ -88,7 +88,16 @@ enum FeedForward {
         router: Router,
         shared: Option<SharedExpert>,
         bank: Bank,
+        whole: Whole,
     },
+}
+
+/// What the experts and the shared one give of normed rows `[T, H]`.
+fn with_shared(y: Tensor, shared: Option<&SharedExpert>, normed: &Tensor) -> Result<Tensor> {
+    Ok(match shared {
+        Some(shared) => (y + shared.forward(normed)?)?,
+        None => y,
+    })
 }
 
 impl Layer {
@@ -118,6 +127,7 @@ impl Layer {
                     router: Router::build(config, get)?,
                     shared: SharedExpert::build(config, get)?,
                     bank: bank()?,
+                    whole: Whole::default(),
                 },
             },
         })
@@ -159,7 +169,32 @@ impl Layer {
         self.forward_observed(x, config, rotary, cache, &mut ())
     }
 
-    /// The same, while `observer` looks at the experts.
+    /// The same where nobody asks what the router decided: on a GPU the experts run in a few launches, as far
+    /// as the kernels can do it ([`lightmoe_kernels::WholeLayer`]).
+    pub fn hidden_states(
+        &self,
+        x: &Tensor,
+        config: &ModelConfig,
+        rotary: &Rotary,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<Tensor> {
+        let (x, normed) = self.attended(x, config, rotary, cache)?;
+        let y = match &self.feed_forward {
+            FeedForward::Experts {
+                router,
+                shared,
+                bank,
+                whole,
+            } => match whole.layer(router, bank, &config.moe)? {
+                Some(layer) => with_shared(layer.forward(&normed)?, shared.as_ref(), &normed)?,
+                None => self.fed(&normed, config, &mut (), None)?.0,
+            },
+            FeedForward::Dense(_) => self.fed(&normed, config, &mut (), None)?.0,
+        };
+        Ok((&x + y.reshape(x.shape())?)?)
+    }
+
+    /// The same as [`Layer::forward`], while `observer` looks at the experts.
     pub fn forward_observed(
         &self,
         x: &Tensor,
@@ -192,30 +227,49 @@ impl Layer {
         observer: &mut dyn LayerObserver,
         removed: Option<&[usize]>,
     ) -> Result<(Tensor, Option<Routing>)> {
+        let (x, normed) = self.attended(x, config, rotary, cache)?;
+        let (y, routing) = self.fed(&normed, config, observer, removed)?;
+        Ok(((&x + y.reshape(x.shape())?)?, routing))
+    }
+
+    /// The residual stream behind the attention, `[B, T, H]`, and its norm, `[B · T, H]`.
+    fn attended(
+        &self,
+        x: &Tensor,
+        config: &ModelConfig,
+        rotary: &Rotary,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<(Tensor, Tensor)> {
         let normed = self.input_norm.forward(x)?;
         let x = (x + self.attention.forward(&normed, config, rotary, cache)?)?;
-        let (b, t, h) = x.dims3()?;
-        let flat = self.post_norm.forward(&x)?.reshape((b * t, h))?;
-        let (y, routing) = match &self.feed_forward {
-            FeedForward::Dense(mlp) => (mlp.forward(&flat)?, None),
+        let normed = self.post_norm.forward(&x)?.flatten_to(1)?;
+        Ok((x, normed))
+    }
+
+    /// What follows the attention, of normed rows `[T, H]`, step by step.
+    fn fed(
+        &self,
+        normed: &Tensor,
+        config: &ModelConfig,
+        observer: &mut dyn LayerObserver,
+        removed: Option<&[usize]>,
+    ) -> Result<(Tensor, Option<Routing>)> {
+        let (router, shared, bank) = match &self.feed_forward {
+            FeedForward::Dense(mlp) => return Ok((mlp.forward(normed)?, None)),
             FeedForward::Experts {
                 router,
                 shared,
                 bank,
-            } => {
-                let removed = removed.unwrap_or(bank.removed_experts());
-                let routing = router.route(&flat, &config.moe, removed)?;
-                let (gates, chosen) = (&routing.gates, &routing.chosen);
-                observer.block(bank, &flat, &routing)?;
-                let each = &mut |rows: &ExpertRows<'_>| observer.expert(&routing, rows);
-                let mut y = bank.forward_observed(&flat, gates, chosen, each)?;
-                if let Some(shared) = shared {
-                    y = (y + shared.forward(&flat)?)?;
-                }
-                (y, Some(routing))
-            }
+                ..
+            } => (router, shared, bank),
         };
-        Ok(((x + y.reshape((b, t, h))?)?, routing))
+        let removed = removed.unwrap_or(bank.removed_experts());
+        let routing = router.route(normed, &config.moe, removed)?;
+        let (gates, chosen) = (&routing.gates, &routing.chosen);
+        observer.block(bank, normed, &routing)?;
+        let each = &mut |rows: &ExpertRows<'_>| observer.expert(&routing, rows);
+        let y = bank.forward_observed(normed, gates, chosen, each)?;
+        Ok((with_shared(y, shared.as_ref(), normed)?, Some(routing)))
     }
 
     /// Every parameter with its name within the layer, to train, replace or inspect it. Stacked
@@ -231,6 +285,7 @@ impl Layer {
                 router,
                 shared,
                 bank,
+                ..
             } => {
                 router.visit(f)?;
                 if let Some(shared) = shared {

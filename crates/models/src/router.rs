@@ -53,6 +53,11 @@ impl Router {
         route_logits(logits, self.correction.as_ref(), moe, removed)
     }
 
+    /// `[E, H]`
+    pub(crate) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
     /// What is added to the scores that choose.
     pub(crate) fn correction(&self) -> Option<&Tensor> {
         self.correction.as_ref()

@@ -67,7 +67,7 @@ impl Teacher<'_> {
 
 /// The logits of the targets of a batch, `[A, V]`.
 fn logits(model: &dyn LanguageModel, batch: &TrainBatch) -> Result<Tensor> {
-    let hidden = model.forward(batch.tokens(), None, &mut |_, _, _| Ok(()))?;
+    let hidden = model.hidden_states(batch.tokens(), None)?;
     let at = Tensor::new(batch.predicting(), hidden.device())?;
     Ok(model.logits(&hidden.index_select(&at, 0)?)?)
 }
@@ -231,7 +231,7 @@ impl KeptPredictions {
             ids: &ids,
             rows: ids.len() / length,
         };
-        let hidden = model.forward(all, None, &mut |_, _, _| Ok(()))?;
+        let hidden = model.hidden_states(all, None)?;
         for (step, batch) in some {
             let own = batch.length() as u32;
             let place = |at: u32| (rows as u32 + at / own) * length as u32 + at % own;

@@ -207,7 +207,7 @@ impl ModelPair<'_> {
 
     fn run(&self, laid: &Laid, swaps: Swaps, progress: &mut Progress<'_>) -> Result<Hidden> {
         let pass = |model: &dyn LanguageModel, layer: &Layer, x: &Tensor| -> Result<Tensor> {
-            let (y, _) = layer.forward(x, model.config(), model.ends().rotary(), None)?;
+            let y = layer.hidden_states(x, model.config(), model.ends().rotary(), None)?;
             Ok(y)
         };
         let mut original = self.original.ends().embed(laid.tokens())?;

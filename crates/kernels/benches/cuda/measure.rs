@@ -7,8 +7,8 @@ use cudarc::cublas::{CudaBlas, Gemm, GemmConfig, sys::cublasOperation_t as Opera
 use cudarc::driver::{CudaEvent, CudaSlice, sys::CUevent_flags};
 use half::bf16;
 use lightmoe_kernels::cuda::{
-    Adapted, Block, Choice, CudaError, Gpu, Gradients, Graph, Projections, Scores, Shape, Stage,
-    Trained, Weights, Workspace,
+    Adapted, Block, Choice, CudaError, Gpu, Gradients, Graph, Held, Projections, Scores, Shape,
+    Stage, Trained, Weights, Workspace,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -165,11 +165,11 @@ impl<'a> Bench<'a> {
         Ok(values)
     }
 
-    fn projections(&self, n: usize, gate: usize, down: usize) -> Outcome<Projections<bf16>> {
+    fn projections(&self, n: usize, gate: usize, down: usize) -> Outcome<Projections<Held<bf16>>> {
         Ok(Projections {
-            gate: self.random(n * gate)?,
-            up: self.random(n * gate)?,
-            down: self.random(n * down)?,
+            gate: self.random(n * gate)?.into(),
+            up: self.random(n * gate)?.into(),
+            down: self.random(n * down)?.into(),
         })
     }
 
@@ -185,7 +185,7 @@ impl<'a> Bench<'a> {
         let mut router = vec![bf16::ZERO; experts * h];
         (0..experts).for_each(|e| router[e * h + e] = bf16::ONE);
         let weights = Weights {
-            router: self.gpu.upload(&router)?,
+            router: self.gpu.upload(&router)?.into(),
             dense: self.projections(shape.dense, f * h, h * f)?,
             bases: self.projections(shape.groups, f * h, h * f)?,
             adapters: Adapted {

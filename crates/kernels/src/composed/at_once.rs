@@ -1,13 +1,15 @@
 //! Products of sorted rows by the kernels of [`crate::cuda`], one launch for all groups.
 
-use super::products::filled;
+use super::products::{Between, filled};
 use crate::grouped::Segment;
+use crate::padded::common_rank;
 use candle_core::DType;
 #[cfg(feature = "linked")]
 use {
     super::of_type,
     super::products::ByGroup,
     crate::cuda::{Gpu, Product, Way},
+    crate::padded::{padded, without_padding},
     candle_core::{Device, Result, Tensor},
     std::sync::Arc,
 };
@@ -18,13 +20,16 @@ const GROUPS: usize = 512;
 const PIECE: usize = 8;
 /// As far as the kernels and the copy engine count rows of a stack, and pieces of rows.
 const MOST: usize = i32::MAX as usize;
+/// How many times as many components slots may be filled up to. More would cost more than one product after
+/// the other does.
+const FILLED: usize = 4;
 
 /// What the kernels need to know of sorted rows and their groups.
 #[derive(Debug, PartialEq, Eq)]
 struct Plan {
     rows: usize,
     groups: usize,
-    /// Of each group.
+    /// Of each group; with zeros behind its own where it has fewer.
     components: usize,
     /// First row of each group, and the end.
     first_rows: Vec<u32>,
@@ -32,8 +37,15 @@ struct Plan {
 
 impl Plan {
     /// For rows of this type in `segments` and stacks of these `widths`, whose rows `starts` gives to groups;
-    /// nothing where the kernels cannot do it.
-    fn new(dtype: DType, widths: &[usize], segments: &[Segment], starts: &[usize]) -> Option<Self> {
+    /// nothing where the kernels cannot do it. Groups are filled up to as many components where nobody sees
+    /// what is `between`.
+    fn new(
+        dtype: DType,
+        widths: &[usize],
+        segments: &[Segment],
+        starts: &[usize],
+        between: Between,
+    ) -> Option<Self> {
         let groups = starts.len() - 1;
         let rows = segments.last().map_or(0, |last| last.start + last.len);
         if !matches!(dtype, DType::BF16 | DType::F16)
@@ -42,11 +54,16 @@ impl Plan {
         {
             return None;
         }
-        let components = starts[1] - starts[0];
+        let components = match between {
+            Between::Seen => starts[1] - starts[0],
+            Between::Unseen => common_rank(starts),
+        };
         let alike = |bounds: &[usize]| bounds[1] - bounds[0] == components;
+        let filled_up =
+            between == Between::Unseen && groups * components <= FILLED * starts[groups];
         let fits =
             |&size: &usize| size > 0 && size.is_multiple_of(PIECE) && size / PIECE * rows <= MOST;
-        let fit = starts.windows(2).all(alike)
+        let fit = (filled_up || starts.windows(2).all(alike))
             && groups * components <= MOST
             && widths.iter().chain([&components]).all(fits);
         Some(Self {
@@ -81,6 +98,8 @@ pub(crate) struct AtOnce {
     plan: Plan,
     /// [`Plan::first_rows`] on the GPU.
     first_rows: Tensor,
+    /// Where the components of each group begin, and the last end.
+    starts: Arc<[usize]>,
 }
 
 #[cfg(feature = "linked")]
@@ -90,7 +109,8 @@ impl AtOnce {
         x: &Tensor,
         stacks: &[&Tensor],
         segments: &[Segment],
-        starts: &[usize],
+        starts: &Arc<[usize]>,
+        between: Between,
     ) -> Result<Option<Self>> {
         let Device::Cuda(device) = x.device() else {
             return Ok(None);
@@ -99,7 +119,7 @@ impl AtOnce {
             .iter()
             .map(|w| w.dim(1))
             .collect::<Result<Vec<_>>>()?;
-        let Some(plan) = Plan::new(x.dtype(), &widths, segments, starts) else {
+        let Some(plan) = Plan::new(x.dtype(), &widths, segments, starts, between) else {
             return Ok(None);
         };
         // Else it is candle that complains.
@@ -113,6 +133,7 @@ impl AtOnce {
             gpu,
             first_rows: Tensor::new(&plan.first_rows[..], x.device())?,
             plan,
+            starts: starts.clone(),
         }))
     }
 
@@ -127,27 +148,33 @@ impl AtOnce {
         };
         aligned(a)?.apply_op3_no_bwd(&aligned(b)?, &self.first_rows, &product)
     }
+
+    /// A stack in the type of rows, every group filled up.
+    fn stack(&self, w: &Tensor, rows: &Tensor) -> Result<Tensor> {
+        padded(&of_type(w, rows)?, &self.starts, self.plan.components)
+    }
 }
 
 #[cfg(feature = "linked")]
 impl ByGroup for AtOnce {
     fn there(&self, x: &Tensor, w: &Tensor) -> Result<Tensor> {
-        self.product(Way::There, x, &of_type(w, x)?, w.dim(1)?)
+        self.product(Way::There, x, &self.stack(w, x)?, w.dim(1)?)
     }
 
     fn back(&self, z: &Tensor, w: &Tensor) -> Result<Tensor> {
-        self.product(Way::Back, z, &of_type(w, z)?, w.dim(1)?)
+        self.product(Way::Back, z, &self.stack(w, z)?, w.dim(1)?)
     }
 
     fn outer(&self, z: &Tensor, x: &Tensor, dtype: DType) -> Result<Tensor> {
-        self.product(Way::Outer, z, x, x.dim(1)?)?.to_dtype(dtype)
+        let sums = self.product(Way::Outer, z, x, x.dim(1)?)?;
+        without_padding(&sums, &self.starts, self.plan.components)?.to_dtype(dtype)
     }
 }
 
 /// The same numbers without gaps, the first of them at a multiple of 16 bytes: memory begins at one, but a
 /// part of a tensor need not.
 #[cfg(feature = "linked")]
-fn aligned(t: &Tensor) -> Result<Tensor> {
+pub(crate) fn aligned(t: &Tensor) -> Result<Tensor> {
     match t.is_contiguous() && t.layout().start_offset().is_multiple_of(PIECE) {
         true => Ok(t.clone()),
         false => t.force_contiguous(),
@@ -192,7 +219,7 @@ mod tests {
     fn what_kernels_cannot_do_is_left_to_candle() {
         let runs = segments(&[(0, 3), (1, 0), (2, 6)]);
         let plan = |dtype, widths: &[usize], starts: &[usize]| {
-            Plan::new(dtype, widths, &runs, starts).is_some()
+            Plan::new(dtype, widths, &runs, starts, Between::Seen).is_some()
         };
         let starts = [0, 16, 32, 48];
         for dtype in [DType::BF16, DType::F16] {
@@ -213,9 +240,29 @@ mod tests {
         let all: Vec<usize> = (0..=513).map(|group| group * 8).collect();
         assert!(plan(DType::BF16, &[8], &all[..513]));
         assert!(!plan(DType::BF16, &[8], &all));
-        assert_eq!(Plan::new(DType::BF16, &[8], &[], &starts), None);
-        assert_eq!(Plan::new(DType::BF16, &[8], &[], &[0]), None);
+        let of = |runs: &[Segment], starts: &[usize]| {
+            Plan::new(DType::BF16, &[8], runs, starts, Between::Seen)
+        };
+        assert_eq!(of(&[], &starts), None);
+        assert_eq!(of(&[], &[0]), None);
         let turned = segments(&[(2, 3), (0, 6)]);
-        assert_eq!(Plan::new(DType::BF16, &[8], &turned, &starts), None);
+        assert_eq!(of(&turned, &starts), None);
+    }
+
+    #[test]
+    fn slots_of_any_ranks_are_filled_up() {
+        let runs = segments(&[(0, 3), (1, 0), (2, 6)]);
+        let rank = |starts: &[usize]| {
+            let plan = Plan::new(DType::BF16, &[8, 24], &runs, starts, Between::Unseen);
+            plan.map(|plan| plan.components)
+        };
+        assert_eq!(rank(&[0, 16, 32, 48]), Some(16));
+        assert_eq!(rank(&[0, 4, 8, 12]), Some(8));
+        assert_eq!(rank(&[0, 8, 8, 32]), Some(24));
+        // One is much wider than all others, or there is nothing.
+        assert_eq!(rank(&[0, 1, 2, 80]), Some(80));
+        assert_eq!(rank(&[0, 0, 0, 80]), Some(80));
+        assert_eq!(rank(&[0, 1, 2, 3]), None);
+        assert_eq!(rank(&[0, 0, 0, 0]), None);
     }
 }

@@ -1,25 +1,41 @@
 //! Attention and rotations.
 
-use super::{add, log_sum_exp, wide};
+use super::given::given;
+use super::{add, at_once, log_sum_exp, wide};
 use crate::attention::Seen;
+#[cfg(feature = "linked")]
+use crate::cuda::Attention;
 use crate::rope::RopePairs;
 use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::{ops::softmax_last_dim, rotary_emb::rope_thd};
 
 /// The most scores at once.
 const SCORES: usize = 1 << 28;
 /// Added to the score of a key that is not seen.
 const UNSEEN: f64 = -1e30;
 
-/// Turns the pairs of `x: [B, T, heads, D]` by angles whose cosines and sines are `[B or 1, T, D/2]`, row by
-/// row.
-pub(crate) fn rotate(x: &Tensor, [cos, sin]: [Vec<f32>; 2], pairs: RopePairs) -> Result<Tensor> {
+/// Turns the pairs of `x: [B, T, heads, D]` by angles whose cosines and sines are `[B or 1, T, D/2]`.
+pub(crate) fn rotate(x: &Tensor, [cos, sin]: &[Tensor; 2], pairs: RopePairs) -> Result<Tensor> {
+    if x.track_op() {
+        let (of_x, back) = (x.detach(), [cos.clone(), sin.neg()?]);
+        let value = rotate(&of_x, &[cos.clone(), sin.clone()], pairs)?;
+        // What is turned is turned back.
+        return given("rope", [x, &of_x, &of_x], value, move |dy| {
+            Ok([Some(rotate(dy, &back, pairs)?), None, None])
+        });
+    }
     let (_, len, _, dim) = x.dims4()?;
     let wide = wide(x)?;
     let half = dim / 2;
-    let table = |values: Vec<f32>| -> Result<Tensor> {
-        let rows = values.len() / (len * half).max(1);
-        Tensor::from_vec(values, (rows, len, 1, half), x.device())?.to_dtype(wide.dtype())
-    };
+    if pairs == RopePairs::Halves && at_once(&[&wide]) {
+        let of_rows = |table: &Tensor| match table.dim(0)? {
+            1 => table.squeeze(0),
+            _ => Ok(table.clone()),
+        };
+        let (cos, sin) = (of_rows(cos)?, of_rows(sin)?);
+        return rope_thd(&wide.contiguous()?, &cos, &sin)?.to_dtype(x.dtype());
+    }
+    let table = |table: &Tensor| table.unsqueeze(2)?.to_dtype(wide.dtype());
     let (cos, sin) = (table(cos)?, table(sin)?);
     let turned = |a: &Tensor, b: &Tensor| -> Result<[Tensor; 2]> {
         Ok([
@@ -49,6 +65,10 @@ pub(crate) fn attention(
     scale: f64,
     seen: &Seen,
 ) -> Result<Tensor> {
+    #[cfg(feature = "linked")]
+    if let Some(y) = without_scores([q, k, v], scale, seen)? {
+        return Ok(y);
+    }
     let (batch, queries, heads, dim) = q.dims4()?;
     let (_, keys, kv_heads, width) = v.dims4()?;
     let each = heads / kv_heads.max(1);
@@ -70,7 +90,10 @@ pub(crate) fn attention(
             Some(mask) => scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?,
             None => scores,
         };
-        let shares = scores.broadcast_sub(&log_sum_exp(&scores)?)?.exp()?;
+        let shares = match at_once(&[&scores]) {
+            true => softmax_last_dim(&scores.contiguous()?)?,
+            false => scores.broadcast_sub(&log_sum_exp(&scores)?)?.exp()?,
+        };
         let shares = match padding(seen, [first, count], q.device())? {
             Some(held) => shares.broadcast_mul(&held.to_dtype(shares.dtype())?)?,
             None => shares,
@@ -84,6 +107,25 @@ pub(crate) fn attention(
     Tensor::cat(&strips, 2)?.transpose(1, 2)?.contiguous()
 }
 
+/// The same by kernels of our own, which hold no scores; nothing where they cannot do it.
+#[cfg(feature = "linked")]
+fn without_scores(inputs: [&Tensor; 3], scale: f64, seen: &Seen) -> Result<Option<Tensor>> {
+    let trains = inputs.iter().any(|t| t.track_op());
+    let [q, k, v] = inputs.map(Tensor::detach);
+    let Some(kernels) = Attention::new(&q, [&k, &v], scale, seen)? else {
+        return Ok(None);
+    };
+    let (y, sums) = kernels.forward(&q, [&k, &v], trains)?;
+    let Some(sums) = sums else {
+        return Ok(Some(y));
+    };
+    let of_y = y.clone();
+    given("attention", inputs, y, move |dy| {
+        Ok(kernels.backward([&q, &k, &v], &of_y, &sums, dy)?.map(Some))
+    })
+    .map(Some)
+}
+
 /// What is added to the scores of `count` of the `queries`, from the `first` on: `[B or 1, 1, 1, count, keys]`;
 /// `None` if they see all keys.
 fn unseen(
@@ -91,6 +133,9 @@ fn unseen(
     [first, count, queries, keys]: [usize; 4],
     device: &Device,
 ) -> Result<Option<Tensor>> {
+    if queries == 1 && seen.window.is_none_or(|window| window >= keys) && seen.starts.is_empty() {
+        return Ok(None);
+    }
     let begin = (keys - queries + first) as f32;
     let at = |count: usize, from: f32| Tensor::arange(from, from + count as f32, device);
     let mut mask: Option<Tensor> = None;

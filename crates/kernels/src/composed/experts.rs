@@ -4,9 +4,13 @@
 //! whole of it, for each part.
 
 use super::given::given;
-use super::products::{by_group, filled, joined, rows};
+use super::products::{Between, by_group, filled, joined, rows};
 use super::{add, of_type, wide};
+#[cfg(feature = "linked")]
+use crate::cuda;
 use crate::grouped::Segment;
+#[cfg(feature = "linked")]
+use candle_core::DType;
 use candle_core::{D, Result, Tensor};
 use std::sync::Arc;
 
@@ -29,7 +33,7 @@ pub(crate) fn grouped_linear(x: &Tensor, w: &Tensor, segments: &Arc<[Segment]>) 
     let starts = (0..=groups).map(|group| group * n).collect();
     let of_x = x.detach().contiguous()?;
     let of_w = w.detach().reshape((groups * n, k))?;
-    let products = by_group(&of_x, &[&of_w], segments, &starts)?;
+    let products = by_group(&of_x, &[&of_w], segments, &starts, Between::Seen)?;
     let value = products.there(&of_x, &of_w)?.reshape((x.dim(0)?, n))?;
     let (of_rows, of_groups, dtype) = (x.track_op(), w.track_op(), w.dtype());
     let inputs = [x, w, &x.detach()];
@@ -48,7 +52,7 @@ pub(crate) fn low_rank(
     starts: &Arc<[usize]>,
 ) -> Result<Tensor> {
     let (of_x, of_a, of_b) = (x.detach().contiguous()?, a.detach(), b.detach());
-    let products = by_group(&of_x, &[&of_a, &of_b], segments, starts)?;
+    let products = by_group(&of_x, &[&of_a, &of_b], segments, starts, Between::Unseen)?;
     let value = products.back(&products.there(&of_x, &of_a)?, &of_b)?;
     let trains = [x, a, b].map(Tensor::track_op);
     let types = [a.dtype(), b.dtype()];
@@ -79,6 +83,10 @@ pub(crate) fn select_rows(x: &Tensor, index: &Arc<[u32]>) -> Result<Tensor> {
 /// `y[targets[s]] = Σ rows[s]`: `[outputs, ..]`. Each output takes its rows one after the other, so nothing
 /// depends on who is first.
 fn summed(rows: &Tensor, targets: &[u32], outputs: usize) -> Result<Tensor> {
+    #[cfg(feature = "linked")]
+    if let (2, Some(gpu)) = (rows.rank(), super::kernels_for(rows)?) {
+        return cuda::sum_rows(&gpu, rows, None, targets, outputs);
+    }
     let mut taken: Vec<Vec<u32>> = Vec::new();
     let mut counts = vec![0usize; outputs];
     let none = targets.len() as u32;
@@ -114,6 +122,19 @@ pub(crate) fn weighted_scatter(
     outputs: usize,
 ) -> Result<Tensor> {
     let (of_rows, targets) = (rows.detach(), targets.clone());
+    #[cfg(feature = "linked")]
+    if let (2, Some(gpu)) = (rows.rank(), super::kernels_for(rows)?) {
+        let weight = weights.detach().to_dtype(DType::F32)?;
+        let value = cuda::sum_rows(&gpu, &of_rows, Some(&weight), &targets, outputs)?;
+        let (wanted, dtype) = ([rows.track_op(), weights.track_op()], weights.dtype());
+        let inputs = [rows, weights, &of_rows.clone()];
+        return given("weighted_scatter", inputs, value, move |dy| {
+            let [d_rows, d_weights] =
+                cuda::spread_rows(&gpu, dy, &of_rows, &weight, &targets, wanted)?;
+            let d_weights = d_weights.map(|d| d.to_dtype(dtype)).transpose()?;
+            Ok([d_rows, d_weights, None])
+        });
+    }
     let weight = of_type(&weights.detach(), &wide(rows)?)?.unsqueeze(1)?;
     let weighted = wide(&of_rows)?.broadcast_mul(&weight)?;
     let value = summed(&weighted, &targets, outputs)?.to_dtype(rows.dtype())?;

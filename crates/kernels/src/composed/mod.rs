@@ -15,19 +15,41 @@ mod experts;
 mod given;
 mod products;
 
-#[cfg(all(test, feature = "linked"))]
-pub(crate) use at_once::AtOnce;
+#[cfg(feature = "linked")]
+pub(crate) use at_once::aligned;
 pub(crate) use attention::{attention, rotate};
 pub(crate) use experts::{
     grouped_linear, linear, low_rank, select_rows, spread_columns, weighted_scatter,
 };
+#[cfg(all(test, feature = "linked"))]
+pub(crate) use {at_once::AtOnce, products::Between};
 
 use crate::adamw::AdamW;
+#[cfg(feature = "linked")]
+use crate::cuda;
 use candle_core::{D, DType, Result, Tensor};
+#[cfg(feature = "linked")]
+use std::sync::Arc;
 
 /// Whether tensors where `x` is are worked on here.
 pub(crate) fn is_for(x: &Tensor) -> bool {
     cfg!(feature = "composed") || !x.device().is_cpu()
+}
+
+/// Whether candle's fused operations, which have no gradients and no f64, can take such operands.
+fn at_once(operands: &[&Tensor]) -> bool {
+    let fits = |t: &&Tensor| !t.track_op() && t.dtype() != DType::F64 && t.elem_count() > 0;
+    operands.iter().all(fits)
+}
+
+/// The GPU of rows like those of `x`, if kernels of our own can work on them: 16-bit floats, a multiple of 8 a row.
+#[cfg(feature = "linked")]
+fn kernels_for(x: &Tensor) -> Result<Option<Arc<cuda::Gpu>>> {
+    let width = x.dims().last().copied().unwrap_or(0);
+    match x.elem_count() > 0 && width.is_multiple_of(8) {
+        true => cuda::gpu_of(x),
+        false => Ok(None),
+    }
 }
 
 /// At least f32.
@@ -54,6 +76,22 @@ fn add(sum: &mut Option<Tensor>, more: Tensor) -> Result<()> {
 
 /// As [`crate::rms_norm`].
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if at_once(&[x, weight]) {
+        let weight = of_type(weight, x)?.contiguous()?;
+        return candle_nn::ops::rms_norm(&x.contiguous()?, &weight, eps as f32);
+    }
+    #[cfg(feature = "linked")]
+    if let Some(gpu) = kernels_for(x)?
+        && !weight.track_op()
+    {
+        let (of_x, weight) = (x.detach().contiguous()?, of_type(weight, x)?.contiguous()?);
+        let value = candle_nn::ops::rms_norm(&of_x, &weight, eps as f32)?;
+        let inputs = [x, &of_x.clone(), &of_x.clone()];
+        return given::given("rms_norm", inputs, value, move |dy| {
+            let dx = cuda::norm_gradient(&gpu, &of_x, &weight, dy, eps)?;
+            Ok([Some(dx), None, None])
+        });
+    }
     let wide = wide(x)?;
     let square = (wide.sqr()?.mean_keepdim(D::Minus1)? + eps)?;
     let normed = wide.broadcast_div(&square.sqrt()?)?;
@@ -64,6 +102,18 @@ pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> 
 
 /// As [`crate::swiglu`].
 pub(crate) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "linked")]
+    if let Some(gpu) = kernels_for(gate)?
+        && up.dtype() == gate.dtype()
+    {
+        let (of_gate, of_up) = (gate.detach(), up.detach());
+        let value = cuda::swiglu(&gpu, &of_gate, &of_up)?;
+        let inputs = [gate, up, &of_gate.clone()];
+        return given::given("swiglu", inputs, value, move |dh| {
+            let [d_gate, d_up] = cuda::swiglu_gradients(&gpu, &of_gate, &of_up, dh)?;
+            Ok([d_gate, d_up, None])
+        });
+    }
     (wide(gate)?.silu()? * wide(up)?)?.to_dtype(gate.dtype())
 }
 
@@ -81,6 +131,16 @@ fn log_sum_exp(x: &Tensor) -> Result<Tensor> {
 /// As [`crate::cross_entropy`]; targets are known to fit.
 pub(crate) fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
     let logits = wide(&logits.contiguous()?)?;
+    #[cfg(feature = "linked")]
+    if let (false, Some(gpu)) = (targets.is_empty(), cuda::gpu_of_f32(&logits)?) {
+        let (of_logits, of_targets) = (logits.detach(), targets.to_vec());
+        let [losses, sums] = cuda::cross_entropy(&gpu, &of_logits, targets)?;
+        let inputs = [&logits, &of_logits.clone(), &of_logits.clone()];
+        return given::given("cross_entropy", inputs, losses, move |dy| {
+            let d = cuda::cross_entropy_gradient(&gpu, &of_logits, &of_targets, &sums, dy)?;
+            Ok([Some(d), None, None])
+        });
+    }
     let targets = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
     (log_sum_exp(&logits)? - logits.gather(&targets, 1)?)?.squeeze(1)
 }

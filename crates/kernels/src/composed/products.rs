@@ -41,6 +41,13 @@ pub(super) trait ByGroup: Send + Sync {
     fn outer(&self, z: &Tensor, x: &Tensor, dtype: DType) -> Result<Tensor>;
 }
 
+/// Whether anyone sees what rows have on the other side, and so whether there may be more of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Between {
+    Seen,
+    Unseen,
+}
+
 /// The products of rows like `x` that are sorted into `segments`, with `stacks` whose rows `starts` gives to
 /// groups: in one launch of a kernel of our own where they can be had so, else by candle.
 pub(super) fn by_group(
@@ -48,13 +55,14 @@ pub(super) fn by_group(
     stacks: &[&Tensor],
     segments: &Arc<[Segment]>,
     starts: &Arc<[usize]>,
+    between: Between,
 ) -> Result<Box<dyn ByGroup>> {
     #[cfg(feature = "linked")]
-    if let Some(products) = AtOnce::new(x, stacks, segments, starts)? {
+    if let Some(products) = AtOnce::new(x, stacks, segments, starts, between)? {
         return Ok(Box::new(products));
     }
     #[cfg(not(feature = "linked"))]
-    let _ = (x, stacks);
+    let _ = (x, stacks, between);
     Ok(Box::new(OneByOne {
         segments: segments.clone(),
         starts: starts.clone(),

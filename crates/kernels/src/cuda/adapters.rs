@@ -5,7 +5,7 @@ use super::block::Block;
 use super::compile::ADAPTERS;
 use super::device::{Address, Element, Gpu, Launch};
 use super::workspace::Workspace;
-use cudarc::driver::{CudaSlice, DeviceRepr};
+use cudarc::driver::{CudaSlice, DevicePtrMut, DeviceRepr};
 
 /// Arguments of `adapters_expand`.
 #[repr(C)]
@@ -174,7 +174,7 @@ pub(super) fn combine<T: Element>(
     block: &Block<T>,
     tokens: usize,
     work: &Workspace<T>,
-    out: &mut CudaSlice<T>,
+    out: &mut impl DevicePtrMut<T>,
 ) -> Result<()> {
     let based = block.shape.groups > 0;
     let own = work.own.as_ref().filter(|_| block.originals().is_some());

@@ -76,17 +76,17 @@ impl<T: Element> Block<T> {
         if trained.dense {
             gradients
                 .dense
-                .check("dense experts' gradients", dense, f * h, h * f)?;
+                .check::<f32>("dense experts' gradients", dense, f * h, h * f)?;
         }
         if trained.bases {
             gradients
                 .bases
-                .check("bases' gradients", groups, f * h, h * f)?;
+                .check::<f32>("bases' gradients", groups, f * h, h * f)?;
         }
         if trained.adapters {
             let Adapted { a, b } = &gradients.adapters;
-            a.check("gradients of the adapters' a", adapted, r * h, r * f)?;
-            b.check("gradients of the adapters' b", adapted, f * r, h * r)?;
+            a.check::<f32>("gradients of the adapters' a", adapted, r * h, r * f)?;
+            b.check::<f32>("gradients of the adapters' b", adapted, f * r, h * r)?;
         }
         let rows = self.shape.rows(tokens);
         let pass = Pass {

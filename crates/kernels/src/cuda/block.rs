@@ -1,10 +1,11 @@
 //! A whole layer of experts, from hidden states to their weighted outputs.
 
 use super::device::{Element, Gpu};
+use super::held::Held;
 use super::route::Scores;
 use super::workspace::Workspace;
 use super::{Result, ensure};
-use cudarc::driver::CudaSlice;
+use cudarc::driver::{CudaSlice, DeviceSlice};
 
 /// The largest size of a matrix: offsets within a tile's rows fit 32 bits.
 const MOST: usize = 1 << 20;
@@ -58,6 +59,25 @@ impl Shape {
         tokens * self.top_k.min(self.groups)
     }
 
+    /// Whether nothing of `other` is larger.
+    pub(super) fn covers(&self, other: &Self) -> bool {
+        self.widest(other) == *self
+    }
+
+    /// The larger of every size.
+    pub(super) fn widest(&self, other: &Self) -> Self {
+        Self {
+            hidden: self.hidden.max(other.hidden),
+            inner: self.inner.max(other.inner),
+            experts: self.experts.max(other.experts),
+            top_k: self.top_k.max(other.top_k),
+            dense: self.dense.max(other.dense),
+            adapted: self.adapted.max(other.adapted),
+            groups: self.groups.max(other.groups),
+            rank: self.rank.max(other.rank),
+        }
+    }
+
     pub(super) fn check(&self) -> Result<()> {
         for (name, size) in [("hidden size", self.hidden), ("inner size", self.inner)] {
             ensure!(
@@ -101,18 +121,21 @@ impl Shape {
 
 /// The three matrices of `n` experts, as `torch.nn.Linear` keeps them; empty for none.
 #[derive(Debug)]
-pub struct Projections<T> {
+pub struct Projections<M> {
     /// `[n, F, H]`, of adapters `[n, R, H]` or `[n, F, R]`
-    pub gate: CudaSlice<T>,
+    pub gate: M,
     /// As `gate`.
-    pub up: CudaSlice<T>,
+    pub up: M,
     /// `[n, H, F]`, of adapters `[n, R, F]` or `[n, H, R]`
-    pub down: CudaSlice<T>,
+    pub down: M,
 }
 
-impl<T> Projections<T> {
+impl<M> Projections<M> {
     /// `n` times matrices of these numbers of entries.
-    pub(super) fn check(&self, what: &str, n: usize, gate: usize, down: usize) -> Result<()> {
+    pub(super) fn check<T>(&self, what: &str, n: usize, gate: usize, down: usize) -> Result<()>
+    where
+        M: DeviceSlice<T>,
+    {
         for (name, matrix, size) in [
             ("gate_proj", &self.gate, gate),
             ("up_proj", &self.up, gate),
@@ -131,26 +154,26 @@ impl<T> Projections<T> {
 
 /// Low-rank adapters of `n` slots: `U·V`.
 #[derive(Debug)]
-pub struct Adapted<T> {
+pub struct Adapted<M> {
     /// `V`: gate and up `[n, R, H]`, down `[n, R, F]`.
-    pub a: Projections<T>,
+    pub a: Projections<M>,
     /// `U`: gate and up `[n, F, R]`, down `[n, H, R]`.
-    pub b: Projections<T>,
+    pub b: Projections<M>,
 }
 
 /// The parameters of a layer.
 #[derive(Debug)]
 pub struct Weights<T> {
     /// `[E, H]`
-    pub router: CudaSlice<T>,
+    pub router: Held<T>,
     /// Of the dense positions.
-    pub dense: Projections<T>,
+    pub dense: Projections<Held<T>>,
     /// Of the groups.
-    pub bases: Projections<T>,
+    pub bases: Projections<Held<T>>,
     /// Of the adapted positions.
-    pub adapters: Adapted<T>,
+    pub adapters: Adapted<Held<T>>,
     /// The experts that the adapted positions replace, while they have a share.
-    pub originals: Option<Projections<T>>,
+    pub originals: Option<Projections<Held<T>>>,
 }
 
 /// A layer on the GPU.
@@ -192,18 +215,20 @@ impl<T: Element> Block<T> {
         );
         weights
             .dense
-            .check("dense experts", shape.dense, f * h, h * f)?;
-        weights.bases.check("bases", shape.groups, f * h, h * f)?;
+            .check::<T>("dense experts", shape.dense, f * h, h * f)?;
+        weights
+            .bases
+            .check::<T>("bases", shape.groups, f * h, h * f)?;
         weights
             .adapters
             .a
-            .check("adapters' a", shape.adapted, r * h, r * f)?;
+            .check::<T>("adapters' a", shape.adapted, r * h, r * f)?;
         weights
             .adapters
             .b
-            .check("adapters' b", shape.adapted, f * r, h * r)?;
+            .check::<T>("adapters' b", shape.adapted, f * r, h * r)?;
         if let Some(originals) = &weights.originals {
-            originals.check("replaced experts", shape.adapted, f * h, h * f)?;
+            originals.check::<T>("replaced experts", shape.adapted, f * h, h * f)?;
         }
         scores.check(&shape)?;
         ensure!(
@@ -252,7 +277,7 @@ impl<T: Element> Block<T> {
     }
 
     /// The replaced experts, while they have a share.
-    pub(super) fn originals(&self) -> Option<&Projections<T>> {
+    pub(super) fn originals(&self) -> Option<&Projections<Held<T>>> {
         self.weights.originals.as_ref().filter(|_| self.beta > 0.0)
     }
 
@@ -263,10 +288,10 @@ impl<T: Element> Block<T> {
 
     pub(super) fn check(
         &self,
-        x: &CudaSlice<T>,
+        x: &impl DeviceSlice<T>,
         tokens: usize,
         work: &Workspace<T>,
-        out: &CudaSlice<T>,
+        out: &impl DeviceSlice<T>,
     ) -> Result<()> {
         let size = tokens * self.shape.hidden;
         ensure!(
@@ -283,7 +308,7 @@ impl<T: Element> Block<T> {
             self.beta
         );
         ensure!(
-            work.shape == self.shape && tokens <= work.tokens,
+            work.fits(&self.shape, tokens),
             "the workspace is for {} tokens of {:?}, the layer takes {tokens} of {:?}",
             work.tokens,
             work.shape,

@@ -26,6 +26,7 @@ pub struct Source {
 
 const COMMON: &str = include_str!("../../cuda/common.cuh");
 const HOPPER: &str = include_str!("../../cuda/hopper.cuh");
+const ATTENTION_TILES: &str = include_str!("../../cuda/attention.cuh");
 const CHOOSE: &str = include_str!("../../cuda/choose.cuh");
 
 pub(super) const ROUTER: Source = Source {
@@ -81,8 +82,32 @@ pub(super) const ROWS: Source = Source {
     hopper: false,
 };
 
+pub(super) const ATTENTION: Source = Source {
+    name: "attention",
+    parts: &[
+        COMMON,
+        ATTENTION_TILES,
+        include_str!("../../cuda/attention.cu"),
+    ],
+    hopper: false,
+};
+pub(super) const ATTENTION_BACKWARD: Source = Source {
+    name: "attention_backward",
+    parts: &[
+        COMMON,
+        ATTENTION_TILES,
+        include_str!("../../cuda/attention_backward.cu"),
+    ],
+    hopper: false,
+};
+pub(super) const TOKENS: Source = Source {
+    name: "tokens",
+    parts: &[COMMON, include_str!("../../cuda/tokens.cu")],
+    hopper: false,
+};
+
 /// All sources.
-pub const SOURCES: [Source; 9] = [
+pub const SOURCES: [Source; 12] = [
     ROUTER,
     ROUTE,
     GROUPED,
@@ -92,6 +117,9 @@ pub const SOURCES: [Source; 9] = [
     BACKWARD,
     BACKWARD_MMA,
     ROWS,
+    ATTENTION,
+    ATTENTION_BACKWARD,
+    TOKENS,
 ];
 
 /// A 16-bit float that kernels compute with; sums are in `f32`.

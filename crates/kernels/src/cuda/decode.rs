@@ -4,10 +4,11 @@
 use super::block::Block;
 use super::compile::DECODE;
 use super::device::{Address, Element, Gpu, Launch};
+use super::held::Held;
 use super::route::{ScoresArgument, TablesArgument};
 use super::workspace::Workspace;
 use super::{Result, ensure};
-use cudarc::driver::{CudaSlice, DeviceRepr};
+use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
 
 /// The most tokens that [`forward`] takes.
 pub(super) const DECODE_TOKENS: usize = 32;
@@ -63,15 +64,15 @@ unsafe impl DeviceRepr for Decode {}
 pub(super) fn forward<T: Element>(
     gpu: &Gpu,
     block: &Block<T>,
-    x: &CudaSlice<T>,
+    x: &impl DevicePtr<T>,
     tokens: usize,
     work: &mut Workspace<T>,
-    out: &mut CudaSlice<T>,
+    out: &mut impl DevicePtrMut<T>,
 ) -> Result<()> {
     let (shape, w) = (&block.shape, &block.weights);
-    let at = |t: &CudaSlice<T>| gpu.address(t);
+    let at = |t: &Held<T>| gpu.address(t);
     let arguments = Decode {
-        x: at(x),
+        x: gpu.address(x),
         router: at(&w.router),
         gate: at(&w.dense.gate),
         up: at(&w.dense.up),

@@ -85,6 +85,9 @@ pub struct Gpu {
     modules: Loaded<(&'static str, ElementKind), Arc<CudaModule>>,
     /// With the shared memory that each may use.
     functions: Loaded<(&'static str, ElementKind), (CudaFunction, usize)>,
+    /// Memory between the kernels of layers, of each type, while no layer has it.
+    #[cfg(feature = "linked")]
+    pub(super) workspaces: Loaded<ElementKind, Option<Box<dyn std::any::Any + Send>>>,
 }
 
 impl std::fmt::Debug for Gpu {
@@ -152,6 +155,8 @@ impl Gpu {
             poisoned: false,
             modules: Mutex::default(),
             functions: Mutex::default(),
+            #[cfg(feature = "linked")]
+            workspaces: Mutex::default(),
         })
     }
 
@@ -274,7 +279,7 @@ impl Gpu {
 
     /// # Panics
     /// As [`Gpu::address`].
-    pub(super) fn address_mut<T>(&self, values: &mut CudaSlice<T>) -> Address {
+    pub(super) fn address_mut<T>(&self, values: &mut impl DevicePtrMut<T>) -> Address {
         self.own(values.stream());
         Address(values.device_ptr_mut(&self.stream).0)
     }

@@ -8,7 +8,7 @@ use super::device::{Element, Gpu};
 use super::grouped::{Grouped, Kind};
 use super::route::{route, router_logits};
 use super::workspace::{Own, Workspace};
-use cudarc::driver::CudaSlice;
+use cudarc::driver::{DevicePtr, DevicePtrMut};
 
 /// The parts of a layer's work by sorted rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,10 +34,10 @@ impl<T: Element> Block<T> {
     pub fn forward(
         &self,
         gpu: &Gpu,
-        x: &CudaSlice<T>,
+        x: &impl DevicePtr<T>,
         tokens: usize,
         work: &mut Workspace<T>,
-        out: &mut CudaSlice<T>,
+        out: &mut impl DevicePtrMut<T>,
     ) -> Result<()> {
         self.check(x, tokens, work, out)?;
         // No tables are there until all is queued.
@@ -57,10 +57,10 @@ impl<T: Element> Block<T> {
     pub fn forward_grouped(
         &self,
         gpu: &Gpu,
-        x: &CudaSlice<T>,
+        x: &impl DevicePtr<T>,
         tokens: usize,
         work: &mut Workspace<T>,
-        out: &mut CudaSlice<T>,
+        out: &mut impl DevicePtrMut<T>,
     ) -> Result<()> {
         self.forward_observed(gpu, x, tokens, work, out, &mut |_| Ok(()))
     }
@@ -72,10 +72,10 @@ impl<T: Element> Block<T> {
     pub fn forward_observed(
         &self,
         gpu: &Gpu,
-        x: &CudaSlice<T>,
+        x: &impl DevicePtr<T>,
         tokens: usize,
         work: &mut Workspace<T>,
-        out: &mut CudaSlice<T>,
+        out: &mut impl DevicePtrMut<T>,
         queued: &mut dyn FnMut(Stage) -> Result<()>,
     ) -> Result<()> {
         self.check(x, tokens, work, out)?;
@@ -101,7 +101,7 @@ impl<T: Element> Block<T> {
     fn dense(
         &self,
         gpu: &Gpu,
-        x: &CudaSlice<T>,
+        x: &impl DevicePtr<T>,
         tokens: usize,
         work: &mut Workspace<T>,
     ) -> Result<()> {
@@ -133,7 +133,7 @@ impl<T: Element> Block<T> {
     pub(super) fn bases_on_pairs(
         &self,
         gpu: &Gpu,
-        x: &CudaSlice<T>,
+        x: &impl DevicePtr<T>,
         tokens: usize,
         work: &mut Workspace<T>,
     ) -> Result<()> {
@@ -158,7 +158,7 @@ impl<T: Element> Block<T> {
     pub(super) fn parts_of_slots(
         &self,
         gpu: &Gpu,
-        x: &CudaSlice<T>,
+        x: &impl DevicePtr<T>,
         tokens: usize,
         work: &mut Workspace<T>,
     ) -> Result<()> {
@@ -195,7 +195,7 @@ impl<T: Element> Block<T> {
     fn adapted(
         &self,
         gpu: &Gpu,
-        x: &CudaSlice<T>,
+        x: &impl DevicePtr<T>,
         tokens: usize,
         work: &mut Workspace<T>,
         queued: &mut dyn FnMut(Stage) -> Result<()>,

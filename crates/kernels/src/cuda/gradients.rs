@@ -27,11 +27,11 @@ pub struct Gradients<T> {
     /// Of the gate of each choice, `[T · K]`.
     pub gates: CudaSlice<f32>,
     /// Of the dense experts, as their matrices lie.
-    pub dense: Projections<f32>,
+    pub dense: Projections<CudaSlice<f32>>,
     /// Of the bases.
-    pub bases: Projections<f32>,
+    pub bases: Projections<CudaSlice<f32>>,
     /// Of the adapters.
-    pub adapters: Adapted<f32>,
+    pub adapters: Adapted<CudaSlice<f32>>,
     /// Pre-activations of rows, then their gradients, `[S, F]`.
     pub(super) gate: CudaSlice<T>,
     pub(super) up: CudaSlice<T>,

@@ -5,6 +5,8 @@
 //! sums; no sum depends on the order in which blocks run, so the same inputs give the same bits.
 
 mod adapters;
+#[cfg(feature = "linked")]
+mod attention;
 mod backward;
 mod block;
 mod compile;
@@ -14,6 +16,9 @@ mod forward;
 mod gradients;
 mod graph;
 mod grouped;
+mod held;
+#[cfg(feature = "linked")]
+mod made;
 mod products;
 mod route;
 mod rows;
@@ -22,8 +27,13 @@ mod tensor_map;
 mod tensors;
 #[cfg(test)]
 mod tests;
+#[cfg(feature = "linked")]
+mod tokens;
+#[cfg(feature = "linked")]
+mod whole;
 mod workspace;
 
+pub use crate::choice::{Choice, ExpertGroups};
 pub use block::{Adapted, Block, Projections, Shape, Weights};
 pub use compile::{Binary, ElementKind, SOURCES, Source, compile, compiler_present};
 pub use device::{Element, Gpu, Number};
@@ -31,10 +41,23 @@ pub use forward::Stage;
 pub use gradients::{Gradients, Trained};
 pub use graph::Graph;
 pub use grouped::Path as GroupedPath;
-pub use route::{Choice, ExpertGroups, Scores};
+pub use held::Held;
+pub use route::Scores;
+#[cfg(feature = "linked")]
+pub use tensors::device;
 #[cfg(feature = "linked")]
 pub(crate) use tensors::{Product, Way};
 pub use workspace::Workspace;
+#[cfg(feature = "linked")]
+pub(crate) use {
+    attention::Attention,
+    made::{gpu_of, gpu_of_f32},
+    tokens::{
+        cross_entropy, cross_entropy_gradient, norm_gradient, spread_rows, sum_rows, swiglu,
+        swiglu_gradients,
+    },
+    whole::OnGpu,
+};
 
 /// What can go wrong on a GPU.
 #[derive(Debug, thiserror::Error)]

@@ -4,6 +4,7 @@ use super::Result;
 use super::compile::{BACKWARD, BACKWARD_MMA, Source};
 use super::device::{Address, Element, Gpu, Launch};
 use super::grouped::{Path, Segments};
+use super::held::Held;
 use super::tensor_map::TensorMap;
 use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 
@@ -155,8 +156,8 @@ impl Transposed {
     pub(super) fn two<T: Element>(
         &self,
         gpu: &Gpu,
-        first: (Rows, &CudaSlice<T>),
-        second: (Rows, &CudaSlice<T>),
+        first: (Rows, &Held<T>),
+        second: (Rows, &Held<T>),
         y: Out,
         rows: &Segments,
     ) -> Result<()> {

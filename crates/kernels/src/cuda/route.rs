@@ -7,7 +7,8 @@ use super::device::{Address, Element, Gpu, Launch};
 use super::grouped::Segments;
 use super::workspace::Workspace;
 use super::{Result, ensure};
-use cudarc::driver::{CudaSlice, DeviceRepr};
+use crate::choice::{Choice, ExpertGroups};
+use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 
 /// No position, group or pair.
 pub(super) const NONE: u32 = u32::MAX;
@@ -15,30 +16,6 @@ pub(super) const NONE: u32 = u32::MAX;
 /// The least tokens of a block, and the most blocks.
 const CHUNK: usize = 32;
 const MOST_BLOCKS: usize = 1024;
-
-/// How a family turns router outputs into choices.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Choice {
-    /// Logistic scores, instead of the softmax.
-    pub sigmoid: bool,
-    /// The limit to some groups of experts, if the family has one.
-    pub groups: Option<ExpertGroups>,
-    /// Whether the gates of a token are divided by their sum.
-    pub renormalize: bool,
-    /// Factor of the gates.
-    pub scaling: f32,
-}
-
-/// A limit of the choice to the best of equal groups of neighbouring experts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ExpertGroups {
-    /// How many groups there are.
-    pub count: usize,
-    /// From how many of them experts can be chosen.
-    pub kept: usize,
-    /// Whether a group counts the sum of its two best scores, instead of the best.
-    pub two_best: bool,
-}
 
 /// A [`Choice`] with what it needs on the GPU.
 #[derive(Debug)]
@@ -292,7 +269,7 @@ unsafe impl DeviceRepr for Router {}
 pub(super) fn router_logits<T: Element>(
     gpu: &Gpu,
     block: &Block<T>,
-    x: &CudaSlice<T>,
+    x: &impl DevicePtr<T>,
     tokens: usize,
     logits: &mut CudaSlice<f32>,
 ) -> Result<()> {

@@ -6,12 +6,27 @@ use super::products::{Out, Rows, Transposed, outer};
 use super::{CudaError, Result};
 use candle_core::cuda::{CudaDType, DeviceId};
 use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, CustomOp3, DType, Error, Layout, Result as Candle, Shape,
+    CpuStorage, CudaDevice, CudaStorage, CustomOp3, DType, Device, Error, Layout, Result as Candle,
+    Shape,
 };
 use cudarc::driver::{CudaSlice, CudaView};
 use half::{bf16, f16};
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex};
+
+/// GPU number `ordinal` as candle knows it, with one stream for all threads, so that the work of one is there for
+/// the others, and nothing to watch over it.
+///
+/// # Errors
+/// If there is no such GPU.
+pub fn device(ordinal: usize) -> Candle<Device> {
+    let device = Device::new_cuda_with_stream(ordinal)?;
+    if let Device::Cuda(device) = &device {
+        // SAFETY: all that this device takes and queues is on its one stream, where nothing needs to wait.
+        unsafe { device.disable_event_tracking() };
+    }
+    Ok(device)
+}
 
 type Known = Mutex<HashMap<DeviceId, Option<Arc<Gpu>>>>;
 
@@ -117,7 +132,7 @@ fn stored<T: CudaDType>(
 }
 
 /// What the kernels read of a tensor.
-fn numbers<'a, T: CudaDType>(
+pub(super) fn numbers<'a, T: CudaDType>(
     (storage, layout): Operand<'a>,
     count: usize,
 ) -> Candle<CudaView<'a, T>> {
@@ -127,8 +142,9 @@ fn numbers<'a, T: CudaDType>(
     let part = part.filter(|&(start, end)| end - start == count && aligned(start));
     let part = part.and_then(|(start, end)| all.try_slice(start..end));
     part.ok_or_else(|| {
-        let expected = format!("{count} numbers from a multiple of 16 bytes on");
-        Error::msg(format!("{NAME}: {expected} were expected, not {layout:?}"))
+        Error::msg(format!(
+            "{count} numbers from a multiple of 16 bytes on were expected, not {layout:?}"
+        ))
     })
 }
 

@@ -8,7 +8,7 @@ use super::grouped::Path;
 use super::route::Tables;
 use cudarc::driver::CudaSlice;
 
-/// Memory between the kernels of a layer, for any layer of one shape.
+/// Memory between the kernels of a layer, for any layer whose sizes are no larger than those of its shape.
 #[derive(Debug)]
 pub struct Workspace<T> {
     pub(super) shape: Shape,
@@ -84,6 +84,21 @@ impl<T: Element> Workspace<T> {
             y: gpu.alloc(rows * shape.hidden)?,
             own: None,
         })
+    }
+
+    /// Whether `tokens` of a layer of this shape have room.
+    pub(super) fn fits(&self, shape: &Shape, tokens: usize) -> bool {
+        self.shape.covers(shape) && tokens <= self.tokens
+    }
+
+    /// What has room for them, and for what has room here unless that is too much for one layer.
+    #[cfg(feature = "linked")]
+    pub(super) fn larger(&self, shape: &Shape, tokens: usize) -> (Shape, usize) {
+        let both = self.shape.widest(shape);
+        match both.check() {
+            Ok(()) => (both, tokens.max(self.tokens)),
+            Err(_) => (*shape, tokens),
+        }
     }
 
     /// The same with memory for replaced experts that have a share.

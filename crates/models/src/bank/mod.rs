@@ -32,11 +32,13 @@ mod factored;
 mod forward;
 mod mixture;
 mod scales;
+mod whole;
 
 pub use factored::{Factored, largest_rows};
 pub use forward::ExpertRows;
 pub use mixture::{MixedSlots, Mixture};
 pub use scales::Scales;
+pub(crate) use whole::Whole;
 
 /// The three matrices of `n` experts, stacked.
 #[derive(Debug, Clone)]

@@ -22,7 +22,7 @@ fn compare(
     gpu: &Gpu,
     what: &str,
     n: usize,
-    given: &super::super::Projections<f32>,
+    given: &super::super::Projections<CudaSlice<f32>>,
     host: &Matrices,
 ) {
     let given = [&given.gate, &given.up, &given.down].map(|matrix: &CudaSlice<f32>| {

@@ -4,16 +4,21 @@
 //! LIGHTMOE_GPU makes a missing one a failure. What has `quick` in its name is quick enough for a memory
 //! checker.
 
+#[cfg(feature = "linked")]
+mod between;
 mod gradients;
 mod reference;
 #[cfg(feature = "linked")]
 mod tensors;
+#[cfg(feature = "linked")]
+mod whole;
 
 use super::block::{Block, Shape};
 use super::device::Gpu;
 use super::grouped::Path;
-use super::route::{Choice, ExpertGroups, NONE};
+use super::route::NONE;
 use super::workspace::Workspace;
+use super::{Choice, ExpertGroups};
 use crate::Dispatch;
 use half::{bf16, f16};
 use rand::SeedableRng;
@@ -44,6 +49,18 @@ const SOFTMAX: Choice = Choice {
     groups: None,
     renormalize: false,
     scaling: 1.0,
+};
+
+/// DeepSeek's choice: logistic scores with a correction, limited to groups, renormalised and scaled.
+const LIMITED: Choice = Choice {
+    sigmoid: true,
+    groups: Some(ExpertGroups {
+        count: 4,
+        kept: 2,
+        two_best: true,
+    }),
+    renormalize: true,
+    scaling: 2.5,
 };
 
 /// Sizes with ragged tails, one token, all experts chosen, no dense, no adapted, no base.
@@ -324,23 +341,12 @@ fn quick_layers_are_annealed() {
     }
 }
 
-/// DeepSeek's choice: logistic scores with a correction, limited to groups, renormalised and scaled, with
-/// some experts removed.
+/// With some experts removed.
 #[test]
 fn quick_choices_are_limited_to_groups() {
     let Some(gpu) = gpu() else { return };
-    let choice = Choice {
-        sigmoid: true,
-        groups: Some(ExpertGroups {
-            count: 4,
-            kept: 2,
-            two_best: true,
-        }),
-        renormalize: true,
-        scaling: 2.5,
-    };
     let shape = shape(64, 32, 32, 6, [20, 9], 2, 8);
-    let layer = layer::<bf16>(7, shape, 1, choice);
+    let layer = layer::<bf16>(7, shape, 1, LIMITED);
     let block = layer.upload::<bf16>(&gpu);
     for (tokens, way) in [(4, Way::Decode), (100, Way::Grouped(Path::Mma))] {
         run(&gpu, &layer, &block, tokens, way, tokens as u64);

@@ -2,7 +2,9 @@
 
 use super::super::block::{Adapted, Block, Projections, Shape, Weights};
 use super::super::device::{Element, Gpu};
-use super::super::route::{Choice, ExpertGroups, Scores};
+use super::super::held::Held;
+use super::super::route::Scores;
+use super::super::{Choice, ExpertGroups};
 use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -83,10 +85,10 @@ impl Matrices {
         [&mut self.gate, &mut self.up, &mut self.down]
     }
 
-    fn upload<T: Number>(&self, gpu: &Gpu) -> Projections<T> {
+    fn upload<T: Number>(&self, gpu: &Gpu) -> Projections<Held<T>> {
         let [gate, up, down] = self.each().map(|matrix| {
             let numbers: Vec<T> = matrix.iter().map(|&v| T::of(v as f32)).collect();
-            gpu.upload(&numbers).unwrap()
+            gpu.upload(&numbers).unwrap().into()
         });
         Projections { gate, up, down }
     }
@@ -168,8 +170,8 @@ pub(super) struct Layer {
     pub(super) group_of: Vec<Option<usize>>,
     /// Position of each expert, `None` for removed ones.
     pub(super) position: Vec<Option<usize>>,
-    bias: Option<Vec<f32>>,
-    router: Vec<f64>,
+    pub(super) bias: Option<Vec<f32>>,
+    pub(super) router: Vec<f64>,
     pub(super) dense: Matrices,
     pub(super) bases: Matrices,
     pub(super) a: Matrices,
@@ -236,7 +238,8 @@ impl Layer {
                         .map(|&v| T::of(v as f32))
                         .collect::<Vec<_>>(),
                 )
-                .unwrap(),
+                .unwrap()
+                .into(),
             dense: self.dense.upload(gpu),
             bases: self.bases.upload(gpu),
             adapters: Adapted {

@@ -2,15 +2,15 @@
 //! gradients. The kernels' results hold NaN before they are written.
 
 use super::{REQUIRED, distance};
-use crate::composed::AtOnce;
+use crate::composed::{AtOnce, Between};
 use crate::{Segment, grouped_linear, low_rank};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
 
-fn device() -> Option<Device> {
-    match Device::new_cuda_with_stream(0) {
+pub(super) fn device() -> Option<Device> {
+    match crate::cuda::device(0) {
         Ok(device) => Some(device),
         Err(error) => {
             assert!(std::env::var_os(REQUIRED).is_none(), "{error}");
@@ -21,10 +21,10 @@ fn device() -> Option<Device> {
 }
 
 /// The 16-bit types, and how far results may be from f32.
-const TYPES: [(DType, f64); 2] = [(DType::BF16, 1e-2), (DType::F16, 2e-3)];
+pub(super) const TYPES: [(DType, f64); 2] = [(DType::BF16, 1e-2), (DType::F16, 2e-3)];
 
 /// The same seed gives the same numbers, of unit variance over the last dimension.
-fn random(seed: u64, shape: &[usize]) -> Tensor {
+pub(super) fn random(seed: u64, shape: &[usize]) -> Tensor {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let scale = (3.0 / shape[shape.len() - 1].max(1) as f32).sqrt();
     let values: Vec<f32> = (0..shape.iter().product())
@@ -46,12 +46,12 @@ fn segments(runs: &[(usize, usize)]) -> Arc<[Segment]> {
     runs.iter().map(segment).collect()
 }
 
-fn values(t: &Tensor) -> Vec<f64> {
+pub(super) fn values(t: &Tensor) -> Vec<f64> {
     let flat = t.flatten_all().unwrap().to_dtype(DType::F64).unwrap();
     flat.to_vec1().unwrap()
 }
 
-type Operation<'a> = dyn Fn(&[Tensor]) -> Result<Tensor> + 'a;
+pub(super) type Operation<'a> = dyn Fn(&[Tensor]) -> Result<Tensor> + 'a;
 
 /// What `op` gives of the inputs and the gradients of `Σ c · op`, `c` fixed and random.
 fn run(inputs: &[Tensor], dtype: DType, op: &Operation<'_>) -> Vec<Tensor> {
@@ -71,17 +71,23 @@ fn run(inputs: &[Tensor], dtype: DType, op: &Operation<'_>) -> Vec<Tensor> {
 }
 
 /// The same numbers with as few digits as the type has.
-fn rounded(t: &Tensor, dtype: DType) -> Tensor {
+pub(super) fn rounded(t: &Tensor, dtype: DType) -> Tensor {
     t.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap()
 }
 
 /// Holds `op` on the GPU against the CPU, its rows, the first input, of 16 bits, the others of these and, as
 /// they train, of f32; twice, to the same bits.
 fn check(device: &Device, inputs: &[Tensor], op: &Operation<'_>) {
+    check_of(device, inputs, true, op);
+}
+
+/// The same where all inputs are of 16 bits, or the others `may_be_wide`.
+pub(super) fn check_of(device: &Device, inputs: &[Tensor], may_be_wide: bool, op: &Operation<'_>) {
     for (dtype, within) in TYPES {
         let inputs: Vec<Tensor> = inputs.iter().map(|t| rounded(t, dtype)).collect();
         let expected = run(&inputs, dtype, op);
-        for weights in [dtype, DType::F32] {
+        let wide = may_be_wide.then_some(DType::F32);
+        for weights in [dtype].into_iter().chain(wide) {
             let on_gpu = |(i, t): (usize, &Tensor)| {
                 let dtype = if i == 0 { dtype } else { weights };
                 t.to_device(device).unwrap().to_dtype(dtype).unwrap()
@@ -136,7 +142,12 @@ fn parts(t: &Tensor) -> Vec<Vec<f64>> {
 
 /// Whether our own kernels compute `x` with such stacks.
 fn at_once(x: &Tensor, stacks: &[&Tensor], segments: &[Segment], starts: &[usize]) -> bool {
-    AtOnce::new(x, stacks, segments, starts).unwrap().is_some()
+    let between = match stacks.len() {
+        1 => Between::Seen,
+        _ => Between::Unseen,
+    };
+    let products = AtOnce::new(x, stacks, segments, &starts.into(), between);
+    products.unwrap().is_some()
 }
 
 /// `grouped_linear` of `groups` matrices `[n, k]`, and whether it takes one launch.
@@ -277,7 +288,10 @@ fn quick_adapters_of_tensors() {
     ranked(&device, &runs, &[32; 4], [264, 136], true);
     ranked(&device, &[(1, 1)], &[16; 3], [64, 64], true);
     ranked(&device, &runs, &[136; 4], [24, 16], true);
-    ranked(&device, &runs, &[4; 4], [40, 72], false);
-    ranked(&device, &runs, &[8, 16, 0, 24], [40, 72], false);
+    // Filled up with zeros.
+    ranked(&device, &runs, &[4; 4], [40, 72], true);
+    ranked(&device, &runs, &[8, 16, 0, 24], [40, 72], true);
+    ranked(&device, &runs, &[5, 0, 1, 9], [40, 72], false);
+    ranked(&device, &runs, &[8, 3, 1, 9], [40, 72], true);
     ranked(&device, &runs, &[8; 4], [36, 72], false);
 }

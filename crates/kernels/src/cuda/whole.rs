@@ -1,0 +1,267 @@
+//! Whole layers on candle's tensors, queued on candle's own stream.
+
+use super::Result;
+use super::block::{Adapted, Block, Projections, Shape, Weights};
+use super::device::{Element, Gpu, lock};
+use super::held::Held;
+use super::made::held;
+use super::route::Scores;
+use super::tensors::numbers;
+use super::workspace::Workspace;
+use crate::padded::{common_rank, padded};
+use crate::whole::{AdapterParts, LayerParts};
+use candle_core::cuda::CudaDType;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, DType, Device, Error, Layout, Result as Candle,
+    Shape as Dims, Tensor,
+};
+use half::{bf16, f16};
+use std::sync::Arc;
+
+const NAME: &str = "layer of experts";
+/// Tokens at once, so that what lies between the kernels stays small beside a model.
+const TOKENS: usize = 8192;
+/// The widest adapters that the kernels take.
+const RANK: usize = 128;
+
+/// A layer on candle's stream.
+#[derive(Debug)]
+pub(crate) struct OnGpu {
+    gpu: Arc<Gpu>,
+    block: Typed,
+}
+
+#[derive(Debug)]
+enum Typed {
+    Bf16(Block<bf16>),
+    F16(Block<f16>),
+}
+
+/// The sizes of a layer, if the kernels take them.
+fn shape(parts: &LayerParts<'_>) -> Candle<Option<Shape>> {
+    let (experts, hidden) = parts.router.dims2()?;
+    let (dense, inner) = match parts.dense {
+        Some([gate, ..]) => (gate.dim(0)?, gate.dim(1)?),
+        None => (0, 0),
+    };
+    let (bases, of_bases) = match parts.bases {
+        Some([gate, ..]) => (gate.dim(0)?, gate.dim(1)?),
+        None => (0, 0),
+    };
+    let of_adapters = match &parts.adapters {
+        Some(adapters) => adapters.b[0].dim(1)?,
+        None => 0,
+    };
+    let starts = parts.adapters.as_ref().map_or(&[0][..], |a| a.starts);
+    let shape = Shape {
+        hidden,
+        inner: inner.max(of_bases).max(of_adapters),
+        experts,
+        top_k: parts.top_k,
+        dense,
+        adapted: parts.groups.len(),
+        groups: bases,
+        rank: common_rank(starts),
+    };
+    let fits = shape.check().is_ok() && shape.rank <= RANK;
+    Ok(fits.then_some(shape))
+}
+
+impl OnGpu {
+    /// As [`crate::WholeLayer::new`].
+    pub(crate) fn new(parts: &LayerParts<'_>) -> Candle<Option<Self>> {
+        let Device::Cuda(device) = parts.router.device() else {
+            return Ok(None);
+        };
+        let (Some(shape), Some(dtype)) = (shape(parts)?, dtype(parts)) else {
+            return Ok(None);
+        };
+        let Some(gpu) = Gpu::of(device).map_err(Error::wrap)? else {
+            return Ok(None);
+        };
+        let exact = parts.router.to_dtype(dtype)?;
+        let rounded = parts.router.ne(&exact.to_dtype(parts.router.dtype())?)?;
+        if rounded
+            .to_dtype(DType::F32)?
+            .sum_all()?
+            .to_scalar::<f32>()?
+            > 0.0
+        {
+            return Ok(None);
+        }
+        let block = match dtype {
+            DType::BF16 => Typed::Bf16(block(&gpu, shape, parts, &exact)?),
+            _ => Typed::F16(block(&gpu, shape, parts, &exact)?),
+        };
+        Ok(Some(Self { gpu, block }))
+    }
+}
+
+/// The 16-bit type that all matrices have, if they have one, and nothing trains.
+fn dtype(parts: &LayerParts<'_>) -> Option<DType> {
+    let adapters = parts.adapters.iter().flat_map(|of| [of.a, of.b]);
+    let stacks = parts.dense.into_iter().chain(parts.bases).chain(adapters);
+    let stacks: Vec<&Tensor> = stacks.flatten().collect();
+    let dtype = stacks.first()?.dtype();
+    let same = stacks.iter().all(|t| t.dtype() == dtype);
+    let mut all = stacks
+        .iter()
+        .copied()
+        .chain([parts.router])
+        .chain(parts.correction);
+    let still = all.all(|t| !t.track_op() && t.device().same_device(parts.router.device()));
+    (same && still && matches!(dtype, DType::BF16 | DType::F16)).then_some(dtype)
+}
+
+fn block<T: Element + CudaDType>(
+    gpu: &Arc<Gpu>,
+    shape: Shape,
+    parts: &LayerParts<'_>,
+    router: &Tensor,
+) -> Candle<Block<T>> {
+    let none = Tensor::zeros(1, router.dtype(), router.device())?;
+    let stacks = |of: Option<[&Tensor; 3]>| -> Candle<Projections<Held<T>>> {
+        let [gate, up, down] = of.unwrap_or([&none; 3]);
+        Ok(Projections {
+            gate: held(gate)?,
+            up: held(up)?,
+            down: held(down)?,
+        })
+    };
+    let correction = parts.correction.map(|c| c.to_dtype(DType::F32)?.to_vec1());
+    let correction: Option<Vec<f32>> = correction.transpose()?;
+    let scores = Scores::new(gpu, parts.choice, parts.position, correction.as_deref());
+    let weights = Weights {
+        router: held(router)?,
+        dense: stacks(parts.dense)?,
+        bases: stacks(parts.bases)?,
+        adapters: match (&parts.adapters, shape.adapted) {
+            (_, 0) => Adapted {
+                a: stacks(None)?,
+                b: stacks(None)?,
+            },
+            (adapters, _) => adapted(shape, adapters.as_ref(), router)?,
+        },
+        originals: None,
+    };
+    let block = scores.and_then(|scores| Block::new(gpu, shape, weights, scores, parts.groups));
+    block.map_err(Error::wrap)
+}
+
+/// Adapters as the kernels take them, all of one rank; zeros where there are none.
+fn adapted<T: Element + CudaDType>(
+    shape: Shape,
+    adapters: Option<&AdapterParts<'_>>,
+    like: &Tensor,
+) -> Candle<Adapted<Held<T>>> {
+    let (n, rank) = (shape.adapted, shape.rank);
+    let stack = |of: Option<&Tensor>, width: usize| -> Candle<Tensor> {
+        let all = match (of, adapters) {
+            (Some(stack), Some(adapters)) => padded(stack, adapters.starts, rank)?,
+            _ => Tensor::zeros((n * rank, width), like.dtype(), like.device())?,
+        };
+        all.reshape((n, rank, width))
+    };
+    let [h, f] = [shape.hidden, shape.inner];
+    let a = |i: usize, width| held(&stack(adapters.map(|of| of.a[i]), width)?);
+    let b = |i: usize, width| {
+        let stack = stack(adapters.map(|of| of.b[i]), width)?;
+        held(&stack.transpose(1, 2)?.contiguous()?)
+    };
+    Ok(Adapted {
+        a: Projections {
+            gate: a(0, h)?,
+            up: a(1, h)?,
+            down: a(2, f)?,
+        },
+        b: Projections {
+            gate: b(0, f)?,
+            up: b(1, f)?,
+            down: b(2, h)?,
+        },
+    })
+}
+
+impl OnGpu {
+    fn queue<T: Element + CudaDType>(
+        &self,
+        block: &Block<T>,
+        storage: &CudaStorage,
+        layout: &Layout,
+    ) -> Candle<(CudaStorage, Dims)> {
+        let (tokens, width) = layout.shape().dims2()?;
+        let hidden = block.shape().hidden;
+        if width != hidden {
+            candle_core::bail!("{NAME}: rows of {width} for a hidden size of {hidden}")
+        }
+        let x = numbers::<T>((storage, layout), tokens * hidden)?;
+        let gpu = &*self.gpu;
+        let run = || -> Result<_> {
+            let mut out = gpu.alloc::<T>(tokens * hidden)?;
+            for first in (0..tokens).step_by(TOKENS) {
+                let count = TOKENS.min(tokens - first);
+                let part = first * hidden..(first + count) * hidden;
+                let x = x.slice(part.clone());
+                let y = &mut out.slice_mut(part);
+                gpu.with_workspace::<T, _>(block.shape(), count, |work| {
+                    block.forward(gpu, &x, count, work, y)
+                })?;
+            }
+            Ok(out)
+        };
+        let mut out = run().map_err(Error::wrap)?;
+        // Noted once more: a stream that reads it waits for what was queued until here.
+        gpu.address_mut(&mut out);
+        let out = CudaStorage::wrap_cuda_slice(out, storage.device.clone());
+        Ok((out, layout.shape().clone()))
+    }
+}
+
+impl CustomOp1 for OnGpu {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Candle<(CpuStorage, Dims)> {
+        candle_core::bail!("{NAME}: its input is not on the GPU")
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Candle<(CudaStorage, Dims)> {
+        match &self.block {
+            Typed::Bf16(block) => self.queue(block, x, layout),
+            Typed::F16(block) => self.queue(block, x, layout),
+        }
+    }
+}
+
+impl Gpu {
+    /// Runs `work` with memory for `tokens` of a layer. It is kept for the next call, and grows: layers run one
+    /// after the other.
+    fn with_workspace<T: Element, R>(
+        &self,
+        shape: &Shape,
+        tokens: usize,
+        work: impl FnOnce(&mut Workspace<T>) -> Result<R>,
+    ) -> Result<R> {
+        let mut kept = lock(&self.workspaces);
+        let place = kept.entry(T::KIND).or_default();
+        let old = place
+            .take()
+            .and_then(|old| old.downcast::<Workspace<T>>().ok());
+        let mut mine = match old {
+            Some(old) if old.fits(shape, tokens) => old,
+            old => {
+                let tokens = tokens.next_power_of_two();
+                let (shape, tokens) = match &old {
+                    Some(old) => old.larger(shape, tokens),
+                    None => (*shape, tokens),
+                };
+                drop(old);
+                Box::new(Workspace::new(self, shape, tokens)?)
+            }
+        };
+        let done = work(&mut mine);
+        *place = Some(mine);
+        done
+    }
+}

@@ -1,0 +1,74 @@
+//! Adapters of slots of different ranks as if all had the same: what a slot lacks is zeros.
+
+use candle_core::{Result, Tensor};
+
+/// Ranks are multiples of this: as many numbers are copied at once.
+const PIECE: usize = 8;
+
+/// The rank that all slots take, at least one piece.
+pub(crate) fn common_rank(starts: &[usize]) -> usize {
+    let widest = starts.windows(2).map(|bounds| bounds[1] - bounds[0]).max();
+    widest.unwrap_or(0).next_multiple_of(PIECE).max(PIECE)
+}
+
+/// Where each slot's components lie among those of all, and `starts.last()`, a row of zeros behind them, for
+/// those that it lacks: `[n · rank]`.
+fn places(starts: &[usize], rank: usize) -> Vec<u32> {
+    let zeros = starts.last().copied().unwrap_or(0);
+    let of_slot = |bounds: &[usize]| {
+        let (first, end) = (bounds[0], bounds[1]);
+        (first..first + rank).map(move |at| if at < end { at as u32 } else { zeros as u32 })
+    };
+    starts.windows(2).flat_map(of_slot).collect()
+}
+
+/// A stack `[C, K]` of the components of `n` slots, which begin at `starts`, as `[n · rank, K]`.
+pub(crate) fn padded(stack: &Tensor, starts: &[usize], rank: usize) -> Result<Tensor> {
+    if starts
+        .windows(2)
+        .all(|bounds| bounds[1] - bounds[0] == rank)
+    {
+        return Ok(stack.clone());
+    }
+    let index = Tensor::new(places(starts, rank), stack.device())?;
+    stack.pad_with_zeros(0, 0, 1)?.index_select(&index, 0)
+}
+
+/// The components alone: the other way.
+pub(crate) fn without_padding(stack: &Tensor, starts: &[usize], rank: usize) -> Result<Tensor> {
+    let bounds = starts.windows(2).enumerate();
+    let of_slot = |(slot, bounds): (usize, &[usize])| {
+        let first = (slot * rank) as u32;
+        first..first + (bounds[1] - bounds[0]) as u32
+    };
+    let index: Vec<u32> = bounds.flat_map(of_slot).collect();
+    stack.index_select(&Tensor::new(index, stack.device())?, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn slots_are_filled_up_with_zeros() {
+        let stack: Vec<Vec<f32>> = (1..=5).map(|i| vec![i as f32, -i as f32]).collect();
+        let stack = Tensor::new(stack, &Device::Cpu).unwrap();
+        let starts = [0, 2, 2, 5];
+        assert_eq!(common_rank(&starts), 8);
+        let all = padded(&stack, &starts, 3).unwrap();
+        let first = all.narrow(1, 0, 1).unwrap().flatten_all().unwrap();
+        let expected = [1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 3.0, 4.0, 5.0];
+        assert_eq!(first.to_vec1::<f32>().unwrap(), expected);
+        let back = without_padding(&all, &starts, 3).unwrap();
+        let rows = |t: &Tensor| t.to_vec2::<f32>().unwrap();
+        assert_eq!(rows(&back), rows(&stack));
+    }
+
+    #[test]
+    fn ranks_are_multiples_of_what_is_copied() {
+        for (starts, rank) in [(&[0, 0, 0][..], 8), (&[0, 8, 16], 8), (&[0, 9, 12], 16)] {
+            assert_eq!(common_rank(starts), rank);
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! Whole layers of experts in a few launches, where a GPU has them and nothing trains.
+
+use crate::choice::Choice;
+use candle_core::{Result, Tensor};
+#[cfg(feature = "linked")]
+use {crate::composed::aligned, crate::cuda::OnGpu};
+
+/// What a layer of experts computes with. Positions hold dense experts first, then adapted slots that share a
+/// base, by ascending group, then adapted slots without one.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerParts<'a> {
+    /// `[E, H]`
+    pub router: &'a Tensor,
+    /// Added to the scores that choose, in families that have it: `[E]`.
+    pub correction: Option<&'a Tensor>,
+    /// How the family chooses.
+    pub choice: Choice,
+    /// Experts of a token, `K`.
+    pub top_k: usize,
+    /// Position of each expert, `None` of those that are never chosen: `[E]`.
+    pub position: &'a [Option<usize>],
+    /// Of the dense positions: gate and up `[n, F, H]`, down `[n, H, F]`.
+    pub dense: Option<[&'a Tensor; 3]>,
+    /// Of the groups, as `dense`.
+    pub bases: Option<[&'a Tensor; 3]>,
+    /// Group of each adapted position.
+    pub groups: &'a [Option<usize>],
+    /// Of the adapted positions.
+    pub adapters: Option<AdapterParts<'a>>,
+}
+
+/// Adapters of slots of any ranks, their components one behind the other.
+#[derive(Debug, Clone, Copy)]
+pub struct AdapterParts<'a> {
+    /// `V`: gate and up `[ΣR, H]`, down `[ΣR, F]`.
+    pub a: [&'a Tensor; 3],
+    /// `Uᵀ`: gate and up `[ΣR, F]`, down `[ΣR, H]`.
+    pub b: [&'a Tensor; 3],
+    /// Where the components of each slot begin, and the last end: `[n + 1]`.
+    pub starts: &'a [usize],
+}
+
+/// A layer of experts that a GPU runs in a few launches, the router's product and choice among them: three for
+/// up to 32 tokens. Nothing waits for the host. It has no gradients.
+#[derive(Debug)]
+pub struct WholeLayer {
+    #[cfg(feature = "linked")]
+    layer: OnGpu,
+    #[cfg(not(feature = "linked"))]
+    never: std::convert::Infallible,
+}
+
+impl WholeLayer {
+    /// The layer, if it can be run so: on a GPU from the A100 on, of 16-bit floats, its sizes multiples of 8
+    /// and its ranks at most 128, its router without digits that 16 bits do not hold, and nothing of it
+    /// training. The numbers must stay what they are; of adapters it may keep a copy.
+    ///
+    /// # Errors
+    /// If the GPU has no room for it.
+    #[cfg(feature = "linked")]
+    pub fn new(parts: &LayerParts<'_>) -> Result<Option<Self>> {
+        Ok(OnGpu::new(parts)?.map(|layer| Self { layer }))
+    }
+
+    /// Nothing: the program is not linked with CUDA, so no tensor is on a GPU.
+    ///
+    /// # Errors
+    /// None.
+    #[cfg(not(feature = "linked"))]
+    pub fn new(_: &LayerParts<'_>) -> Result<Option<Self>> {
+        Ok(None)
+    }
+
+    /// `Σ g·y` over the experts that the router chooses for each row of `x: [T, H]`: `[T, H]`.
+    ///
+    /// # Errors
+    /// If `x` has another width, type or device than the layer.
+    #[cfg(feature = "linked")]
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        aligned(x)?.apply_op1_no_bwd(&self.layer)
+    }
+
+    /// Never called: there is no such layer.
+    ///
+    /// # Errors
+    /// None.
+    #[cfg(not(feature = "linked"))]
+    pub fn forward(&self, _: &Tensor) -> Result<Tensor> {
+        match self.never {}
+    }
+}
