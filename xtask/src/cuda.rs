@@ -25,7 +25,7 @@ const PACKAGES: &[&str] = &[
 /// The GPUs that candle's kernels are compiled for, and all later ones: those from the A100 on.
 const LEAST: &str = "80";
 /// What is built if nothing else is said.
-const BUILD: &[&str] = &[
+pub const BUILD: &[&str] = &[
     "build",
     "--release",
     "--package",

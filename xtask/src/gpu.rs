@@ -1,5 +1,5 @@
-//! `gpu`: one folder with all that a machine with a GPU needs to check the CUDA kernels and to time
-//! them. That machine needs a driver and NVRTC, for tensors and models CUDA's libraries too, and no Rust.
+//! `gpu`: one folder with all that a machine with a GPU needs to check the CUDA kernels and whole models, and
+//! to time both. That machine needs a driver and NVRTC, for tensors and models CUDA's libraries too, and no Rust.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,9 +7,22 @@ use std::process::{Command, ExitCode};
 
 use crate::{Outcome, cuda, no_arguments, shell};
 
-const SCRIPTS: [(&str, &str); 2] = [
+const SCRIPTS: [(&str, &str); 3] = [
     ("run.sh", include_str!("gpu_run.sh")),
     ("peers.py", include_str!("gpu_peers.py")),
+    ("models.py", include_str!("gpu_models.py")),
+];
+/// What the model that is timed is made of: a name in the folder, and the file.
+const MODEL: [(&str, &str); 3] = [
+    ("config.json", "fixtures/configs/olmoe-1b-7b-0924.json"),
+    (
+        "tokenizer/tokenizer.json",
+        "fixtures/olmoe-nano/tokenizer.json",
+    ),
+    (
+        "tokenizer/tokenizer_config.json",
+        "fixtures/olmoe-nano/tokenizer_config.json",
+    ),
 ];
 /// What is built of the kernels: a name in the folder, and what cargo's line about it contains.
 const KERNELS: [(&str, &str); 2] = [
@@ -22,6 +35,8 @@ const LINKED: [(&str, &str); 2] = [
     ("tensors", "deps/lightmoe_kernels-"),
     ("models", "tests/placement.rs"),
 ];
+/// The program, which is packed too.
+const PROGRAM: &str = "lightmoe";
 /// What a bundle may weigh, so that it can be carried anywhere.
 const LIMIT: u64 = 64 << 20;
 
@@ -30,15 +45,23 @@ pub fn run(arguments: &[String]) -> Outcome {
     no_arguments(arguments)?;
     let folder = shell::target().join("gpu");
     let _ = fs::remove_dir_all(&folder);
-    fs::create_dir_all(&folder).map_err(|e| format!("cannot make `{}` ({e})", folder.display()))?;
+    let tokenizer = folder.join("tokenizer");
+    fs::create_dir_all(&tokenizer)
+        .map_err(|e| format!("cannot make `{}` ({e})", tokenizer.display()))?;
     let mut size = 0;
     let kernels = built(&mut kernels(), &KERNELS)?;
     for (name, path) in kernels {
         size += copy(&path, &folder.join(name))?;
     }
-    for (name, path) in built(&mut linked()?, &LINKED)? {
+    let mut linked = built(&mut linked()?, &LINKED)?;
+    linked.push((PROGRAM, program()?));
+    for (name, path) in linked {
         copy(&path, &folder.join(name))?;
         size += pack(&folder, name)?;
+    }
+    for (name, path) in MODEL {
+        let (from, to) = (shell::root().join(path), folder.join(name));
+        size += fs::copy(&from, &to).map_err(|e| cannot_copy(&from, &e))?;
     }
     for (name, text) in SCRIPTS {
         let path = folder.join(name);
@@ -91,6 +114,15 @@ fn linked() -> Result<Command, String> {
     ])
 }
 
+/// Builds the program with CUDA.
+fn program() -> Result<PathBuf, String> {
+    let mut build = cuda::cargo(cuda::BUILD)?;
+    match shell::succeeds(&mut build)? {
+        true => Ok(shell::target().join("release").join(PROGRAM)),
+        false => Err("the program does not build with CUDA".to_owned()),
+    }
+}
+
 /// Runs a build and gives the paths of `binaries`, with their names.
 fn built(
     build: &mut Command,
@@ -115,18 +147,22 @@ fn built(
 fn copy(from: &Path, to: &Path) -> Result<u64, String> {
     let mut strip = Command::new("strip");
     if !shell::succeeds(strip.arg("-o").arg(to).arg(from)).unwrap_or(false) {
-        fs::copy(from, to).map_err(|e| format!("cannot copy `{}` ({e})", from.display()))?;
+        fs::copy(from, to).map_err(|e| cannot_copy(from, &e))?;
     }
     size(to)
+}
+
+fn cannot_copy(path: &Path, error: &std::io::Error) -> String {
+    format!("cannot copy `{}` ({error})", path.display())
 }
 
 /// Puts a packed file in the place of another, and gives its size.
 fn pack(folder: &Path, name: &str) -> Result<u64, String> {
     let path = folder.join(name);
-    if !shell::succeeds(Command::new("gzip").arg("-f").arg(&path))? {
-        return Err(format!("gzip could not pack `{}`", path.display()));
+    if !shell::succeeds(Command::new("xz").args(["-f", "-3", "-T0"]).arg(&path))? {
+        return Err(format!("xz could not pack `{}`", path.display()));
     }
-    size(&folder.join(format!("{name}.gz")))
+    size(&folder.join(format!("{name}.xz")))
 }
 
 fn size(path: &Path) -> Result<u64, String> {

@@ -1,13 +1,21 @@
 #!/usr/bin/env bash
-# Checks the CUDA kernels against the reference, and operations on tensors and models on the card against those on
-# the CPU, looks for bad memory accesses, then times the kernels beside others'. Needs a card, a driver for CUDA 13, NVRTC, cuBLAS,
-# cuRAND and CUDA's runtime. Results go to the folder that the first argument names, `results` beside this file
-# if there is none. Exit code 0 only if every check passed.
+# run.sh [RESULTS] [PART]...
+#
+# What a machine with a card does with this folder, all parts or those that are named:
+#   checks     the CUDA kernels against the reference, operations on tensors and models on the card against those
+#              on the CPU
+#   sanitizer  looks for bad memory accesses
+#   kernels    times layers beside others' kernels
+#   models     times a model of full size, from its synthesis to its recovery, beside transformers and peft; needs
+#              40 GB in the folder that TMPDIR names, /tmp if none does
+# Needs a card, a driver for CUDA 13, NVRTC, cuBLAS, cuRAND and CUDA's runtime. Results go to the folder RESULTS,
+# `results` beside this file if there is none. Timings follow checks that passed. Exit code 0 only if all went well.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "${1:-$here/results}"
 out=$(cd "${1:-$here/results}" && pwd)
-rm -f "$out"/{bench,cases,peers}.json "$out/kernels.md"
+parts=" ${*:2} "
+wanted() { [ "$parts" = "  " ] || [[ $parts == *" $1 "* ]]; }
 
 # The libraries: from the toolkit, or from the packages of the Python that is here.
 python=${PYTHON:-python3}
@@ -19,25 +27,36 @@ for folder in "${CUDA_HOME:-/usr/local/cuda}/lib64" "$packages"/nvidia/cu*/lib "
 done
 export LD_LIBRARY_PATH LIGHTMOE_GPU=1
 
-unpacked=$(mktemp -d)
-trap 'rm -rf "$unpacked"' EXIT
-for name in tensors models; do
-    gzip -dc "$here/$name.gz" >"$unpacked/$name" && chmod +x "$unpacked/$name"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+for name in tensors models lightmoe; do
+    xz -dc "$here/$name.xz" >"$scratch/$name" && chmod +x "$scratch/$name"
 done
 
 failed=0
-"$here/tests" --test-threads=1 2>&1 | tee "$out/tests.log" || failed=1
-# The same kernels on candle's tensors.
-"$unpacked/tensors" --test-threads=1 tensors 2>&1 | tee "$out/tensors.log" || failed=1
-# Whole models: what they say, and how they learn.
-"$unpacked/models" --test-threads=1 2>&1 | tee "$out/models.log" || failed=1
-if command -v compute-sanitizer >/dev/null; then
-    compute-sanitizer --error-exitcode 9 "$here/tests" --test-threads=1 quick 2>&1 | tee "$out/sanitizer.log" || failed=1
-    compute-sanitizer --error-exitcode 9 "$unpacked/tensors" --test-threads=1 tensors::quick 2>&1 | tee -a "$out/sanitizer.log" || failed=1
-else
-    echo "SKIPPED: no compute-sanitizer, so no check of memory accesses" | tee "$out/sanitizer.log"
+if wanted checks; then
+    "$here/tests" --test-threads=1 2>&1 | tee "$out/tests.log" || failed=1
+    # The same kernels on candle's tensors.
+    "$scratch/tensors" --test-threads=1 tensors 2>&1 | tee "$out/tensors.log" || failed=1
+    # Whole models: what they say, and how they learn.
+    "$scratch/models" --test-threads=1 2>&1 | tee "$out/models.log" || failed=1
 fi
-if [ $failed = 0 ]; then
+if wanted sanitizer; then
+    if command -v compute-sanitizer >/dev/null; then
+        for name in "$here/tests" "$scratch/tensors"; do
+            compute-sanitizer --error-exitcode 9 "$name" --test-threads=1 quick || failed=1
+        done 2>&1 | tee "$out/sanitizer.log"
+        [ "${PIPESTATUS[0]}" = 0 ] && ! grep -q "ERROR SUMMARY: [1-9]" "$out/sanitizer.log" || failed=1
+    else
+        echo "SKIPPED: no compute-sanitizer, so no check of memory accesses" | tee "$out/sanitizer.log"
+    fi
+fi
+if [ $failed != 0 ]; then
+    echo "checks failed, so nothing was timed"
+    exit $failed
+fi
+if wanted kernels; then
+    rm -f "$out"/{bench,cases,peers}.json "$out/kernels.md"
     "$here/bench" --out "$out" 2>&1 | tee "$out/bench.log" || failed=1
     if [ $failed = 0 ] && "$python" -c 'import torch' 2>/dev/null; then
         "$python" "$here/peers.py" "$out/cases.json" "$out/peers.json" 2>&1 | tee "$out/peers.log" || failed=1
@@ -45,7 +64,9 @@ if [ $failed = 0 ]; then
         echo "SKIPPED: no PyTorch, so no comparison with it" | tee "$out/peers.log"
     fi
     [ -f "$out/bench.json" ] && { "$here/bench" --table "$out" | tee "$out/kernels.md" || failed=1; }
-else
-    echo "checks failed, so nothing was timed"
+fi
+if wanted models; then
+    "$python" "$here/models.py" "$scratch/lightmoe" "$here/config.json" "$here/tokenizer" "$scratch/work" \
+        "$out/models.json" 2>&1 | tee "$out/models-timed.log" || failed=1
 fi
 exit $failed

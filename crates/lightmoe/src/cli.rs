@@ -13,7 +13,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use lightmoe_compress::Sensitivity;
 use std::path::PathBuf;
 
-pub use bench::{BenchCommand, MethodsArgs, QualityArgs, ScaleArgs, UsageArgs};
+pub use bench::{BenchCommand, MethodsArgs, QualityArgs, ScaleArgs, SpeedArgs, UsageArgs};
 pub use benchmarks::{BenchmarkArgs, DocumentArgs, TasksArgs};
 pub use compare_results::CompareResultsArgs;
 pub use divergence::{DivergenceArgs, TextArgs};

@@ -37,6 +37,7 @@ pub mod schemas;
 pub mod settings;
 pub mod source;
 pub mod speak;
+pub mod speed;
 mod spread;
 pub mod tokens;
 pub mod usage;

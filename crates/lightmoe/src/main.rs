@@ -5,7 +5,7 @@ use lightmoe::cli::{BenchCommand, Cli, Command, LogFormat};
 use lightmoe::preflight::Refused;
 use lightmoe::{
     benchmarks, commands, compare, machine, paired, progress, quality, reference, sandbox, scale,
-    usage,
+    speed, usage,
 };
 use lightmoe_data::harness::catches_panics;
 use std::io::Write;
@@ -79,6 +79,7 @@ fn run(command: Command) -> anyhow::Result<String> {
         Command::Bench(BenchCommand::Usage(args)) => usage::run(args),
         Command::Bench(BenchCommand::Scale(args)) => scale::run(args),
         Command::Bench(BenchCommand::Methods(args)) => scale::methods::run(args),
+        Command::Bench(BenchCommand::Speed(args)) => speed::run(args),
         Command::Reference(args) => reference::run(&args),
     }
 }

@@ -1,5 +1,7 @@
 //! The arguments of `lightmoe bench`.
 
+use super::PlaceArgs;
+use super::speak::count;
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
@@ -14,6 +16,8 @@ pub enum BenchCommand {
     Scale(ScaleArgs),
     /// Plan and build by every method at a model's true shape, a few of its layers, and write what each takes
     Methods(MethodsArgs),
+    /// How fast a model reads prompts and answers them, several at a time
+    Speed(SpeedArgs),
 }
 
 /// `bench scale`
@@ -60,6 +64,32 @@ pub struct MethodsArgs {
     /// The page to write
     #[arg(long, default_value = "docs/benchmarks/methods-scale.md")]
     pub table: PathBuf,
+}
+
+/// `bench speed`
+#[derive(Debug, Args)]
+pub struct SpeedArgs {
+    /// Model, as `compress` takes it
+    #[arg(long)]
+    pub model: String,
+    /// Where
+    #[command(flatten)]
+    pub place: PlaceArgs,
+    /// Tokens of each prompt, which are made up
+    #[arg(long, default_value_t = 512, value_parser = count)]
+    pub prompt_tokens: usize,
+    /// Tokens of each answer, at least two
+    #[arg(long, default_value_t = 64)]
+    pub new_tokens: usize,
+    /// How many prompts at a time, one measurement each
+    #[arg(long, value_delimiter = ',', default_value = "1,8,32", value_parser = count)]
+    pub prompts: Vec<usize>,
+    /// Runs that the median is taken of, after one that is not counted
+    #[arg(long, default_value_t = 3, value_parser = count)]
+    pub runs: usize,
+    /// Print JSON instead of the table
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `bench usage`

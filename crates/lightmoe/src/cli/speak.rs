@@ -83,7 +83,7 @@ fn temperature(text: &str) -> Result<f64, String> {
         .ok_or_else(|| "give a number, 0 or more".to_owned())
 }
 
-fn count(text: &str) -> Result<usize, String> {
+pub(super) fn count(text: &str) -> Result<usize, String> {
     let number = text.parse().ok();
     number
         .filter(|n| *n > 0)

@@ -292,3 +292,28 @@ fn the_terminal_is_left_as_it_was() {
         assert!(of_lines());
     }
 }
+
+#[test]
+fn speed_is_measured_by_prompts_at_a_time() {
+    let speed = |arguments: &[&str]| {
+        let mut call = command("bench");
+        call.args(["speed", "--model", "olmoe-nano", "--prompt-tokens", "12"]);
+        call.args(["--runs", "1", "--prompts", "1,3"])
+            .args(arguments);
+        call
+    };
+    let told = speed(&["--new-tokens", "4", "--json"]).ok();
+    let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+    let cases = told["cases"].as_array().unwrap();
+    let prompts: Vec<_> = cases.iter().map(|case| case["prompts"].as_u64()).collect();
+    assert_eq!(prompts, [Some(1), Some(3)]);
+    for case in cases {
+        let number = |key: &str| case[key].as_f64().unwrap();
+        let all = number("prompts") / number("milliseconds_per_step") * 1e3;
+        assert!((number("new_tokens_per_second") / all - 1.0).abs() < 1e-9);
+        assert!(number("prompt_tokens_per_second") > 0.0);
+    }
+    assert!(speed(&["--new-tokens", "2"]).ok().contains("ms/step"));
+    let message = speed(&["--new-tokens", "1"]).fails(2);
+    assert!(message.contains("--new-tokens"), "{message}");
+}
