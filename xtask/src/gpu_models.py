@@ -13,7 +13,6 @@ part; a part that fails leaves its error there and the others run.
 
 import argparse
 import json
-import os
 import random
 import shutil
 import statistics

@@ -8,13 +8,19 @@
 #   kernels    times layers beside others' kernels
 #   models     times a model of full size, from its synthesis to its recovery, beside transformers and peft; needs
 #              40 GB in the folder that TMPDIR names, /tmp if none does
-# Needs a card, a driver for CUDA 13, NVRTC, cuBLAS, cuRAND and CUDA's runtime. Results go to the folder RESULTS,
+# Needs a card, a driver for CUDA 13, NVRTC, cuBLAS, cuRAND, CUDA's runtime, and xz. Results go to the folder RESULTS,
 # `results` beside this file if there is none. Timings follow checks that passed. Exit code 0 only if all went well.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "${1:-$here/results}"
 out=$(cd "${1:-$here/results}" && pwd)
 parts=" ${*:2} "
+for part in $parts; do
+    case $part in
+    checks | sanitizer | kernels | models) ;;
+    *) echo "no part is named $part; there are checks, sanitizer, kernels and models" >&2 && exit 2 ;;
+    esac
+done
 wanted() { [ "$parts" = "  " ] || [[ $parts == *" $1 "* ]]; }
 
 # The libraries: from the toolkit, or from the packages of the Python that is here.
@@ -43,10 +49,10 @@ if wanted checks; then
 fi
 if wanted sanitizer; then
     if command -v compute-sanitizer >/dev/null; then
+        : >"$out/sanitizer.log"
         for name in "$here/tests" "$scratch/tensors"; do
-            compute-sanitizer --error-exitcode 9 "$name" --test-threads=1 quick || failed=1
-        done 2>&1 | tee "$out/sanitizer.log"
-        [ "${PIPESTATUS[0]}" = 0 ] && ! grep -q "ERROR SUMMARY: [1-9]" "$out/sanitizer.log" || failed=1
+            compute-sanitizer --error-exitcode 9 "$name" --test-threads=1 quick 2>&1 | tee -a "$out/sanitizer.log" || failed=1
+        done
     else
         echo "SKIPPED: no compute-sanitizer, so no check of memory accesses" | tee "$out/sanitizer.log"
     fi

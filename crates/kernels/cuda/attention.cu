@@ -110,7 +110,8 @@ __device__ __forceinline__ void attend(const Attend& p) {
     for (u32 half = 0; half < 2; half++) {
         const u32 query = mine + 8 * half;
         const float all = quad_sum(sum[half]);
-        const bool sees = query < length && all > 0.0f;
+        // The sum has one at least, of the peak, where a key is seen, and is no number where scores are none.
+        const bool sees = query < length && all != 0.0f;
         there[half] = query < s.queries;
         to[half] = p.out + (u64(row) * s.queries + query) * q_stride + head * D;
         factor[half] = sees ? 1.0f / all : 0.0f;
@@ -183,9 +184,9 @@ __device__ __forceinline__ void attend_one(const Attend& p) {
         all += sums[i] * factor;
         lo += outs[i][threadIdx.x * 2] * factor, hi += outs[i][threadIdx.x * 2 + 1] * factor;
     }
-    const float factor = all > 0.0f ? 1.0f / all : 0.0f;
+    const float factor = all != 0.0f ? 1.0f / all : 0.0f;
     reinterpret_cast<u32*>(p.out + u64(blockIdx.x) * D)[threadIdx.x] = pack(lo * factor, hi * factor);
-    if (p.sums && threadIdx.x == 0) p.sums[blockIdx.x] = all > 0.0f ? top + log2f(all) : infinite();
+    if (p.sums && threadIdx.x == 0) p.sums[blockIdx.x] = all != 0.0f ? top + log2f(all) : infinite();
 }
 
 extern "C" __global__ void __launch_bounds__(256) attend_one_64(const Attend p) { attend_one<64>(p); }

@@ -22,12 +22,15 @@ fn places(starts: &[usize], rank: usize) -> Vec<u32> {
     starts.windows(2).flat_map(of_slot).collect()
 }
 
+/// Whether all slots have this rank.
+fn are_alike(starts: &[usize], rank: usize) -> bool {
+    let mut bounds = starts.windows(2);
+    bounds.all(|bounds| bounds[1] - bounds[0] == rank)
+}
+
 /// A stack `[C, K]` of the components of `n` slots, which begin at `starts`, as `[n · rank, K]`.
 pub(crate) fn padded(stack: &Tensor, starts: &[usize], rank: usize) -> Result<Tensor> {
-    if starts
-        .windows(2)
-        .all(|bounds| bounds[1] - bounds[0] == rank)
-    {
+    if are_alike(starts, rank) {
         return Ok(stack.clone());
     }
     let index = Tensor::new(places(starts, rank), stack.device())?;
@@ -36,6 +39,9 @@ pub(crate) fn padded(stack: &Tensor, starts: &[usize], rank: usize) -> Result<Te
 
 /// The components alone: the other way.
 pub(crate) fn without_padding(stack: &Tensor, starts: &[usize], rank: usize) -> Result<Tensor> {
+    if are_alike(starts, rank) {
+        return Ok(stack.clone());
+    }
     let bounds = starts.windows(2).enumerate();
     let of_slot = |(slot, bounds): (usize, &[usize])| {
         let first = (slot * rank) as u32;

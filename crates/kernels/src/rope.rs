@@ -2,7 +2,7 @@
 
 use crate::composed;
 use crate::real::{Real, dispatch, slice, storage, tensor, view};
-use candle_core::{CpuStorage, CustomOp1, Device, DeviceLocation, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -34,7 +34,7 @@ pub struct Rope {
 struct Kept {
     offsets: Vec<usize>,
     len: usize,
-    at: DeviceLocation,
+    on: Device,
     /// `[B or 1, len, D/2]` each.
     table: [Tensor; 2],
 }
@@ -144,10 +144,10 @@ impl ApplyRope {
     /// The same on a device, in f32.
     fn table_on(&self, len: usize, device: &Device) -> Result<[Tensor; 2]> {
         let mut kept = (self.rope.kept.lock()).unwrap_or_else(PoisonError::into_inner);
-        let at = device.location();
         if let Some(kept) = kept.as_ref()
             && kept.offsets == self.offsets
-            && (kept.len, kept.at) == (len, at)
+            && kept.len == len
+            && kept.on.same_device(device)
         {
             return Ok(kept.table.clone());
         }
@@ -162,7 +162,7 @@ impl ApplyRope {
         *kept = Some(Kept {
             offsets: self.offsets.clone(),
             len,
-            at,
+            on: device.clone(),
             table: table.clone(),
         });
         Ok(table)

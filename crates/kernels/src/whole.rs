@@ -1,7 +1,7 @@
 //! Whole layers of experts in a few launches, where a GPU has them and nothing trains.
 
 use crate::choice::Choice;
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 #[cfg(feature = "linked")]
 use {crate::composed::aligned, crate::cuda::OnGpu};
 
@@ -71,12 +71,27 @@ impl WholeLayer {
         Ok(None)
     }
 
+    /// The type of its matrices and of the rows that it takes.
+    #[cfg(feature = "linked")]
+    pub fn dtype(&self) -> DType {
+        self.layer.dtype()
+    }
+
+    /// Never called: there is no such layer.
+    #[cfg(not(feature = "linked"))]
+    pub fn dtype(&self) -> DType {
+        match self.never {}
+    }
+
     /// `Σ g·y` over the experts that the router chooses for each row of `x: [T, H]`: `[T, H]`.
     ///
     /// # Errors
-    /// If `x` has another width, type or device than the layer.
+    /// If `x` has another width, type or device than the layer, or something before it trains.
     #[cfg(feature = "linked")]
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if x.track_op() {
+            candle_core::bail!("a whole layer of experts has no gradients")
+        }
         aligned(x)?.apply_op1_no_bwd(&self.layer)
     }
 

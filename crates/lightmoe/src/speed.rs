@@ -42,7 +42,7 @@ struct Case {
 /// Runs the bench.
 ///
 /// # Errors
-/// If the model cannot be read, or its context is too short.
+/// If the model cannot be read, or prompts and answers do not fit its context.
 pub fn run(args: SpeedArgs) -> Result<String> {
     device::choose(&args.place.device, &args.place.dtype)?;
     if args.new_tokens < 2 {
@@ -50,6 +50,17 @@ pub fn run(args: SpeedArgs) -> Result<String> {
         return Err(Refused(message.into()).into());
     }
     let checkpoint = open_model(&args.model)?;
+    let (all, context) = (
+        args.prompt_tokens + args.new_tokens,
+        checkpoint.config().max_position_embeddings,
+    );
+    if all > context {
+        let message = format!(
+            "prompts and answers of {all} tokens together, and the model's context is {context}; give \
+             less of `--prompt-tokens` or `--new-tokens`"
+        );
+        return Err(Refused(message).into());
+    }
     let placement = device::placement(&checkpoint);
     let begin = Instant::now();
     let model = load_model(&checkpoint)?;
@@ -114,8 +125,8 @@ fn timed(
     let options = GenerateOptions::greedy(new_tokens, Vec::new());
     let begin = Instant::now();
     let (mut first, mut last) = (begin, begin);
-    generate_rows(model, &prompts, &options, &mut |row, step| {
-        if let (0, Step::Token(answer)) = (row, step) {
+    let answers = generate_rows(model, &prompts, &options, &mut |_, step| {
+        if let Step::Token(answer) = step {
             last = Instant::now();
             if answer.len() == 1 {
                 first = last;
@@ -123,6 +134,10 @@ fn timed(
         }
         Ok(Next::Continue)
     })?;
+    ensure!(
+        answers.iter().all(|answer| answer.len() == new_tokens),
+        "answers ended before they had {new_tokens} tokens"
+    );
     let reading = (first - begin).as_secs_f64();
     Ok([
         reading,

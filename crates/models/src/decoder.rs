@@ -224,10 +224,7 @@ pub trait LanguageModel: Sync {
     /// # Errors
     /// Ids beyond the vocabulary, a cache of another model, more tokens than the context holds.
     fn hidden_states(&self, tokens: Tokens<'_>, cache: Option<&mut Cache>) -> Result<Tensor> {
-        let (config, rotary) = (self.config(), &self.ends().rotary);
-        pass(self, tokens, cache, &mut |l, x, cache| {
-            self.layer(l)?.hidden_states(x, config, rotary, cache)
-        })
+        self.forward(tokens, cache, &mut |_, _, _| Ok(()))
     }
 
     /// The same, while the observer sees each layer's input and routing.
@@ -255,6 +252,18 @@ pub trait LanguageModel: Sync {
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.ends().logits(hidden)
     }
+}
+
+/// A pass that nobody watches, so that layers may run whole.
+fn unobserved<M: LanguageModel>(
+    model: &M,
+    tokens: Tokens<'_>,
+    cache: Option<&mut Cache>,
+) -> Result<Tensor> {
+    let (config, rotary) = (model.config(), &model.ends().rotary);
+    pass(model, tokens, cache, &mut |l, x, cache| {
+        model.layer(l)?.hidden_states(x, config, rotary, cache)
+    })
 }
 
 /// What a layer, by its number, makes of its input `[B, T, H]`.
@@ -302,6 +311,10 @@ impl LanguageModel for Decoder {
     fn layer(&self, number: usize) -> Result<Cow<'_, Layer>> {
         Ok(Cow::Borrowed(&self.layers[number]))
     }
+
+    fn hidden_states(&self, tokens: Tokens<'_>, cache: Option<&mut Cache>) -> Result<Tensor> {
+        unobserved(self, tokens, cache)
+    }
 }
 
 /// A model on disk: each pass reads every layer, and holds one at a time.
@@ -334,6 +347,10 @@ impl LanguageModel for StreamedDecoder {
 
     fn layer(&self, number: usize) -> Result<Cow<'_, Layer>> {
         Ok(Cow::Owned(Layer::load(&self.checkpoint, number)?))
+    }
+
+    fn hidden_states(&self, tokens: Tokens<'_>, cache: Option<&mut Cache>) -> Result<Tensor> {
+        unobserved(self, tokens, cache)
     }
 
     /// Each would hold a layer of its own and read all of them.

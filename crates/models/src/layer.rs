@@ -169,8 +169,12 @@ impl Layer {
         self.forward_observed(x, config, rotary, cache, &mut ())
     }
 
-    /// The same where nobody asks what the router decided: on a GPU the experts run in a few launches, as far
-    /// as the kernels can do it ([`lightmoe_kernels::WholeLayer`]).
+    /// The same where nobody asks what the router decided, `[B, T, H]` → `[B, T, H]`: on a GPU the experts run
+    /// in a few launches, as far as the kernels can do it and nothing trains
+    /// ([`lightmoe_kernels::WholeLayer`]).
+    ///
+    /// # Errors
+    /// As [`Layer::forward`].
     pub fn hidden_states(
         &self,
         x: &Tensor,
@@ -185,7 +189,7 @@ impl Layer {
                 shared,
                 bank,
                 whole,
-            } => match whole.layer(router, bank, &config.moe)? {
+            } => match whole.layer(&normed, router, bank, &config.moe)? {
                 Some(layer) => with_shared(layer.forward(&normed)?, shared.as_ref(), &normed)?,
                 None => self.fed(&normed, config, &mut (), None)?.0,
             },

@@ -18,9 +18,10 @@ use crate::ranks::{
 };
 use crate::{Error, Result};
 
-/// Ranks are multiples of a sixty-fourth of the smaller side of an expert, but of no more than this, so
-/// that kernels find whole tiles.
-const WIDEST_STEP: usize = 16;
+/// Ranks are multiples of a sixty-fourth of the smaller side of an expert, but of no more than the first of
+/// these, and of the second where it is between them: kernels of GPUs copy as many numbers at once, so what a
+/// plan counts is what they compute.
+const STEPS: [usize; 2] = [16, 8];
 /// Points of the curve that a plan states.
 const CURVE: usize = 48;
 
@@ -198,7 +199,7 @@ impl LayerMenus {
     fn of(config: &ModelConfig, damage: &Damage, bases: bool) -> Self {
         let costs = Costs::of_expert(config);
         let smaller = config.hidden_size.min(config.moe.intermediate_size);
-        let step = (smaller / 64).clamp(1, WIDEST_STEP);
+        let step = rank_step(smaller);
         let alone = |expert: usize| -> Vec<Choice> {
             let losses = damage.of_ranks(expert);
             let constant = Choice {
@@ -279,6 +280,13 @@ impl LayerMenus {
     }
 }
 
+/// What ranks are multiples of in experts whose smaller side is `smaller`.
+fn rank_step(smaller: usize) -> usize {
+    let part = (smaller / 64).max(1);
+    let whole = STEPS.into_iter().find(|&step| step <= part);
+    whole.unwrap_or(part)
+}
+
 /// Gives the layer the base that some of its slots use: the mean of all its experts by what errors of them
 /// count for. The one that counts most is its dominant.
 fn share(layer: &mut LayerPlan, mass: &[f64]) {
@@ -292,5 +300,17 @@ fn share(layer: &mut LayerPlan, mass: &[f64]) {
         if let SlotForm::Adapted { dominant, .. } = &mut slot.form {
             *dominant = slot.expert == most;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rank_step;
+
+    #[test]
+    fn ranks_are_multiples_of_what_kernels_copy() {
+        // OLMoE, Qwen3-30B-A3B, DeepSeek-V2-Lite, Mixtral; the built-in model and smaller ones.
+        let sides = [1024, 768, 1408, 4096, 64, 32, 130];
+        assert_eq!(sides.map(rank_step), [16, 8, 16, 16, 1, 1, 2]);
     }
 }

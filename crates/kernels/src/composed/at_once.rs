@@ -259,9 +259,9 @@ mod tests {
         assert_eq!(rank(&[0, 16, 32, 48]), Some(16));
         assert_eq!(rank(&[0, 4, 8, 12]), Some(8));
         assert_eq!(rank(&[0, 8, 8, 32]), Some(24));
-        // One is much wider than all others, or there is nothing.
-        assert_eq!(rank(&[0, 1, 2, 80]), Some(80));
         assert_eq!(rank(&[0, 0, 0, 80]), Some(80));
+        // One is much wider than all others, each is much narrower than what is copied, or there is nothing.
+        assert_eq!(rank(&[0, 1, 2, 3, 4, 84]), None);
         assert_eq!(rank(&[0, 1, 2, 3]), None);
         assert_eq!(rank(&[0, 0, 0, 0]), None);
     }

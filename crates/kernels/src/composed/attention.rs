@@ -1,13 +1,13 @@
 //! Attention and rotations.
 
 use super::given::given;
-use super::{add, at_once, log_sum_exp, wide};
+use super::{add, fuses, softmax, wide};
 use crate::attention::Seen;
 #[cfg(feature = "linked")]
 use crate::cuda::Attention;
 use crate::rope::RopePairs;
 use candle_core::{DType, Device, Result, Tensor};
-use candle_nn::{ops::softmax_last_dim, rotary_emb::rope_thd};
+use candle_nn::rotary_emb::rope_thd;
 
 /// The most scores at once.
 const SCORES: usize = 1 << 28;
@@ -27,7 +27,7 @@ pub(crate) fn rotate(x: &Tensor, [cos, sin]: &[Tensor; 2], pairs: RopePairs) -> 
     let (_, len, _, dim) = x.dims4()?;
     let wide = wide(x)?;
     let half = dim / 2;
-    if pairs == RopePairs::Halves && at_once(&[&wide]) {
+    if pairs == RopePairs::Halves && fuses(&wide) {
         let of_rows = |table: &Tensor| match table.dim(0)? {
             1 => table.squeeze(0),
             _ => Ok(table.clone()),
@@ -90,10 +90,7 @@ pub(crate) fn attention(
             Some(mask) => scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?,
             None => scores,
         };
-        let shares = match at_once(&[&scores]) {
-            true => softmax_last_dim(&scores.contiguous()?)?,
-            false => scores.broadcast_sub(&log_sum_exp(&scores)?)?.exp()?,
-        };
+        let shares = softmax(&scores)?;
         let shares = match padding(seen, [first, count], q.device())? {
             Some(held) => shares.broadcast_mul(&held.to_dtype(shares.dtype())?)?,
             None => shares,

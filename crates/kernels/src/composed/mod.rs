@@ -28,6 +28,7 @@ use crate::adamw::AdamW;
 #[cfg(feature = "linked")]
 use crate::cuda;
 use candle_core::{D, DType, Result, Tensor};
+use given::given;
 #[cfg(feature = "linked")]
 use std::sync::Arc;
 
@@ -36,15 +37,15 @@ pub(crate) fn is_for(x: &Tensor) -> bool {
     cfg!(feature = "composed") || !x.device().is_cpu()
 }
 
-/// Whether candle's fused operations, which have no gradients and no f64, can take such operands.
-fn at_once(operands: &[&Tensor]) -> bool {
-    let fits = |t: &&Tensor| !t.track_op() && t.dtype() != DType::F64 && t.elem_count() > 0;
-    operands.iter().all(fits)
+/// Whether candle's fused operations can take it. They have no gradients, which are written out beside them, so
+/// that what trains has the same bits as what does not; and no f64.
+fn fuses(x: &Tensor) -> bool {
+    x.dtype() != DType::F64 && x.elem_count() > 0
 }
 
 /// The GPU of rows like those of `x`, if kernels of our own can work on them: 16-bit floats, a multiple of 8 a row.
 #[cfg(feature = "linked")]
-fn kernels_for(x: &Tensor) -> Result<Option<Arc<cuda::Gpu>>> {
+pub(crate) fn kernels_for(x: &Tensor) -> Result<Option<Arc<cuda::Gpu>>> {
     let width = x.dims().last().copied().unwrap_or(0);
     match x.elem_count() > 0 && width.is_multiple_of(8) {
         true => cuda::gpu_of(x),
@@ -76,28 +77,52 @@ fn add(sum: &mut Option<Tensor>, more: Tensor) -> Result<()> {
 
 /// As [`crate::rms_norm`].
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    if at_once(&[x, weight]) {
-        let weight = of_type(weight, x)?.contiguous()?;
-        return candle_nn::ops::rms_norm(&x.contiguous()?, &weight, eps as f32);
+    if !fuses(x) || !fuses(weight) {
+        let wide = wide(x)?;
+        let square = (wide.sqr()?.mean_keepdim(D::Minus1)? + eps)?;
+        let normed = wide.broadcast_div(&square.sqrt()?)?;
+        return normed
+            .to_dtype(x.dtype())?
+            .broadcast_mul(&of_type(weight, x)?);
     }
+    let of_x = x.detach().contiguous()?;
+    let of_weight = of_type(&weight.detach(), x)?.contiguous()?;
+    let value = candle_nn::ops::rms_norm(&of_x, &of_weight, eps as f32)?;
+    let (trains, dtype) = (weight.track_op(), weight.dtype());
     #[cfg(feature = "linked")]
-    if let Some(gpu) = kernels_for(x)?
-        && !weight.track_op()
-    {
-        let (of_x, weight) = (x.detach().contiguous()?, of_type(weight, x)?.contiguous()?);
-        let value = candle_nn::ops::rms_norm(&of_x, &weight, eps as f32)?;
-        let inputs = [x, &of_x.clone(), &of_x.clone()];
-        return given::given("rms_norm", inputs, value, move |dy| {
-            let dx = cuda::norm_gradient(&gpu, &of_x, &weight, dy, eps)?;
-            Ok([Some(dx), None, None])
+    let gpu = kernels_for(x)?;
+    given("rms_norm", [x, weight, &of_x.clone()], value, move |dy| {
+        #[cfg(feature = "linked")]
+        if let (false, Some(gpu)) = (trains, &gpu) {
+            let dx = cuda::norm_gradient(gpu, &of_x, &of_weight, dy, eps)?;
+            return Ok([Some(dx), None, None]);
+        }
+        let (x, dy) = (wide(&of_x)?, wide(dy)?);
+        let square = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?;
+        let normed = x.broadcast_div(&square.sqrt()?)?;
+        let weighted = dy.broadcast_mul(&wide(&of_weight)?)?;
+        let part = (&weighted * &normed)?.mean_keepdim(D::Minus1)?;
+        let dx = (weighted - normed.broadcast_mul(&part)?)?.broadcast_div(&square.sqrt()?)?;
+        let dw = trains.then(|| {
+            let rows = (dy * normed)?.reshape(((), of_weight.elem_count()))?;
+            rows.sum(0)?.to_dtype(dtype)
         });
+        Ok([Some(dx.to_dtype(of_x.dtype())?), dw.transpose()?, None])
+    })
+}
+
+/// The softmax over the last dimension.
+fn softmax(x: &Tensor) -> Result<Tensor> {
+    if !fuses(x) {
+        return x.broadcast_sub(&log_sum_exp(x)?)?.exp();
     }
-    let wide = wide(x)?;
-    let square = (wide.sqr()?.mean_keepdim(D::Minus1)? + eps)?;
-    let normed = wide.broadcast_div(&square.sqrt()?)?;
-    normed
-        .to_dtype(x.dtype())?
-        .broadcast_mul(&of_type(weight, x)?)
+    let value = candle_nn::ops::softmax_last_dim(&x.detach().contiguous()?)?;
+    let shares = value.clone();
+    given("softmax", [x, &x.detach(), &x.detach()], value, move |dy| {
+        let part = (dy * &shares)?.sum_keepdim(D::Minus1)?;
+        let dx = (&shares * dy.broadcast_sub(&part)?)?;
+        Ok([Some(dx), None, None])
+    })
 }
 
 /// As [`crate::swiglu`].
@@ -105,11 +130,12 @@ pub(crate) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "linked")]
     if let Some(gpu) = kernels_for(gate)?
         && up.dtype() == gate.dtype()
+        && up.dims() == gate.dims()
     {
         let (of_gate, of_up) = (gate.detach(), up.detach());
         let value = cuda::swiglu(&gpu, &of_gate, &of_up)?;
         let inputs = [gate, up, &of_gate.clone()];
-        return given::given("swiglu", inputs, value, move |dh| {
+        return given("swiglu", inputs, value, move |dh| {
             let [d_gate, d_up] = cuda::swiglu_gradients(&gpu, &of_gate, &of_up, dh)?;
             Ok([d_gate, d_up, None])
         });
@@ -136,7 +162,7 @@ pub(crate) fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> 
         let (of_logits, of_targets) = (logits.detach(), targets.to_vec());
         let [losses, sums] = cuda::cross_entropy(&gpu, &of_logits, targets)?;
         let inputs = [&logits, &of_logits.clone(), &of_logits.clone()];
-        return given::given("cross_entropy", inputs, losses, move |dy| {
+        return given("cross_entropy", inputs, losses, move |dy| {
             let d = cuda::cross_entropy_gradient(&gpu, &of_logits, &of_targets, &sums, dy)?;
             Ok([Some(d), None, None])
         });

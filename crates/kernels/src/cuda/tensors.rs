@@ -14,17 +14,23 @@ use half::{bf16, f16};
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex};
 
-/// GPU number `ordinal` as candle knows it, with one stream for all threads, so that the work of one is there for
-/// the others, and nothing to watch over it.
+/// GPU number `ordinal` as candle knows it, the same each time, with one stream for all threads: the work of one is
+/// there for the others, and kernels whose blocks wait for each other run one after the other.
 ///
 /// # Errors
 /// If there is no such GPU.
 pub fn device(ordinal: usize) -> Candle<Device> {
+    static OPENED: LazyLock<Mutex<HashMap<usize, Device>>> = LazyLock::new(Mutex::default);
+    let mut opened = lock(&OPENED);
+    if let Some(device) = opened.get(&ordinal) {
+        return Ok(device.clone());
+    }
     let device = Device::new_cuda_with_stream(ordinal)?;
     if let Device::Cuda(device) = &device {
         // SAFETY: all that this device takes and queues is on its one stream, where nothing needs to wait.
         unsafe { device.disable_event_tracking() };
     }
+    opened.insert(ordinal, device.clone());
     Ok(device)
 }
 

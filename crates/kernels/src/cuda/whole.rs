@@ -97,6 +97,16 @@ impl OnGpu {
     }
 }
 
+impl OnGpu {
+    /// Of rows and matrices.
+    pub(crate) fn dtype(&self) -> DType {
+        match self.block {
+            Typed::Bf16(_) => DType::BF16,
+            Typed::F16(_) => DType::F16,
+        }
+    }
+}
+
 /// The 16-bit type that all matrices have, if they have one, and nothing trains.
 fn dtype(parts: &LayerParts<'_>) -> Option<DType> {
     let adapters = parts.adapters.iter().flat_map(|of| [of.a, of.b]);

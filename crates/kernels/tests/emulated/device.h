@@ -1,6 +1,6 @@
 // A device on the host, one block after the other: what common.cuh gives the kernels, with a coroutine for each
 // thread. Lanes that exchange numbers, and threads at a barrier, wait for each other; copies in the background are
-// done at once. Memory holds NaN before it is written.
+// done at once. Memory that a launch gives to a block holds NaN before it is written.
 #pragma once
 #include <cmath>
 #include <cstdio>

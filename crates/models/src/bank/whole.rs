@@ -20,23 +20,28 @@ struct Made {
 }
 
 impl Whole {
-    /// The layer of this router and bank; nothing where it must run step by step.
+    /// The layer of this router and bank, for rows like `x: [T, H]`; nothing where it must run step by step.
     pub(crate) fn layer(
         &self,
+        x: &Tensor,
         router: &Router,
         bank: &Bank,
         moe: &MoeConfig,
     ) -> Result<Option<Arc<WholeLayer>>> {
-        if router.weight().device().is_cpu() || !bank.is_plain() {
+        if router.weight().device().is_cpu() {
             return Ok(None);
         }
-        let Some(choice) = choice(moe) else {
+        let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let choice = choice(moe).filter(|_| bank.is_plain() && bank.fills_groups(moe));
+        let Some(choice) = choice else {
+            // What was made of other tensors is held no longer.
+            *made = None;
             return Ok(None);
         };
         let of = ids(router, bank);
-        let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |layer: &Arc<WholeLayer>| !x.track_op() && x.dtype() == layer.dtype();
         if let Some(made) = made.as_ref().filter(|made| made.of == of) {
-            return Ok(made.layer.clone());
+            return Ok(made.layer.clone().filter(fits));
         }
         let positions = bank.order.adapted().end;
         let position = bank.order.position.iter();
@@ -64,7 +69,7 @@ impl Whole {
             of,
             layer: layer.clone(),
         });
-        Ok(layer)
+        Ok(layer.filter(fits))
     }
 }
 
@@ -101,6 +106,21 @@ fn ids(router: &Router, bank: &Bank) -> Vec<TensorId> {
 }
 
 impl Bank {
+    /// Whether the groups of experts that a token is limited to always have as many as it uses. Else, step by
+    /// step, removed experts are chosen and give nothing, which the kernels do not know.
+    fn fills_groups(&self, moe: &MoeConfig) -> bool {
+        let Some(groups) = &moe.groups else {
+            return true;
+        };
+        let size = moe.num_experts / groups.count;
+        let mut present = vec![size; groups.count];
+        for expert in self.removed_experts() {
+            present[expert / size] -= 1;
+        }
+        present.sort_unstable();
+        present.iter().take(groups.chosen).sum::<usize>() >= moe.top_k
+    }
+
     /// Whether all there is are dense slots, and adapted ones beside whole bases, if any, whose originals have
     /// no share.
     fn is_plain(&self) -> bool {

@@ -3,6 +3,7 @@
 
 use super::distance;
 use super::tensors::{TYPES, check_of, device, random, rounded, values};
+use crate::composed::kernels_for;
 use crate::cuda::Attention;
 use crate::{
     Rope, Seen, apply_rope, attention, cross_entropy, rms_norm, select_rows, swiglu,
@@ -123,11 +124,18 @@ fn quick_attention_to_a_cache_of_tensors() {
     }
 }
 
+/// Whether our own kernels work on rows of this width.
+fn are_rows_taken(device: &Device, width: usize) -> bool {
+    let rows = Tensor::zeros((2, width), TYPES[0].0, device).unwrap();
+    kernels_for(&rows).unwrap().is_some()
+}
+
 #[test]
 fn quick_sums_of_tensors() {
     let Some(device) = device() else { return };
     let targets: Arc<[u32]> = (0..75).map(|i| i * 7 % 20).collect();
     for width in [8, 72, 2056, 12] {
+        assert_eq!(are_rows_taken(&device, width), width != 12);
         let rows = random(1, &[75, width]);
         check_of(&device, &[rows, random(2, &[75])], true, &|v| {
             weighted_scatter(&v[0], &v[1], &targets, 23)
@@ -142,6 +150,7 @@ fn quick_sums_of_tensors() {
 fn quick_activations_and_norms_of_tensors() {
     let Some(device) = device() else { return };
     for width in [8, 264, 2048, 12] {
+        assert_eq!(are_rows_taken(&device, width), width != 12);
         let [a, b] = [1, 2].map(|seed| (random(seed, &[37, width]) * 3.0).unwrap());
         check_of(&device, &[a.clone(), b.clone()], false, &|v| {
             swiglu(&v[0], &v[1])
