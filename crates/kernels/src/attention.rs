@@ -68,19 +68,19 @@ struct Attention {
 
 /// `q: [B, T, Hq, D]`, `k, v: [B, S, Hkv, D]`; query `t` sees keys `0 ..= S - T + t`.
 #[derive(Clone, Copy)]
-struct Dims {
-    batch: usize,
-    queries: usize,
-    keys: usize,
-    heads: usize,
-    kv_heads: usize,
-    dim: usize,
+pub(crate) struct Dims {
+    pub(crate) batch: usize,
+    pub(crate) queries: usize,
+    pub(crate) keys: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) dim: usize,
     /// From one row of the batch to the next in `k` and in `v`.
     rows: [usize; 2],
 }
 
 impl Dims {
-    fn new(q: &Shape, k: &Shape, v: &Shape) -> Result<Self> {
+    pub(crate) fn new(q: &Shape, k: &Shape, v: &Shape) -> Result<Self> {
         let (batch, queries, heads, dim) = q.dims4()?;
         let (kb, keys, kv_heads, kd) = k.dims4()?;
         if k != v
@@ -288,7 +288,7 @@ impl Attention {
 }
 
 /// Whether every row of a batch is contiguous, whatever lies between rows.
-fn has_whole_rows(layout: &Layout) -> bool {
+pub(crate) fn has_whole_rows(layout: &Layout) -> bool {
     match (layout.dims(), layout.stride()) {
         (&[_, _, heads, dim], &[_, s, h, d]) => (s, h, d) == (heads * dim, dim, 1),
         _ => false,

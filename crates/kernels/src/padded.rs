@@ -2,8 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
-/// Ranks are multiples of this: as many numbers are copied at once.
-const PIECE: usize = 8;
+/// Numbers of 16 bits that kernels copy at once, which are 16 bytes: rows and ranks are multiples of as many.
+pub(crate) const PIECE: usize = 8;
 
 /// The rank that all slots take, at least one piece.
 pub(crate) fn common_rank(starts: &[usize]) -> usize {

@@ -1,9 +1,9 @@
 //! Whole layers of experts in a few launches, where a GPU has them and nothing trains.
 
 use crate::choice::Choice;
-use candle_core::{DType, Result, Tensor};
 #[cfg(feature = "linked")]
-use {crate::composed::aligned, crate::cuda::OnGpu};
+use crate::cuda::{OnGpu, aligned};
+use candle_core::{DType, Result, Tensor};
 
 /// What a layer of experts computes with. Positions hold dense experts first, then adapted slots that share a
 /// base, by ascending group, then adapted slots without one.

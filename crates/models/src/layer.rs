@@ -183,18 +183,18 @@ impl Layer {
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
         let (x, normed) = self.attended(x, config, rotary, cache)?;
-        let y = match &self.feed_forward {
-            FeedForward::Experts {
-                router,
-                shared,
-                bank,
-                whole,
-            } => match whole.layer(&normed, router, bank, &config.moe)? {
-                Some(layer) => with_shared(layer.forward(&normed)?, shared.as_ref(), &normed)?,
-                None => self.fed(&normed, config, &mut (), None)?.0,
-            },
-            FeedForward::Dense(_) => self.fed(&normed, config, &mut (), None)?.0,
-        };
+        if let FeedForward::Experts {
+            router,
+            shared,
+            bank,
+            whole,
+        } = &self.feed_forward
+            && let Some(layer) = whole.layer(&normed, router, bank, &config.moe)?
+        {
+            let y = with_shared(layer.forward(&normed)?, shared.as_ref(), &normed)?;
+            return Ok((&x + y.reshape(x.shape())?)?);
+        }
+        let (y, _) = self.fed(&normed, config, &mut (), None)?;
         Ok((&x + y.reshape(x.shape())?)?)
     }
 

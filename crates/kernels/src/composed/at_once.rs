@@ -2,13 +2,13 @@
 
 use super::products::{Between, filled};
 use crate::grouped::Segment;
-use crate::padded::common_rank;
+use crate::padded::{PIECE, common_rank};
 use candle_core::DType;
 #[cfg(feature = "linked")]
 use {
     super::of_type,
     super::products::ByGroup,
-    crate::cuda::{Gpu, Product, Way},
+    crate::cuda::{Gpu, Product, Way, aligned},
     crate::padded::{padded, without_padding},
     candle_core::{Device, Result, Tensor},
     std::sync::Arc,
@@ -16,8 +16,6 @@ use {
 
 /// The most groups that the kernels take.
 const GROUPS: usize = 512;
-/// Numbers that are copied at once, which are 16 bytes: rows are made of as many.
-const PIECE: usize = 8;
 /// As far as the kernels and the copy engine count rows of a stack, and pieces of rows.
 const MOST: usize = i32::MAX as usize;
 /// How many times as many components slots may be filled up to. More would cost more than one product after
@@ -168,16 +166,6 @@ impl ByGroup for AtOnce {
     fn outer(&self, z: &Tensor, x: &Tensor, dtype: DType) -> Result<Tensor> {
         let sums = self.product(Way::Outer, z, x, x.dim(1)?)?;
         without_padding(&sums, &self.starts, self.plan.components)?.to_dtype(dtype)
-    }
-}
-
-/// The same numbers without gaps, the first of them at a multiple of 16 bytes: memory begins at one, but a
-/// part of a tensor need not.
-#[cfg(feature = "linked")]
-pub(crate) fn aligned(t: &Tensor) -> Result<Tensor> {
-    match t.is_contiguous() && t.layout().start_offset().is_multiple_of(PIECE) {
-        true => Ok(t.clone()),
-        false => t.force_contiguous(),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The same operations made of candle's own, for tensors that are not in the memory of the host. They run
-//! wherever candle does and have gradients there. Products of sorted rows are left to the kernels of
-//! `cuda` where a GPU has the tensors and the kernels can do it.
+//! wherever candle does and have gradients there. Products of sorted rows, attention, sums, activations, norms and
+//! losses are left to the kernels of `cuda` where a GPU has the tensors and the kernels can do it.
 //!
 //! Rows may be 16-bit floats there. Norms, rotations, softmax and losses are computed in f32 then, parameters
 //! take the type of the rows that they meet, and their gradients the type that they have.
@@ -15,8 +15,6 @@ mod experts;
 mod given;
 mod products;
 
-#[cfg(feature = "linked")]
-pub(crate) use at_once::aligned;
 pub(crate) use attention::{attention, rotate};
 pub(crate) use experts::{
     grouped_linear, linear, low_rank, select_rows, spread_columns, weighted_scatter,
@@ -27,6 +25,8 @@ pub(crate) use {at_once::AtOnce, products::Between};
 use crate::adamw::AdamW;
 #[cfg(feature = "linked")]
 use crate::cuda;
+#[cfg(feature = "linked")]
+use crate::padded::PIECE;
 use candle_core::{D, DType, Result, Tensor};
 use given::given;
 #[cfg(feature = "linked")]
@@ -47,7 +47,7 @@ fn fuses(x: &Tensor) -> bool {
 #[cfg(feature = "linked")]
 pub(crate) fn kernels_for(x: &Tensor) -> Result<Option<Arc<cuda::Gpu>>> {
     let width = x.dims().last().copied().unwrap_or(0);
-    match x.elem_count() > 0 && width.is_multiple_of(8) {
+    match x.elem_count() > 0 && width.is_multiple_of(PIECE) {
         true => cuda::gpu_of(x),
         false => Ok(None),
     }

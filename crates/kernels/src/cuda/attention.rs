@@ -5,7 +5,7 @@ use super::compile::{ATTENTION, ATTENTION_BACKWARD, Source};
 use super::device::{Address, Element, Gpu, Launch};
 use super::held::Held;
 use super::made::{gpu_of, held, held_from, is_aligned, made};
-use crate::attention::Seen;
+use crate::attention::{Dims, Seen, has_whole_rows};
 use candle_core::cuda::CudaDType;
 use candle_core::{DType, Error, Result as Candle, Tensor};
 use cudarc::driver::{CudaSlice, DeviceRepr, DeviceSlice};
@@ -74,16 +74,10 @@ unsafe impl DeviceRepr for AttendBackward {}
 /// The sizes of an attention, and what its queries see.
 pub(crate) struct Attention {
     gpu: Arc<Gpu>,
-    batch: usize,
-    queries: usize,
-    keys: usize,
-    heads: usize,
-    kv_heads: usize,
-    /// Head size.
-    dim: usize,
+    dims: Dims,
     scale: f64,
     window: u32,
-    /// Empty: all.
+    /// As those of [`Seen`]; none: no row has padding.
     starts: Option<CudaSlice<u32>>,
     lengths: Option<CudaSlice<u32>>,
 }
@@ -97,17 +91,15 @@ impl Attention {
         scale: f64,
         seen: &Seen,
     ) -> Candle<Option<Self>> {
-        let (batch, queries, heads, dim) = q.dims4()?;
-        let (_, keys, kv_heads, width) = v.dims4()?;
+        let dims = Dims::new(q.shape(), k.shape(), v.shape())?;
         let alike = [k, v]
             .iter()
             .all(|t| t.dtype() == q.dtype() && t.device().same_device(q.device()));
-        let all = [batch, queries, heads, kv_heads];
+        let rows = dims.batch * dims.heads;
         let fits = alike
-            && dim == width
-            && matches!(dim, 64 | 128)
-            && all.iter().all(|&n| n > 0)
-            && batch * heads * queries.max(keys) <= MOST;
+            && matches!(dims.dim, 64 | 128)
+            && rows * dims.queries > 0
+            && rows * dims.keys <= MOST;
         let gpu = if fits { gpu_of(q)? } else { None };
         let Some(gpu) = gpu else { return Ok(None) };
         let numbers = |numbers: &[usize]| -> Candle<Option<CudaSlice<u32>>> {
@@ -117,12 +109,7 @@ impl Attention {
         };
         let window = seen.window.and_then(|window| u32::try_from(window).ok());
         Ok(Some(Self {
-            batch,
-            queries,
-            keys,
-            heads,
-            kv_heads,
-            dim,
+            dims,
             scale,
             window: window.unwrap_or(u32::MAX),
             starts: numbers(&seen.starts)?,
@@ -164,11 +151,11 @@ impl Attention {
         SeenArgument {
             starts: address(&self.starts),
             lengths: address(&self.lengths),
-            batch: self.batch as u32,
-            queries: self.queries as u32,
-            keys: self.keys as u32,
-            heads: self.heads as u32,
-            kv_heads: self.kv_heads as u32,
+            batch: self.dims.batch as u32,
+            queries: self.dims.queries as u32,
+            keys: self.dims.keys as u32,
+            heads: self.dims.heads as u32,
+            kv_heads: self.dims.kv_heads as u32,
             window: self.window,
             scale: (self.scale * LOG2_E) as f32,
         }
@@ -183,11 +170,11 @@ impl Attention {
         let gpu = &*self.gpu;
         let (of_q, (of_k, k_row), (of_v, v_row)) =
             (held::<T>(q)?, self.rows::<T>(k)?, self.rows::<T>(v)?);
-        let pairs = self.batch * self.heads;
+        let pairs = self.dims.batch * self.dims.heads;
         let run = || -> Result<_> {
             let mut out = gpu.alloc::<T>(of_q.len())?;
             let mut sums = match keeps {
-                true => Some(gpu.alloc::<f32>(pairs * self.queries)?),
+                true => Some(gpu.alloc::<f32>(pairs * self.dims.queries)?),
                 false => None,
             };
             let argument = Attend {
@@ -200,17 +187,24 @@ impl Attention {
                 k_row: k_row as u64,
                 v_row: v_row as u64,
             };
-            let (name, launch) = match (self.queries, self.dim) {
+            let (name, launch) = match (self.dims.queries, self.dims.dim) {
                 (1, 64) => ("attend_one_64", one(pairs)),
                 (1, _) => ("attend_one_128", one(pairs)),
-                (_, 64) => ("attend_64", self.tiles(self.queries, pairs)),
-                _ => ("attend_128", self.tiles(self.queries, pairs)),
+                (_, 64) => ("attend_64", self.tiles(self.dims.queries, pairs)),
+                _ => ("attend_128", self.tiles(self.dims.queries, pairs)),
             };
             queue::<T, _>(gpu, &ATTENTION, name, launch, &argument)?;
             Ok((out, sums))
         };
         let (out, sums) = run().map_err(Error::wrap)?;
-        let sums = sums.map(|sums| made(gpu, sums, (self.batch, self.heads, self.queries), q));
+        let sums = sums.map(|sums| {
+            made(
+                gpu,
+                sums,
+                (self.dims.batch, self.dims.heads, self.dims.queries),
+                q,
+            )
+        });
         Ok((made(gpu, out, q.shape().clone(), q)?, sums.transpose()?))
     }
 
@@ -242,27 +236,30 @@ impl Attention {
                 dv: gpu.address_mut(&mut dv),
                 seen: self.seen(),
                 scale: self.scale as f32,
-                width: self.dim as u32,
+                width: self.dims.dim as u32,
             };
             let queue =
                 |name, launch| queue::<T, _>(gpu, &ATTENTION_BACKWARD, name, launch, &argument);
-            let (pairs, kv_pairs) = (self.batch * self.heads, self.batch * self.kv_heads);
+            let (pairs, kv_pairs) = (
+                self.dims.batch * self.dims.heads,
+                self.dims.batch * self.dims.kv_heads,
+            );
             queue(
                 "attend_delta",
                 Launch {
-                    grid: (pairs * self.queries).div_ceil(4),
+                    grid: (pairs * self.dims.queries).div_ceil(4),
                     block: 128,
                     shared: 0,
                 },
             )?;
-            let keys = self.tiles(self.keys, kv_pairs);
+            let keys = self.tiles(self.dims.keys, kv_pairs);
             // The sums and deltas of the queries of two stages.
             let keys = Launch {
                 shared: keys.shared + 512,
                 ..keys
             };
-            let queries = self.tiles(self.queries, pairs);
-            match self.dim {
+            let queries = self.tiles(self.dims.queries, pairs);
+            match self.dims.dim {
                 64 => {
                     queue("attend_keys_64", keys)?;
                     queue("attend_queries_64", queries)?;
@@ -287,22 +284,20 @@ impl Attention {
         Launch {
             grid: rows.div_ceil(TILE) * pairs,
             block: 128,
-            shared: 512 * self.dim,
+            shared: 512 * self.dims.dim,
         }
     }
 
     /// Keys or values, and how far apart rows of the batch are: where they lie if only these have gaps, as the
     /// first positions of a cache do.
     fn rows<T: Element + CudaDType>(&self, t: &Tensor) -> Candle<(Held<T>, usize)> {
-        let row = self.keys * self.kv_heads * self.dim;
-        let &[apart, token, head, one] = t.stride() else {
-            candle_core::bail!("keys of {:?}", t.shape())
-        };
-        let whole = [token, head, one] == [self.kv_heads * self.dim, self.dim, 1];
-        if !whole || !is_aligned(t) || !apart.is_multiple_of(8) || t.is_contiguous() {
+        let row = self.dims.keys * self.dims.kv_heads * self.dims.dim;
+        let apart = t.stride()[0];
+        let in_place = has_whole_rows(t.layout()) && is_aligned(t) && apart.is_multiple_of(8);
+        if !in_place || t.is_contiguous() {
             return Ok((held(t)?, row));
         }
-        let len = (self.batch - 1) * apart + row;
+        let len = (self.dims.batch - 1) * apart + row;
         Ok((held_from(t, len)?, apart))
     }
 }

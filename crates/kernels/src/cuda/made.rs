@@ -33,12 +33,18 @@ pub(super) fn is_aligned(tensor: &Tensor) -> bool {
     (tensor.layout().start_offset() * tensor.dtype().size_in_bytes()).is_multiple_of(16)
 }
 
+/// The same numbers without gaps, the first of them at a multiple of 16 bytes: memory begins at one, but a
+/// part of a tensor need not.
+pub(crate) fn aligned(tensor: &Tensor) -> Candle<Tensor> {
+    match tensor.is_contiguous() && is_aligned(tensor) {
+        true => Ok(tensor.clone()),
+        false => tensor.force_contiguous(),
+    }
+}
+
 /// The numbers of a tensor, which lives on with them, one behind the other.
 pub(super) fn held<T: Number + CudaDType>(tensor: &Tensor) -> Candle<Held<T>> {
-    let tensor = match tensor.is_contiguous() && is_aligned(tensor) {
-        true => tensor.clone(),
-        false => tensor.force_contiguous()?,
-    };
+    let tensor = aligned(tensor)?;
     held_from(&tensor, tensor.elem_count())
 }
 

@@ -51,7 +51,7 @@ pub use workspace::Workspace;
 #[cfg(feature = "linked")]
 pub(crate) use {
     attention::Attention,
-    made::{gpu_of, gpu_of_f32},
+    made::{aligned, gpu_of, gpu_of_f32},
     tokens::{
         cross_entropy, cross_entropy_gradient, norm_gradient, spread_rows, sum_rows, swiglu,
         swiglu_gradients,

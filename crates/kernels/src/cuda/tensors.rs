@@ -128,7 +128,7 @@ impl Product {
 }
 
 /// A result as candle takes it.
-fn stored<T: CudaDType>(
+pub(super) fn stored<T: CudaDType>(
     numbers: Result<CudaSlice<T>>,
     shape: (usize, usize),
     device: CudaDevice,

@@ -4,10 +4,12 @@
 use super::Result;
 use super::compile::TOKENS;
 use super::device::{Address, Element, Gpu, Launch};
+use super::held::Held;
 use super::made::{held, made};
+use crate::Dispatch;
 use candle_core::cuda::CudaDType;
 use candle_core::{DType, Error, Result as Candle, Tensor};
-use cudarc::driver::DeviceRepr;
+use cudarc::driver::{CudaSlice, DeviceRepr};
 use half::{bf16, f16};
 
 /// `SumRows` of tokens.cu.
@@ -85,6 +87,21 @@ unsafe impl DeviceRepr for NormGradient {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for Entropy {}
 
+impl Entropy {
+    /// That of logits and targets; what goes which way is still to be named.
+    fn of(gpu: &Gpu, logits: &Held<f32>, targets: &CudaSlice<u32>, width: usize) -> Self {
+        Self {
+            logits: gpu.address(logits),
+            targets: gpu.address(targets),
+            sums: Address::NULL,
+            losses: Address::NULL,
+            dlosses: Address::NULL,
+            dlogits: Address::NULL,
+            width: width as u32,
+        }
+    }
+}
+
 /// `run` for the 16-bit type of a tensor.
 macro_rules! of_type {
     ($tensor:expr, $run:ident($($argument:expr),*)) => {
@@ -117,10 +134,12 @@ fn sum_rows_of<T: Element + CudaDType>(
     let width = rows.dim(1)?;
     let of_rows = held::<T>(rows)?;
     let of_weights = weights.map(held::<f32>).transpose()?;
-    let (starts, index) = by_target(targets, outputs);
+    let identity: Vec<usize> = (0..outputs).collect();
+    let sorted = Dispatch::new(targets, 1, &identity, outputs);
+    let starts: Vec<u32> = sorted.starts.iter().map(|&start| start as u32).collect();
     let run = || -> Result<_> {
         let mut out = gpu.alloc::<T>(outputs * width)?;
-        let (starts, index) = (gpu.upload(&starts)?, gpu.upload(&index)?);
+        let (starts, index) = (gpu.upload(&starts)?, gpu.upload(&sorted.pairs)?);
         let argument = SumRows {
             rows: gpu.address(&of_rows),
             weights: (of_weights.as_ref()).map_or(Address::NULL, |w| gpu.address(w)),
@@ -134,23 +153,6 @@ fn sum_rows_of<T: Element + CudaDType>(
         Ok(out)
     };
     made(gpu, run().map_err(Error::wrap)?, (outputs, width), rows)
-}
-
-/// The rows of each output, ascending: where those of each begin, and the end, and their numbers.
-fn by_target(targets: &[u32], outputs: usize) -> (Vec<u32>, Vec<u32>) {
-    let mut starts = vec![0u32; outputs + 1];
-    targets.iter().for_each(|&t| starts[t as usize + 1] += 1);
-    for t in 0..outputs {
-        starts[t + 1] += starts[t];
-    }
-    let mut next = starts.clone();
-    let mut index = vec![0; targets.len()];
-    for (row, &target) in targets.iter().enumerate() {
-        let next = &mut next[target as usize];
-        index[*next as usize] = row as u32;
-        *next += 1;
-    }
-    (starts, index)
 }
 
 /// The gradients of [`sum_rows`], those that are wanted: of the rows, `weights[s] · dout[targets[s]]`, and of the
@@ -297,13 +299,9 @@ pub(crate) fn cross_entropy(gpu: &Gpu, logits: &Tensor, targets: &[u32]) -> Cand
         let targets = gpu.upload(targets)?;
         let (mut losses, mut sums) = (gpu.alloc::<f32>(rows)?, gpu.alloc::<f32>(rows)?);
         let argument = Entropy {
-            logits: gpu.address(&of_logits),
-            targets: gpu.address(&targets),
             sums: gpu.address_mut(&mut sums),
             losses: gpu.address_mut(&mut losses),
-            dlosses: Address::NULL,
-            dlogits: Address::NULL,
-            width: width as u32,
+            ..Entropy::of(gpu, &of_logits, &targets, width)
         };
         queue::<bf16, _>(gpu, "cross_entropy", rows, &argument)?;
         Ok((losses, sums))
@@ -329,13 +327,10 @@ pub(crate) fn cross_entropy_gradient(
         let targets = gpu.upload(targets)?;
         let mut dlogits = gpu.alloc::<f32>(rows * width)?;
         let argument = Entropy {
-            logits: gpu.address(&of_logits),
-            targets: gpu.address(&targets),
             sums: gpu.address(&of_sums),
-            losses: Address::NULL,
             dlosses: gpu.address(&of_dlosses),
             dlogits: gpu.address_mut(&mut dlogits),
-            width: width as u32,
+            ..Entropy::of(gpu, &of_logits, &targets, width)
         };
         queue::<bf16, _>(gpu, "cross_entropy", rows, &argument)?;
         Ok(dlogits)
@@ -358,16 +353,4 @@ fn queue<T: Element, A: DeviceRepr>(
     };
     // SAFETY: all operands have the sizes of the argument.
     unsafe { gpu.launch(&kernel, launch, argument, &[]) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::by_target;
-
-    #[test]
-    fn rows_lie_by_their_targets() {
-        let (starts, index) = by_target(&[2, 0, 2, 3, 0], 5);
-        assert_eq!(starts, [0, 2, 2, 4, 5, 5]);
-        assert_eq!(index, [1, 4, 0, 2, 3]);
-    }
 }

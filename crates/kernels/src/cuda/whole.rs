@@ -6,7 +6,7 @@ use super::device::{Element, Gpu, lock};
 use super::held::Held;
 use super::made::held;
 use super::route::Scores;
-use super::tensors::numbers;
+use super::tensors::{numbers, stored};
 use super::workspace::Workspace;
 use crate::padded::{common_rank, padded};
 use crate::whole::{AdapterParts, LayerParts};
@@ -95,9 +95,7 @@ impl OnGpu {
         };
         Ok(Some(Self { gpu, block }))
     }
-}
 
-impl OnGpu {
     /// Of rows and matrices.
     pub(crate) fn dtype(&self) -> DType {
         match self.block {
@@ -206,24 +204,18 @@ impl OnGpu {
         }
         let x = numbers::<T>((storage, layout), tokens * hidden)?;
         let gpu = &*self.gpu;
-        let run = || -> Result<_> {
-            let mut out = gpu.alloc::<T>(tokens * hidden)?;
-            for first in (0..tokens).step_by(TOKENS) {
+        let out = gpu.filled(tokens * hidden, |out| {
+            (0..tokens).step_by(TOKENS).try_for_each(|first| {
                 let count = TOKENS.min(tokens - first);
                 let part = first * hidden..(first + count) * hidden;
                 let x = x.slice(part.clone());
                 let y = &mut out.slice_mut(part);
                 gpu.with_workspace::<T, _>(block.shape(), count, |work| {
                     block.forward(gpu, &x, count, work, y)
-                })?;
-            }
-            Ok(out)
-        };
-        let mut out = run().map_err(Error::wrap)?;
-        // Noted once more: a stream that reads it waits for what was queued until here.
-        gpu.address_mut(&mut out);
-        let out = CudaStorage::wrap_cuda_slice(out, storage.device.clone());
-        Ok((out, layout.shape().clone()))
+                })
+            })
+        });
+        stored(out, (tokens, hidden), storage.device.clone())
     }
 }
 
