@@ -12,6 +12,7 @@ part; a part that fails leaves its error there and the others run.
 """
 
 import argparse
+import importlib.util
 import json
 import random
 import shutil
@@ -218,6 +219,14 @@ class Peers(threading.Thread):
         return {"tokens_per_second": rate, "trained": sum(p.numel() for p in trained), "peft": peft.__version__}
 
 
+def wants(args, *packages):
+    """Whether these run; what is missing is told."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing and not args.no_peers:
+        print(f"SKIPPED: no {' and no '.join(missing)}, so no comparison with it", flush=True)
+    return not missing and not args.no_peers
+
+
 def main():
     args = settings()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -237,7 +246,7 @@ def main():
     part("synthesize", ours.synthesize)
     if "error" in results["synthesize"]:
         sys.exit(1)
-    peers = None if args.no_peers else Peers(args, ours.model)
+    peers = Peers(args, ours.model) if wants(args, "torch", "transformers") else None
     part("observe", ours.observe)
     part("plan and build", ours.build)
     if peers:
@@ -248,7 +257,8 @@ def main():
     if peers:
         part("transformers", peers.place)
         part("speed of transformers", peers.speed)
-        part("training by peft", peers.train)
+        if wants(args, "peft"):
+            part("training by peft", peers.train)
     sys.exit(any("error" in result for result in results.values()))
 
 
