@@ -5,7 +5,8 @@
 //   adapters_sum_pairs:  sum[pair, :] = share * sum over the pair's choices j, in order, of gate_j * h[row_j, :]
 //   combine           :  out[t, :] = sum over j, in order, of y[row_j, :] + own_share * y_own[row_j, :]
 //                                   + ypair[pair that j is the first of, :]
-// `own` is what the expert that a slot replaces makes of the row, while recovery anneals it away.
+// `own` is what a whole expert of the slot makes of the row: one that is kept, for the first slots, and counts whole;
+// or the one that the slot replaces, while recovery anneals it away, and counts by `own_share`.
 //
 // Grid: any number of blocks; every block takes its share in turn. As many as the device holds at once
 // are best: what shared memory allows (expand), 4 for each multiprocessor (combine), 8 (sum_pairs).
@@ -33,6 +34,7 @@ struct Expand {
     const elem* own_gate;    // [S, inner] or null
     const elem* own_up;      // [S, inner] or null
     u32 slots, inner, rank;  // inner, rank: multiples of 8; rank <= 128
+    u32 kept;                // slots whose own share is 1, the first ones
     float base_share, own_share;
 };
 
@@ -138,9 +140,10 @@ __device__ __forceinline__ void expand(const Expand& p, elem* pre_up) {
                 float h[8], second[8];
 #pragma unroll
                 for (u32 j = 0; j < 8; j++) h[j] = gate[j / 2][i * 2 + j % 2], second[j] = up[j / 2][i * 2 + j % 2];
-                if (p.own_gate) {
-                    add(h, p.own_share, *reinterpret_cast<const uint4*>(p.own_gate + to));
-                    add(second, p.own_share, *reinterpret_cast<const uint4*>(p.own_up + to));
+                float own_share = at.x < p.kept ? 1.0f : p.own_share;
+                if (p.own_gate && own_share != 0.0f) {
+                    add(h, own_share, *reinterpret_cast<const uint4*>(p.own_gate + to));
+                    add(second, own_share, *reinterpret_cast<const uint4*>(p.own_up + to));
                 }
 #pragma unroll
                 for (u32 j = 0; j < 8; j++)
@@ -246,8 +249,9 @@ struct Combine {
     elem* out;            // [tokens, hidden]
     const u32* row_of;    // [tokens, top_k]
     const u32* pair_of;   // [tokens, top_k] the pair that this choice is the first of, or NONE; may be null with `ypair`
-    const elem* y_own;    // [S, hidden] the same of the experts that slots replace, or null
+    const elem* y_own;    // [S, hidden] the same of slots' whole experts, or null
     const u32* own_from;  // the first row that `y_own` has
+    const u32* replaced_from;  // the first row whose share in it is `own_share` and not 1
     u32 tokens, top_k, hidden;  // top_k <= 32, hidden a multiple of 8
     float own_share;
 };
@@ -281,7 +285,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine(Combine p) {
             for (u32 i = 0; p.y_own && i < IN_FLIGHT; i++) {
                 u32 from = __shfl_sync(0xffffffffu, row, first + i);
                 bool there = column < p.hidden && from != NONE && from >= *p.own_from;
-                if (there) add(sum, p.own_share, stream(p.y_own + u64(from) * p.hidden + column));
+                float share = there && from >= *p.replaced_from ? p.own_share : 1.0f;
+                if (there && share != 0.0f) add(sum, share, stream(p.y_own + u64(from) * p.hidden + column));
             }
         }
         if (column < p.hidden) *reinterpret_cast<uint4*>(p.out + u64(token) * p.hidden + column) = pack_8(sum);

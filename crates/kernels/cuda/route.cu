@@ -7,6 +7,8 @@
 //   route_place   places its chunk after those before it            grid [blocks], block [256]
 // where bins = positions + groups <= 1024 and blocks = ceil(tokens / chunk). A chunk of
 // max(32, ceil(tokens / 1024)) suits: a warp of route_choose then has one token, or few.
+// Where choices and gates are given, route_choose only counts them. route_only chooses and does no more: a warp for each
+// token, grid [ceil(tokens / 8)], block [256].
 // Dynamic shared memory: bins * 4 bytes a block in route_choose, bins * 4 bytes a warp in route_place.
 // Scratch: `counts` and `totals`, without initial values.
 // Ranks come from warp matches and prefix sums, never from the order of atomics: the same logits give
@@ -16,7 +18,9 @@
 // tokens * (4 * experts + 44 * top_k) bytes that move. Last measured: H100, OLMoE-1B-7B, 4096 tokens: 9, 5 and 8 us.
 
 struct Route {
-    const float* logits;  // [tokens, experts]
+    const float* logits;  // [tokens, experts]; not read where choices are given
+    const u32* chosen;    // [tokens, top_k] positions that are given, or null
+    const float* gates;   // [tokens, top_k] their gates
     Scores scores;
     const u32* group_of;  // [positions] group of each position, NONE: no base; null if groups is 0
     Routing out;
@@ -144,7 +148,11 @@ __device__ __forceinline__ void place(const Route& p, u32 begin, u32 end) {
 }
 
 __device__ __forceinline__ void choose_token(const Route& p, u32 token) {
-    const u32 at = token * p.scores.top_k;
+    const u32 at = token * p.scores.top_k, lane = threadIdx.x % WARP;
+    if (p.chosen) {
+        if (lane < p.scores.top_k) p.out.chosen[at + lane] = p.chosen[at + lane], p.out.gates[at + lane] = p.gates[at + lane];
+        return;
+    }
     choose(p.scores, p.logits + u64(token) * p.scores.experts, p.out.chosen + at, p.out.gates + at);
 }
 
@@ -189,4 +197,19 @@ extern "C" __global__ void __launch_bounds__(256) route_scan(Route p) {
 extern "C" __global__ void __launch_bounds__(256) route_place(Route p) {
     const u32 begin = blockIdx.x * p.chunk;
     place(p, begin, min(begin + p.chunk, p.tokens));
+}
+
+struct RouteOnly {
+    const float* logits;  // [tokens, experts]
+    Scores scores;
+    u32* chosen;          // [tokens, top_k] positions, best first
+    float* gates;         // [tokens, top_k]
+    u32 tokens;
+};
+
+extern "C" __global__ void __launch_bounds__(256) route_only(RouteOnly p) {
+    const u32 token = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    if (token >= p.tokens) return;
+    const u32 at = token * p.scores.top_k;
+    choose(p.scores, p.logits + u64(token) * p.scores.experts, p.chosen + at, p.gates + at);
 }

@@ -21,7 +21,7 @@ struct SwigluBackward {
     const elem* up;          // [S, inner]
     const elem* dh;          // [S, inner] gradient of h, gates not applied
     const elem* dpair;       // [pairs, inner] what the pair's base adds to it, or null
-    const elem* dh_own;      // [S, inner] what the expert that a slot replaces adds to it, or null
+    const elem* dh_own;      // [S, inner] what a slot's whole expert adds to it, or null
     const u32* pair_of_row;  // [S]; NONE: a row without a base; may be null with `dpair`
     const u32* row_of;       // [tokens * top_k]
     const float* gates;      // [tokens * top_k]
@@ -30,6 +30,7 @@ struct SwigluBackward {
     elem* d_up;              // [S, inner]; may be `up`
     float* d_gates;          // [tokens * top_k]
     const u32* own_from;     // the first row that `dh_own` has; null without it
+    const u32* replaced_from;  // the first row whose share in it is `own_share` and not 1
     u32 choices, inner;      // tokens * top_k; a multiple of 8
     float base_share, own_share;
 };
@@ -42,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) swiglu_backward(SwigluBack
     for (u32 choice = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP; choice < p.choices; choice += warps) {
         u32 row = p.row_of[choice];
         u32 pair = p.dpair ? p.pair_of_row[row] : NONE;
-        bool own = p.dh_own && row >= *p.own_from;
+        float own_share = !p.dh_own || row < *p.own_from ? 0.0f : row < *p.replaced_from ? 1.0f : p.own_share;
         float factor = p.gates[choice];
         float sum = 0.0f;
         for (u32 column = lane * 8; column < p.inner; column += SLAB) {
@@ -52,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) swiglu_backward(SwigluBack
             float dh[8] = {}, h[8], d_gate[8], d_up[8];
             add(dh, 1.0f, *reinterpret_cast<const uint4*>(p.dh + at));
             if (pair != NONE) add(dh, p.base_share, *reinterpret_cast<const uint4*>(p.dpair + u64(pair) * p.inner + column));
-            if (own) add(dh, p.own_share, *reinterpret_cast<const uint4*>(p.dh_own + at));
+            if (own_share != 0.0f) add(dh, own_share, *reinterpret_cast<const uint4*>(p.dh_own + at));
             u32 gates[4] = {gate.x, gate.y, gate.z, gate.w}, ups[4] = {up.x, up.y, up.z, up.w};
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {

@@ -37,6 +37,7 @@ mod runs;
 mod scatter;
 mod spread;
 mod swiglu;
+mod trained;
 mod whole;
 
 pub use adamw::{AdamW, Moments};
@@ -53,4 +54,5 @@ pub use route::{Dispatch, TokenGroups, top_k};
 pub use scatter::{select_rows, weighted_scatter};
 pub use spread::spread_columns;
 pub use swiglu::{silu_with_slope, swiglu};
+pub use trained::TrainedLayer;
 pub use whole::{AdapterParts, LayerParts, WholeLayer};

@@ -27,6 +27,24 @@ pub struct LayerParts<'a> {
     pub groups: &'a [Option<usize>],
     /// Of the adapted positions.
     pub adapters: Option<AdapterParts<'a>>,
+    /// Adapters of the dense positions while they train, of one rank: `V`, gate and up `[n, R, H]` and down `[n, R, F]`,
+    /// and `U`, gate and up `[n, F, R]` and down `[n, H, R]`.
+    pub kept: Option<[[&'a Tensor; 3]; 2]>,
+    /// The experts that the adapted positions replace, while they have a share.
+    pub originals: Option<[&'a Tensor; 3]>,
+    /// That share, `β`; the bases have what is left (LightMoE, eq. 6).
+    pub beta: f64,
+}
+
+impl<'a> LayerParts<'a> {
+    /// All stacks of matrices, gate, up and down.
+    #[cfg(feature = "linked")]
+    pub(crate) fn stacks(&self) -> impl Iterator<Item = [&'a Tensor; 3]> + use<'a> {
+        let adapters = self.adapters.as_ref().map(|of| [of.a, of.b]);
+        let adapters = self.kept.into_iter().chain(adapters).flatten();
+        let whole = [self.dense, self.bases, self.originals];
+        whole.into_iter().flatten().chain(adapters)
+    }
 }
 
 /// Adapters of slots of any ranks, their components one behind the other.

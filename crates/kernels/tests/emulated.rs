@@ -1,8 +1,8 @@
 //! The text of the CUDA kernels of attention and of what lies between products, run on the CPU: a coroutine for
-//! each thread of a block, with the instructions of a GPU written out (`emulated/device.h`), against the plainest
+//! each thread of a block, with the instructions of a GPU written out (`stand_in/device.h`), against the plainest
 //! way in double precision. It needs a C++ compiler and no GPU, and sees what the text computes, not what a card
-//! makes of it: copies are done at once, and threads take turns.
-#![cfg(all(target_os = "linux", target_env = "gnu"))]
+//! makes of it.
+#![cfg(all(target_os = "linux", target_env = "gnu", target_arch = "x86_64"))]
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::path::Path;
@@ -10,14 +10,17 @@ use std::process::Command;
 use std::{env, fs};
 
 /// The kernels' texts, in the order in which they build on each other.
-const SOURCES: [&str; 4] = [
+const SOURCES: [&str; 6] = [
+    "ptx.cuh",
+    "common.cuh",
     "attention.cuh",
     "attention.cu",
     "attention_backward.cu",
     "tokens.cu",
 ];
-/// Memory that a launch gives to a block, which the emulation has ready.
+/// Memory that a launch gives to a block, and how the emulation calls it.
 const DYNAMIC: &str = "extern __shared__ uint4 pool[];";
+const EMULATED: &str = "uint4* const pool = reinterpret_cast<uint4*>(emulation::block->dynamic);";
 
 #[test]
 fn kernels_give_what_they_should() {
@@ -35,12 +38,14 @@ fn kernels_give_what_they_should() {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = tempfile::tempdir().unwrap();
     let text = |name| fs::read_to_string(here.join("cuda").join(name)).unwrap();
-    let kernels: String = SOURCES.map(text).concat().replace(DYNAMIC, "");
+    let kernels: String = SOURCES.map(text).concat().replace(DYNAMIC, EMULATED);
     fs::write(folder.path().join("kernels.inc"), kernels).unwrap();
     let program = folder.path().join("emulated");
     let built = compiler()
-        .args(["-std=c++20", "-O2", "-w", "-I"])
+        .args(["-std=c++20", "-O2", "-w", "-pthread", "-I"])
         .arg(folder.path())
+        .arg("-I")
+        .arg(here.join("tests/stand_in"))
         .arg(here.join("tests/emulated/main.cpp"))
         .arg("-o")
         .arg(&program)

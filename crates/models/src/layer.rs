@@ -4,6 +4,8 @@
 //! Follows the decoder layers of `transformers`, whose families differ in the facts of
 //! [`crate::ModelConfig`] alone.
 
+mod unobserved;
+
 use crate::attention::{LayerCache, SelfAttention};
 use crate::bank::{Bank, ExpertRows, Whole};
 use crate::checkpoint::Checkpoint;
@@ -167,35 +169,6 @@ impl Layer {
         cache: Option<&mut LayerCache>,
     ) -> Result<(Tensor, Option<Routing>)> {
         self.forward_observed(x, config, rotary, cache, &mut ())
-    }
-
-    /// The same where nobody asks what the router decided, `[B, T, H]` → `[B, T, H]`: on a GPU the experts run
-    /// in a few launches, as far as the kernels can do it and nothing trains
-    /// ([`lightmoe_kernels::WholeLayer`]).
-    ///
-    /// # Errors
-    /// As [`Layer::forward`].
-    pub fn hidden_states(
-        &self,
-        x: &Tensor,
-        config: &ModelConfig,
-        rotary: &Rotary,
-        cache: Option<&mut LayerCache>,
-    ) -> Result<Tensor> {
-        let (x, normed) = self.attended(x, config, rotary, cache)?;
-        if let FeedForward::Experts {
-            router,
-            shared,
-            bank,
-            whole,
-        } = &self.feed_forward
-            && let Some(layer) = whole.layer(&normed, router, bank, &config.moe)?
-        {
-            let y = with_shared(layer.forward(&normed)?, shared.as_ref(), &normed)?;
-            return Ok((&x + y.reshape(x.shape())?)?);
-        }
-        let (y, _) = self.fed(&normed, config, &mut (), None)?;
-        Ok((&x + y.reshape(x.shape())?)?)
     }
 
     /// The same as [`Layer::forward`], while `observer` looks at the experts.

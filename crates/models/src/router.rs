@@ -49,8 +49,12 @@ impl Router {
 
     /// `x: [T, H]`; the experts `removed` are not there, as if the router had no rows for them.
     pub(crate) fn route(&self, x: &Tensor, moe: &MoeConfig, removed: &[usize]) -> Result<Routing> {
-        let logits = linear(&at_least_f32(x.clone())?, &self.weight)?;
-        route_logits(logits, self.correction.as_ref(), moe, removed)
+        route_logits(self.logits(x)?, self.correction.as_ref(), moe, removed)
+    }
+
+    /// Its outputs for `x: [T, H]`: `[T, E]`.
+    pub(crate) fn logits(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(linear(&at_least_f32(x.clone())?, &self.weight)?)
     }
 
     /// `[E, H]`
@@ -80,23 +84,14 @@ impl Router {
 /// # Errors
 /// If the shapes do not fit.
 pub fn route_logits(
-    mut logits: Tensor,
+    logits: Tensor,
     correction: Option<&Tensor>,
     moe: &MoeConfig,
     removed: &[usize],
 ) -> Result<Routing> {
-    let mut mask = None;
-    if !removed.is_empty() {
-        let mut out = vec![0f32; moe.num_experts];
-        removed.iter().for_each(|&expert| out[expert] = OUT);
-        let out = Tensor::new(out, logits.device())?.to_dtype(logits.dtype())?;
-        logits = logits.broadcast_add(&out)?;
-        mask = Some(out);
-    }
-    let probabilities = match moe.scoring {
-        Scoring::Sigmoid => sigmoid(&logits)?,
-        _ => candle_nn::ops::softmax(&logits, D::Minus1)?,
-    };
+    let mask = mask(&logits, removed)?;
+    let logits = masked(logits, mask.as_ref())?;
+    let probabilities = probabilities(&logits, moe)?;
     if let Scoring::SparseMixer { jitter } = moe.scoring {
         let (chosen, gates) = sparse_mixer(&logits, jitter)?;
         return Ok(Routing {
@@ -120,7 +115,55 @@ pub fn route_logits(
         choice = within_groups(&choice, groups)?;
     }
     let chosen = top_k(&choice, moe.top_k)?;
-    let mut gates = gather(&probabilities, &chosen, moe.top_k)?;
+    let gates = gather(&probabilities, &chosen, moe.top_k)?;
+    Ok(Routing {
+        logits,
+        probabilities,
+        chosen,
+        gates: weighted(gates, moe)?,
+    })
+}
+
+/// The gates of a router that gave these `logits: [T, E]`, for `experts: [T, K]` that were chosen where the logits
+/// are: `[T · K]`.
+pub(crate) fn gates_at(
+    logits: Tensor,
+    experts: &Tensor,
+    moe: &MoeConfig,
+    removed: &[usize],
+) -> Result<Tensor> {
+    let mask = mask(&logits, removed)?;
+    let probabilities = probabilities(&masked(logits, mask.as_ref())?, moe)?;
+    weighted(probabilities.gather(experts, 1)?, moe)
+}
+
+/// What takes `removed` experts out of a softmax, if there are any: `[E]`.
+fn mask(logits: &Tensor, removed: &[usize]) -> Result<Option<Tensor>> {
+    if removed.is_empty() {
+        return Ok(None);
+    }
+    let mut out = vec![0f32; logits.dim(1)?];
+    removed.iter().for_each(|&expert| out[expert] = OUT);
+    let out = Tensor::new(out, logits.device())?;
+    Ok(Some(out.to_dtype(logits.dtype())?))
+}
+
+fn masked(logits: Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    Ok(match mask {
+        Some(mask) => logits.broadcast_add(mask)?,
+        None => logits,
+    })
+}
+
+fn probabilities(logits: &Tensor, moe: &MoeConfig) -> Result<Tensor> {
+    match moe.scoring {
+        Scoring::Sigmoid => sigmoid(logits),
+        _ => Ok(candle_nn::ops::softmax(logits, D::Minus1)?),
+    }
+}
+
+/// The gates of chosen experts that have these probabilities `[T, K]`: `[T · K]`.
+fn weighted(mut gates: Tensor, moe: &MoeConfig) -> Result<Tensor> {
     if moe.renormalize {
         // As the published model does, against a division by zero.
         gates = gates.broadcast_div(&(gates.sum_keepdim(1)? + 1e-20)?)?;
@@ -128,12 +171,7 @@ pub fn route_logits(
     if moe.routed_scaling_factor != 1.0 {
         gates = (gates * moe.routed_scaling_factor)?;
     }
-    Ok(Routing {
-        logits,
-        probabilities,
-        chosen,
-        gates: gates.flatten_all()?,
-    })
+    Ok(gates.flatten_all()?)
 }
 
 /// The entries of `values: [T, E]` at `chosen: [T · k]`: `[T, k]`.

@@ -115,7 +115,7 @@ fn layer_by_layer(
     let mut x = ends.embed(tokens)?.detach();
     let mut inputs = Vec::with_capacity(model.layers.len());
     for layer in &model.layers {
-        let (y, _) = layer.forward(&x, config, ends.rotary(), None)?;
+        let y = layer.hidden_states(&x, config, ends.rotary(), None)?;
         inputs.push(x);
         x = y.detach();
     }
@@ -137,14 +137,23 @@ fn layer_by_layer(
             return Ok(());
         };
         let x = Var::from_tensor(&input)?;
-        let (y, routing) = layer.forward(&x, config, ends.rotary(), None)?;
-        let mut sum = (y * after)?.sum_all()?.to_dtype(DType::F32)?;
-        if let (true, Some(routing)) = (balance > 0.0, routing) {
-            let own = load_balance(&[routing])?;
-            let value = f64::from(own.to_scalar::<f32>()?) * share / config.num_moe_layers() as f64;
-            found.balance = Some(found.balance.unwrap_or(0.0) + value);
-            sum = (sum + (own * (balance * share))?)?;
-        }
+        let sum = match balance > 0.0 {
+            false => layer.pull(&x, config, ends.rotary(), &after)?,
+            true => {
+                let (y, routing) = layer.forward(&x, config, ends.rotary(), None)?;
+                let sum = (y * after)?.sum_all()?.to_dtype(DType::F32)?;
+                match routing {
+                    None => sum,
+                    Some(routing) => {
+                        let own = load_balance(&[routing])?;
+                        let value = f64::from(own.to_scalar::<f32>()?) * share
+                            / config.num_moe_layers() as f64;
+                        found.balance = Some(found.balance.unwrap_or(0.0) + value);
+                        (sum + (own * (balance * share))?)?
+                    }
+                }
+            }
+        };
         let mut grads = sum.backward()?;
         gradient = grads.remove(&x).map(|gradient| gradient.detach());
         found.add(&mut grads, parameters)?;

@@ -154,12 +154,14 @@ pub(crate) fn objective_of(
     teacher: Option<&Teacher<'_>>,
 ) -> Result<Losses> {
     let mut routing = Vec::new();
-    let hidden = model.forward(part.batch.tokens(), None, &mut |_, _, r| {
-        if balance {
+    let tokens = part.batch.tokens();
+    let hidden = match balance {
+        true => model.forward(tokens, None, &mut |_, _, r| {
             routing.extend(r.cloned());
-        }
-        Ok(())
-    })?;
+            Ok(())
+        })?,
+        false => model.hidden_states(tokens, None)?,
+    };
     let at = Tensor::new(part.batch.predicting(), hidden.device())?;
     let logits = model.logits(&hidden.index_select(&at, 0)?)?;
     let (task, distance) = losses(&logits, (step, part), teacher)?;

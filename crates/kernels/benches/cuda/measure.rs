@@ -114,6 +114,7 @@ fn shape(model: &Model, replaced: usize) -> Shape {
         top_k: model.top_k,
         dense: model.experts - adapted,
         adapted,
+        kept: 0,
         groups: if adapted > 0 { GROUPS } else { 0 },
         rank: RANK,
     }
@@ -187,6 +188,7 @@ impl<'a> Bench<'a> {
         let weights = Weights {
             router: self.gpu.upload(&router)?.into(),
             dense: self.projections(shape.dense, f * h, h * f)?,
+            kept: self.projections(shape.kept, f * h, h * f)?,
             bases: self.projections(shape.groups, f * h, h * f)?,
             adapters: Adapted {
                 a: self.projections(adapted, r * h, r * f)?,

@@ -13,6 +13,8 @@ mod at_once;
 mod attention;
 mod experts;
 mod given;
+#[cfg(any(test, feature = "linked"))]
+mod many;
 mod products;
 
 pub(crate) use attention::{attention, rotate};
@@ -29,6 +31,8 @@ use crate::cuda;
 use crate::padded::PIECE;
 use candle_core::{D, DType, Result, Tensor};
 use given::given;
+#[cfg(feature = "linked")]
+pub(crate) use many::given_many;
 #[cfg(feature = "linked")]
 use std::sync::Arc;
 

@@ -24,6 +24,7 @@ struct Expand {
     slots: u32,
     inner: u32,
     rank: u32,
+    kept: u32,
     base_share: f32,
     own_share: f32,
 }
@@ -63,6 +64,7 @@ struct Combine {
     pair_of: Address,
     own_y: Address,
     own_from: Address,
+    replaced_from: Address,
     tokens: u32,
     top_k: u32,
     hidden: u32,
@@ -124,7 +126,7 @@ fn expand_arguments<T: Element>(
     let shape = &block.shape;
     let weights = &block.weights.adapters.b;
     let based = shape.groups > 0;
-    let own = work.own.as_ref().filter(|_| block.originals().is_some());
+    let own = work.own.as_ref().filter(|_| block.has_own());
     let of_pairs = |t: &CudaSlice<T>| if based { gpu.address(t) } else { Address::NULL };
     Expand {
         low: gpu.address(&work.low),
@@ -138,6 +140,7 @@ fn expand_arguments<T: Element>(
         own_gate: own.map_or(Address::NULL, |own| gpu.address(&own.gate)),
         own_up: own.map_or(Address::NULL, |own| gpu.address(&own.up)),
         slots: shape.adapted as u32,
+        kept: shape.kept as u32,
         inner: shape.inner as u32,
         rank: shape.rank as u32,
         base_share: 1.0 - block.beta,
@@ -177,7 +180,7 @@ pub(super) fn combine<T: Element>(
     out: &mut impl DevicePtrMut<T>,
 ) -> Result<()> {
     let based = block.shape.groups > 0;
-    let own = work.own.as_ref().filter(|_| block.originals().is_some());
+    let own = work.own.as_ref().filter(|_| block.has_own());
     let starts = gpu.address(&work.tables.starts);
     let arguments = Combine {
         y: gpu.address(&work.y),
@@ -191,6 +194,7 @@ pub(super) fn combine<T: Element>(
         pair_of: gpu.address(&work.tables.pair_of),
         own_y: own.map_or(Address::NULL, |own| gpu.address(&own.y)),
         own_from: starts.skip::<u32>(block.shape.dense),
+        replaced_from: starts.skip::<u32>(block.shape.dense + block.shape.kept),
         tokens: tokens as u32,
         top_k: block.shape.top_k as u32,
         hidden: block.shape.hidden as u32,

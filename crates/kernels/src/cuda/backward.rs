@@ -9,14 +9,14 @@ use super::products::{Out, Rows, Transposed, outer};
 use super::rows::{Activations, sum_pairs_two, swiglu_backward};
 use super::workspace::Workspace;
 use super::{Result, ensure};
-use cudarc::driver::CudaSlice;
+use cudarc::driver::DevicePtr;
 
 /// What a backward pass is about.
-struct Pass<'a, T> {
+struct Pass<'a, T, X> {
     gpu: &'a Gpu,
     block: &'a Block<T>,
-    x: &'a CudaSlice<T>,
-    dout: &'a CudaSlice<T>,
+    x: &'a X,
+    dout: &'a X,
     tokens: usize,
     trained: Trained,
     /// Rows of dense positions, of adapted ones, and pairs.
@@ -33,22 +33,18 @@ impl<T: Element> Block<T> {
     /// # Errors
     /// If sizes do not fit.
     #[allow(clippy::too_many_arguments)]
-    pub fn backward(
+    pub fn backward<X: DevicePtr<T>>(
         &self,
         gpu: &Gpu,
-        x: &CudaSlice<T>,
-        dout: &CudaSlice<T>,
+        x: &X,
+        dout: &X,
         tokens: usize,
         trained: Trained,
         work: &mut Workspace<T>,
         gradients: &mut Gradients<T>,
     ) -> Result<()> {
         self.check(x, tokens, work, dout)?;
-        ensure!(
-            work.routed == tokens,
-            "the workspace holds the tables of {} tokens, not of {tokens}",
-            work.routed
-        );
+        self.check_routed(tokens, work)?;
         ensure!(
             gradients.shape == self.shape && gradients.tokens == tokens,
             "gradients of {} tokens of {:?} for {tokens} of {:?}",
@@ -106,7 +102,7 @@ impl<T: Element> Block<T> {
     }
 }
 
-impl<T: Element> Pass<'_, T> {
+impl<T: Element, X: DevicePtr<T>> Pass<'_, T, X> {
     /// A product of the forward pass, computed again; as many rows fall to every group.
     fn forward(&self, path: Path, groups: usize, sizes: [usize; 2]) -> Grouped {
         Grouped::new(path, groups, sizes, self.dense.rows)
@@ -155,13 +151,15 @@ impl<T: Element> Pass<'_, T> {
             let Adapted { a, b } = &w.adapters;
             self.block.parts_of_slots(gpu, self.x, self.tokens, work)?;
             expand_pre(gpu, self.block, work, &mut to.gate, &mut to.up)?;
-            if let (Some(w), Some(own)) = (self.block.originals(), &mut work.own) {
+            for (w, first, count) in self.block.own() {
+                let Some(own) = &mut work.own else { continue };
+                let rows = &work.tables.rows(gpu, dense + first, self.slots.rows);
                 let dh = Out::rows(gpu, &mut own.gate, inner);
-                Transposed::new(work.path, adapted, [inner, hidden]).one(
+                Transposed::new(work.path, count, [inner, hidden]).one(
                     gpu,
-                    (of_token(&self.slots), &w.down),
+                    (of_token(rows), &w.down),
                     dh,
-                    &self.slots,
+                    rows,
                 )?;
             }
             let low = Out::rows(gpu, &mut to.low_down, rank);
@@ -187,7 +185,7 @@ impl<T: Element> Pass<'_, T> {
             pair_dh: (groups > 0).then_some(&to.pair_dh),
             own_dh: own
                 .as_ref()
-                .filter(|_| self.block.originals().is_some())
+                .filter(|_| self.block.has_own())
                 .map(|own| &own.gate),
         };
         let done = swiglu_backward(gpu, self.block, self.tokens, work, of);
@@ -233,14 +231,16 @@ impl<T: Element> Pass<'_, T> {
             shrink.one(gpu, (gate, &b.gate), low, &self.slots)?;
             shrink.one(gpu, (up, &b.up), low.right::<T>(), &self.slots)?;
             let low = Rows::sorted(gpu, &to.low, 2 * rank);
-            if let (Some(w), Some(own)) = (self.block.originals(), &mut work.own) {
+            for (w, first, count) in self.block.own() {
+                let Some(own) = &mut work.own else { continue };
+                let rows = &work.tables.rows(gpu, dense + first, self.slots.rows);
                 let y = Out::rows(gpu, &mut own.y, hidden);
-                Transposed::new(work.path, adapted, [hidden, inner]).two(
+                Transposed::new(work.path, count, [hidden, inner]).two(
                     gpu,
                     (gate, &w.gate),
                     (up, &w.up),
                     y,
-                    &self.slots,
+                    rows,
                 )?;
             }
             let y = Out::rows(gpu, &mut work.y, hidden);

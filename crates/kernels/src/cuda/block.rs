@@ -6,12 +6,13 @@ use super::route::Scores;
 use super::workspace::Workspace;
 use super::{Result, ensure};
 use cudarc::driver::{CudaSlice, DeviceSlice};
+use std::sync::Arc;
 
 /// The largest size of a matrix: offsets within a tile's rows fit 32 bits.
 const MOST: usize = 1 << 20;
 
-/// The sizes of a layer. Its positions hold dense experts first, then adapted slots that share a base,
-/// by ascending group, then adapted slots without one.
+/// The sizes of a layer. Its positions hold dense experts first, then adapted slots: those that keep their
+/// expert, then those that share a base, by ascending group, then those without one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     /// Hidden size `H`, a multiple of 8.
@@ -26,6 +27,8 @@ pub struct Shape {
     pub dense: usize,
     /// Adapted positions.
     pub adapted: usize,
+    /// How many of them, the first ones, keep their expert beside the adapter, as while it trains.
+    pub kept: usize,
     /// Shared bases.
     pub groups: usize,
     /// Adapter rank `R`, a multiple of 8; narrower adapters are filled up with zeros.
@@ -73,6 +76,7 @@ impl Shape {
             top_k: self.top_k.max(other.top_k),
             dense: self.dense.max(other.dense),
             adapted: self.adapted.max(other.adapted),
+            kept: self.kept.max(other.kept),
             groups: self.groups.max(other.groups),
             rank: self.rank.max(other.rank),
         }
@@ -110,9 +114,10 @@ impl Shape {
             self.experts
         );
         ensure!(
-            self.groups <= self.adapted,
-            "{} bases for {} slots",
+            self.groups + self.kept <= self.adapted,
+            "{} bases and {} kept experts for {} slots",
             self.groups,
+            self.kept,
             self.adapted
         );
         Ok(())
@@ -120,7 +125,7 @@ impl Shape {
 }
 
 /// The three matrices of `n` experts, as `torch.nn.Linear` keeps them; empty for none.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Projections<M> {
     /// `[n, F, H]`, of adapters `[n, R, H]` or `[n, F, R]`
     pub gate: M,
@@ -153,7 +158,7 @@ impl<M> Projections<M> {
 }
 
 /// Low-rank adapters of `n` slots: `U·V`.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Adapted<M> {
     /// `V`: gate and up `[n, R, H]`, down `[n, R, F]`.
     pub a: Projections<M>,
@@ -162,18 +167,117 @@ pub struct Adapted<M> {
 }
 
 /// The parameters of a layer.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Weights<T> {
     /// `[E, H]`
     pub router: Held<T>,
     /// Of the dense positions.
     pub dense: Projections<Held<T>>,
+    /// Of the adapted positions that keep their expert.
+    pub kept: Projections<Held<T>>,
     /// Of the groups.
     pub bases: Projections<Held<T>>,
     /// Of the adapted positions.
     pub adapters: Adapted<Held<T>>,
-    /// The experts that the adapted positions replace, while they have a share.
+    /// The experts that the other adapted positions replace, while they have a share.
     pub originals: Option<Projections<Held<T>>>,
+}
+
+impl<T: Element> Weights<T> {
+    fn check(&self, shape: &Shape) -> Result<()> {
+        let Shape {
+            hidden: h,
+            inner: f,
+            rank: r,
+            ..
+        } = *shape;
+        ensure!(
+            self.router.len() == shape.experts * h,
+            "the router has {} entries; [{}, {h}] was expected",
+            self.router.len(),
+            shape.experts
+        );
+        self.dense
+            .check::<T>("dense experts", shape.dense, f * h, h * f)?;
+        self.kept
+            .check::<T>("kept experts", shape.kept, f * h, h * f)?;
+        self.bases.check::<T>("bases", shape.groups, f * h, h * f)?;
+        self.adapters
+            .a
+            .check::<T>("adapters' a", shape.adapted, r * h, r * f)?;
+        self.adapters
+            .b
+            .check::<T>("adapters' b", shape.adapted, f * r, h * r)?;
+        if let Some(originals) = &self.originals {
+            let replaced = shape.adapted - shape.kept;
+            originals.check::<T>("replaced experts", replaced, f * h, h * f)?;
+        }
+        Ok(())
+    }
+}
+
+/// What a layer is but for its weights.
+#[derive(Debug, Clone)]
+pub(super) struct Frame {
+    pub(super) shape: Shape,
+    scores: Arc<Scores>,
+    group_of: Arc<CudaSlice<u32>>,
+}
+
+impl Frame {
+    /// As [`Block::new`].
+    pub(super) fn new(
+        gpu: &Gpu,
+        shape: Shape,
+        scores: Scores,
+        group_of: &[Option<usize>],
+    ) -> Result<Self> {
+        shape.check()?;
+        scores.check(&shape)?;
+        ensure!(
+            group_of.len() == shape.adapted,
+            "{} groups for {} adapted slots",
+            group_of.len(),
+            shape.adapted
+        );
+        // Slots without a group come last, but for those that keep their expert.
+        let (kept, others) = group_of.split_at(shape.kept);
+        ensure!(
+            kept.iter().all(Option::is_none)
+                && others.iter().map(|g| g.unwrap_or(usize::MAX)).is_sorted()
+                && others.iter().flatten().all(|&g| g < shape.groups),
+            "the groups {group_of:?} do not ascend below {} behind {} kept experts",
+            shape.groups,
+            shape.kept
+        );
+        let dense = std::iter::repeat_n(super::route::NONE, shape.dense);
+        let adapted = group_of
+            .iter()
+            .map(|g| g.map_or(super::route::NONE, |g| g as u32));
+        let group_of = gpu.upload(&dense.chain(adapted).collect::<Vec<_>>())?;
+        Ok(Self {
+            shape,
+            scores: Arc::new(scores),
+            group_of: Arc::new(group_of),
+        })
+    }
+
+    /// The layer with these weights.
+    pub(super) fn with<T: Element>(&self, weights: Weights<T>) -> Result<Block<T>> {
+        weights.check(&self.shape)?;
+        Ok(Block {
+            shape: self.shape,
+            weights,
+            scores: self.scores.clone(),
+            group_of: self.group_of.clone(),
+            beta: 0.0,
+        })
+    }
+
+    #[cfg(any(test, feature = "linked"))]
+    pub(super) fn scores(&self) -> &Scores {
+        &self.scores
+    }
 }
 
 /// A layer on the GPU.
@@ -181,9 +285,9 @@ pub struct Weights<T> {
 pub struct Block<T> {
     pub(super) shape: Shape,
     pub(super) weights: Weights<T>,
-    pub(super) scores: Scores,
+    pub(super) scores: Arc<Scores>,
     /// Group of each position; [`super::route::NONE`] for none.
-    pub(super) group_of: CudaSlice<u32>,
+    pub(super) group_of: Arc<CudaSlice<u32>>,
     /// The share of the originals; that of the bases is what is left.
     pub(super) beta: f32,
 }
@@ -200,62 +304,7 @@ impl<T: Element> Block<T> {
         scores: Scores,
         group_of: &[Option<usize>],
     ) -> Result<Self> {
-        shape.check()?;
-        let Shape {
-            hidden: h,
-            inner: f,
-            rank: r,
-            ..
-        } = shape;
-        ensure!(
-            weights.router.len() == shape.experts * h,
-            "the router has {} entries; [{}, {h}] was expected",
-            weights.router.len(),
-            shape.experts
-        );
-        weights
-            .dense
-            .check::<T>("dense experts", shape.dense, f * h, h * f)?;
-        weights
-            .bases
-            .check::<T>("bases", shape.groups, f * h, h * f)?;
-        weights
-            .adapters
-            .a
-            .check::<T>("adapters' a", shape.adapted, r * h, r * f)?;
-        weights
-            .adapters
-            .b
-            .check::<T>("adapters' b", shape.adapted, f * r, h * r)?;
-        if let Some(originals) = &weights.originals {
-            originals.check::<T>("replaced experts", shape.adapted, f * h, h * f)?;
-        }
-        scores.check(&shape)?;
-        ensure!(
-            group_of.len() == shape.adapted,
-            "{} groups for {} adapted slots",
-            group_of.len(),
-            shape.adapted
-        );
-        // Slots without a group come last.
-        let order = group_of.iter().map(|g| g.unwrap_or(usize::MAX));
-        ensure!(
-            order.is_sorted() && group_of.iter().flatten().all(|&g| g < shape.groups),
-            "the groups {group_of:?} do not ascend below {}",
-            shape.groups
-        );
-        let dense = std::iter::repeat_n(super::route::NONE, shape.dense);
-        let adapted = group_of
-            .iter()
-            .map(|g| g.map_or(super::route::NONE, |g| g as u32));
-        let group_of = gpu.upload(&dense.chain(adapted).collect::<Vec<_>>())?;
-        Ok(Self {
-            shape,
-            weights,
-            scores,
-            group_of,
-            beta: 0.0,
-        })
+        Frame::new(gpu, shape, scores, group_of)?.with(weights)
     }
 
     /// Sets the share `β` of the experts that adapted slots replace: `β·W + (1−β)·B + U·V` (LightMoE,
@@ -276,9 +325,20 @@ impl<T: Element> Block<T> {
         Ok(())
     }
 
-    /// The replaced experts, while they have a share.
-    pub(super) fn originals(&self) -> Option<&Projections<Held<T>>> {
-        self.weights.originals.as_ref().filter(|_| self.beta > 0.0)
+    /// The whole experts of adapted slots that have a share: the kept ones, and the replaced ones while they have
+    /// one; the first of these slots among the adapted ones, and how many they are.
+    pub(super) fn own(&self) -> impl Iterator<Item = (&Projections<Held<T>>, usize, usize)> {
+        let Shape { adapted, kept, .. } = self.shape;
+        let replaced = self.weights.originals.as_ref();
+        let replaced = replaced.filter(|_| self.beta > 0.0 && kept < adapted);
+        let replaced = replaced.map(|of| (of, kept, adapted - kept));
+        let kept = (kept > 0).then_some((&self.weights.kept, 0, kept));
+        kept.into_iter().chain(replaced)
+    }
+
+    /// Whether there are any.
+    pub(super) fn has_own(&self) -> bool {
+        self.own().next().is_some()
     }
 
     /// Its sizes.
@@ -301,11 +361,25 @@ impl<T: Element> Block<T> {
             out.len(),
             self.shape.hidden
         );
+        self.check_room(tokens, work)
+    }
+
+    /// Stops where the workspace has no tables of these tokens.
+    pub(super) fn check_routed(&self, tokens: usize, work: &Workspace<T>) -> Result<()> {
         ensure!(
-            self.originals().is_none() || work.own.is_some(),
-            "the replaced experts have a share of {}; the workspace has no memory for them: make it with \
-             `Workspace::annealed`",
-            self.beta
+            work.routed == tokens,
+            "the workspace holds the tables of {} tokens, not of {tokens}",
+            work.routed
+        );
+        Ok(())
+    }
+
+    /// Stops where the workspace has no room for these tokens.
+    pub(super) fn check_room(&self, tokens: usize, work: &Workspace<T>) -> Result<()> {
+        ensure!(
+            !self.has_own() || work.own.is_some(),
+            "whole experts have a share in adapted slots; the workspace has no memory for them: make it with \
+             `Workspace::annealed`"
         );
         ensure!(
             work.fits(&self.shape, tokens),

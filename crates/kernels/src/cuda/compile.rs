@@ -24,6 +24,7 @@ pub struct Source {
     pub hopper: bool,
 }
 
+const PTX: &str = include_str!("../../cuda/ptx.cuh");
 const COMMON: &str = include_str!("../../cuda/common.cuh");
 const HOPPER: &str = include_str!("../../cuda/hopper.cuh");
 const ATTENTION_TILES: &str = include_str!("../../cuda/attention.cuh");
@@ -31,32 +32,33 @@ const CHOOSE: &str = include_str!("../../cuda/choose.cuh");
 
 pub(super) const ROUTER: Source = Source {
     name: "router",
-    parts: &[COMMON, include_str!("../../cuda/router.cu")],
+    parts: &[PTX, COMMON, include_str!("../../cuda/router.cu")],
     hopper: false,
 };
 pub(super) const ROUTE: Source = Source {
     name: "route",
-    parts: &[COMMON, CHOOSE, include_str!("../../cuda/route.cu")],
+    parts: &[PTX, COMMON, CHOOSE, include_str!("../../cuda/route.cu")],
     hopper: false,
 };
 pub(super) const GROUPED: Source = Source {
     name: "grouped",
-    parts: &[COMMON, HOPPER, include_str!("../../cuda/grouped.cu")],
+    parts: &[PTX, COMMON, HOPPER, include_str!("../../cuda/grouped.cu")],
     hopper: true,
 };
 pub(super) const GROUPED_MMA: Source = Source {
     name: "grouped_mma",
-    parts: &[COMMON, include_str!("../../cuda/grouped_mma.cu")],
+    parts: &[PTX, COMMON, include_str!("../../cuda/grouped_mma.cu")],
     hopper: false,
 };
 pub(super) const ADAPTERS: Source = Source {
     name: "adapters",
-    parts: &[COMMON, include_str!("../../cuda/adapters.cu")],
+    parts: &[PTX, COMMON, include_str!("../../cuda/adapters.cu")],
     hopper: false,
 };
 pub(super) const DECODE: Source = Source {
     name: "decode",
     parts: &[
+        PTX,
         COMMON,
         CHOOSE,
         include_str!("../../cuda/decode.cuh"),
@@ -68,23 +70,24 @@ pub(super) const DECODE: Source = Source {
 
 pub(super) const BACKWARD: Source = Source {
     name: "backward",
-    parts: &[COMMON, HOPPER, include_str!("../../cuda/backward.cu")],
+    parts: &[PTX, COMMON, HOPPER, include_str!("../../cuda/backward.cu")],
     hopper: true,
 };
 pub(super) const BACKWARD_MMA: Source = Source {
     name: "backward_mma",
-    parts: &[COMMON, include_str!("../../cuda/backward_mma.cu")],
+    parts: &[PTX, COMMON, include_str!("../../cuda/backward_mma.cu")],
     hopper: false,
 };
 pub(super) const ROWS: Source = Source {
     name: "rows",
-    parts: &[COMMON, include_str!("../../cuda/rows.cu")],
+    parts: &[PTX, COMMON, include_str!("../../cuda/rows.cu")],
     hopper: false,
 };
 
 pub(super) const ATTENTION: Source = Source {
     name: "attention",
     parts: &[
+        PTX,
         COMMON,
         ATTENTION_TILES,
         include_str!("../../cuda/attention.cu"),
@@ -94,6 +97,7 @@ pub(super) const ATTENTION: Source = Source {
 pub(super) const ATTENTION_BACKWARD: Source = Source {
     name: "attention_backward",
     parts: &[
+        PTX,
         COMMON,
         ATTENTION_TILES,
         include_str!("../../cuda/attention_backward.cu"),
@@ -102,12 +106,19 @@ pub(super) const ATTENTION_BACKWARD: Source = Source {
 };
 pub(super) const TOKENS: Source = Source {
     name: "tokens",
-    parts: &[COMMON, include_str!("../../cuda/tokens.cu")],
+    parts: &[PTX, COMMON, include_str!("../../cuda/tokens.cu")],
+    hopper: false,
+};
+
+pub(super) const PACK: Source = Source {
+    name: "pack",
+    parts: &[PTX, COMMON, include_str!("../../cuda/pack.cu")],
     hopper: false,
 };
 
 /// All sources.
-pub const SOURCES: [Source; 12] = [
+pub const SOURCES: [Source; 13] = [
+    PACK,
     ROUTER,
     ROUTE,
     GROUPED,

@@ -86,7 +86,7 @@ pub(super) fn forward<T: Element>(
         b_gate: at(&w.adapters.b.gate),
         b_up: at(&w.adapters.b.up),
         b_down: at(&w.adapters.b.down),
-        group_of: gpu.address(&block.group_of),
+        group_of: gpu.address(&*block.group_of),
         logits: gpu.address_mut(&mut work.logits),
         low: gpu.address_mut(&mut work.low),
         h: gpu.address_mut(&mut work.h),

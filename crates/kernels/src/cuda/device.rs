@@ -146,6 +146,7 @@ impl Gpu {
         unsafe { sys::cuDriverGetVersion(&mut driver) }
             .result()
             .trying("asking for the driver")?;
+        keep_memory(&context)?;
         Ok(Self {
             context,
             stream,
@@ -373,6 +374,28 @@ impl Gpu {
         // SAFETY: the caller's promise.
         unsafe { builder.launch(size) }.trying("queueing a kernel")?;
         Ok(())
+    }
+}
+
+/// Lets the driver keep memory that was given back. Else it gives all of it away whenever the host waits for the GPU, and
+/// maps it anew.
+fn keep_memory(context: &CudaContext) -> Result<()> {
+    use sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD as THRESHOLD;
+    let has_pools = context
+        .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)
+        .trying("asking for pools of memory")?;
+    if has_pools == 0 {
+        return Ok(());
+    }
+    let (mut pool, mut all) = (std::ptr::null_mut(), u64::MAX);
+    // SAFETY: the device is one, the first call writes a pool, the second reads a number of 64 bits.
+    unsafe {
+        sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device())
+            .result()
+            .trying("asking for the pool of memory")?;
+        sys::cuMemPoolSetAttribute(pool, THRESHOLD, (&raw mut all).cast())
+            .result()
+            .trying("keeping memory")
     }
 }
 

@@ -5,8 +5,10 @@ use super::adapters::{combine, expand, sum_pairs};
 use super::block::{Block, Shape};
 use super::decode::{self, DECODE_TOKENS};
 use super::device::{Element, Gpu};
+#[cfg(any(test, feature = "linked"))]
+use super::ensure;
 use super::grouped::{Grouped, Kind};
-use super::route::{route, router_logits};
+use super::route::{Routed, route, router_logits};
 use super::workspace::{Own, Workspace};
 use cudarc::driver::{DevicePtr, DevicePtrMut};
 
@@ -42,7 +44,7 @@ impl<T: Element> Block<T> {
         self.check(x, tokens, work, out)?;
         // No tables are there until all is queued.
         work.routed = 0;
-        if tokens <= DECODE_TOKENS && self.originals().is_none() {
+        if tokens <= DECODE_TOKENS && !self.has_own() {
             decode::forward(gpu, self, x, tokens, work, out)?;
             work.routed = tokens;
             return Ok(());
@@ -79,11 +81,59 @@ impl<T: Element> Block<T> {
         queued: &mut dyn FnMut(Stage) -> Result<()>,
     ) -> Result<()> {
         self.check(x, tokens, work, out)?;
-        // No tables are there until all is queued.
         work.routed = 0;
         router_logits(gpu, self, x, tokens, &mut work.logits)?;
-        route(gpu, self, tokens, work)?;
+        route(gpu, self, tokens, Routed::Logits, work)?;
+        work.routed = tokens;
         queued(Stage::Route)?;
+        self.forward_routed(gpu, x, tokens, work, out, queued)
+    }
+
+    /// Makes the tables of choices that were made before: positions, for which [`super::route::choose`] is, and
+    /// their gates, `[T · K]` each.
+    ///
+    /// # Errors
+    /// If their numbers are others, or the workspace holds fewer tokens.
+    #[cfg(any(test, feature = "linked"))]
+    pub(super) fn route_given(
+        &self,
+        gpu: &Gpu,
+        chosen: &impl DevicePtr<u32>,
+        gates: &impl DevicePtr<f32>,
+        tokens: usize,
+        work: &mut Workspace<T>,
+    ) -> Result<()> {
+        self.check_room(tokens, work)?;
+        let rows = self.shape.rows(tokens);
+        ensure!(
+            chosen.len() == rows && gates.len() == rows,
+            "{} choices and {} gates; [{tokens}, {}] were expected",
+            chosen.len(),
+            gates.len(),
+            self.shape.top_k
+        );
+        work.routed = 0;
+        let from = Routed::Chosen(gpu.address(chosen), gpu.address(gates));
+        route(gpu, self, tokens, from, work)?;
+        work.routed = tokens;
+        Ok(())
+    }
+
+    /// The forward pass behind the routing: the tables of `work` are those of these tokens.
+    ///
+    /// # Errors
+    /// If they are not, or as [`Block::forward`].
+    pub(super) fn forward_routed(
+        &self,
+        gpu: &Gpu,
+        x: &impl DevicePtr<T>,
+        tokens: usize,
+        work: &mut Workspace<T>,
+        out: &mut impl DevicePtrMut<T>,
+        queued: &mut dyn FnMut(Stage) -> Result<()>,
+    ) -> Result<()> {
+        self.check(x, tokens, work, out)?;
+        self.check_routed(tokens, work)?;
         if self.shape.dense > 0 {
             self.dense(gpu, x, tokens, work)?;
             queued(Stage::Dense)?;
@@ -92,9 +142,7 @@ impl<T: Element> Block<T> {
             self.adapted(gpu, x, tokens, work, queued)?;
         }
         combine(gpu, self, tokens, work, out)?;
-        queued(Stage::Combine)?;
-        work.routed = tokens;
-        Ok(())
+        queued(Stage::Combine)
     }
 
     /// The rows of dense positions: `work.y`.
@@ -153,8 +201,8 @@ impl<T: Element> Block<T> {
         )
     }
 
-    /// What adapted rows have of their own: `V·x` in `work.low`, and in `work.own` what replaced experts
-    /// make of them while they have a share.
+    /// What adapted rows have of their own: `V·x` in `work.low`, and in `work.own` what whole experts make of
+    /// them while they have a share.
     pub(super) fn parts_of_slots(
         &self,
         gpu: &Gpu,
@@ -180,8 +228,10 @@ impl<T: Element> Block<T> {
             x,
             &rows,
         )?;
-        if let (Some(w), Some(own)) = (self.originals(), &mut work.own) {
-            Grouped::new(work.path, adapted, [inner, hidden], share).run(
+        for (w, first, count) in self.own() {
+            let Some(own) = &mut work.own else { continue };
+            let rows = work.tables.rows(gpu, dense + first, all).gathered();
+            Grouped::new(work.path, count, [inner, hidden], share * count / adapted).run(
                 gpu,
                 Kind::Dual(&w.gate, &w.up, &mut own.gate, &mut own.up),
                 x,
@@ -224,12 +274,16 @@ impl<T: Element> Block<T> {
         }
         self.parts_of_slots(gpu, x, tokens, work)?;
         expand(gpu, self, work)?;
-        if let (Some(w), Some(Own { y, .. })) = (self.originals(), &mut work.own) {
-            Grouped::new(work.path, adapted, [hidden, inner], share).run(
+        for (w, first, count) in self.own() {
+            let Some(Own { y, .. }) = &mut work.own else {
+                continue;
+            };
+            let rows = work.tables.rows(gpu, dense + first, all).scaled();
+            Grouped::new(work.path, count, [hidden, inner], share * count / adapted).run(
                 gpu,
                 Kind::Plain(&w.down, y),
                 &work.h,
-                &rows.scaled(),
+                &rows,
             )?;
         }
         Grouped::new(work.path, adapted, [rank, inner], share).run(

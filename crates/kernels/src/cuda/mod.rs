@@ -19,6 +19,8 @@ mod grouped;
 mod held;
 #[cfg(feature = "linked")]
 mod made;
+#[cfg(any(test, feature = "linked"))]
+mod pack;
 mod products;
 mod route;
 mod rows;
@@ -29,6 +31,8 @@ mod tensors;
 mod tests;
 #[cfg(feature = "linked")]
 mod tokens;
+#[cfg(feature = "linked")]
+mod trained;
 #[cfg(feature = "linked")]
 mod whole;
 mod workspace;
@@ -56,6 +60,7 @@ pub(crate) use {
         cross_entropy, cross_entropy_gradient, norm_gradient, spread_rows, sum_rows, swiglu,
         swiglu_gradients,
     },
+    trained::TrainedOnGpu,
     whole::OnGpu,
 };
 

@@ -32,7 +32,12 @@ impl Rows {
     }
 
     /// The rows of the sorted rows' tokens.
-    pub(super) fn of_tokens<T>(gpu: &Gpu, x: &CudaSlice<T>, width: usize, rows: &Segments) -> Self {
+    pub(super) fn of_tokens<T>(
+        gpu: &Gpu,
+        x: &impl DevicePtr<T>,
+        width: usize,
+        rows: &Segments,
+    ) -> Self {
         Self {
             gather: rows.tokens,
             ..Self::sorted(gpu, x, width)

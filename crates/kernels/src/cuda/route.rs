@@ -1,6 +1,8 @@
 //! Routing on the GPU: router outputs, the choice of experts, and the tables that sort it. The host
 //! never learns how many rows an expert has.
 
+#[cfg(any(test, feature = "linked"))]
+use super::block::Frame;
 use super::block::{Block, Shape};
 use super::compile::{ROUTE, ROUTER};
 use super::device::{Address, Element, Gpu, Launch};
@@ -236,6 +238,8 @@ fn blocks(tokens: usize) -> (usize, usize) {
 #[derive(Debug, Clone, Copy)]
 struct Route {
     logits: Address,
+    chosen: Address,
+    gates: Address,
     scores: ScoresArgument,
     group_of: Address,
     out: TablesArgument,
@@ -260,8 +264,23 @@ struct Router {
     hidden: u32,
 }
 
+/// Arguments of `route_only`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+#[cfg(any(test, feature = "linked"))]
+struct RouteOnly {
+    logits: Address,
+    scores: ScoresArgument,
+    chosen: Address,
+    gates: Address,
+    tokens: u32,
+}
+
 // SAFETY: plain numbers, laid out as the kernels' structs.
 unsafe impl DeviceRepr for Route {}
+// SAFETY: as above.
+#[cfg(any(test, feature = "linked"))]
+unsafe impl DeviceRepr for RouteOnly {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for Router {}
 
@@ -294,20 +313,38 @@ pub(super) fn router_logits<T: Element>(
     unsafe { gpu.launch(&kernel, launch, &arguments, &[]) }
 }
 
-/// Fills the tables from the router's outputs in `work`.
+/// What tables are made of.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Routed {
+    /// The router's outputs in the workspace.
+    Logits,
+    /// Positions `[T · K]`, each of a token others, and their gates `[T · K]`.
+    #[cfg(any(test, feature = "linked"))]
+    Chosen(Address, Address),
+}
+
+/// Fills the tables.
 pub(super) fn route<T: Element>(
     gpu: &Gpu,
     block: &Block<T>,
     tokens: usize,
+    from: Routed,
     work: &mut Workspace<T>,
 ) -> Result<()> {
     let shape = &block.shape;
     let bins = shape.positions() + shape.groups;
     let (chunk, blocks) = blocks(tokens);
+    let (chosen, gates) = match from {
+        Routed::Logits => (Address::NULL, Address::NULL),
+        #[cfg(any(test, feature = "linked"))]
+        Routed::Chosen(chosen, gates) => (chosen, gates),
+    };
     let arguments = Route {
         logits: gpu.address(&work.logits),
+        chosen,
+        gates,
         scores: block.scores.arguments(gpu, shape.top_k),
-        group_of: gpu.address(&block.group_of),
+        group_of: gpu.address(&*block.group_of),
         out: work.tables.arguments(gpu),
         counts: gpu.address(&work.tables.counts),
         totals: gpu.address(&work.tables.totals),
@@ -330,6 +367,42 @@ pub(super) fn route<T: Element>(
     queue("route_choose", blocks, 32, 4 * bins)?;
     queue("route_scan", bins.div_ceil(8), 8, 0)?;
     queue("route_place", blocks, 8, 4 * bins * 8)
+}
+
+/// The positions that are chosen for tokens, best first, from the router's outputs `logits: [T, E]`, and their
+/// gates: `[T · K]` each.
+#[cfg(any(test, feature = "linked"))]
+pub(super) fn choose<T: Element>(
+    gpu: &Gpu,
+    frame: &Frame,
+    logits: &impl DevicePtr<f32>,
+    tokens: usize,
+) -> Result<(CudaSlice<u32>, CudaSlice<f32>)> {
+    let shape = &frame.shape;
+    ensure!(
+        logits.len() == tokens * shape.experts,
+        "{} outputs of the router; [{tokens}, {}] was expected",
+        logits.len(),
+        shape.experts
+    );
+    let mut chosen = gpu.alloc(shape.rows(tokens))?;
+    let mut gates = gpu.alloc(shape.rows(tokens))?;
+    let arguments = RouteOnly {
+        logits: gpu.address(logits),
+        scores: frame.scores().arguments(gpu, shape.top_k),
+        chosen: gpu.address_mut(&mut chosen),
+        gates: gpu.address_mut(&mut gates),
+        tokens: tokens as u32,
+    };
+    let kernel = gpu.kernel(&ROUTE, T::KIND, "route_only", 0)?;
+    let launch = Launch {
+        grid: tokens.div_ceil(8),
+        block: 256,
+        shared: 0,
+    };
+    // SAFETY: all have room for the tokens.
+    unsafe { gpu.launch(&kernel, launch, &arguments, &[]) }?;
+    Ok((chosen, gates))
 }
 
 #[cfg(test)]

@@ -1,14 +1,14 @@
 //! Whole layers on candle's tensors, queued on candle's own stream.
 
 use super::Result;
-use super::block::{Adapted, Block, Projections, Shape, Weights};
+use super::block::{Adapted, Block, Frame, Projections, Shape, Weights};
 use super::device::{Element, Gpu, lock};
 use super::held::Held;
 use super::made::held;
 use super::route::Scores;
 use super::tensors::{numbers, stored};
 use super::workspace::Workspace;
-use crate::padded::{common_rank, padded};
+use crate::padded::{PIECE, common_rank, padded};
 use crate::whole::{AdapterParts, LayerParts};
 use candle_core::cuda::CudaDType;
 use candle_core::{
@@ -38,19 +38,22 @@ enum Typed {
 }
 
 /// The sizes of a layer, if the kernels take them.
-fn shape(parts: &LayerParts<'_>) -> Candle<Option<Shape>> {
+pub(super) fn shape(parts: &LayerParts<'_>) -> Candle<Option<Shape>> {
     let (experts, hidden) = parts.router.dims2()?;
-    let (dense, inner) = match parts.dense {
-        Some([gate, ..]) => (gate.dim(0)?, gate.dim(1)?),
-        None => (0, 0),
+    let sizes = |of: Option<[&Tensor; 3]>| -> Candle<(usize, usize)> {
+        Ok(match of {
+            Some([gate, ..]) => (gate.dim(0)?, gate.dim(1)?),
+            None => (0, 0),
+        })
     };
-    let (bases, of_bases) = match parts.bases {
-        Some([gate, ..]) => (gate.dim(0)?, gate.dim(1)?),
-        None => (0, 0),
-    };
+    let ((whole, inner), (bases, of_bases)) = (sizes(parts.dense)?, sizes(parts.bases)?);
     let of_adapters = match &parts.adapters {
         Some(adapters) => adapters.b[0].dim(1)?,
         None => 0,
+    };
+    let (kept, own_rank) = match &parts.kept {
+        Some([[gate, ..], _]) => (whole, gate.dim(1)?),
+        None => (0, 0),
     };
     let starts = parts.adapters.as_ref().map_or(&[0][..], |a| a.starts);
     let shape = Shape {
@@ -58,25 +61,59 @@ fn shape(parts: &LayerParts<'_>) -> Candle<Option<Shape>> {
         inner: inner.max(of_bases).max(of_adapters),
         experts,
         top_k: parts.top_k,
-        dense,
-        adapted: parts.groups.len(),
+        dense: whole - kept,
+        adapted: kept + parts.groups.len(),
+        kept,
         groups: bases,
-        rank: common_rank(starts),
+        rank: common_rank(starts).max(own_rank.next_multiple_of(PIECE)),
     };
     let fits = shape.check().is_ok() && shape.rank <= RANK;
     Ok(fits.then_some(shape))
 }
 
+/// The GPU that a tensor is on, if kernels run on it.
+pub(super) fn gpu(of: &Tensor) -> Candle<Option<Arc<Gpu>>> {
+    match of.device() {
+        Device::Cuda(device) => Gpu::of(device).map_err(Error::wrap),
+        _ => Ok(None),
+    }
+}
+
+/// The layer but for its weights.
+pub(super) fn frame(gpu: &Gpu, shape: Shape, parts: &LayerParts<'_>) -> Candle<Frame> {
+    let correction = parts.correction.map(|c| c.to_dtype(DType::F32)?.to_vec1());
+    let correction: Option<Vec<f32>> = correction.transpose()?;
+    let scores = Scores::new(gpu, parts.choice, parts.position, correction.as_deref());
+    let kept = std::iter::repeat_n(None, shape.kept);
+    let groups: Vec<_> = kept.chain(parts.groups.iter().copied()).collect();
+    let frame = scores.and_then(|scores| Frame::new(gpu, shape, scores, &groups));
+    frame.map_err(Error::wrap)
+}
+
+/// Stacks as they are; nothing for none.
+pub(super) fn stacks<T: Element + CudaDType>(
+    gpu: &Gpu,
+    of: Option<[&Tensor; 3]>,
+) -> Candle<Projections<Held<T>>> {
+    let one = |w: Option<&Tensor>| match w {
+        Some(w) => held(&w.detach()),
+        None => Ok(gpu.alloc(0).map_err(Error::wrap)?.into()),
+    };
+    let [gate, up, down] = of.map_or([None; 3], |of| of.map(Some));
+    Ok(Projections {
+        gate: one(gate)?,
+        up: one(up)?,
+        down: one(down)?,
+    })
+}
+
 impl OnGpu {
     /// As [`crate::WholeLayer::new`].
     pub(crate) fn new(parts: &LayerParts<'_>) -> Candle<Option<Self>> {
-        let Device::Cuda(device) = parts.router.device() else {
-            return Ok(None);
-        };
         let (Some(shape), Some(dtype)) = (shape(parts)?, dtype(parts)) else {
             return Ok(None);
         };
-        let Some(gpu) = Gpu::of(device).map_err(Error::wrap)? else {
+        let Some(gpu) = gpu(parts.router)? else {
             return Ok(None);
         };
         let exact = parts.router.to_dtype(dtype)?;
@@ -107,9 +144,10 @@ impl OnGpu {
 
 /// The 16-bit type that all matrices have, if they have one, and nothing trains.
 fn dtype(parts: &LayerParts<'_>) -> Option<DType> {
-    let adapters = parts.adapters.iter().flat_map(|of| [of.a, of.b]);
-    let stacks = parts.dense.into_iter().chain(parts.bases).chain(adapters);
-    let stacks: Vec<&Tensor> = stacks.flatten().collect();
+    if parts.kept.is_some() || parts.originals.is_some() {
+        return None;
+    }
+    let stacks: Vec<&Tensor> = parts.stacks().flatten().collect();
     let dtype = stacks.first()?.dtype();
     let same = stacks.iter().all(|t| t.dtype() == dtype);
     let mut all = stacks
@@ -127,33 +165,21 @@ fn block<T: Element + CudaDType>(
     parts: &LayerParts<'_>,
     router: &Tensor,
 ) -> Candle<Block<T>> {
-    let none = Tensor::zeros(1, router.dtype(), router.device())?;
-    let stacks = |of: Option<[&Tensor; 3]>| -> Candle<Projections<Held<T>>> {
-        let [gate, up, down] = of.unwrap_or([&none; 3]);
-        Ok(Projections {
-            gate: held(gate)?,
-            up: held(up)?,
-            down: held(down)?,
-        })
-    };
-    let correction = parts.correction.map(|c| c.to_dtype(DType::F32)?.to_vec1());
-    let correction: Option<Vec<f32>> = correction.transpose()?;
-    let scores = Scores::new(gpu, parts.choice, parts.position, correction.as_deref());
     let weights = Weights {
         router: held(router)?,
-        dense: stacks(parts.dense)?,
-        bases: stacks(parts.bases)?,
+        dense: stacks(gpu, parts.dense)?,
+        kept: stacks(gpu, None)?,
+        bases: stacks(gpu, parts.bases)?,
         adapters: match (&parts.adapters, shape.adapted) {
             (_, 0) => Adapted {
-                a: stacks(None)?,
-                b: stacks(None)?,
+                a: stacks(gpu, None)?,
+                b: stacks(gpu, None)?,
             },
             (adapters, _) => adapted(shape, adapters.as_ref(), router)?,
         },
         originals: None,
     };
-    let block = scores.and_then(|scores| Block::new(gpu, shape, weights, scores, parts.groups));
-    block.map_err(Error::wrap)
+    frame(gpu, shape, parts)?.with(weights).map_err(Error::wrap)
 }
 
 /// Adapters as the kernels take them, all of one rank; zeros where there are none.
@@ -210,7 +236,7 @@ impl OnGpu {
                 let part = first * hidden..(first + count) * hidden;
                 let x = x.slice(part.clone());
                 let y = &mut out.slice_mut(part);
-                gpu.with_workspace::<T, _>(block.shape(), count, |work| {
+                gpu.with_workspace::<T, _>(block.shape(), count, false, |work| {
                     block.forward(gpu, &x, count, work, y)
                 })
             })
@@ -237,12 +263,13 @@ impl CustomOp1 for OnGpu {
 }
 
 impl Gpu {
-    /// Runs `work` with memory for `tokens` of a layer. It is kept for the next call, and grows: layers run one
-    /// after the other.
-    fn with_workspace<T: Element, R>(
+    /// Runs `work` with memory for `tokens` of a layer, whether whole experts have a share in adapted slots or not. It
+    /// is kept for the next call, and grows: layers run one after the other.
+    pub(super) fn with_workspace<T: Element, R>(
         &self,
         shape: &Shape,
         tokens: usize,
+        has_own: bool,
         work: impl FnOnce(&mut Workspace<T>) -> Result<R>,
     ) -> Result<R> {
         let mut kept = lock(&self.workspaces);
@@ -251,15 +278,19 @@ impl Gpu {
             .take()
             .and_then(|old| old.downcast::<Workspace<T>>().ok());
         let mut mine = match old {
-            Some(old) if old.fits(shape, tokens) => old,
+            Some(old) if old.fits(shape, tokens) && (old.own.is_some() || !has_own) => old,
             old => {
+                let has_own = has_own || old.as_ref().is_some_and(|old| old.own.is_some());
                 let tokens = tokens.next_power_of_two();
                 let (shape, tokens) = match &old {
                     Some(old) => old.larger(shape, tokens),
                     None => (*shape, tokens),
                 };
                 drop(old);
-                Box::new(Workspace::new(self, shape, tokens)?)
+                Box::new(match has_own {
+                    true => Workspace::annealed(self, shape, tokens)?,
+                    false => Workspace::new(self, shape, tokens)?,
+                })
             }
         };
         let done = work(&mut mine);

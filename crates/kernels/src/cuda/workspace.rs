@@ -37,11 +37,11 @@ pub struct Workspace<T> {
     pub(super) pair_y: CudaSlice<T>,
     /// Weighted outputs of rows, `[S, H]`.
     pub(super) y: CudaSlice<T>,
-    /// What replaced experts do, while they have a share.
+    /// What whole experts do in adapted slots, while they have a share.
     pub(super) own: Option<Own<T>>,
 }
 
-/// The rows of replaced experts.
+/// The rows of slots' whole experts.
 #[derive(Debug)]
 pub(super) struct Own<T> {
     /// Pre-activations, `[S, F]`; backward, `gate` has the gradient of what `down` was given.
@@ -101,7 +101,7 @@ impl<T: Element> Workspace<T> {
         }
     }
 
-    /// The same with memory for replaced experts that have a share.
+    /// The same with memory for whole experts that have a share in adapted slots.
     ///
     /// # Errors
     /// If there is not enough.

@@ -38,7 +38,7 @@ pub use factored::{Factored, largest_rows};
 pub use forward::ExpertRows;
 pub use mixture::{MixedSlots, Mixture};
 pub use scales::Scales;
-pub(crate) use whole::Whole;
+pub(crate) use whole::{Form, Whole};
 
 /// The three matrices of `n` experts, stacked.
 #[derive(Debug, Clone)]

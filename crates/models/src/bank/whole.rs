@@ -5,29 +5,38 @@ use crate::Result;
 use crate::config::{GroupScore, MoeConfig, Scoring};
 use crate::router::Router;
 use candle_core::{Tensor, TensorId};
-use lightmoe_kernels::{AdapterParts, Choice, ExpertGroups, LayerParts, WholeLayer};
+use lightmoe_kernels::{AdapterParts, Choice, ExpertGroups, LayerParts, TrainedLayer, WholeLayer};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A layer as a GPU runs it, made when it is first wanted, and again when its tensors are others.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Whole(Arc<Mutex<Option<Made>>>);
 
+/// What was made of a layer.
+#[derive(Debug, Clone)]
+pub(crate) enum Form {
+    /// Nothing of it trains, nor what comes before it.
+    Still(Arc<WholeLayer>),
+    /// It has gradients, by choices of the router that are made before; with the expert of each position.
+    Trained(Arc<TrainedLayer>, Tensor),
+}
+
 #[derive(Debug)]
 struct Made {
-    of: Vec<TensorId>,
-    /// Nothing where it cannot be run so.
-    layer: Option<Arc<WholeLayer>>,
+    of: (Vec<TensorId>, f64),
+    /// Where it does not train, and where it does, as far as that was wanted; nothing where it cannot be run so.
+    forms: [Option<Option<Form>>; 2],
 }
 
 impl Whole {
     /// The layer of this router and bank, for rows like `x: [T, H]`; nothing where it must run step by step.
-    pub(crate) fn layer(
+    pub(crate) fn form(
         &self,
         x: &Tensor,
         router: &Router,
         bank: &Bank,
         moe: &MoeConfig,
-    ) -> Result<Option<Arc<WholeLayer>>> {
+    ) -> Result<Option<Form>> {
         if router.weight().device().is_cpu() {
             return Ok(None);
         }
@@ -38,10 +47,22 @@ impl Whole {
             *made = None;
             return Ok(None);
         };
-        let of = ids(router, bank);
-        let fits = |layer: &Arc<WholeLayer>| !x.track_op() && x.dtype() == layer.dtype();
-        if let Some(made) = made.as_ref().filter(|made| made.of == of) {
-            return Ok(made.layer.clone().filter(fits));
+        let of = (ids(router, bank), bank.beta);
+        let trains = x.track_op() || bank.trains() || stacks(bank).any(|w| w.track_op());
+        let fits = |form: &Form| match form {
+            Form::Still(layer) => x.dtype() == layer.dtype(),
+            Form::Trained(layer, _) => x.dtype() == layer.dtype(),
+        };
+        // What was made of other tensors is held no longer.
+        let made = match &mut *made {
+            Some(made) if made.of == of => made,
+            other => other.insert(Made {
+                of,
+                forms: Default::default(),
+            }),
+        };
+        if let Some(form) = &made.forms[usize::from(trains)] {
+            return Ok(form.clone().filter(fits));
         }
         let positions = bank.order.adapted().end;
         let position = bank.order.position.iter();
@@ -49,27 +70,39 @@ impl Whole {
         let mut groups: Vec<_> = bank.groups().iter().copied().map(Some).collect();
         groups.resize(bank.order.ranks.len(), None);
         let adapters = bank.adapters.as_ref().map(|adapters| AdapterParts {
-            a: stacks(&adapters.a),
-            b: stacks(&adapters.b),
+            a: three(&adapters.a),
+            b: three(&adapters.b),
             starts: &adapters.starts,
         });
-        let layer = WholeLayer::new(&LayerParts {
+        let kept = bank.dense_adapters.as_ref();
+        let parts = LayerParts {
             router: router.weight(),
             correction: router.correction(),
             choice,
             top_k: moe.top_k,
             position: &position,
-            dense: bank.dense.as_ref().map(stacks),
-            bases: bank.bases.as_ref().map(stacks),
+            dense: bank.dense.as_ref().map(three),
+            bases: bank.bases.as_ref().map(three),
             groups: &groups,
             adapters,
-        })?;
-        let layer = layer.map(Arc::new);
-        *made = Some(Made {
-            of,
-            layer: layer.clone(),
-        });
-        Ok(layer.filter(fits))
+            kept: kept.map(|adapters| [three(&adapters.a), three(&adapters.b)]),
+            originals: bank.blended()?.map(three),
+            beta: bank.beta,
+        };
+        let form = match trains {
+            true => match TrainedLayer::new(&parts)? {
+                Some(layer) => {
+                    let experts = bank.order.experts[..positions].iter();
+                    let experts: Vec<u32> = experts.map(|&expert| expert as u32).collect();
+                    let experts = Tensor::new(experts, x.device())?;
+                    Some(Form::Trained(Arc::new(layer), experts))
+                }
+                None => None,
+            },
+            false => WholeLayer::new(&parts)?.map(|layer| Form::Still(Arc::new(layer))),
+        };
+        made.forms[usize::from(trains)] = Some(form.clone());
+        Ok(form.filter(fits))
     }
 }
 
@@ -92,17 +125,22 @@ fn choice(moe: &MoeConfig) -> Option<Choice> {
     })
 }
 
-fn stacks(of: &Projections) -> [&Tensor; 3] {
+fn three(of: &Projections) -> [&Tensor; 3] {
     [&of.gate, &of.up, &of.down]
+}
+
+/// All stacks that a layer may be made of.
+fn stacks(bank: &Bank) -> impl Iterator<Item = &Tensor> {
+    let adapters = bank.adapters.iter().flat_map(|of| [&of.a, &of.b]);
+    let kept = bank.dense_adapters.iter().flat_map(|of| [&of.a, &of.b]);
+    let whole = bank.dense.iter().chain(&bank.bases).chain(&bank.originals);
+    whole.chain(adapters).chain(kept).flat_map(three)
 }
 
 /// Whatever the layer is made of.
 fn ids(router: &Router, bank: &Bank) -> Vec<TensorId> {
-    let adapters = bank.adapters.iter().flat_map(|of| [&of.a, &of.b]);
-    let all = bank.dense.iter().chain(&bank.bases).chain(adapters);
     let router = [router.weight()].into_iter().chain(router.correction());
-    let all = all.flat_map(stacks).chain(router);
-    all.map(Tensor::id).collect()
+    stacks(bank).chain(router).map(Tensor::id).collect()
 }
 
 impl Bank {
@@ -121,15 +159,17 @@ impl Bank {
         present.iter().take(groups.chosen).sum::<usize>() >= moe.top_k
     }
 
-    /// Whether all there is are dense slots, and adapted ones beside whole bases, if any, whose originals have
-    /// no share.
+    /// Whether all there is are dense slots, with adapters or without, and adapted ones beside whole bases, if any,
+    /// and their originals.
     fn is_plain(&self) -> bool {
         let adapted = self.order.ranks.len();
         let has_others = self.order.mixed > 0
             || self.order.constants > 0
             || self.scales.is_some()
-            || self.factored.is_some();
-        let is_whole = self.adapters.is_some() || self.groups().len() == adapted;
-        !has_others && !self.trains() && is_whole && (self.beta <= 0.0 || adapted == 0)
+            || self.factored.is_some()
+            || self.frozen.is_some()
+            || self.base_adapters.is_some();
+        let fades_in = self.adapters_fade_in && self.beta > 0.0 && self.adapters.is_some();
+        !has_others && !fades_in && (self.adapters.is_some() || self.groups().len() == adapted)
     }
 }

@@ -7,16 +7,19 @@
 #[cfg(feature = "linked")]
 mod between;
 mod gradients;
+mod packing;
 mod reference;
 #[cfg(feature = "linked")]
 mod tensors;
+#[cfg(feature = "linked")]
+mod trained;
 #[cfg(feature = "linked")]
 mod whole;
 
 use super::block::{Block, Shape};
 use super::device::Gpu;
 use super::grouped::Path;
-use super::route::NONE;
+use super::route::{NONE, choose, router_logits};
 use super::workspace::Workspace;
 use super::{Choice, ExpertGroups};
 use crate::Dispatch;
@@ -63,15 +66,23 @@ const LIMITED: Choice = Choice {
     scaling: 2.5,
 };
 
-/// Sizes with ragged tails, one token, all experts chosen, no dense, no adapted, no base.
-const SHAPES: [(Shape, usize); 6] = [
+/// Sizes with ragged tails, one token, all experts chosen, no dense, no adapted, no base, kept experts that are
+/// adapted.
+const SHAPES: [(Shape, usize); 8] = [
     (shape(72, 40, 8, 3, [5, 3], 1, 8), 0),
     (shape(64, 136, 16, 4, [6, 8], 3, 24), 2),
     (shape(128, 64, 4, 4, [4, 0], 0, 0), 0),
     (shape(64, 128, 12, 2, [0, 12], 4, 32), 0),
     (shape(256, 88, 8, 1, [4, 4], 0, 16), 4),
     (shape(520, 264, 70, 8, [33, 37], 2, 64), 0),
+    (keeping(5, shape(64, 72, 9, 3, [0, 9], 2, 16)), 1),
+    (keeping(3, shape(72, 64, 6, 2, [2, 3], 0, 8)), 0),
 ];
+
+/// The same with that many kept experts among the adapted ones.
+const fn keeping(kept: usize, shape: Shape) -> Shape {
+    Shape { kept, ..shape }
+}
 
 /// `[dense, adapted]`
 const fn shape(
@@ -90,6 +101,7 @@ const fn shape(
         top_k,
         dense,
         adapted,
+        kept: 0,
         groups,
         rank,
     }
@@ -144,10 +156,11 @@ fn choices<T: Number>(
         assert_eq!(row_gates[row], gates[choice as usize], "gate of row {row}");
     }
     if adapted > 0 {
-        let based: Vec<usize> = layer.group_of.iter().map_while(|g| *g).collect();
-        let pairs = sorted.token_groups(dense, dense + based.len(), &based);
+        let based: Vec<usize> = layer.group_of.iter().flatten().copied().collect();
+        let first = dense + layer.shape.kept;
+        let pairs = sorted.token_groups(first, first + based.len(), &based);
         let mut of_row = vec![NONE; rows];
-        of_row[sorted.starts[dense]..sorted.starts[dense + based.len()]]
+        of_row[sorted.starts[first]..sorted.starts[first + based.len()]]
             .copy_from_slice(&pairs.pair_of_row);
         check_pairs(gpu, work, rows, groups, &pairs, &of_row, &sorted.tokens);
     }
@@ -217,6 +230,8 @@ fn check_pairs<T: Number>(
 enum Way {
     Decode,
     Grouped(Path),
+    /// By choices that were made before.
+    Given,
 }
 
 fn run<T: Number>(
@@ -233,6 +248,16 @@ fn run<T: Number>(
     let mut work = Workspace::annealed(gpu, layer.shape, tokens).unwrap();
     let mut out = gpu.alloc::<T>(x.len()).unwrap();
     let done = match way {
+        Way::Given => {
+            router_logits(gpu, block, &on_gpu, tokens, &mut work.logits).unwrap();
+            let logits = work.logits.slice(..tokens * layer.shape.experts);
+            let (chosen, gates) = choose::<T>(gpu, &layer.frame(gpu), &logits, tokens).unwrap();
+            let routed = block.route_given(gpu, &chosen, &gates, tokens, &mut work);
+            routed.and_then(|()| {
+                let queued = &mut |_| Ok(());
+                block.forward_routed(gpu, &on_gpu, tokens, &mut work, &mut out, queued)
+            })
+        }
         Way::Decode => block.forward(gpu, &on_gpu, tokens, &mut work, &mut out),
         Way::Grouped(path) => {
             work.path = path;
@@ -308,6 +333,11 @@ fn small_batches_group_with_mma_in_f16() {
 }
 
 #[test]
+fn quick_choices_are_made_before() {
+    all_shapes::<bf16>(&[1, 5, 40], Way::Given);
+}
+
+#[test]
 fn small_batches_group_on_hopper() {
     if gpu().is_some_and(|gpu| gpu.is_hopper()) {
         all_shapes::<bf16>(&[1, 5, 40, 300], Way::Grouped(Path::Hopper));
@@ -329,7 +359,7 @@ fn small_batches_group_on_hopper_in_f16() {
 #[test]
 fn quick_layers_are_annealed() {
     let Some(gpu) = gpu() else { return };
-    for (i, &(shape, without)) in SHAPES[..2].iter().enumerate() {
+    for (i, &(shape, without)) in SHAPES.iter().enumerate() {
         let mut layer = layer::<bf16>(i as u64, shape, without, SOFTMAX);
         for beta in [0.4, 1.0] {
             layer.beta = beta;

@@ -1,6 +1,6 @@
 //! A layer on the host, in double precision and the plainest way, and its copy on the GPU.
 
-use super::super::block::{Adapted, Block, Projections, Shape, Weights};
+use super::super::block::{Adapted, Block, Frame, Projections, Shape, Weights};
 use super::super::device::{Element, Gpu};
 use super::super::held::Held;
 use super::super::route::Scores;
@@ -10,6 +10,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use std::f64::consts::E as EULER;
+use std::ops::Range;
 
 /// A 16-bit float that tests can make.
 pub(super) trait Number: Element {
@@ -75,6 +76,15 @@ impl Matrices {
             up: zeros(&like.up),
             down: zeros(&like.down),
         }
+    }
+
+    /// Some of `n`.
+    fn part(&self, of: Range<usize>, n: usize) -> Self {
+        let [gate, up, down] = self.each().map(|matrices| {
+            let size = matrices.len() / n.max(1);
+            matrices[of.start * size..of.end * size].to_vec()
+        });
+        Self { gate, up, down }
     }
 
     pub(super) fn each(&self) -> [&Vec<f64>; 3] {
@@ -176,7 +186,8 @@ pub(super) struct Layer {
     pub(super) bases: Matrices,
     pub(super) a: Matrices,
     pub(super) b: Matrices,
-    originals: Matrices,
+    /// Whole experts of the adapted positions, kept or replaced.
+    pub(super) originals: Matrices,
     /// Share of the originals.
     pub(super) beta: f64,
 }
@@ -198,9 +209,11 @@ impl Layer {
             rank: r,
             ..
         } = shape;
-        let based = shape.adapted - without;
-        let group_of = (0..shape.adapted)
-            .map(|i| (i < based).then(|| i * shape.groups / based.max(1)))
+        let based = shape.adapted - shape.kept - without;
+        let group = |i: usize| (i < based && shape.groups > 0).then(|| i * shape.groups / based);
+        let kept = std::iter::repeat_n(None, shape.kept);
+        let group_of = kept
+            .chain((0..shape.adapted - shape.kept).map(group))
             .collect();
         let mut position: Vec<Option<usize>> = (0..shape.experts)
             .map(|i| (i < shape.positions()).then_some(i))
@@ -228,7 +241,14 @@ impl Layer {
         }
     }
 
+    /// What the layer is but for its weights.
+    pub(super) fn frame(&self, gpu: &Gpu) -> Frame {
+        let scores = Scores::new(gpu, self.choice, &self.position, self.bias.as_deref()).unwrap();
+        Frame::new(gpu, self.shape, scores, &self.group_of).unwrap()
+    }
+
     pub(super) fn upload<T: Number>(&self, gpu: &Gpu) -> Block<T> {
+        let shape = self.shape;
         let weights = Weights {
             router: gpu
                 .upload(
@@ -241,15 +261,21 @@ impl Layer {
                 .unwrap()
                 .into(),
             dense: self.dense.upload(gpu),
+            kept: self
+                .originals
+                .part(0..shape.kept, shape.adapted)
+                .upload(gpu),
             bases: self.bases.upload(gpu),
             adapters: Adapted {
                 a: self.a.upload(gpu),
                 b: self.b.upload(gpu),
             },
-            originals: (self.beta > 0.0).then(|| self.originals.upload(gpu)),
+            originals: (self.beta > 0.0).then(|| {
+                let replaced = shape.kept..shape.adapted;
+                self.originals.part(replaced, shape.adapted).upload(gpu)
+            }),
         };
-        let scores = Scores::new(gpu, self.choice, &self.position, self.bias.as_deref()).unwrap();
-        let mut block = Block::new(gpu, self.shape, weights, scores, &self.group_of).unwrap();
+        let mut block = self.frame(gpu).with(weights).unwrap();
         block.anneal(self.beta as f32).unwrap();
         block
     }
@@ -312,6 +338,14 @@ impl Layer {
         move |e| groups.contains(&(e / size))
     }
 
+    /// The share of an adapted slot's whole expert.
+    fn own_share(&self, slot: usize) -> f64 {
+        match slot < self.shape.kept {
+            true => 1.0,
+            false => self.beta,
+        }
+    }
+
     /// What the expert at `position` does with `x`.
     fn expert(&self, position: usize, x: &[f64]) -> Steps {
         let Shape {
@@ -336,7 +370,7 @@ impl Layer {
         steps(&|i, rows, x| {
             let low = product(b[i], slot, rows, &product(a[i], slot, rank, x));
             let own = product(self.originals.each()[i], slot, rows, x);
-            let y = add(low, &times(self.beta, &own));
+            let y = add(low, &times(self.own_share(slot), &own));
             match self.group_of[slot] {
                 Some(group) => {
                     let of_base = product(base[i], group, rows, x);
@@ -421,7 +455,8 @@ impl Layer {
         add_outer(to.b.each_mut()[i], slot, dy, &low);
         add_outer(to.a.each_mut()[i], slot, &dlow, x);
         let own = transposed(self.originals.each()[i], slot, x.len(), dy);
-        let dx = add(transposed(a, slot, x.len(), &dlow), &times(self.beta, &own));
+        let own = times(self.own_share(slot), &own);
+        let dx = add(transposed(a, slot, x.len(), &dlow), &own);
         let Some(group) = self.group_of[slot] else {
             return dx;
         };

@@ -10,20 +10,26 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 /// A layer as tensors.
-struct Parts<'a> {
+pub(super) struct Parts<'a> {
     layer: &'a Layer,
-    router: Tensor,
+    pub(super) router: Tensor,
     correction: Option<Tensor>,
-    dense: [Tensor; 3],
-    bases: [Tensor; 3],
-    a: [Tensor; 3],
-    b: [Tensor; 3],
+    /// Of the dense positions, or of those that keep their expert beside an adapter.
+    pub(super) dense: [Tensor; 3],
+    pub(super) bases: [Tensor; 3],
+    /// `V` and `U` of the kept experts.
+    pub(super) kept: [[Tensor; 3]; 2],
+    /// `V` and `Uᵀ` of the other adapted positions.
+    pub(super) adapters: [[Tensor; 3]; 2],
     starts: Vec<usize>,
+    originals: Option<[Tensor; 3]>,
 }
 
 impl<'a> Parts<'a> {
-    fn new(layer: &'a Layer, device: &Device, dtype: DType, ranks: &[usize]) -> Self {
+    /// Of slots of these ranks, all those that keep their expert alike.
+    pub(super) fn new(layer: &'a Layer, device: &Device, dtype: DType, ranks: &[usize]) -> Self {
         let s = layer.shape;
+        let (of_kept, ranks) = ranks.split_at(s.kept);
         let tensor = |numbers: &[f64], shape: &[usize]| {
             let on_host = Tensor::from_vec(numbers.to_vec(), shape, &Device::Cpu).unwrap();
             on_host.to_dtype(DType::F32).unwrap()
@@ -56,9 +62,10 @@ impl<'a> Parts<'a> {
                 } else {
                     stack
                 };
-                let slots = ranks.iter().enumerate();
-                let slots =
-                    slots.map(|(slot, rank)| stack.get(slot).unwrap().narrow(0, 0, *rank).unwrap());
+                let slots = ranks.iter().enumerate().map(|(slot, rank)| {
+                    let of_slot = stack.get(s.kept + slot).unwrap();
+                    of_slot.narrow(0, 0, *rank).unwrap()
+                });
                 let slots: Vec<Tensor> = slots.collect();
                 match slots.is_empty() {
                     true => put(Tensor::zeros((0, widths[i]), DType::F32, &Device::Cpu).unwrap()),
@@ -67,6 +74,23 @@ impl<'a> Parts<'a> {
             })
         };
         let [h, f] = [s.hidden, s.inner];
+        let own = |of: &Matrices, widths: [usize; 3], turned: bool| {
+            let (all, rank) = (of.each(), of_kept.first().copied().unwrap_or(0));
+            std::array::from_fn(|i| {
+                let (shape, ranks) = match turned {
+                    true => ([s.adapted, widths[i], s.rank], 2),
+                    false => ([s.adapted, s.rank, widths[i]], 1),
+                };
+                let own = tensor(all[i], &shape).narrow(0, 0, s.kept).unwrap();
+                put(own.narrow(ranks, 0, rank).unwrap().contiguous().unwrap())
+            })
+        };
+        let originals = stacks(&layer.originals, s.adapted, [f, h], [h, f]);
+        let part = |first: usize, count: usize| {
+            originals
+                .each_ref()
+                .map(|w| w.narrow(0, first, count).unwrap())
+        };
         let correction = layer.bias.as_ref();
         Self {
             layer,
@@ -74,15 +98,25 @@ impl<'a> Parts<'a> {
                 .to_device(device)
                 .unwrap(),
             correction: correction.map(|bias| Tensor::new(&bias[..], device).unwrap()),
-            dense: stacks(&layer.dense, s.dense, [f, h], [h, f]),
+            dense: match s.kept {
+                0 => stacks(&layer.dense, s.dense, [f, h], [h, f]),
+                kept => part(0, kept),
+            },
             bases: stacks(&layer.bases, s.groups, [f, h], [h, f]),
-            a: components(&layer.a, [h, h, f], false),
-            b: components(&layer.b, [f, f, h], true),
+            kept: [
+                own(&layer.a, [h, h, f], false),
+                own(&layer.b, [f, f, h], true),
+            ],
+            adapters: [
+                components(&layer.a, [h, h, f], false),
+                components(&layer.b, [f, f, h], true),
+            ],
             starts,
+            originals: (layer.beta > 0.0).then(|| part(s.kept, s.adapted - s.kept)),
         }
     }
 
-    fn parts(&self) -> LayerParts<'_> {
+    pub(super) fn parts(&self) -> LayerParts<'_> {
         let s = self.layer.shape;
         LayerParts {
             router: &self.router,
@@ -90,20 +124,23 @@ impl<'a> Parts<'a> {
             choice: self.layer.choice,
             top_k: s.top_k,
             position: &self.layer.position,
-            dense: (s.dense > 0).then(|| self.dense.each_ref()),
+            dense: (s.dense + s.kept > 0).then(|| self.dense.each_ref()),
             bases: (s.groups > 0).then(|| self.bases.each_ref()),
-            groups: &self.layer.group_of,
+            groups: &self.layer.group_of[s.kept..],
             adapters: (self.starts.last() != Some(&0)).then(|| AdapterParts {
-                a: self.a.each_ref(),
-                b: self.b.each_ref(),
+                a: self.adapters[0].each_ref(),
+                b: self.adapters[1].each_ref(),
                 starts: &self.starts,
             }),
+            kept: (s.kept > 0).then(|| self.kept.each_ref().map(|of| of.each_ref())),
+            originals: self.originals.as_ref().map(|of| of.each_ref()),
+            beta: self.layer.beta,
         }
     }
 }
 
 /// Empties all that slots have above their ranks, and gives the ranks.
-fn cut(layer: &mut Layer, ranks: &[usize]) -> Vec<usize> {
+pub(super) fn cut(layer: &mut Layer, ranks: &[usize]) -> Vec<usize> {
     let (s, ranks) = (layer.shape, ranks.iter().copied().cycle());
     let ranks: Vec<usize> = ranks.take(s.adapted).map(|rank| rank.min(s.rank)).collect();
     let (a, b) = (layer.a.each_mut(), layer.b.each_mut());
@@ -174,7 +211,8 @@ fn check<T: Number>(device: &Device, mut layer: Layer, ranks: &[usize], tokens: 
 #[test]
 fn quick_whole_layers_of_tensors() {
     let Some(device) = device() else { return };
-    for (i, &(shape, without)) in SHAPES.iter().enumerate() {
+    let plain = SHAPES.iter().filter(|(shape, _)| shape.kept == 0);
+    for (i, &(shape, without)) in plain.enumerate() {
         let layer = |seed| Layer::random::<bf16>(seed, shape, without, SOFTMAX, false);
         check::<bf16>(
             &device,
