@@ -168,7 +168,7 @@ impl Layer {
         rotary: &Rotary,
         cache: Option<&mut LayerCache>,
     ) -> Result<(Tensor, Option<Routing>)> {
-        self.forward_observed(x, config, rotary, cache, &mut ())
+        self.run(x, config, rotary, cache, None, None)
     }
 
     /// The same as [`Layer::forward`], while `observer` looks at the experts.
@@ -180,7 +180,7 @@ impl Layer {
         cache: Option<&mut LayerCache>,
         observer: &mut dyn LayerObserver,
     ) -> Result<(Tensor, Option<Routing>)> {
-        self.run(x, config, rotary, cache, observer, None)
+        self.run(x, config, rotary, cache, Some(observer), None)
     }
 
     /// `x: [B, T, H]` → `[B, T, H]` as if the experts `removed` were gone, and no others.
@@ -191,7 +191,7 @@ impl Layer {
         rotary: &Rotary,
         removed: &[usize],
     ) -> Result<Tensor> {
-        let (out, _) = self.run(x, config, rotary, None, &mut (), Some(removed))?;
+        let (out, _) = self.run(x, config, rotary, None, None, Some(removed))?;
         Ok(out)
     }
 
@@ -201,7 +201,7 @@ impl Layer {
         config: &ModelConfig,
         rotary: &Rotary,
         cache: Option<&mut LayerCache>,
-        observer: &mut dyn LayerObserver,
+        observer: Option<&mut dyn LayerObserver>,
         removed: Option<&[usize]>,
     ) -> Result<(Tensor, Option<Routing>)> {
         let (x, normed) = self.attended(x, config, rotary, cache)?;
@@ -228,7 +228,7 @@ impl Layer {
         &self,
         normed: &Tensor,
         config: &ModelConfig,
-        observer: &mut dyn LayerObserver,
+        observer: Option<&mut dyn LayerObserver>,
         removed: Option<&[usize]>,
     ) -> Result<(Tensor, Option<Routing>)> {
         let (router, shared, bank) = match &self.feed_forward {
@@ -243,9 +243,14 @@ impl Layer {
         let removed = removed.unwrap_or(bank.removed_experts());
         let routing = router.route(normed, &config.moe, removed)?;
         let (gates, chosen) = (&routing.gates, &routing.chosen);
-        observer.block(bank, normed, &routing)?;
-        let each = &mut |rows: &ExpertRows<'_>| observer.expert(&routing, rows);
-        let y = bank.forward_observed(normed, gates, chosen, each)?;
+        let y = match observer {
+            None => bank.forward(normed, gates, chosen)?,
+            Some(observer) => {
+                observer.block(bank, normed, &routing)?;
+                let each = &mut |rows: &ExpertRows<'_>| observer.expert(&routing, rows);
+                bank.forward_observed(normed, gates, chosen, each)?
+            }
+        };
         Ok((with_shared(y, shared.as_ref(), normed)?, Some(routing)))
     }
 

@@ -53,6 +53,21 @@ pub(super) trait Multiply {
     /// # Safety
     /// The processor has it, and nobody else uses that part of an output at the same time.
     unsafe fn add(&self, rows: &[u32], words: usize, panel: [&[u32]; 2], to: To);
+
+    /// The same with [`COLUMNS`] columns as they lie, `stride` numbers from one to the next, where so few rows are
+    /// not worth a panel; whether it did.
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn add_columns(
+        &self,
+        _rows: &[u32],
+        _words: usize,
+        _w: (&[Self::Number], usize),
+        _to: To,
+    ) -> bool {
+        false
+    }
 }
 
 /// Where sums go.
@@ -203,6 +218,24 @@ pub(super) unsafe fn product<'a, M: Multiply>(
     };
     let groups = rows.div_ceil(M::ROWS);
     for (i, &(column, part)) in blocks.iter().enumerate() {
+        let is_full = column < whole && part.inputs.len() == part.words * M::Number::OF_WORD;
+        if groups == 1 && is_full && product.inputs == Inputs::InRows {
+            let (w, stride) = product.w;
+            let w = (&w[column * stride + part.inputs.start..], stride);
+            let rows = &ordered[part.start..][..rows * part.words];
+            // SAFETY: rows and columns of the product, and the caller's promise.
+            let done = unsafe {
+                let to = To {
+                    out: out.at(0, column),
+                    count,
+                    first: part.inputs.start == 0,
+                };
+                unit.add_columns(rows, part.words, w, to)
+            };
+            if done {
+                continue;
+            }
+        }
         let (left, right) = panel.split_at_mut(HALF);
         fill(product, part.inputs.clone(), column, left);
         fill(product, part.inputs.clone(), column + LANES, right);

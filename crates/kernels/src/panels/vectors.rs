@@ -1,17 +1,20 @@
 //! The vectors of AVX-512: a word of one row times those of sixteen columns.
 
-use super::panel::{LANES, Multiply, To};
+use super::panel::{LANES, Multiply, Number, To};
 use half::bf16;
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_castsi512_ps, _mm512_dpbf16_ps,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
-    _mm512_storeu_ps,
+    __m512, __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_add_ps, _mm512_castsi512_ps,
+    _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
+    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_storeu_ps,
+    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 use std::array::from_fn;
 use std::mem::transmute;
 
 /// Rows whose sums stay in registers.
 const ROWS: usize = 8;
+/// Lines of memory that are asked for before they are read, of each column.
+const AHEAD: usize = 4;
 
 /// Matrices in f32.
 pub(super) struct Singles;
@@ -72,6 +75,56 @@ macro_rules! multiply {
                     }
                 }
             }
+
+            unsafe fn add_columns(
+                &self,
+                rows: &[u32],
+                words: usize,
+                w: (&[Self::Number], usize),
+                to: To,
+            ) -> bool {
+                #[target_feature(enable = $features)]
+                unsafe fn some<const M: usize>(
+                    rows: &[u32],
+                    words: usize,
+                    (w, stride): (&[$number], usize),
+                    to: To,
+                ) {
+                    const OF_WORD: usize = <$number as Number>::OF_WORD;
+                    let rows: [&[u32]; M] = from_fn(|r| &rows[r * words..][..words]);
+                    let [mut left, mut right] = [[_mm512_setzero_ps(); M]; 2];
+                    for first in (0..words).step_by(LANES) {
+                        let w = &w[first * OF_WORD..];
+                        for (w, sums) in [(w, &mut left), (&w[LANES * stride..], &mut right)] {
+                            let turned = turn(w, stride);
+                            for i in 0..LANES {
+                                for r in 0..M {
+                                    let row = _mm512_set1_epi32(rows[r][first + i] as i32);
+                                    sums[r] = $multiply(sums[r], row, turned[i]);
+                                }
+                            }
+                        }
+                    }
+                    let held: [[__m512; 2]; M] = from_fn(|r| [left[r], right[r]]);
+                    for (row, held) in held.into_iter().enumerate() {
+                        for (half, held) in held.into_iter().enumerate() {
+                            // SAFETY: the caller's promise.
+                            unsafe { put(to.out.at(row, half * LANES).first, held, to.first) };
+                        }
+                    }
+                }
+                // SAFETY: the caller's promise.
+                unsafe {
+                    match rows.len() / words {
+                        1 => some::<1>(rows, words, w, to),
+                        2 => some::<2>(rows, words, w, to),
+                        3 => some::<3>(rows, words, w, to),
+                        4 => some::<4>(rows, words, w, to),
+                        _ => return false,
+                    }
+                }
+                true
+            }
         }
     };
 }
@@ -92,6 +145,54 @@ fn sixteen(from: &[u32]) -> __m512i {
     let from = &from[..LANES];
     // SAFETY: so many numbers are there.
     unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+}
+
+/// Sixteen words of sixteen columns that lie `stride` numbers apart, turned: the first words of all, then the second
+/// ones, and so on.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn turn<N: Number>(w: &[N], stride: usize) -> [__m512i; LANES] {
+    let columns: [__m512i; LANES] = from_fn(|c| {
+        let from = &w[c * stride..][..LANES * N::OF_WORD];
+        let ahead = from.as_ptr().wrapping_add(AHEAD * LANES * N::OF_WORD);
+        _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
+        // SAFETY: so many numbers are there.
+        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+    });
+    // Words of two columns side by side, then of four; a register has four such groups.
+    let twos: [[__m512i; 2]; 8] = from_fn(|i| {
+        let (a, b) = (columns[2 * i], columns[2 * i + 1]);
+        [_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)]
+    });
+    let fours: [[__m512i; 4]; 4] = from_fn(|i| {
+        let ([a, b], [c, d]) = (twos[2 * i], twos[2 * i + 1]);
+        [
+            _mm512_unpacklo_epi64(a, c),
+            _mm512_unpackhi_epi64(a, c),
+            _mm512_unpacklo_epi64(b, d),
+            _mm512_unpackhi_epi64(b, d),
+        ]
+    });
+    // Those have words `j`, `4 + j`, `8 + j` and `12 + j` of their four columns.
+    let mut turned = [_mm512_setzero_si512(); LANES];
+    for j in 0..4 {
+        let [a, b, c, d] = fours.map(|four| four[j]);
+        let (first, third) = (
+            [
+                _mm512_shuffle_i32x4::<0x44>(a, b),
+                _mm512_shuffle_i32x4::<0xee>(a, b),
+            ],
+            [
+                _mm512_shuffle_i32x4::<0x44>(c, d),
+                _mm512_shuffle_i32x4::<0xee>(c, d),
+            ],
+        );
+        for (i, (ab, cd)) in first.into_iter().zip(third).enumerate() {
+            turned[8 * i + j] = _mm512_shuffle_i32x4::<0x88>(ab, cd);
+            turned[8 * i + 4 + j] = _mm512_shuffle_i32x4::<0xdd>(ab, cd);
+        }
+    }
+    turned
 }
 
 /// Writes numbers to a place, or adds them to those that are there.

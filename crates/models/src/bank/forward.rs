@@ -10,6 +10,10 @@ use lightmoe_kernels::{
 use std::ops::Range;
 use std::sync::Arc;
 
+/// Tokens that run at once where nobody looks, so that what lies between their products is used again while it is
+/// near.
+const AT_ONCE: usize = 4096;
+
 /// What is shown of a dense expert that was chosen.
 #[derive(Debug, Clone, Copy)]
 pub struct ExpertRows<'a> {
@@ -42,7 +46,23 @@ impl Bank {
     /// Runs the chosen experts: `x: [T, H]`, `gates: [T · K]`, `chosen: [T · K]` expert numbers;
     /// result `[T, H]`, the gate-weighted sum of the experts' outputs.
     pub fn forward(&self, x: &Tensor, gates: &Tensor, chosen: &[u32]) -> Result<Tensor> {
-        self.forward_observed(x, gates, chosen, &mut |_| Ok(()))
+        let run = |x: &Tensor, gates: &Tensor, chosen: &[u32]| {
+            self.forward_observed(x, gates, chosen, &mut |_| Ok(()))
+        };
+        let tokens = x.dim(0)?;
+        // What is kept for gradients is no smaller in parts.
+        if tokens <= AT_ONCE || x.track_op() || self.has_gradients() {
+            return run(x, gates, chosen);
+        }
+        let per_token = chosen.len() / tokens;
+        let parts = (0..tokens).step_by(AT_ONCE).map(|first| {
+            let count = AT_ONCE.min(tokens - first);
+            let rows = first * per_token..(first + count) * per_token;
+            let gates = gates.narrow(0, rows.start, rows.len())?;
+            run(&x.narrow(0, first, count)?, &gates, &chosen[rows])
+        });
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&parts, 0)?)
     }
 
     /// The same, while `each` sees every dense expert that was chosen.

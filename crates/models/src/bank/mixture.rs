@@ -119,6 +119,17 @@ impl Mixture {
 }
 
 impl MixedSlots {
+    /// Whether something of it has a gradient.
+    pub(super) fn has_gradients(&self) -> bool {
+        let mixtures = self
+            .named()
+            .into_iter()
+            .flat_map(|(_, of)| [&of.bases, &of.weights, &of.transforms]);
+        let adapters = self.down_adapters.iter().flat_map(|(a, b)| [a, b]);
+        let mut all = mixtures.chain(adapters).chain([&self.down]);
+        all.any(Tensor::track_op)
+    }
+
     /// Both mixtures with their names, in the order of [`crate::names::MIXED`].
     pub fn named(&self) -> [(&'static str, &Mixture); 2] {
         [("gate_proj", &self.gate), ("up_proj", &self.up)]

@@ -242,6 +242,25 @@ impl Bank {
         Ok(())
     }
 
+    /// Whether something of it has a gradient.
+    fn has_gradients(&self) -> bool {
+        let factored = self.factored.as_ref();
+        let own = self.dense_adapters.iter().chain(&self.base_adapters);
+        let own = own.chain(factored.map(|of| &of.factors));
+        let own = own.flat_map(|of| [&of.a, &of.b]);
+        let ranked = self.adapters.iter().chain(&self.frozen);
+        let ranked = ranked.flat_map(|of| [&of.a, &of.b]);
+        let whole = self.dense.iter().chain(&self.bases).chain(&self.originals);
+        let whole = whole.chain(factored.map(|of| &of.rows));
+        let stacks = whole.chain(own).chain(ranked);
+        let mut stacks = stacks.flat_map(|of| [&of.gate, &of.up, &of.down]);
+        let scales = self.scales.as_ref();
+        stacks.any(Tensor::track_op)
+            || scales.is_some_and(|of| of.named().iter().any(|(_, scale)| scale.track_op()))
+            || self.constants.as_ref().is_some_and(Tensor::track_op)
+            || self.mixed.as_ref().is_some_and(MixedSlots::has_gradients)
+    }
+
     /// Whether it computes with what only training has.
     pub(crate) fn trains(&self) -> bool {
         self.dense_adapters.is_some()

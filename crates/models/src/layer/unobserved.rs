@@ -34,7 +34,7 @@ impl Layer {
                 let (gates, chosen) = self.routed(&layer, &experts, &normed, config)?;
                 with_shared(layer.forward(&normed, &gates, &chosen)?, shared, &normed)?
             }
-            None => self.fed(&normed, config, &mut (), None)?.0,
+            None => self.fed(&normed, config, None, None)?.0,
         };
         Ok((&x + y.reshape(x.shape())?)?)
     }
@@ -56,7 +56,7 @@ impl Layer {
             Ok((y * dy)?.sum_all()?.to_dtype(DType::F32)?)
         };
         let Some((Form::Trained(layer, experts), shared)) = self.form(&normed, config)? else {
-            let y = self.fed(&normed, config, &mut (), None)?.0;
+            let y = self.fed(&normed, config, None, None)?.0;
             return product(&(&x + y.reshape(x.shape())?)?, dy);
         };
         let rows = dy.flatten_to(1)?;
