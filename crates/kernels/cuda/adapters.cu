@@ -2,6 +2,7 @@
 //   adapters_expand   :  h[s, :] = silu(U_gate[slot] . low_gate[s] + base_share * base_gate[pair of s, :] + own_share * own_gate[s, :])
 //                                   * (U_up[slot]  . low_up[s]   + base_share * base_up[pair of s, :]   + own_share * own_up[s, :])
 //   adapters_expand_pre: what stands in parentheses, two results, for the backward pass
+//   adapters_join     :  the same of what wider adapters made before: silu(gate[s, :] + base_share * base_gate[..]) * (up[s, :] + ..)
 //   adapters_sum_pairs:  sum[pair, :] = share * sum over the pair's choices j, in order, of gate_j * h[row_j, :]
 //   combine           :  out[t, :] = sum over j, in order, of y[row_j, :] + own_share * y_own[row_j, :]
 //                                   + ypair[pair that j is the first of, :]
@@ -13,12 +14,12 @@
 // Block: 256 threads; expand 128 where rank > 32.
 // Dynamic shared memory: none, but for expand. With parts = ceil(rank / 32) and warps of a block,
 // 32 * (512 * parts + warps * (256 + 128 * parts)) bytes: 114688 for one part, then 98304, 131072, 163840.
-// Registers (sm_80, sm_90a): expand 120, 122; sum_pairs 47, 48; combine 51, 58.
+// Registers (sm_80, sm_90a): expand 123, 124; join 42, 42; sum_pairs 47, 48; combine 48, 55.
 // Bound: bytes. expand reads 4 inner bytes of the base for each row, from memory once for each pair, and
-// writes 2 (expand_pre 4); sum_pairs moves 2 inner for each row and each pair, combine 2 hidden for each
+// writes 2 (expand_pre 4); join reads 4 inner for each row and each pair, and writes 2; sum_pairs moves 2 inner for each row and each pair, combine 2 hidden for each
 // row, each pair and each token.
 // Last measured: H100, OLMoE-1B-7B, half replaced, 4096 tokens: expand 57 us, sum_pairs 18 us, combine 58 us (97 % of the
-// copy rate).
+// copy rate), before slots could keep their experts. join has not run on a card.
 
 constexpr u32 THREADS = 256;
 
@@ -192,6 +193,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) adapters_expand_pre(Exp
 
 constexpr u32 SLAB = WARP * 8;  // columns of a warp: 16 bytes for each lane
 constexpr u32 IN_FLIGHT = 4;    // choices whose rows are asked for together
+
+struct Join {
+    const elem* gate;        // [S, inner] what adapters make of a row
+    const elem* up;          // [S, inner]
+    const elem* base_gate;   // [pairs, inner] or null
+    const elem* base_up;     // [pairs, inner] or null
+    elem* h;                 // [S, inner]
+    const u32* pair_of_row;  // [S]; NONE: a row without a base
+    const u32* starts;       // [slots + 1] slot i has the rows starts[i] .. starts[i + 1]
+    u32 slots, inner;        // inner a multiple of 8
+    float base_share;
+};
+
+// A warp for each row and slab of columns.
+extern "C" __global__ void __launch_bounds__(THREADS) adapters_join(Join p) {
+    u32 lane = threadIdx.x % WARP, warps = gridDim.x * (THREADS / WARP);
+    u32 slabs = (p.inner + SLAB - 1) / SLAB;
+    u32 first = p.starts[0], rows = p.starts[p.slots] - first;
+    for (u32 at = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP; at < rows * slabs; at += warps) {
+        u32 row = first + at / slabs, column = at % slabs * SLAB + lane * 8;
+        if (column >= p.inner) continue;
+        u64 to = u64(row) * p.inner + column;
+        float h[8] = {}, second[8] = {};
+        add(h, 1.0f, stream(p.gate + to));
+        add(second, 1.0f, stream(p.up + to));
+        u32 pair = p.base_gate ? p.pair_of_row[row] : NONE;
+        if (pair != NONE) {
+            u64 from = u64(pair) * p.inner + column;
+            add(h, p.base_share, *reinterpret_cast<const uint4*>(p.base_gate + from));
+            add(second, p.base_share, *reinterpret_cast<const uint4*>(p.base_up + from));
+        }
+#pragma unroll
+        for (u32 j = 0; j < 8; j++) h[j] = fast_silu(h[j]) * second[j];
+        *reinterpret_cast<uint4*>(p.h + to) = pack_8(h);
+    }
+}
 
 struct SumPairs {
     const elem* h;           // [S, inner]

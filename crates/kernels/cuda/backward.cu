@@ -31,6 +31,7 @@ struct Transposed {
     elem* y;            // [S, n], row stride ldy
     const float* scale; // [S] factor of each result row, or null
     const u32* starts;  // [groups + 1]
+    const u32* ranks;   // null: each group's matrix has k rows
     u32 groups, n, k, lda, ldy;  // at most MAX_GROUPS groups
 };
 

@@ -9,10 +9,10 @@
 // of the narrow ones. Every block takes tiles in turn. Block: 256 threads.
 // Shared memory, dynamic: transposed, transposed_two 147456 bytes, outer 148224; transposed_narrow
 // 73728, outer_narrow 74496.
-// Registers (sm_80, sm_90a): transposed 219, 222; transposed_two 220, 223; outer 251, 209;
-// transposed_narrow 100, 100; outer_narrow 109, 101.
+// Registers (sm_80, sm_90a): transposed 221, 227; transposed_two 222, 228; outer 251, 209;
+// transposed_narrow 111, 113; outer_narrow 109, 101.
 // Bound: the tensor cores for bases and dense weights; bytes for adapters: the rows, and what is written.
-// Last measured: checked on an H100, not timed.
+// Last measured: checked on an H100, not timed; with ranks it has not run on a card.
 //
 // Here the summed index is the row of an operand as it lies in memory, not the column: `ldmatrix`
 // transposes such operands on their way from shared memory to registers. Copies run two steps of 64 of
@@ -28,7 +28,8 @@ struct Transposed {
     elem* y;             // result, row stride ldy
     const float* scale;  // [S] factor of each result row, or null
     const u32* starts;   // [groups + 1] group i has the sorted rows starts[i] .. starts[i + 1]
-    u32 groups, n, k, lda, ldy;  // n, k, lda, ldy: multiples of 8
+    const u32* ranks;    // [groups + 1] where the rows of each group's matrices begin, and the last end; null: each has k, which else is the most
+    u32 groups, n, k, lda, ldy;  // n, k, lda, ldy, ranks: multiples of 8
 };
 
 struct Outer {
@@ -86,11 +87,16 @@ __device__ __forceinline__ void transposed(const Transposed& p) {
     u32 line = threadIdx.x / 8, chunk = threadIdx.x % 8;
     Tiles<ROWS, COLUMNS> ahead(p.starts, p.groups, p.n);
     u32 source[ROWS / COPIED];
-    u32 ahead_k = 0, ahead_product = 0, ahead_stage = 0;
+    u32 ahead_k = 0, ahead_product = 0, ahead_stage = 0, ahead_size = 0, ahead_first = 0;
     bool more;
 
+    // Those that sum over nothing are passed by.
     auto enter = [&] {
-        more = ahead.advance();
+        do {
+            more = ahead.advance();
+            ahead_size = more ? size_of_group(p.ranks, ahead.group, p.k) : 0;
+        } while (more && ahead_size == 0);
+        if (more) ahead_first = first_of_group(p.ranks, ahead.group, p.k);
 #pragma unroll
         for (u32 i = 0; i < ROWS / COPIED; i++) {
             u32 row = ahead.row + line + i * COPIED;
@@ -107,16 +113,16 @@ __device__ __forceinline__ void transposed(const Transposed& p) {
             u32 k = ahead_k + chunk * 8;
 #pragma unroll
             for (u32 i = 0; i < ROWS / COPIED; i++) {
-                if (source[i] != NONE) copy_async(to + i * COPIED * LINE, a + u64(source[i]) * p.lda + k, k < p.k);
+                if (source[i] != NONE) copy_async(to + i * COPIED * LINE, a + u64(source[i]) * p.lda + k, k < ahead_size);
             }
 #pragma unroll
             for (u32 i = 0; i < DEPTH / COPIED; i++) {
                 u32 row = ahead_k + line + i * COPIED;
-                const elem* from = b + (u64(ahead.group) * p.k + min(row, p.k - 1)) * p.n;
-                copy_line<COLUMNS>(to + (ROWS + i * COPIED) * LINE, from, ahead.column, p.n, row < p.k);
+                const elem* from = b + (u64(ahead_first) + min(row, ahead_size - 1)) * p.n;
+                copy_line<COLUMNS>(to + (ROWS + i * COPIED) * LINE, from, ahead.column, p.n, row < ahead_size);
             }
             ahead_k += DEPTH;
-            if (ahead_k >= p.k) {
+            if (ahead_k >= ahead_size) {
                 ahead_k = 0;
                 ahead_product = ahead_product + 1 == PRODUCTS ? 0 : ahead_product + 1;
                 if (ahead_product == 0) enter();
@@ -133,7 +139,7 @@ __device__ __forceinline__ void transposed(const Transposed& p) {
     u32 weights = ROWS * LINE + warp_column / 64 * SLAB + lane % 16 * LINE;
     u32 weight_chunk = (warp_column % 64 / 8 + lane / 16) ^ lane % 8;
     Tiles<ROWS, COLUMNS> now(p.starts, p.groups, p.n);
-    u32 stage = 0, steps = (p.k + DEPTH - 1) / DEPTH * PRODUCTS;
+    u32 stage = 0;
 
     enter();
 #pragma unroll 1
@@ -141,6 +147,7 @@ __device__ __forceinline__ void transposed(const Transposed& p) {
     while (now.advance()) {
         float d[SIDE / 16][SIDE / 8][4] = {};
         bool busy = now.row + warp_row < now.end && now.column + warp_column < p.n;
+        u32 steps = (size_of_group(p.ranks, now.group, p.k) + DEPTH - 1) / DEPTH * PRODUCTS;
         for (u32 i = 0; i < steps; i++) {
             copy_wait<STAGES - 2>();
             // This step's lines of all threads have come, and all have left the stage that is filled next.

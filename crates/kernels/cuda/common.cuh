@@ -60,6 +60,11 @@ __device__ __forceinline__ uint4 pack_8(const float (&v)[8]) {
     return make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
 }
 
+// How many rows (or inputs) the matrix of a group has, where each has a number of its own: `ends` says where each begins in
+// a stack, and the last end; null: all have `each`. And where that of a group begins.
+__device__ __forceinline__ u32 size_of_group(const u32* ends, u32 group, u32 each) { return ends ? ends[group + 1] - ends[group] : each; }
+__device__ __forceinline__ u32 first_of_group(const u32* ends, u32 group, u32 each) { return ends ? ends[group] : group * each; }
+
 // The tiles of groups of rows whose sizes only the device knows: every block takes the tiles
 // blockIdx.x, + gridDim.x, .. Tiles of the same weights (rows inner) are neighbours, so that blocks
 // running together read them once from memory. The whole warp calls `advance`.

@@ -35,6 +35,7 @@ struct Grouped {
     elem* y1;
     const float* scale; // [S] factor of each result row, or null
     const u32* starts;  // [groups + 1]
+    const u32* ranks;   // null: each group's matrix has n rows
     u32 groups, n, k, lda, ldy;  // at most MAX_GROUPS groups
 };
 

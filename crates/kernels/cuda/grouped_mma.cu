@@ -5,9 +5,9 @@
 //
 // Grid: any number of blocks, best one for each multiprocessor; every block takes tiles in turn.
 // Block: 256 threads. Shared memory: GROUPED_MMA_SHARED = 147456 bytes, dynamic.
-// Registers (sm_80, sm_90a): plain 218, 216; dual and swiglu 226, 218.
+// Registers (sm_80, sm_90a): plain 220, 220; dual and swiglu 228, 222.
 // Bound: the tensor cores where groups have some hundred rows, the bytes of the weights below that.
-// Last measured: checked on an H100, not timed.
+// Last measured: checked on an H100, not timed; with ranks it has not run on a card.
 //
 // A tile is 128 rows by 256 rows of weights (128 of each matrix where there are two), a warp's part of
 // it 64 by 64: shared memory, not the tensor cores, would limit smaller parts. Copies run two steps of
@@ -23,7 +23,8 @@ struct Grouped {
     elem* y1;            // second result of `_dual`
     const float* scale;  // [S] factor of each result row, or null; `_plain` only
     const u32* starts;   // [groups + 1] group i has the sorted rows starts[i] .. starts[i + 1]
-    u32 groups, n, k, lda, ldy;  // n, k, lda, ldy: multiples of 8
+    const u32* ranks;    // [groups + 1] where the rows of each group's matrices begin, and the last end; null: each has n, which else is the most
+    u32 groups, n, k, lda, ldy;  // n, k, lda, ldy, ranks: multiples of 8
 };
 
 enum Kind { PLAIN, DUAL, SWIGLU };
@@ -54,11 +55,22 @@ __device__ __forceinline__ void grouped(const Grouped& p) {
     u32 line = threadIdx.x / 8, chunk = threadIdx.x % 8;
     Tiles<ROWS, COLUMNS> ahead(p.starts, p.groups, p.n);
     u32 source[ROWS / COPIED];
-    u32 ahead_k = 0, ahead_stage = 0;
+    u32 ahead_k = 0, ahead_stage = 0, ahead_n = 0, ahead_first = 0;
     bool more;
 
+    // The next tile of a group that has such columns, and how many it has.
+    auto advance = [&](Tiles<ROWS, COLUMNS>& tiles, u32& n) {
+        bool there;
+        do {
+            there = tiles.advance();
+            n = there ? size_of_group(p.ranks, tiles.group, p.n) : 0;
+        } while (there && tiles.column >= n);
+        return there;
+    };
+
     auto enter = [&] {
-        more = ahead.advance();
+        more = advance(ahead, ahead_n);
+        if (more) ahead_first = first_of_group(p.ranks, ahead.group, p.n);
         ahead_k = 0;
 #pragma unroll
         for (u32 i = 0; i < ROWS / COPIED; i++) {
@@ -81,7 +93,7 @@ __device__ __forceinline__ void grouped(const Grouped& p) {
             for (u32 i = 0; i < WEIGHTS / COPIED; i++) {
                 const elem* b = i * COPIED < COLUMNS ? p.b0 : p.b1;
                 u32 column = ahead.column + line + i * COPIED % COLUMNS;
-                if (column < p.n) copy_async(to + (ROWS + i * COPIED) * LINE, b + (u64(ahead.group) * p.n + column) * p.k + k, k < p.k);
+                if (column < ahead_n) copy_async(to + (ROWS + i * COPIED) * LINE, b + (u64(ahead_first) + column) * p.k + k, k < p.k);
             }
         }
         copy_commit();
@@ -94,15 +106,15 @@ __device__ __forceinline__ void grouped(const Grouped& p) {
     u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     u32 warp_row = warp % 2 * (ROWS / 2), warp_column = warp / 2 * (COLUMNS / 4);
     Tiles<ROWS, COLUMNS> now(p.starts, p.groups, p.n);
-    u32 stage = 0;
+    u32 stage = 0, n;
 
     enter();
 #pragma unroll 1
     for (u32 i = 0; i < STAGES - 1; i++) fetch();
-    while (now.advance()) {
+    while (advance(now, n)) {
         // Where there are two matrices, d[m][0..3] belong to the first and d[m][4..7] to the second.
         float d[4][8][4] = {};
-        bool busy = now.row + warp_row < now.end && now.column + warp_column < p.n;
+        bool busy = now.row + warp_row < now.end && now.column + warp_column < n;
         for (u32 k = 0; k < p.k; k += DEPTH) {
             copy_wait<STAGES - 2>();
             // This step's lines of all threads have come, and all have left the stage that is filled next.
@@ -151,9 +163,9 @@ __device__ __forceinline__ void grouped(const Grouped& p) {
                 }
             }
             u64 at = u64(row) * p.ldy;
-            store(p.y0 + at, column, there && column < p.n, first);
-            if (KIND == PLAIN) store(p.y0 + at, column + 32, there && column + 32 < p.n, second);
-            if (KIND == DUAL) store(p.y1 + at, column, there && column < p.n, second);
+            store(p.y0 + at, column, there && column < n, first);
+            if (KIND == PLAIN) store(p.y0 + at, column + 32, there && column + 32 < n, second);
+            if (KIND == DUAL) store(p.y1 + at, column, there && column < n, second);
         }
     }
 }

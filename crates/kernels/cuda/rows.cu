@@ -8,7 +8,7 @@
 // Grid: any number of blocks; every block takes its share in turn. As many as the device holds at once
 // are best: 5 for each multiprocessor (swiglu_backward), 6 (sum_pairs_two).
 // Block: 256 threads. Shared memory: none.
-// Registers (sm_80, sm_90a): swiglu_backward 46, 46; sum_pairs_two 37, 39.
+// Registers (sm_80, sm_90a): swiglu_backward 48, 47; sum_pairs_two 38, 37.
 // Bound: bytes. swiglu_backward moves 14 inner bytes for each row with a pair (12 without; the rows of a
 // token that share a pair follow each other), sum_pairs_two 4 inner for each row and each pair.
 // Last measured: not timed alone.

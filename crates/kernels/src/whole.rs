@@ -69,9 +69,10 @@ pub struct WholeLayer {
 }
 
 impl WholeLayer {
-    /// The layer, if it can be run so: on a GPU from the A100 on, of 16-bit floats, its sizes multiples of 8
-    /// and its ranks at most 128, its router without digits that 16 bits do not hold, and nothing of it
-    /// training. The numbers must stay what they are; of adapters it may keep a copy.
+    /// The layer, if it can be run so: on a GPU from the A100 on, of 16-bit floats, its sizes multiples of 8, its
+    /// router without digits that 16 bits do not hold, and nothing of it training. Three launches take adapters of
+    /// ranks up to 128, which are filled up to one rank; wider ones take more. The numbers must stay what they are;
+    /// of adapters it may keep a copy.
     ///
     /// # Errors
     /// If the GPU has no room for it.

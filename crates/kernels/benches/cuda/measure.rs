@@ -117,6 +117,7 @@ fn shape(model: &Model, replaced: usize) -> Shape {
         kept: 0,
         groups: if adapted > 0 { GROUPS } else { 0 },
         rank: RANK,
+        ranked: None,
     }
 }
 

@@ -37,6 +37,22 @@ struct ExpandPre {
     pre_up: Address,
 }
 
+/// Arguments of `adapters_join`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Join {
+    gate: Address,
+    up: Address,
+    base_gate: Address,
+    base_up: Address,
+    h: Address,
+    pair_of_row: Address,
+    starts: Address,
+    slots: u32,
+    inner: u32,
+    base_share: f32,
+}
+
 /// Arguments of `adapters_sum_pairs`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -76,6 +92,8 @@ unsafe impl DeviceRepr for Expand {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for ExpandPre {}
 // SAFETY: as above.
+unsafe impl DeviceRepr for Join {}
+// SAFETY: as above.
 unsafe impl DeviceRepr for SumPairs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for Combine {}
@@ -90,6 +108,34 @@ pub(super) fn expand<T: Element>(
     let arguments = expand_arguments(gpu, block, work, h);
     // SAFETY: the block and the workspace have these sizes; rows stay below the workspace's.
     unsafe { queue::<T, _>(gpu, "adapters_expand", expand_size(block), &arguments) }
+}
+
+/// The same from what wider adapters made of their rows, in the workspace's own memory for them.
+pub(super) fn join<T: Element>(gpu: &Gpu, block: &Block<T>, work: &mut Workspace<T>) -> Result<()> {
+    let shape = &block.shape;
+    let own = |of: fn(&super::workspace::Own<T>) -> &CudaSlice<T>| {
+        let own = work.own.as_ref();
+        own.map_or(Address::NULL, |own| gpu.address(of(own)))
+    };
+    let (gate, up) = (own(|own| &own.gate), own(|own| &own.up));
+    let of_pairs = |t: &CudaSlice<T>| match shape.groups {
+        0 => Address::NULL,
+        _ => gpu.address(t),
+    };
+    let arguments = Join {
+        gate,
+        up,
+        base_gate: of_pairs(&work.pre_gate),
+        base_up: of_pairs(&work.pre_up),
+        h: gpu.address_mut(&mut work.h),
+        pair_of_row: gpu.address(&work.tables.pair_of_row),
+        starts: gpu.address(&work.tables.starts).skip::<u32>(shape.dense),
+        slots: shape.adapted as u32,
+        inner: shape.inner as u32,
+        base_share: 1.0 - block.beta,
+    };
+    // SAFETY: as in `expand`.
+    unsafe { queue::<T, _>(gpu, "adapters_join", [8, 256, 0], &arguments) }
 }
 
 /// The pre-activations of adapted rows instead, `[S, F]` each.

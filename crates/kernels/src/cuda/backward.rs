@@ -46,6 +46,10 @@ impl<T: Element> Block<T> {
         self.check(x, tokens, work, dout)?;
         self.check_routed(tokens, work)?;
         ensure!(
+            self.ranks.is_none(),
+            "adapters of ranks of their own have no backward pass here"
+        );
+        ensure!(
             gradients.shape == self.shape && gradients.tokens == tokens,
             "gradients of {} tokens of {:?} for {tokens} of {:?}",
             gradients.tokens,

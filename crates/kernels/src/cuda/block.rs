@@ -31,8 +31,12 @@ pub struct Shape {
     pub kept: usize,
     /// Shared bases.
     pub groups: usize,
-    /// Adapter rank `R`, a multiple of 8; narrower adapters are filled up with zeros.
+    /// Adapter rank `R`, a multiple of 8; narrower adapters are filled up with zeros, unless they are
+    /// [`Shape::ranked`].
     pub rank: usize,
+    /// How many components all adapters have together where each has a rank of its own, a multiple of 8, of which `rank`
+    /// is the most.
+    pub ranked: Option<usize>,
 }
 
 impl Shape {
@@ -79,6 +83,7 @@ impl Shape {
             kept: self.kept.max(other.kept),
             groups: self.groups.max(other.groups),
             rank: self.rank.max(other.rank),
+            ranked: self.ranked,
         }
     }
 
@@ -97,9 +102,18 @@ impl Shape {
             self.rank
         );
         ensure!(
-            self.adapted == 0 || (self.rank > 0 && self.rank <= 128 && self.rank.is_multiple_of(8)),
-            "the adapters' rank is {}; the kernels need a multiple of 8 up to 128",
+            self.adapted == 0 || (self.rank > 0 && self.rank.is_multiple_of(8)),
+            "the adapters' rank is {}; the kernels need a multiple of 8",
             self.rank
+        );
+        ensure!(
+            self.ranked.is_some() || self.rank <= 128,
+            "all adapters have rank {}; the kernels take up to 128 where they are alike",
+            self.rank
+        );
+        ensure!(
+            self.ranked.is_none() || self.kept == 0,
+            "adapters of ranks of their own beside kept experts"
         );
         ensure!(
             (1..=512).contains(&self.experts) && (1..=512).contains(&self.positions()),
@@ -160,9 +174,9 @@ impl<M> Projections<M> {
 /// Low-rank adapters of `n` slots: `U·V`.
 #[derive(Debug, Clone)]
 pub struct Adapted<M> {
-    /// `V`: gate and up `[n, R, H]`, down `[n, R, F]`.
+    /// `V`: gate and up `[n, R, H]`, down `[n, R, F]`; of ranks of their own `[ΣR, H]` and `[ΣR, F]`.
     pub a: Projections<M>,
-    /// `U`: gate and up `[n, F, R]`, down `[n, H, R]`.
+    /// `U`: gate and up `[n, F, R]`, down `[n, H, R]`; of ranks of their own `Uᵀ`: `[ΣR, F]` and `[ΣR, H]`.
     pub b: Projections<M>,
 }
 
@@ -202,12 +216,12 @@ impl<T: Element> Weights<T> {
         self.kept
             .check::<T>("kept experts", shape.kept, f * h, h * f)?;
         self.bases.check::<T>("bases", shape.groups, f * h, h * f)?;
-        self.adapters
-            .a
-            .check::<T>("adapters' a", shape.adapted, r * h, r * f)?;
-        self.adapters
-            .b
-            .check::<T>("adapters' b", shape.adapted, f * r, h * r)?;
+        let (n, r) = match shape.ranked {
+            None => (shape.adapted, r),
+            Some(components) => (components, 1),
+        };
+        self.adapters.a.check::<T>("adapters' a", n, r * h, r * f)?;
+        self.adapters.b.check::<T>("adapters' b", n, f * r, h * r)?;
         if let Some(originals) = &self.originals {
             let replaced = shape.adapted - shape.kept;
             originals.check::<T>("replaced experts", replaced, f * h, h * f)?;
@@ -222,6 +236,7 @@ pub(super) struct Frame {
     pub(super) shape: Shape,
     scores: Arc<Scores>,
     group_of: Arc<CudaSlice<u32>>,
+    ranks: Option<Arc<CudaSlice<u32>>>,
 }
 
 impl Frame {
@@ -259,17 +274,49 @@ impl Frame {
             shape,
             scores: Arc::new(scores),
             group_of: Arc::new(group_of),
+            ranks: None,
+        })
+    }
+
+    /// The same with adapters of ranks of their own (`Shape::ranked`): where those of each slot begin, and the last end.
+    #[cfg(any(test, feature = "linked"))]
+    pub(super) fn ranked(self, gpu: &Gpu, starts: &[usize]) -> Result<Self> {
+        let Shape {
+            adapted,
+            rank,
+            ranked,
+            ..
+        } = self.shape;
+        let mut ranks = starts
+            .windows(2)
+            .map(|bounds| bounds[1].wrapping_sub(bounds[0]));
+        ensure!(
+            starts.len() == adapted + 1
+                && starts[0] == 0
+                && starts.last().copied() == ranked
+                && ranks.all(|own| own <= rank && own.is_multiple_of(8)),
+            "adapters begin at {starts:?}; {ranked:?} components of {adapted} slots of up to {rank} each were expected"
+        );
+        let starts: Vec<u32> = starts.iter().map(|&at| at as u32).collect();
+        Ok(Self {
+            ranks: Some(Arc::new(gpu.upload(&starts)?)),
+            ..self
         })
     }
 
     /// The layer with these weights.
     pub(super) fn with<T: Element>(&self, weights: Weights<T>) -> Result<Block<T>> {
         weights.check(&self.shape)?;
+        ensure!(
+            self.shape.ranked.is_some() == self.ranks.is_some(),
+            "where adapters begin is to be said where they have ranks of their own"
+        );
         Ok(Block {
             shape: self.shape,
             weights,
             scores: self.scores.clone(),
             group_of: self.group_of.clone(),
+            ranks: self.ranks.clone(),
             beta: 0.0,
         })
     }
@@ -288,6 +335,8 @@ pub struct Block<T> {
     pub(super) scores: Arc<Scores>,
     /// Group of each position; [`super::route::NONE`] for none.
     pub(super) group_of: Arc<CudaSlice<u32>>,
+    /// Where the components of each adapter begin, and the last end, where they have ranks of their own.
+    pub(super) ranks: Option<Arc<CudaSlice<u32>>>,
     /// The share of the originals; that of the bases is what is left.
     pub(super) beta: f32,
 }
@@ -336,6 +385,11 @@ impl<T: Element> Block<T> {
         kept.into_iter().chain(replaced)
     }
 
+    /// Whether rows of slots need memory of [`super::workspace::Own`].
+    pub(super) fn needs_own(&self) -> bool {
+        self.has_own() || self.ranks.is_some()
+    }
+
     /// Whether there are any.
     pub(super) fn has_own(&self) -> bool {
         self.own().next().is_some()
@@ -377,8 +431,8 @@ impl<T: Element> Block<T> {
     /// Stops where the workspace has no room for these tokens.
     pub(super) fn check_room(&self, tokens: usize, work: &Workspace<T>) -> Result<()> {
         ensure!(
-            !self.has_own() || work.own.is_some(),
-            "whole experts have a share in adapted slots; the workspace has no memory for them: make it with \
+            !self.needs_own() || work.own.is_some(),
+            "adapted slots have whole experts or wide adapters; the workspace has no memory for them: make it with \
              `Workspace::annealed`"
         );
         ensure!(

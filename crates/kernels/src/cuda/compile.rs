@@ -118,7 +118,6 @@ pub(super) const PACK: Source = Source {
 
 /// All sources.
 pub const SOURCES: [Source; 13] = [
-    PACK,
     ROUTER,
     ROUTE,
     GROUPED,
@@ -131,6 +130,7 @@ pub const SOURCES: [Source; 13] = [
     ATTENTION,
     ATTENTION_BACKWARD,
     TOKENS,
+    PACK,
 ];
 
 /// A 16-bit float that kernels compute with; sums are in `f32`.

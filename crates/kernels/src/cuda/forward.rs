@@ -1,13 +1,14 @@
 //! The forward pass of a layer of experts.
 
 use super::Result;
-use super::adapters::{combine, expand, sum_pairs};
+use super::adapters::{combine, expand, join, sum_pairs};
 use super::block::{Block, Shape};
 use super::decode::{self, DECODE_TOKENS};
-use super::device::{Element, Gpu};
+use super::device::{Address, Element, Gpu};
 #[cfg(any(test, feature = "linked"))]
 use super::ensure;
-use super::grouped::{Grouped, Kind};
+use super::grouped::{Grouped, Kind, Segments};
+use super::products::{Out, Rows, Transposed};
 use super::route::{Routed, route, router_logits};
 use super::workspace::{Own, Workspace};
 use cudarc::driver::{DevicePtr, DevicePtrMut};
@@ -44,7 +45,7 @@ impl<T: Element> Block<T> {
         self.check(x, tokens, work, out)?;
         // No tables are there until all is queued.
         work.routed = 0;
-        if tokens <= DECODE_TOKENS && !self.has_own() {
+        if tokens <= DECODE_TOKENS && !self.needs_own() {
             decode::forward(gpu, self, x, tokens, work, out)?;
             work.routed = tokens;
             return Ok(());
@@ -254,24 +255,54 @@ impl<T: Element> Block<T> {
             hidden,
             inner,
             dense,
-            adapted,
             groups,
+            ..
+        } = self.shape;
+        let rows = work.tables.rows(gpu, dense, self.shape.rows(tokens));
+        let pairs = work.tables.pairs(gpu, self.shape.pairs(tokens));
+        if groups > 0 {
+            self.bases_on_pairs(gpu, x, tokens, work)?;
+            queued(Stage::Bases)?;
+        }
+        if let Some(ranks) = &self.ranks {
+            self.ranked(gpu, x, gpu.address(&**ranks), &rows, work)?;
+        } else {
+            self.alike(gpu, x, tokens, &rows, work)?;
+        }
+        if groups == 0 {
+            return queued(Stage::Adapters);
+        }
+        sum_pairs(gpu, self, tokens, work)?;
+        queued(Stage::Adapters)?;
+        Grouped::new(work.path, groups, [hidden, inner], pairs.rows).run(
+            gpu,
+            Kind::Plain(&self.weights.bases.down, &mut work.pair_y),
+            &work.pair_h,
+            &pairs,
+        )?;
+        queued(Stage::Bases)
+    }
+
+    /// What adapters of one rank, and whole experts beside them, make of their `rows`: `work.h` and `work.y`.
+    fn alike(
+        &self,
+        gpu: &Gpu,
+        x: &impl DevicePtr<T>,
+        tokens: usize,
+        rows: &Segments,
+        work: &mut Workspace<T>,
+    ) -> Result<()> {
+        let Shape {
+            hidden,
+            inner,
+            dense,
+            adapted,
             rank,
             ..
         } = self.shape;
         let all = self.shape.rows(tokens);
         let share = all * adapted / self.shape.positions();
-        let rows = work.tables.rows(gpu, dense, all);
-        let pairs = work.tables.pairs(gpu, self.shape.pairs(tokens));
-        let (bases, a, b) = (
-            &self.weights.bases,
-            &self.weights.adapters.a,
-            &self.weights.adapters.b,
-        );
-        if groups > 0 {
-            self.bases_on_pairs(gpu, x, tokens, work)?;
-            queued(Stage::Bases)?;
-        }
+        let (a, b) = (&self.weights.adapters.a, &self.weights.adapters.b);
         self.parts_of_slots(gpu, x, tokens, work)?;
         expand(gpu, self, work)?;
         for (w, first, count) in self.own() {
@@ -296,19 +327,47 @@ impl<T: Element> Block<T> {
             gpu,
             Kind::Plain(&b.down, &mut work.y),
             &work.low_down,
-            &rows,
-        )?;
-        if groups == 0 {
-            return queued(Stage::Adapters);
+            rows,
+        )
+    }
+
+    /// The same of adapters of ranks of their own, which begin at `ranks`.
+    fn ranked(
+        &self,
+        gpu: &Gpu,
+        x: &impl DevicePtr<T>,
+        ranks: Address,
+        rows: &Segments,
+        work: &mut Workspace<T>,
+    ) -> Result<()> {
+        let Shape {
+            hidden,
+            inner,
+            adapted,
+            rank,
+            ..
+        } = self.shape;
+        let path = work.path;
+        let Some(own) = &mut work.own else {
+            return Ok(());
+        };
+        let (a, b) = (&self.weights.adapters.a, &self.weights.adapters.b);
+        let shrink = |inputs| Grouped::new(path, adapted, [rank, inputs], rows.rows).ranked(ranks);
+        let expand = |outputs| Transposed::new(path, adapted, [outputs, rank]).ranked(ranks);
+        let low = Kind::SideBySide(&a.gate, &a.up, &mut work.low);
+        shrink(hidden).run(gpu, low, x, &rows.gathered())?;
+        let low = Rows::sorted(gpu, &work.low, 2 * rank);
+        for (low, w, to) in [
+            (low, &b.gate, &mut own.gate),
+            (low.right::<T>(), &b.up, &mut own.up),
+        ] {
+            expand(inner).one(gpu, (low, w), Out::rows(gpu, to, inner), rows)?;
         }
-        sum_pairs(gpu, self, tokens, work)?;
-        queued(Stage::Adapters)?;
-        Grouped::new(work.path, groups, [hidden, inner], pairs.rows).run(
-            gpu,
-            Kind::Plain(&bases.down, &mut work.pair_y),
-            &work.pair_h,
-            &pairs,
-        )?;
-        queued(Stage::Bases)
+        join(gpu, self, work)?;
+        let low = Kind::Plain(&a.down, &mut work.low_down);
+        shrink(inner).run(gpu, low, &work.h, &rows.scaled())?;
+        let low = Rows::sorted(gpu, &work.low_down, rank);
+        let y = Out::rows(gpu, &mut work.y, hidden);
+        expand(hidden).one(gpu, (low, &b.down), y, rows)
     }
 }

@@ -103,6 +103,7 @@ struct Argument {
     y1: Address,
     scale: Address,
     starts: Address,
+    ranks: Address,
     groups: u32,
     n: u32,
     k: u32,
@@ -124,6 +125,8 @@ pub(super) struct Grouped {
     k: usize,
     /// Rows that a group has on average, as far as the host can know.
     depth: usize,
+    /// Where the rows of each group's matrices begin, and the last end; null where all have `n`.
+    ranks: Address,
 }
 
 impl Grouped {
@@ -135,6 +138,17 @@ impl Grouped {
             n,
             k,
             depth: rows / groups,
+            ranks: Address::NULL,
+        }
+    }
+
+    /// With matrices of rows of their own number, one behind the other, of which `n` are the most. Only the kernels of
+    /// [`Path::Mma`] know them.
+    pub(super) fn ranked(self, ranks: Address) -> Self {
+        Self {
+            path: Path::Mma,
+            ranks,
+            ..self
         }
     }
 
@@ -164,6 +178,7 @@ impl Grouped {
                 Address::NULL
             },
             starts: segments.starts,
+            ranks: self.ranks,
             groups: self.groups as u32,
             n: n as u32,
             k: self.k as u32,

@@ -60,6 +60,8 @@ pub(super) struct Transposed {
     groups: usize,
     n: usize,
     k: usize,
+    /// Where the rows of each group's matrix begin, and the last end; null where all have `k`.
+    ranks: Address,
 }
 
 /// `Transposed` of the kernels.
@@ -74,6 +76,7 @@ struct TransposedArgument {
     y: Address,
     scale: Address,
     starts: Address,
+    ranks: Address,
     groups: u32,
     n: u32,
     k: u32,
@@ -132,7 +135,23 @@ impl Out {
 impl Transposed {
     /// Matrices `[groups, k, n]`.
     pub(super) fn new(path: Path, groups: usize, [n, k]: [usize; 2]) -> Self {
-        Self { path, groups, n, k }
+        Self {
+            path,
+            groups,
+            n,
+            k,
+            ranks: Address::NULL,
+        }
+    }
+
+    /// With matrices of rows of their own number, one behind the other, of which `k` are the most. Only the kernels of
+    /// [`Path::Mma`] know them.
+    pub(super) fn ranked(self, ranks: Address) -> Self {
+        Self {
+            path: Path::Mma,
+            ranks,
+            ..self
+        }
     }
 
     /// Queues the product of one operand pair.
@@ -199,6 +218,7 @@ impl Transposed {
                 Address::NULL
             },
             starts: rows.starts,
+            ranks: self.ranks,
             groups: self.groups as u32,
             n: self.n as u32,
             k: self.k as u32,

@@ -65,7 +65,9 @@ struct Replaced {
 impl TrainedOnGpu {
     /// As [`crate::TrainedLayer::new`].
     pub(crate) fn new(parts: &LayerParts<'_>) -> Result<Option<Self>> {
-        let (Some(shape), Some(dtype)) = (whole::shape(parts)?, dtype(parts)) else {
+        // Those of ranks of their own have no gradients.
+        let shape = whole::shape(parts)?.filter(|shape| shape.ranked.is_none());
+        let (Some(shape), Some(dtype)) = (shape, dtype(parts)) else {
             return Ok(None);
         };
         let Some(gpu) = whole::gpu(parts.router)? else {

@@ -8,7 +8,7 @@ use super::made::held;
 use super::route::Scores;
 use super::tensors::{numbers, stored};
 use super::workspace::Workspace;
-use crate::padded::{PIECE, common_rank, padded};
+use crate::padded::{PIECE, common_rank, in_pieces, padded, whole_pieces};
 use crate::whole::{AdapterParts, LayerParts};
 use candle_core::cuda::CudaDType;
 use candle_core::{
@@ -21,7 +21,7 @@ use std::sync::Arc;
 const NAME: &str = "layer of experts";
 /// Tokens at once, so that what lies between the kernels stays small beside a model.
 const TOKENS: usize = 8192;
-/// The widest adapters that the kernels take.
+/// The widest adapters that the kernels take where all have one rank.
 const RANK: usize = 128;
 
 /// A layer on candle's stream.
@@ -56,6 +56,7 @@ pub(super) fn shape(parts: &LayerParts<'_>) -> Candle<Option<Shape>> {
         None => (0, 0),
     };
     let starts = parts.adapters.as_ref().map_or(&[0][..], |a| a.starts);
+    let rank = common_rank(starts).max(own_rank.next_multiple_of(PIECE));
     let shape = Shape {
         hidden,
         inner: inner.max(of_bases).max(of_adapters),
@@ -65,10 +66,11 @@ pub(super) fn shape(parts: &LayerParts<'_>) -> Candle<Option<Shape>> {
         adapted: kept + parts.groups.len(),
         kept,
         groups: bases,
-        rank: common_rank(starts).max(own_rank.next_multiple_of(PIECE)),
+        rank,
+        // So wide they are not filled up.
+        ranked: (rank > RANK).then(|| whole_pieces(starts).last().copied().unwrap_or(0)),
     };
-    let fits = shape.check().is_ok() && shape.rank <= RANK;
-    Ok(fits.then_some(shape))
+    Ok(shape.check().is_ok().then_some(shape))
 }
 
 /// The GPU that a tensor is on, if kernels run on it.
@@ -87,6 +89,10 @@ pub(super) fn frame(gpu: &Gpu, shape: Shape, parts: &LayerParts<'_>) -> Candle<F
     let kept = std::iter::repeat_n(None, shape.kept);
     let groups: Vec<_> = kept.chain(parts.groups.iter().copied()).collect();
     let frame = scores.and_then(|scores| Frame::new(gpu, shape, scores, &groups));
+    let frame = frame.and_then(|frame| match (&parts.adapters, shape.ranked) {
+        (Some(adapters), Some(_)) => frame.ranked(gpu, &whole_pieces(adapters.starts)),
+        _ => Ok(frame),
+    });
     frame.map_err(Error::wrap)
 }
 
@@ -182,13 +188,27 @@ fn block<T: Element + CudaDType>(
     frame(gpu, shape, parts)?.with(weights).map_err(Error::wrap)
 }
 
-/// Adapters as the kernels take them, all of one rank; zeros where there are none.
+/// Adapters as the kernels take them, all of one rank or each of its own; zeros where there are none.
 fn adapted<T: Element + CudaDType>(
     shape: Shape,
     adapters: Option<&AdapterParts<'_>>,
     like: &Tensor,
 ) -> Candle<Adapted<Held<T>>> {
     let (n, rank) = (shape.adapted, shape.rank);
+    if let (Some(_), Some(adapters)) = (shape.ranked, adapters) {
+        let stacks = |of: [&Tensor; 3]| -> Candle<Projections<Held<T>>> {
+            let one = |stack| held(&in_pieces(stack, adapters.starts)?);
+            Ok(Projections {
+                gate: one(of[0])?,
+                up: one(of[1])?,
+                down: one(of[2])?,
+            })
+        };
+        return Ok(Adapted {
+            a: stacks(adapters.a)?,
+            b: stacks(adapters.b)?,
+        });
+    }
     let stack = |of: Option<&Tensor>, width: usize| -> Candle<Tensor> {
         let all = match (of, adapters) {
             (Some(stack), Some(adapters)) => padded(stack, adapters.starts, rank)?,
@@ -236,7 +256,7 @@ impl OnGpu {
                 let part = first * hidden..(first + count) * hidden;
                 let x = x.slice(part.clone());
                 let y = &mut out.slice_mut(part);
-                gpu.with_workspace::<T, _>(block.shape(), count, false, |work| {
+                gpu.with_workspace::<T, _>(block.shape(), count, block.needs_own(), |work| {
                     block.forward(gpu, &x, count, work, y)
                 })
             })

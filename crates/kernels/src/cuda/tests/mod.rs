@@ -26,7 +26,7 @@ use crate::Dispatch;
 use half::{bf16, f16};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use reference::{Layer, Number, random, values};
+use reference::{Layer, Number, cut, random, values};
 
 /// Set where a missing GPU must not go unseen.
 const REQUIRED: &str = "LIGHTMOE_GPU";
@@ -104,6 +104,7 @@ const fn shape(
         kept: 0,
         groups,
         rank,
+        ranked: None,
     }
 }
 
@@ -330,6 +331,25 @@ fn small_batches_group_with_mma() {
 #[test]
 fn small_batches_group_with_mma_in_f16() {
     all_shapes::<f16>(&[33], Way::Grouped(Path::Mma));
+}
+
+/// Slots of ranks of their own, wider than 128 and none among them.
+#[test]
+fn quick_adapters_have_ranks_of_their_own() {
+    let Some(gpu) = gpu() else { return };
+    for (seed, shape, without) in [
+        (31, shape(72, 40, 8, 3, [3, 5], 1, 264), 0),
+        (32, shape(64, 136, 9, 4, [0, 9], 2, 136), 3),
+        (33, shape(264, 72, 6, 2, [2, 4], 0, 48), 4),
+    ] {
+        let mut layer = layer::<bf16>(seed, shape, without, SOFTMAX);
+        let ranks = cut(&mut layer, &[shape.rank, 8, 0, 72, 16]);
+        layer.shape.ranked = Some(ranks.iter().sum());
+        let block = layer.upload_ranked::<bf16>(&gpu, &ranks);
+        for tokens in [1, 40, 150] {
+            run(&gpu, &layer, &block, tokens, Way::Decode, seed);
+        }
+    }
 }
 
 #[test]

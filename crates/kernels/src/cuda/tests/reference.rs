@@ -248,8 +248,19 @@ impl Layer {
     }
 
     pub(super) fn upload<T: Number>(&self, gpu: &Gpu) -> Block<T> {
+        let adapters = Adapted {
+            a: self.a.upload(gpu),
+            b: self.b.upload(gpu),
+        };
+        let weights = self.weights(gpu, adapters);
+        let mut block = self.frame(gpu).with(weights).unwrap();
+        block.anneal(self.beta as f32).unwrap();
+        block
+    }
+
+    fn weights<T: Number>(&self, gpu: &Gpu, adapters: Adapted<Held<T>>) -> Weights<T> {
         let shape = self.shape;
-        let weights = Weights {
+        Weights {
             router: gpu
                 .upload(
                     &self
@@ -266,18 +277,47 @@ impl Layer {
                 .part(0..shape.kept, shape.adapted)
                 .upload(gpu),
             bases: self.bases.upload(gpu),
-            adapters: Adapted {
-                a: self.a.upload(gpu),
-                b: self.b.upload(gpu),
-            },
+            adapters,
             originals: (self.beta > 0.0).then(|| {
                 let replaced = shape.kept..shape.adapted;
                 self.originals.part(replaced, shape.adapted).upload(gpu)
             }),
+        }
+    }
+
+    /// The same with adapters that lie one behind the other, each of the rank that it has of its own.
+    pub(super) fn upload_ranked<T: Number>(&self, gpu: &Gpu, ranks: &[usize]) -> Block<T> {
+        let mut starts = vec![0];
+        ranks
+            .iter()
+            .for_each(|rank| starts.push(starts[starts.len() - 1] + rank));
+        let layer = Self {
+            shape: Shape {
+                ranked: starts.last().copied(),
+                ..self.shape
+            },
+            ..self.clone()
         };
-        let mut block = self.frame(gpu).with(weights).unwrap();
-        block.anneal(self.beta as f32).unwrap();
-        block
+        let s = self.shape;
+        let of = |stack: &Vec<f64>, turned: bool| {
+            let size = stack.len() / s.adapted;
+            let width = size / s.rank;
+            let slots = stack.chunks(size).zip(ranks);
+            let numbers = slots.flat_map(|(slot, &own)| {
+                (0..own * width).map(move |i| match turned {
+                    true => slot[i % width * s.rank + i / width],
+                    false => slot[i],
+                })
+            });
+            numbers.collect::<Vec<f64>>()
+        };
+        let [a, b] = [(&self.a, false), (&self.b, true)].map(|(stacks, turned)| {
+            let [gate, up, down] = stacks.each().map(|stack| of(stack, turned));
+            Matrices { gate, up, down }.upload::<T>(gpu)
+        });
+        let weights = self.weights(gpu, Adapted { a, b });
+        let frame = layer.frame(gpu).ranked(gpu, &starts).unwrap();
+        frame.with(weights).unwrap()
     }
 
     pub(super) fn logits(&self, x: &[f64]) -> Vec<f64> {
@@ -464,4 +504,22 @@ impl Layer {
         add_outer(to.bases.each_mut()[i], group, &dy, x);
         add(dx, &transposed(self.bases.each()[i], group, x.len(), &dy))
     }
+}
+
+/// Empties all that slots have above their ranks, and gives the ranks.
+pub(super) fn cut(layer: &mut Layer, ranks: &[usize]) -> Vec<usize> {
+    let (s, ranks) = (layer.shape, ranks.iter().copied().cycle());
+    let ranks: Vec<usize> = ranks.take(s.adapted).map(|rank| rank.min(s.rank)).collect();
+    let (a, b) = (layer.a.each_mut(), layer.b.each_mut());
+    for (a, b) in a.into_iter().zip(b) {
+        for (slot, &rank) in ranks.iter().enumerate() {
+            let size = a.len() / s.adapted;
+            a[slot * size..][..size][size / s.rank * rank..].fill(0.0);
+            let size = b.len() / s.adapted;
+            for row in b[slot * size..][..size].chunks_mut(s.rank) {
+                row[rank..].fill(0.0);
+            }
+        }
+    }
+    ranks
 }

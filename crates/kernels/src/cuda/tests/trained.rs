@@ -1,8 +1,8 @@
 //! Whole layers of candle's tensors that train, against the plain reference.
 
-use super::reference::{Layer, Matrices, Number, random, values};
+use super::reference::{Layer, Matrices, Number, cut, random, values};
 use super::tensors::device;
-use super::whole::{Parts, cut};
+use super::whole::Parts;
 use super::{SHAPES, SOFTMAX, distance, keeping, shape};
 use crate::TrainedLayer;
 use candle_core::{DType, Device, Tensor, Var};

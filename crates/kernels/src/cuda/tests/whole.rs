@@ -1,6 +1,7 @@
 //! Whole layers of candle's tensors on a GPU against the plain reference.
 
-use super::reference::{Layer, Matrices, Number, random, values};
+use super::super::block::Shape;
+use super::reference::{Layer, Matrices, Number, cut, random, values};
 use super::tensors::device;
 use super::{LIMITED, SHAPES, SOFTMAX, distance, shape};
 use crate::{AdapterParts, LayerParts, WholeLayer};
@@ -139,24 +140,6 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// Empties all that slots have above their ranks, and gives the ranks.
-pub(super) fn cut(layer: &mut Layer, ranks: &[usize]) -> Vec<usize> {
-    let (s, ranks) = (layer.shape, ranks.iter().copied().cycle());
-    let ranks: Vec<usize> = ranks.take(s.adapted).map(|rank| rank.min(s.rank)).collect();
-    let (a, b) = (layer.a.each_mut(), layer.b.each_mut());
-    for (a, b) in a.into_iter().zip(b) {
-        for (slot, &rank) in ranks.iter().enumerate() {
-            let size = a.len() / s.adapted;
-            a[slot * size..][..size][size / s.rank * rank..].fill(0.0);
-            let size = b.len() / s.adapted;
-            for row in b[slot * size..][..size].chunks_mut(s.rank) {
-                row[rank..].fill(0.0);
-            }
-        }
-    }
-    ranks
-}
-
 /// Runs a layer whose slots have these ranks, in turn, and holds each token against the reference.
 fn check<T: Number>(device: &Device, mut layer: Layer, ranks: &[usize], tokens: &[usize]) {
     let dtype = match T::KIND {
@@ -221,6 +204,11 @@ fn quick_whole_layers_of_tensors() {
             &[1, 5, 40, 33],
         );
         check::<bf16>(&device, layer(50 + i as u64), &[3, 8, 5, 1], &[3, 70]);
+        if shape.adapted > 0 && shape.hidden < 300 {
+            let wide = Shape { rank: 200, ..shape };
+            let layer = Layer::random::<bf16>(70 + i as u64, wide, without, SOFTMAX, false);
+            check::<bf16>(&device, layer, &[200, 3, 17, 9, 64], &[2, 50]);
+        }
         if shape.groups > 0 && without == 0 {
             check::<bf16>(&device, layer(80 + i as u64), &[0], &[2, 50]);
         }
