@@ -1,10 +1,12 @@
 // Causal attention, forward.
 //   attend_D      any number of queries. Grid: ceil(queries / 64) * heads * batch blocks of 128 threads, each
 //                 with a tile of 64 queries, whose keys and values pass by in tiles of 64, two under way.
-//                 Dynamic shared memory: 512 D bytes.
+//                 Dynamic shared memory: 512 D bytes. For D = 192 tiles have 32 keys, and the queries lie beside
+//                 them: 384 D bytes.
 //   attend_one_D  one query a row. Grid: heads * batch blocks of 256 threads; each warp takes four keys at a
 //                 time. Static shared memory: 16 KiB and 256 bytes for D = 128. Bound by the bytes of keys and values.
-// Registers for D = 128 and 64: attend 246 and 150, attend_one 61 and 48. Checked on an H200; not timed by itself.
+// Registers (sm_90a) for D = 192, 128 and 64: attend 240, 246 and 150, attend_one 74, 61 and 48. Checked on an H200, but
+// for 192, which has not run on a card; not timed by itself.
 
 struct Attend {
     const elem* q;  // [batch, queries, heads, D]
@@ -18,7 +20,9 @@ struct Attend {
 
 template <u32 D>
 __device__ __forceinline__ void attend(const Attend& p) {
-    constexpr u32 ROWS = 64;
+    // Wider queries in registers, or more keys beside them, would leave none.
+    constexpr bool HELD = D <= 128;
+    constexpr u32 ROWS = 64, KEYS = HELD ? 64 : 32;
     extern __shared__ uint4 pool[];
     const Seen& s = p.seen;
     const u32 tiles = (s.queries + ROWS - 1) / ROWS, of = blockIdx.x / tiles;
@@ -31,24 +35,29 @@ __device__ __forceinline__ void attend(const Attend& p) {
     const elem* k = p.k + row * p.k_row + kv_head * D;
     const elem* v = p.v + row * p.v_row + kv_head * D;
 
-    u32 q[D / 16][4];
+    u32 q[HELD ? D / 16 : 1][4];
+    const Tile<D> queries = {pool + 4 * KEYS * Tile<D>::PIECES};
+    if constexpr (HELD) {
 #pragma unroll
-    for (u32 i = 0; i < 2; i++) {
-        const u32 query = mine + 8 * i;
-        const u32* from = reinterpret_cast<const u32*>(p.q + (u64(row) * s.queries + query) * q_stride + head * D + c);
+        for (u32 i = 0; i < 2; i++) {
+            const u32 query = mine + 8 * i;
+            const u32* from = reinterpret_cast<const u32*>(p.q + (u64(row) * s.queries + query) * q_stride + head * D + c);
 #pragma unroll
-        for (u32 n = 0; n < D / 8; n++) q[n / 2][i + n % 2 * 2] = query < s.queries ? from[n * 4] : 0;
+            for (u32 n = 0; n < D / 8; n++) q[n / 2][i + n % 2 * 2] = query < s.queries ? from[n * 4] : 0;
+        }
+    } else {
+        queries.template fetch<ROWS, 128>(p.q + u64(row) * s.queries * q_stride + head * D, tile * ROWS, s.queries, q_stride);
     }
 
     float out[D / 8][4], peak[2] = {-infinite(), -infinite()}, sum[2] = {0.0f, 0.0f};
     clear(out);
     const u32 last = min(tile * ROWS + ROWS, s.queries) - 1;
-    const u32 begin = max(s.first(tile * ROWS), start) / ROWS, end = length > tile * ROWS ? (s.end(last) + ROWS - 1) / ROWS : 0;
-    auto stage = [&](u32 j, u32 of) { return Tile<D>{pool + (2 * (j % 2) + of) * ROWS * Tile<D>::PIECES}; };
+    const u32 begin = max(s.first(tile * ROWS), start) / KEYS, end = length > tile * ROWS ? (s.end(last) + KEYS - 1) / KEYS : 0;
+    auto stage = [&](u32 j, u32 of) { return Tile<D>{pool + (2 * (j % 2) + of) * KEYS * Tile<D>::PIECES}; };
     auto fetch = [&](u32 j) {
         if (j < end) {
-            stage(j, 0).template fetch<ROWS, 128>(k, j * ROWS, s.keys, k_stride);
-            stage(j, 1).template fetch<ROWS, 128>(v, j * ROWS, s.keys, k_stride);
+            stage(j, 0).template fetch<KEYS, 128>(k, j * KEYS, s.keys, k_stride);
+            stage(j, 1).template fetch<KEYS, 128>(v, j * KEYS, s.keys, k_stride);
         }
         copy_commit();
     };
@@ -59,27 +68,31 @@ __device__ __forceinline__ void attend(const Attend& p) {
         copy_wait<1>();
         __syncthreads();
         const Tile<D> keys = stage(j, 0);
-        float score[ROWS / 8][4];
-        clear(score);
+        float score[KEYS / 8][4];
+        if constexpr (HELD) {
+            clear(score);
 #pragma unroll
-        for (u32 n = 0; n < ROWS / 8; n++)
+            for (u32 n = 0; n < KEYS / 8; n++)
 #pragma unroll
-            for (u32 i = 0; i < D / 32; i++) {
-                u32 b[4];
-                keys.columns(b, n * 8, i);
-                mma(score[n], q[2 * i], {b[0], b[1]});
-                mma(score[n], q[2 * i + 1], {b[2], b[3]});
-            }
+                for (u32 i = 0; i < D / 32; i++) {
+                    u32 b[4];
+                    keys.columns(b, n * 8, i);
+                    mma(score[n], q[2 * i], {b[0], b[1]});
+                    mma(score[n], q[2 * i + 1], {b[2], b[3]});
+                }
+        } else {
+            products<D, KEYS / 8>(score, queries, threadIdx.x / WARP * 16, keys);
+        }
 #pragma unroll
         for (u32 half = 0; half < 2; half++) {
             const u32 query = mine + 8 * half, from = max(s.first(query), start), to = s.end(query);
             float high = peak[half];
 #pragma unroll
-            for (u32 n = 0; n < ROWS / 8; n++)
+            for (u32 n = 0; n < KEYS / 8; n++)
 #pragma unroll
                 for (u32 i = 0; i < 2; i++) {
                     float& v = score[n][half * 2 + i];
-                    const u32 key = j * ROWS + n * 8 + c + i;
+                    const u32 key = j * KEYS + n * 8 + c + i;
                     v = key >= from && key < to ? v * s.scale : -infinite();
                     high = fmaxf(high, v);
                 }
@@ -89,7 +102,7 @@ __device__ __forceinline__ void attend(const Attend& p) {
             peak[half] = high;
             float more = 0.0f;
 #pragma unroll
-            for (u32 n = 0; n < ROWS / 8; n++)
+            for (u32 n = 0; n < KEYS / 8; n++)
 #pragma unroll
                 for (u32 i = 0; i < 2; i++) {
                     float& v = score[n][half * 2 + i];
@@ -100,7 +113,7 @@ __device__ __forceinline__ void attend(const Attend& p) {
 #pragma unroll
             for (u32 n = 0; n < D / 8; n++) out[n][half * 2] *= factor, out[n][half * 2 + 1] *= factor;
         }
-        add_products<D, ROWS / 8>(out, score, stage(j, 1));
+        add_products<D, KEYS / 8>(out, score, stage(j, 1));
         __syncthreads();
     }
     elem* to[2];
@@ -122,6 +135,7 @@ __device__ __forceinline__ void attend(const Attend& p) {
 
 extern "C" __global__ void __launch_bounds__(128) attend_64(const Attend p) { attend<64>(p); }
 extern "C" __global__ void __launch_bounds__(128) attend_128(const Attend p) { attend<128>(p); }
+extern "C" __global__ void __launch_bounds__(128) attend_192(const Attend p) { attend<192>(p); }
 
 template <u32 D>
 __device__ __forceinline__ void attend_one(const Attend& p) {
@@ -191,3 +205,4 @@ __device__ __forceinline__ void attend_one(const Attend& p) {
 
 extern "C" __global__ void __launch_bounds__(256) attend_one_64(const Attend p) { attend_one<64>(p); }
 extern "C" __global__ void __launch_bounds__(256) attend_one_128(const Attend p) { attend_one<128>(p); }
+extern "C" __global__ void __launch_bounds__(256) attend_one_192(const Attend p) { attend_one<192>(p); }

@@ -1,6 +1,6 @@
 // What attention.cu and attention_backward.cu share: queries in tiles against keys and values in tiles, both in
 // shared memory, so that no score ever lies in device memory (Dao, arXiv 2307.08691). A query head reads the
-// key head of its group; D is the head size, 64 or 128.
+// key head of its group; D is the head size, 64, 128 or 192.
 
 // What a query sees: with its position p = keys - queries + its number, the keys of its row of the batch from
 // max(start, p - window + 1) to p; nothing if its number is not below the row's length.

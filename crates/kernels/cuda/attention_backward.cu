@@ -3,10 +3,11 @@
 //   attend_delta      delta = out · dout of each query and head. One warp each; 4 warps a block.
 //   attend_keys_D     dk and dv of 64 keys. Grid: ceil(keys / 64) * kv_heads * batch blocks of 128 threads; the
 //                     queries of all heads of the group pass by in tiles of 32. Dynamic shared memory: 512 D + 512 bytes.
+//                     For D = 192 a block has one of the two, so that its sums stay in registers: twice as many blocks.
 //   attend_queries_D  dq of 64 queries. Grid: ceil(queries / 64) * heads * batch blocks of 128 threads; keys and
 //                     values pass by in tiles of 32. Dynamic shared memory: 512 D bytes.
-// Registers for D = 128 and 64: attend_keys 244 and 175, attend_queries 163 and 138; attend_delta 31. Checked on an
-// H200; not timed by itself.
+// Registers (sm_90a) for D = 192, 128 and 64: attend_keys 211, 244 and 168, attend_queries 224, 163 and 138; attend_delta
+// 31. Checked on an H200, but for 192, which has not run on a card; not timed by itself.
 
 struct AttendBackward {
     const elem* q;      // [batch, queries, heads, D]
@@ -39,13 +40,17 @@ extern "C" __global__ void __launch_bounds__(128) attend_delta(const AttendBackw
     if (lane == 0) p.delta[(u64(row) * s.heads + head) * s.queries + query] = sum;
 }
 
-template <u32 D>
-__device__ __forceinline__ void attend_keys(const AttendBackward& p) {
+// Both gradients, or that of the keys alone or of the values alone.
+enum Which { BOTH, OF_KEYS, OF_VALUES };
+
+template <u32 D, Which WHICH>
+__device__ __forceinline__ void attend_keys(const AttendBackward& p, u32 block) {
     constexpr u32 ROWS = 64, QUERIES = 32, PIECES = Tile<D>::PIECES;
+    constexpr bool OF_K = WHICH != OF_VALUES, OF_V = WHICH != OF_KEYS;
     extern __shared__ uint4 pool[];
     const Seen& s = p.seen;
-    const u32 tiles = (s.keys + ROWS - 1) / ROWS, of = blockIdx.x / tiles;
-    const u32 tile = blockIdx.x % tiles, row = of / s.kv_heads, kv_head = of % s.kv_heads, each = s.heads / s.kv_heads;
+    const u32 tiles = (s.keys + ROWS - 1) / ROWS, of = block / tiles;
+    const u32 tile = block % tiles, row = of / s.kv_heads, kv_head = of % s.kv_heads, each = s.heads / s.kv_heads;
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, c = lane % 4 * 2;
     const u32 mine = tile * ROWS + warp * 16 + g;  // and the key 8 further
     const u32 start = s.start(row), length = s.length(row), before = s.keys - s.queries;
@@ -78,7 +83,7 @@ __device__ __forceinline__ void attend_keys(const AttendBackward& p) {
         }
         copy_commit();
     };
-    float dk[D / 8][4], dv[D / 8][4];
+    float dk[OF_K ? D / 8 : 1][4], dv[OF_V ? D / 8 : 1][4];
     clear(dk);
     clear(dv);
     fetch(0);
@@ -100,13 +105,15 @@ __device__ __forceinline__ void attend_keys(const AttendBackward& p) {
                 const bool sees = key >= max(s.first(first + at), start) && key < s.end(first + at);
                 share[n][m] = sees ? exp2_fast(share[n][m] * s.scale - sums[at]) : 0.0f;
             }
-        add_products<D, QUERIES / 8>(dv, share, douts);
-        products<D, QUERIES / 8>(d, values, warp * 16, douts);
+        if constexpr (OF_V) add_products<D, QUERIES / 8>(dv, share, douts);
+        if constexpr (OF_K) {
+            products<D, QUERIES / 8>(d, values, warp * 16, douts);
 #pragma unroll
-        for (u32 n = 0; n < QUERIES / 8; n++)
+            for (u32 n = 0; n < QUERIES / 8; n++)
 #pragma unroll
-            for (u32 m = 0; m < 4; m++) d[n][m] = share[n][m] * (d[n][m] - delta[n * 8 + c + m % 2]);
-        add_products<D, QUERIES / 8>(dk, d, queries);
+                for (u32 m = 0; m < 4; m++) d[n][m] = share[n][m] * (d[n][m] - delta[n * 8 + c + m % 2]);
+            add_products<D, QUERIES / 8>(dk, d, queries);
+        }
         __syncthreads();
     }
     copy_wait<0>();
@@ -119,12 +126,16 @@ __device__ __forceinline__ void attend_keys(const AttendBackward& p) {
         there[half] = key < s.keys;
         to_k[half] = p.dk + at, to_v[half] = p.dv + at;
     }
-    store_rows<D>(to_k, there, dk, {p.scale, p.scale});
-    store_rows<D>(to_v, there, dv, {1.0f, 1.0f});
+    if constexpr (OF_K) store_rows<D>(to_k, there, dk, {p.scale, p.scale});
+    if constexpr (OF_V) store_rows<D>(to_v, there, dv, {1.0f, 1.0f});
 }
 
-extern "C" __global__ void __launch_bounds__(128) attend_keys_64(const AttendBackward p) { attend_keys<64>(p); }
-extern "C" __global__ void __launch_bounds__(128) attend_keys_128(const AttendBackward p) { attend_keys<128>(p); }
+extern "C" __global__ void __launch_bounds__(128) attend_keys_64(const AttendBackward p) { attend_keys<64, BOTH>(p, blockIdx.x); }
+extern "C" __global__ void __launch_bounds__(128) attend_keys_128(const AttendBackward p) { attend_keys<128, BOTH>(p, blockIdx.x); }
+extern "C" __global__ void __launch_bounds__(128) attend_keys_192(const AttendBackward p) {
+    if (blockIdx.x % 2) attend_keys<192, OF_VALUES>(p, blockIdx.x / 2);
+    else attend_keys<192, OF_KEYS>(p, blockIdx.x / 2);
+}
 
 template <u32 D>
 __device__ __forceinline__ void attend_queries(const AttendBackward& p) {
@@ -198,3 +209,4 @@ __device__ __forceinline__ void attend_queries(const AttendBackward& p) {
 
 extern "C" __global__ void __launch_bounds__(128) attend_queries_64(const AttendBackward p) { attend_queries<64>(p); }
 extern "C" __global__ void __launch_bounds__(128) attend_queries_128(const AttendBackward p) { attend_queries<128>(p); }
+extern "C" __global__ void __launch_bounds__(128) attend_queries_192(const AttendBackward p) { attend_queries<192>(p); }

@@ -97,7 +97,7 @@ impl Attention {
             .all(|t| t.dtype() == q.dtype() && t.device().same_device(q.device()));
         let rows = dims.batch * dims.heads;
         let fits = alike
-            && matches!(dims.dim, 64 | 128)
+            && matches!(dims.dim, 64 | 128 | 192)
             && rows * dims.queries > 0
             && rows * dims.keys <= MOST;
         let gpu = if fits { gpu_of(q)? } else { None };
@@ -189,9 +189,16 @@ impl Attention {
             };
             let (name, launch) = match (self.dims.queries, self.dims.dim) {
                 (1, 64) => ("attend_one_64", one(pairs)),
-                (1, _) => ("attend_one_128", one(pairs)),
+                (1, 128) => ("attend_one_128", one(pairs)),
+                (1, _) => ("attend_one_192", one(pairs)),
                 (_, 64) => ("attend_64", self.tiles(self.dims.queries, pairs)),
-                _ => ("attend_128", self.tiles(self.dims.queries, pairs)),
+                (_, 128) => ("attend_128", self.tiles(self.dims.queries, pairs)),
+                // Half as many keys, and the queries beside them.
+                _ => {
+                    let launch = self.tiles(self.dims.queries, pairs);
+                    let shared = 384 * self.dims.dim;
+                    ("attend_192", Launch { shared, ..launch })
+                }
             };
             queue::<T, _>(gpu, &ATTENTION, name, launch, &argument)?;
             Ok((out, sums))
@@ -264,9 +271,15 @@ impl Attention {
                     queue("attend_keys_64", keys)?;
                     queue("attend_queries_64", queries)?;
                 }
-                _ => {
+                128 => {
                     queue("attend_keys_128", keys)?;
                     queue("attend_queries_128", queries)?;
+                }
+                _ => {
+                    // Keys and values have blocks of their own.
+                    let grid = 2 * keys.grid;
+                    queue("attend_keys_192", Launch { grid, ..keys })?;
+                    queue("attend_queries_192", queries)?;
                 }
             }
             Ok([dq, dk, dv])

@@ -92,7 +92,9 @@ static void attention(const Case& c) {
     auto gq = unwritten(rows * D), gk = unwritten(kv * D), gv = unwritten(kv * D);
     const AttendBackward backward = {q.data(), k.data(), v.data(), given.data(), dout.data(), sums.data(), deltas.data(), gq.data(), gk.data(), gv.data(), seen, float(scale), D};
     launch((rows + 3) / 4, 128, [&] { attend_delta(backward); });
-    launch((c.keys + 63) / 64 * c.kv_heads * c.batch, 128, [&] { attend_keys<D>(backward); });
+    const u32 of_keys = (c.keys + 63) / 64 * c.kv_heads * c.batch;
+    if constexpr (D == 192) launch(2 * of_keys, 128, [&] { attend_keys_192(backward); });
+    else launch(of_keys, 128, [&] { attend_keys<D, BOTH>(backward, blockIdx.x); });
     launch(tiles * c.heads * c.batch, 128, [&] { attend_queries<D>(backward); });
     hold("dq", gq, dq), hold("dk", gk, dk), hold("dv", gv, dv);
 }
@@ -192,5 +194,9 @@ int main() {
     attention<128>({1, 1, 300, 2, 1, 40, {}, {}, false});
     attention<128>({2, 1, 1, 2, 1, 0, {}, {1, 0}, false});
     attention<64>({2, 3, 90, 2, 1, 10, {0, 80}, {3, 1}, false});
+    attention<192>({2, 70, 70, 2, 2, 0, {}, {}, true});
+    attention<192>({1, 66, 66, 2, 1, 20, {5}, {60}, true});
+    attention<192>({1, 5, 80, 2, 2, 0, {}, {}, false});
+    attention<192>({2, 1, 130, 2, 2, 0, {0, 9}, {}, false});
     return failed;
 }

@@ -1,16 +1,21 @@
-// A device on the host: what ptx.cuh, and the language that NVRTC compiles, give the kernels. A block of a launch is a
-// thread of the host, and each of its threads a coroutine; the blocks that run beside each other are as many as
-// RESIDENT. Lanes that exchange numbers, and threads at a barrier, wait for each other; what is copied in the
-// background arrives as late as it may. Dynamic shared memory holds NaN before it is written. x86-64 alone.
+// A device on the host: what ptx.cuh, and the language that NVRTC compiles, give the kernels. A block of a launch runs
+// in a thread of the host, and its threads one after the other, each as far as it comes without another: those that
+// wait become coroutines. As many blocks run beside each other as the host has processors, and where one waits for
+// others as many as RESIDENT. Lanes that exchange numbers, and threads at a barrier, wait for each other; who has ended
+// counts as there. What is copied in the background arrives as late as it may. Dynamic shared memory holds NaN before
+// it is written. x86-64 alone.
 #pragma once
+#include "floats.h"
+#include <algorithm>
 #include <atomic>
-#include <cmath>
+#include <cassert>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
-#include <memory>
+#include <math.h>
 #include <mutex>
 #include <sched.h>
 #include <sys/mman.h>
@@ -26,12 +31,13 @@ typedef unsigned short elem;
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
-struct Index { u32 x; };
+struct Index { u32 x = 1, y = 1, z = 1; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 #define __device__
+#define __host__
 #define __global__
 #define __grid_constant__
 #define __forceinline__ inline
@@ -68,24 +74,36 @@ emulation_switch:
 
 namespace emulation {
 constexpr u32 LANES = 32, MOST = 1024, RESIDENT = 16;
+constexpr u32 FEW = 4096;  // threads of a launch that are not worth a second thread of the host
 constexpr size_t STACK = 64 << 10, DYNAMIC = 256 << 10;
 
-struct Barrier { u32 arrived = 0, generation = 0; };
-// What a lane gives to the others of its warp, and gets.
+// Where threads wait until those that have not ended are all there; the last of them does what there is to do.
+struct Barrier {
+    u32 arrived = 0, ended = 0, generation = 0;
+    void (*all)(const void*);
+    const void* with;
+
+    void pass() { all(with), arrived = 0, generation++; }
+};
+// What a lane gives to the others of its warp, and gets; of a warp, null where a lane has ended or never was.
 struct Lane {
-    u32 value, of, got;
+    u64 value;
+    u32 of;
     const void* row;
     const u32 *a, *b;
     float* d;
     u32* matrices;
+    u64 got;
 };
 struct Copy { void* to; const void* from; };
 struct Thread {
-    void* stack;
+    void* stack;  // where it goes on
+    Index index;
     bool done;
     const Barrier* at;  // where it waits, if it does
     u32 generation;     // until this has passed
-    std::deque<std::vector<Copy>> copies;  // groups under way, the open one last
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> copies;  // groups under way
 };
 // What a block needs.
 struct Block {
@@ -93,68 +111,98 @@ struct Block {
     char* dynamic = static_cast<char*>(aligned_alloc(1024, DYNAMIC));
     void* scheduler;
     Thread threads[MOST];
-    Lane lanes[MOST];
+    Lane* lanes[MOST];
     Barrier of_block, of_warp[MOST / LANES];
+    u32 size, current, started, left;
     bool moved;
     const std::function<void()>* kernel;
 };
 inline thread_local Block* block;
 
-inline Thread& self() { return block->threads[threadIdx.x]; }
+inline Thread& self() { return block->threads[block->current]; }
+inline u32 lane() { return block->current % LANES; }
 inline void yield() { emulation_switch(&self().stack, block->scheduler); }
-// Waits until `count` threads have come; the last of them does what there is to do for `all`.
+// Waits until `count` threads have come or ended, and one has called `all`.
 template <typename F>
-void meet(Barrier& barrier, u32 count, F&& all) {
-    if (++barrier.arrived == count) {
-        all();
-        barrier.arrived = 0, barrier.generation++;
-        return;
-    }
+void meet(Barrier& barrier, u32 count, const F& all) {
+    barrier.all = [](const void* all) { (*static_cast<const F*>(all))(); }, barrier.with = &all;
+    if (++barrier.arrived + barrier.ended == count) return barrier.pass();
     self().at = &barrier, self().generation = barrier.generation;
     yield();
     self().at = nullptr;
 }
+inline u32 lanes_of(u32 warp) { return std::min(LANES, block->size - warp * LANES); }
 // The same in a warp: `all` is given its lanes.
 template <typename F>
-Lane& meet_lanes(const Lane& mine, F&& all) {
-    const u32 warp = threadIdx.x / LANES;
-    Lane* lanes = block->lanes + warp * LANES;
-    Lane& own = lanes[threadIdx.x % LANES];
-    own = mine;
-    meet(block->of_warp[warp], std::min(LANES, blockDim.x - warp * LANES), [&] { all(lanes); });
-    return own;
+u64 meet_lanes(Lane mine, const F& all) {
+    const u32 warp = block->current / LANES;
+    Lane** lanes = block->lanes + warp * LANES;
+    lanes[lane()] = &mine;
+    meet(block->of_warp[warp], lanes_of(warp), [&] { all(lanes); });
+    return mine.got;
 }
+// Stops where an instruction of a whole warp lacks a lane.
+inline void whole(Lane** lanes) {
+    for (u32 i = 0; i < LANES; i++)
+        if (!lanes[i]) fprintf(stderr, "a warp of block %u lacks lane %u\n", blockIdx.x, i), abort();
+}
+inline void begin(u32 t) {
+    Thread& thread = block->threads[t];
+    block->current = t;
+    threadIdx = thread.index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
+    thread.done = false, thread.at = nullptr;
+    thread.open.clear();
+    if (!thread.copies.empty()) thread.copies.clear();
+}
+inline void end() {
+    const u32 warp = block->current / LANES;
+    auto leave = [](Barrier& barrier, u32 count) {
+        if (barrier.ended++, barrier.arrived && barrier.arrived + barrier.ended == count) barrier.pass();
+    };
+    self().done = block->moved = true, block->left--;
+    block->lanes[block->current] = nullptr;
+    leave(block->of_warp[warp], lanes_of(warp)), leave(block->of_block, block->size);
+}
+// Runs threads that have not begun until one waits, which then has this stack for itself.
 inline void enter() {
-    (*block->kernel)();
-    self().done = true;
-    block->moved = true;
-    yield();
-}
-inline void run_block(u32 index, u32 size, u32 shared, const std::function<void()>& kernel) {
-    Block& b = *block;
-    b.kernel = &kernel;
-    memset(b.dynamic, 0xff, shared);
-    blockIdx.x = index;
-    for (u32 t = 0; t < size; t++) {
-        void** top = reinterpret_cast<void**>(b.stacks + (t + 1) * STACK) - 2;
-        *top = reinterpret_cast<void*>(enter);
-        b.threads[t].stack = top - 6, b.threads[t].done = false, b.threads[t].at = nullptr;
-        b.threads[t].copies.assign(1, {});
+    while (block->started < block->size) {
+        begin(block->started++);
+        (*block->kernel)();
+        end();
     }
-    for (u32 left = size; left;) {
-        u32 asked = 0;
-        b.moved = false;
-        for (u32 t = left = 0; t < size; t++) {
+    void* never;
+    emulation_switch(&never, block->scheduler);
+}
+inline u32 processors() {
+    static const u32 number = std::min(std::thread::hardware_concurrency(), RESIDENT);
+    return number;
+}
+// `help` is told how many blocks there should be beside each other where threads wait.
+inline void run_block(u32 shared, const std::function<void()>& kernel, const std::function<void(u32)>& help) {
+    Block& b = *block;
+    b.kernel = &kernel, b.size = b.left = blockDim.x * blockDim.y * blockDim.z, b.started = 0;
+    memset(b.dynamic, 0xff, shared);
+    b.of_block = {};
+    std::fill(std::begin(b.of_warp), std::end(b.of_warp), Barrier());
+    std::fill(std::begin(b.lanes), std::end(b.lanes), nullptr);
+    for (u32 fiber = 0; b.started < b.size; fiber++) {
+        // Not all at the same place of a page, where they would meet in the cache.
+        void** top = reinterpret_cast<void**>(b.stacks + (fiber + 1) * STACK - fiber % 31 * 128) - 2;
+        *top = reinterpret_cast<void*>(enter);
+        emulation_switch(&b.scheduler, top - 6);
+    }
+    if (b.left) help(processors());
+    while (b.left) {
+        bool asked = b.moved = false;
+        for (u32 t = 0; t < b.size; t++) {
             Thread& thread = b.threads[t];
-            if (thread.done) continue;
-            left++;
-            if (thread.at && thread.at->generation == thread.generation) continue;
-            b.moved |= thread.at != nullptr, asked++;
-            threadIdx.x = t;
+            if (thread.done || thread.at && thread.at->generation == thread.generation) continue;
+            b.moved |= thread.at != nullptr, asked = true;
+            b.current = t, threadIdx = thread.index;
             emulation_switch(&b.scheduler, thread.stack);
         }
-        if (left && !asked) fprintf(stderr, "all threads of block %u wait for one that has ended\n", index), abort();
-        if (!b.moved) sched_yield();
+        if (!asked) fprintf(stderr, "the threads of block %u wait for each other at different places\n", blockIdx.x), abort();
+        if (!b.moved) help(RESIDENT), sched_yield();
     }
 }
 
@@ -163,61 +211,56 @@ inline std::mutex idle_lock;
 inline std::vector<Block*> idle;
 }  // namespace emulation
 
-// Runs all blocks of a kernel.
-inline void launch(u32 grid, u32 size, u32 shared, const std::function<void()>& kernel) {
+// Runs all blocks of a kernel, in this thread and in others if there is much to do or a block waits.
+inline void launch(Index grid, Index size, u32 shared, const std::function<void()>& kernel) {
     using namespace emulation;
-    if (size > MOST || shared > DYNAMIC) fprintf(stderr, "a block of %u threads with %u bytes\n", size, shared), abort();
-    std::atomic<u32> next = 0;
-    auto work = [&] {
+    const u64 blocks = u64(grid.x) * grid.y * grid.z, threads = u64(size.x) * size.y * size.z;
+    if (threads > MOST || shared > DYNAMIC) fprintf(stderr, "a block of %llu threads with %u bytes\n", threads, shared), abort();
+    std::atomic<u64> next = 0;
+    std::mutex lock;
+    std::vector<std::thread> beside;
+    u32 workers = 1;
+    std::function<void()> work;
+    auto help = [&](u32 wanted) {
+        std::lock_guard<std::mutex> held(lock);
+        for (; workers < wanted && next < blocks; workers++) beside.emplace_back(work);
+    };
+    work = [&] {
         {
             std::lock_guard<std::mutex> held(idle_lock);
             if (idle.empty()) idle.push_back(new Block);
             block = idle.back(), idle.pop_back();
         }
-        gridDim.x = grid, blockDim.x = size;
-        for (u32 index; (index = next++) < grid;) run_block(index, size, shared, kernel);
+        gridDim = grid, blockDim = size;
+        for (u64 i; (i = next++) < blocks;) {
+            blockIdx = {u32(i % grid.x), u32(i / grid.x % grid.y), u32(i / grid.x / grid.y)};
+            run_block(shared, kernel, help);
+        }
         std::lock_guard<std::mutex> held(idle_lock);
         idle.push_back(block);
     };
-    std::vector<std::thread> beside;
-    for (u32 i = 1; i < std::min(grid, RESIDENT); i++) beside.emplace_back(work);
-    // Not here, where another launch's memory would be found.
-    std::thread(work).join();
-    for (auto& thread : beside) thread.join();
+    if (blocks * threads > FEW) help(processors());
+    work();
+    for (;;) {
+        std::thread one;
+        {
+            std::lock_guard<std::mutex> held(lock);
+            if (beside.empty()) return;
+            one = std::move(beside.back()), beside.pop_back();
+        }
+        one.join();
+    }
 }
-inline void launch(u32 grid, u32 size, const std::function<void()>& kernel) { launch(grid, size, emulation::DYNAMIC, kernel); }
+inline void launch(u32 grid, u32 size, const std::function<void()>& kernel) { launch({grid}, {size}, emulation::DYNAMIC, kernel); }
 
-template <typename To, typename From>
-To bits(From from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    memcpy(&to, &from, sizeof to);
-    return to;
-}
 inline float __uint_as_float(u32 v) { return bits<float>(v); }
 inline u32 __float_as_uint(float v) { return bits<u32>(v); }
 #ifdef ELEMENT_F16
-inline float to_float(elem v) {
-    const u32 sign = u32(v & 0x8000) << 16, exponent = v >> 10 & 31, digits = v & 0x3ff;
-    if (exponent == 31) return bits<float>(sign | 0x7f800000 | digits << 13);
-    if (exponent) return bits<float>(sign | (exponent + 112) << 23 | digits << 13);
-    const float small = digits * 0x1p-24f;
-    return sign ? -small : small;
-}
-inline elem of_float(float f) {
-    const u32 v = bits<u32>(f), sign = v >> 16 & 0x8000;
-    const float size = fabsf(f);
-    if (f != f) return 0x7fff;
-    if (size >= 65520.0f) return sign | 0x7c00;
-    if (size < 0x1p-14f) return sign | u32(nearbyintf(size * 0x1p24f));
-    return sign | ((v & 0x7fffffff) + 0xfff + (v >> 13 & 1) - (112 << 23)) >> 13;
-}
+inline float to_float(elem v) { return f16_to_float(v); }
+inline elem of_float(float f) { return f16_of_float(f); }
 #else
-inline float to_float(elem v) { return bits<float>(u32(v) << 16); }
-inline elem of_float(float f) {
-    const u32 v = bits<u32>(f);
-    return f != f ? 0x7fff : (v + 0x7fff + (v >> 16 & 1)) >> 16;
-}
+inline float to_float(elem v) { return bf16_to_float(v); }
+inline elem of_float(float f) { return bf16_of_float(f); }
 #endif
 inline u32 pack(float lo, float hi) { return of_float(lo) | u32(of_float(hi)) << 16; }
 
@@ -236,76 +279,85 @@ inline u32 atomicOr(u32* to, u32 v) { return __atomic_fetch_or(to, v, __ATOMIC_R
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void __nanosleep(u32) { emulation::yield(); }
 
-inline void __syncthreads() { emulation::meet(emulation::block->of_block, blockDim.x, [] {}); }
-inline void __syncwarp() { emulation::meet_lanes({}, [](emulation::Lane*) {}); }
-// What lane `of` has.
+inline void __syncthreads() { emulation::meet(emulation::block->of_block, emulation::block->size, [] {}); }
+inline void __syncwarp() { emulation::meet_lanes({}, [](emulation::Lane**) {}); }
+// What lane `of` has; all bits are set of what none has.
 template <typename T>
 T shuffle(T v, u32 of) {
-    return bits<T>(emulation::meet_lanes({bits<u32>(v), of}, [](emulation::Lane* l) {
-        for (u32 i = 0; i < emulation::LANES; i++) l[i].got = l[l[i].of % emulation::LANES].value;
-    }).got);
+    u64 value = 0;
+    memcpy(&value, &v, sizeof v);
+    value = emulation::meet_lanes({value, of}, [](emulation::Lane** l) {
+        for (u32 i = 0; i < emulation::LANES; i++)
+            if (l[i]) l[i]->got = l[l[i]->of % emulation::LANES] ? l[l[i]->of % emulation::LANES]->value : ~0ull;
+    });
+    memcpy(&v, &value, sizeof v);
+    return v;
 }
 template <typename T> T __shfl_sync(u32, T v, u32 lane) { return shuffle(v, lane); }
-template <typename T> T __shfl_xor_sync(u32, T v, u32 mask) { return shuffle(v, threadIdx.x % emulation::LANES ^ mask); }
-template <typename T> T __shfl_up_sync(u32, T v, u32 by) {
-    const u32 lane = threadIdx.x % emulation::LANES;
-    return shuffle(v, lane < by ? lane : lane - by);
-}
+template <typename T> T __shfl_xor_sync(u32, T v, u32 mask, u32 = 32) { return shuffle(v, emulation::lane() ^ mask); }
+template <typename T> T __shfl_up_sync(u32, T v, u32 by) { return shuffle(v, emulation::lane() - (emulation::lane() < by ? 0 : by)); }
 // The same for all lanes.
 template <typename F>
-u32 reduce(u32 v, u32 sum, F&& with) {
-    return emulation::meet_lanes({v}, [&](emulation::Lane* l) {
-        for (u32 i = 0; i < emulation::LANES; i++) sum = with(sum, l[i].value, i);
-        for (u32 i = 0; i < emulation::LANES; i++) l[i].got = sum;
-    }).got;
+u32 reduce(u32 v, u32 sum, const F& with) {
+    return u32(emulation::meet_lanes({v}, [&](emulation::Lane** l) {
+        for (u32 i = 0; i < emulation::LANES; i++)
+            if (l[i]) sum = with(sum, u32(l[i]->value), i);
+        for (u32 i = 0; i < emulation::LANES; i++)
+            if (l[i]) l[i]->got = sum;
+    }));
 }
 inline u32 __ballot_sync(u32, bool v) { return reduce(v, 0, [](u32 sum, u32 v, u32 i) { return sum | v << i; }); }
 inline u32 __reduce_max_sync(u32, u32 v) { return reduce(v, 0, [](u32 sum, u32 v, u32) { return std::max(sum, v); }); }
 inline u32 __reduce_min_sync(u32, u32 v) { return reduce(v, ~0u, [](u32 sum, u32 v, u32) { return std::min(sum, v); }); }
 inline u32 __match_any_sync(u32, u32 v) {
-    return emulation::meet_lanes({v}, [](emulation::Lane* l) {
-        for (u32 i = 0; i < emulation::LANES; i++) {
-            l[i].got = 0;
-            for (u32 j = 0; j < emulation::LANES; j++) l[i].got |= u32(l[i].value == l[j].value) << j;
-        }
-    }).got;
+    return u32(emulation::meet_lanes({v}, [](emulation::Lane** l) {
+        for (u32 i = 0; i < emulation::LANES; i++)
+            for (u32 j = 0; l[i] && j < emulation::LANES; j++) l[i]->got |= u32(l[j] && l[i]->value == l[j]->value) << j;
+    }));
 }
 inline void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    emulation::meet_lanes({.a = a, .b = b, .d = d}, [](emulation::Lane* l) {
+    emulation::meet_lanes({.a = a, .b = b, .d = d}, [](emulation::Lane** l) {
+        emulation::whole(l);
         float of_a[16][16], of_b[16][8];
         auto half = [](u32 word, u32 i) { return to_float(elem(word >> i * 16)); };
         for (u32 lane = 0; lane < emulation::LANES; lane++)
             for (u32 i = 0; i < 2; i++) {
                 const u32 row = lane / 4, k = lane % 4 * 2 + i;
-                for (u32 j = 0; j < 4; j++) of_a[row + j % 2 * 8][k + j / 2 * 8] = half(l[lane].a[j], i);
-                for (u32 j = 0; j < 2; j++) of_b[k + j * 8][row] = half(l[lane].b[j], i);
+                for (u32 j = 0; j < 4; j++) of_a[row + j % 2 * 8][k + j / 2 * 8] = half(l[lane]->a[j], i);
+                for (u32 j = 0; j < 2; j++) of_b[k + j * 8][row] = half(l[lane]->b[j], i);
             }
         for (u32 row = 0; row < 16; row++) {
             float sum[8] = {};
             for (u32 k = 0; k < 16; k++)
                 for (u32 n = 0; n < 8; n++) sum[n] += of_a[row][k] * of_b[k][n];
-            for (u32 n = 0; n < 8; n++) l[row % 8 * 4 + n / 2].d[row / 8 * 2 + n % 2] += sum[n];
+            for (u32 n = 0; n < 8; n++) l[row % 8 * 4 + n / 2]->d[row / 8 * 2 + n % 2] += sum[n];
         }
     });
 }
 inline void load_matrices(u32 (&r)[4], const void* row) {
-    emulation::meet_lanes({.row = row, .matrices = r}, [](emulation::Lane* l) {
+    emulation::meet_lanes({.row = row, .matrices = r}, [](emulation::Lane** l) {
+        emulation::whole(l);
         for (u32 i = 0; i < emulation::LANES; i++)
-            for (u32 m = 0; m < 4; m++) l[i].matrices[m] = static_cast<const u32*>(l[m * 8 + i / 4].row)[i % 4];
+            for (u32 m = 0; m < 4; m++) l[i]->matrices[m] = static_cast<const u32*>(l[m * 8 + i / 4]->row)[i % 4];
     });
 }
 inline void load_matrices_transposed(u32 (&r)[4], const void* row) {
-    emulation::meet_lanes({.row = row, .matrices = r}, [](emulation::Lane* l) {
-        auto at = [&](u32 m, u32 row, u32 column) { return static_cast<const elem*>(l[m * 8 + row].row)[column]; };
+    emulation::meet_lanes({.row = row, .matrices = r}, [](emulation::Lane** l) {
+        emulation::whole(l);
+        auto at = [&](u32 m, u32 row, u32 column) { return static_cast<const elem*>(l[m * 8 + row]->row)[column]; };
         for (u32 i = 0; i < emulation::LANES; i++)
-            for (u32 m = 0; m < 4; m++) l[i].matrices[m] = at(m, i % 4 * 2, i / 4) | u32(at(m, i % 4 * 2 + 1, i / 4)) << 16;
+            for (u32 m = 0; m < 4; m++) l[i]->matrices[m] = at(m, i % 4 * 2, i / 4) | u32(at(m, i % 4 * 2 + 1, i / 4)) << 16;
     });
 }
-inline void copy_async(void* to, const void* from, bool there) { emulation::self().copies.back().push_back({to, there ? from : nullptr}); }
-inline void copy_commit() { emulation::self().copies.emplace_back(); }
+inline void copy_async(void* to, const void* from, bool there) { emulation::self().open.push_back({to, there ? from : nullptr}); }
+inline void copy_commit() {
+    emulation::Thread& self = emulation::self();
+    self.copies.push_back(std::move(self.open));
+    self.open.clear();
+}
 template <int N>
 void copy_wait() {
-    for (auto& copies = emulation::self().copies; copies.size() > N + 1; copies.pop_front())
+    for (auto& copies = emulation::self().copies; copies.size() > N; copies.pop_front())
         for (const auto& [to, from] : copies.front()) from ? memcpy(to, from, 16) : memset(to, 0, 16);
 }
 

@@ -63,6 +63,7 @@ fn quick_attention_of_tensors() {
     trained(&device, [2, 33, 97, 4, 2, 128], &Seen::default());
     trained(&device, [2, 100, 100, 2, 2, 64], &seen(Some(17), &[], &[]));
     trained(&device, [2, 65, 65, 2, 2, 128], &seen(None, &[], &[65, 40]));
+    trained(&device, [1, 70, 90, 2, 2, 192], &seen(Some(33), &[], &[]));
 }
 
 #[test]
@@ -96,6 +97,7 @@ fn quick_attention_to_a_cache_of_tensors() {
         ([1, 1, 700, 2, 1, 128], seen(Some(40), &[], &[])),
         ([2, 1, 1, 2, 1, 128], seen(None, &[], &[1, 0])),
         ([2, 7, 90, 2, 1, 128], seen(Some(30), &[0, 80], &[7, 1])),
+        ([2, 1, 90, 2, 2, 192], seen(None, &[0, 80], &[])),
     ] {
         let keys = sizes[2];
         let mut room = sizes;
