@@ -102,16 +102,7 @@ fn arrange(home: &Path) -> std::io::Result<()> {
 /// Makes a library with the driver's names, to link against and never to run with: all that the bindings
 /// may ask for.
 fn stand_in(home: &Path, stub: &Path) -> Result<(), String> {
-    let mut metadata = shell::cargo(&["metadata", "--format-version", "1", "--all-features"]);
-    let found = metadata
-        .output()
-        .map_err(|e| shell::cannot_start(&metadata, &e))?;
-    let text = String::from_utf8_lossy(&found.stdout);
-    let manifest = text
-        .split('"')
-        .find(|part| part.contains("/cudarc-") && part.ends_with("/Cargo.toml"))
-        .ok_or("cargo does not tell where `cudarc` is")?;
-    let bindings = Path::new(manifest).with_file_name("src/driver/sys/mod.rs");
+    let bindings = shell::package("cudarc")?.join("src/driver/sys/mod.rs");
     let bindings = fs::read_to_string(&bindings)
         .map_err(|e| format!("cannot read `{}` ({e})", bindings.display()))?;
     let mut names: Vec<&str> = bindings

@@ -11,6 +11,7 @@ mod fuzz;
 mod gpu;
 mod nvrtc;
 mod shell;
+mod stand_in;
 mod test;
 mod wheels;
 
@@ -75,6 +76,12 @@ const COMMANDS: &[Command] = &[
         arguments: "",
         about: "Build the folder that checks and times the CUDA kernels on a machine with a GPU",
         run: gpu::run,
+    },
+    Command {
+        name: "stand-in",
+        arguments: "[TEST ARGUMENTS]",
+        about: "Run the tests of a GPU without one: kernels, candle's too, on the CPU; brings a toolkit",
+        run: stand_in::run,
     },
     Command {
         name: "fixtures",

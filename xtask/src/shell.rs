@@ -25,6 +25,28 @@ pub fn cargo(arguments: &[&str]) -> Command {
     command
 }
 
+/// The folder of a package that this one depends on.
+///
+/// # Errors
+/// If cargo does not tell.
+pub fn package(name: &str) -> Result<PathBuf, String> {
+    let mut metadata = cargo(&["metadata", "--format-version", "1", "--all-features"]);
+    let found = metadata.output().map_err(|e| cannot_start(&metadata, &e))?;
+    let text = String::from_utf8_lossy(&found.stdout);
+    let folder = format!("/{name}-");
+    // Behind the name stands a version.
+    let is_it = |part: &&str| {
+        let version = part.rsplit_once(&folder).map(|(_, version)| version);
+        let begins = |v: &str| v.starts_with(|c: char| c.is_ascii_digit());
+        part.ends_with("/Cargo.toml") && version.is_some_and(begins)
+    };
+    let manifest = text.split('"').find(is_it);
+    let folder = manifest.and_then(|manifest| Path::new(manifest).parent());
+    folder
+        .map(Path::to_owned)
+        .ok_or_else(|| format!("cargo does not tell where `{name}` is"))
+}
+
 /// Runs a command to its end and tells whether it succeeded.
 pub fn succeeds(command: &mut Command) -> Result<bool, String> {
     let status = command.status().map_err(|e| cannot_start(command, &e))?;

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use crate::{Outcome, no_arguments, nvrtc, shell};
+use crate::{Outcome, no_arguments, nvrtc, shell, stand_in};
 
 /// The steps: a name, and the arguments of cargo.
 const STEPS: &[(&str, &[&str])] = &[
@@ -65,6 +65,22 @@ const STEPS: &[(&str, &[&str])] = &[
     ),
 ];
 
+/// The tests of the kernels themselves on the stand-in for a GPU, but for the slowest.
+const STAND_IN: &[&str] = &[
+    "test",
+    "--workspace",
+    "--release",
+    "--features",
+    CUDA,
+    "--lib",
+    "--",
+    "cuda::",
+    "--skip",
+    "wide",
+    "--skip",
+    "small_gradients",
+];
+
 /// The CUDA kernels build everywhere.
 const CUDA: &str = "lightmoe-kernels/cuda";
 
@@ -77,6 +93,10 @@ const SKIPPED: &[(&str, &str)] = &[
     ("the comparison of methods", "cargo xtask bench quality"),
     ("the timing of kernels", "cargo xtask bench kernels"),
     ("the CUDA kernels, and models, on a GPU", "cargo xtask gpu"),
+    (
+        "tensors and models on a stand-in for a GPU, and its slowest tests",
+        "cargo xtask stand-in",
+    ),
     ("the program with CUDA", "cargo xtask cuda"),
     ("the pages in a browser", "cargo xtask browser"),
     ("fuzzing", "cargo xtask fuzz"),
@@ -97,9 +117,21 @@ pub fn run(arguments: &[String]) -> Outcome {
         }
         let passed = shell::succeeds(&mut command)?;
         failed += usize::from(!passed);
-        let result = if passed { "ok" } else { "FAILED" };
-        let seconds = start.elapsed().as_secs_f64();
-        summary += &format!("  {result:<8} {name:<8} {seconds:>7.1} s\n");
+        summary += &line(name, passed, start);
+    }
+    match stand_in::folder() {
+        Ok(folder) => {
+            let start = Instant::now();
+            eprintln!("\n== stand-in: cargo {}", STAND_IN.join(" "));
+            let mut command = shell::cargo(STAND_IN);
+            stand_in::bring(&mut command, &folder);
+            let passed = shell::succeeds(&mut command)?;
+            failed += usize::from(!passed);
+            summary += &line("stand-in", passed, start);
+        }
+        Err(reason) => {
+            summary += &format!("  SKIPPED  kernels on a stand-in for a GPU: {reason}\n");
+        }
     }
     if let Err(reason) = nvrtc {
         summary += &format!(
@@ -115,4 +147,11 @@ pub fn run(arguments: &[String]) -> Outcome {
         1 => Err("1 step failed; see above".to_owned()),
         n => Err(format!("{n} steps failed; see above")),
     }
+}
+
+/// What the summary says of a step.
+fn line(name: &str, passed: bool, start: Instant) -> String {
+    let result = if passed { "ok" } else { "FAILED" };
+    let seconds = start.elapsed().as_secs_f64();
+    format!("  {result:<8} {name:<8} {seconds:>7.1} s\n")
 }
