@@ -37,7 +37,10 @@ const LINKED: &[&str] = &[
 
 /// Runs the tests of kernels, tensors and models on the stand-ins, those that `arguments` name or all.
 pub fn run(arguments: &[String]) -> Outcome {
-    let folder = folder()?;
+    let folder = match place()? {
+        Place::Folder(folder) => folder,
+        Place::Missing(reason) => return Err(reason),
+    };
     let candle = shell::package("candle-kernels")?.join("src");
     let all: Vec<&str> = LINKED
         .iter()
@@ -50,17 +53,24 @@ pub fn run(arguments: &[String]) -> Outcome {
     Ok(shell::code(shell::succeeds(&mut command)?))
 }
 
+/// Where the libraries are, or why they cannot be had on this machine.
+pub enum Place {
+    Folder(PathBuf),
+    Missing(String),
+}
+
 /// The folder of the libraries, made anew where their sources have changed.
 ///
 /// # Errors
-/// If they cannot be had here, with the reason.
-pub fn folder() -> Result<PathBuf, String> {
+/// If they do not compile.
+pub fn place() -> Result<Place, String> {
     if !cfg!(all(
         target_os = "linux",
         target_env = "gnu",
         target_arch = "x86_64"
     )) {
-        return Err("the stand-ins for CUDA's libraries are for Linux on x86-64".to_owned());
+        let reason = "the stand-ins for CUDA's libraries are for Linux on x86-64";
+        return Ok(Place::Missing(reason.to_owned()));
     }
     let (from, to) = (
         shell::root().join(SOURCES),
@@ -73,11 +83,16 @@ pub fn folder() -> Result<PathBuf, String> {
     let all = texts.concat();
     let made = to.join("made-of");
     if fs::read_to_string(&made).is_ok_and(|had| had == all) {
-        return Ok(to);
+        return Ok(Place::Folder(to));
     }
     let compiler = env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
     let mut words = compiler.split_whitespace();
     let program = words.next().unwrap_or("c++");
+    if Command::new(program).arg("--version").output().is_err() {
+        return Ok(Place::Missing(format!(
+            "there is no C++ compiler `{program}`"
+        )));
+    }
     for &(source, name, optimised) in LIBRARIES {
         let mut command = Command::new(program);
         command
@@ -97,7 +112,7 @@ pub fn folder() -> Result<PathBuf, String> {
         fs::copy(to.join(name), &link).map_err(failed)?;
     }
     fs::write(&made, all).map_err(failed)?;
-    Ok(to)
+    Ok(Place::Folder(to))
 }
 
 /// Copies sources, and collects their texts.

@@ -4,7 +4,8 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use crate::{Outcome, no_arguments, nvrtc, shell, stand_in};
+use crate::stand_in::{self, Place};
+use crate::{Outcome, no_arguments, nvrtc, shell};
 
 /// The steps: a name, and the arguments of cargo.
 const STEPS: &[(&str, &[&str])] = &[
@@ -119,8 +120,8 @@ pub fn run(arguments: &[String]) -> Outcome {
         failed += usize::from(!passed);
         summary += &line(name, passed, start);
     }
-    match stand_in::folder() {
-        Ok(folder) => {
+    match stand_in::place() {
+        Ok(Place::Folder(folder)) => {
             let start = Instant::now();
             eprintln!("\n== stand-in: cargo {}", STAND_IN.join(" "));
             let mut command = shell::cargo(STAND_IN);
@@ -129,8 +130,12 @@ pub fn run(arguments: &[String]) -> Outcome {
             failed += usize::from(!passed);
             summary += &line("stand-in", passed, start);
         }
-        Err(reason) => {
+        Ok(Place::Missing(reason)) => {
             summary += &format!("  SKIPPED  kernels on a stand-in for a GPU: {reason}\n");
+        }
+        Err(reason) => {
+            failed += 1;
+            summary += &format!("  FAILED   stand-in: {reason}\n");
         }
     }
     if let Err(reason) = nvrtc {

@@ -4,7 +4,7 @@
 //                 Dynamic shared memory: 512 D bytes. For D = 192 tiles have 32 keys, and the queries lie beside
 //                 them: 384 D bytes.
 //   attend_one_D  one query a row. Grid: heads * batch blocks of 256 threads; each warp takes four keys at a
-//                 time. Static shared memory: 16 KiB and 256 bytes for D = 128. Bound by the bytes of keys and values.
+//                 time. Static shared memory: 128 D + 256 bytes. Bound by the bytes of keys and values.
 // Registers (sm_90a) for D = 192, 128 and 64: attend 240, 246 and 150, attend_one 74, 61 and 48. Checked on an H200, but
 // for 192, which has not run on a card; not timed by itself.
 

@@ -4,8 +4,8 @@ constexpr u32 NONE = 0xffffffffu;
 constexpr u32 WARP = 32;
 
 // What routing writes and every later kernel reads. `S = tokens * top_k` rows, sorted by the position
-// of their expert, in token order within a position. Dense positions come first, then those with a
-// base by ascending group, then those without.
+// of their expert, in token order within a position. Dense positions come first, then slots that keep their
+// expert, those with a base by ascending group, and those without.
 struct Routing {
     u32* chosen;       // [tokens * top_k] position of each choice, best first
     float* gates;      // [tokens * top_k] gate of each choice

@@ -150,7 +150,8 @@ __device__ __forceinline__ void place(const Route& p, u32 begin, u32 end) {
 __device__ __forceinline__ void choose_token(const Route& p, u32 token) {
     const u32 at = token * p.scores.top_k, lane = threadIdx.x % WARP;
     if (p.chosen) {
-        if (lane < p.scores.top_k) p.out.chosen[at + lane] = p.chosen[at + lane], p.out.gates[at + lane] = p.gates[at + lane];
+        // Those that do not exist would be written to where they do not exist.
+        if (lane < p.scores.top_k) p.out.chosen[at + lane] = min(p.chosen[at + lane], p.positions - 1), p.out.gates[at + lane] = p.gates[at + lane];
         return;
     }
     choose(p.scores, p.logits + u64(token) * p.scores.experts, p.out.chosen + at, p.out.gates + at);

@@ -1,4 +1,4 @@
-//! Whole layers of experts in a few launches, where a GPU has them and nothing trains.
+//! What whole layers of experts are made of, and those in a few launches, where a GPU has them and nothing trains.
 
 use crate::choice::Choice;
 #[cfg(feature = "linked")]

@@ -112,10 +112,16 @@ fn layer_by_layer(
 ) -> Result<()> {
     let (config, ends) = (model.config(), model.ends());
     let tokens = part.batch.tokens();
+    let balance = weights[0] / config.num_moe_layers().max(1) as f64;
     let mut x = ends.embed(tokens)?.detach();
     let mut inputs = Vec::with_capacity(model.layers.len());
     for layer in &model.layers {
-        let y = layer.hidden_states(&x, config, ends.rotary(), None)?;
+        // As it is given them on the way back, so that it runs in the same way.
+        let given = Var::from_tensor(&x)?;
+        let y = match balance > 0.0 {
+            true => layer.forward(&given, config, ends.rotary(), None)?.0,
+            false => layer.hidden_states(&given, config, ends.rotary(), None)?,
+        };
         inputs.push(x);
         x = y.detach();
     }
@@ -131,7 +137,6 @@ fn layer_by_layer(
     let mut grads = found.total(&losses, share, weights)?.backward()?;
     let mut gradient = grads.remove(&top).map(|gradient| gradient.detach());
     found.add(&mut grads, parameters)?;
-    let balance = weights[0] / config.num_moe_layers().max(1) as f64;
     for (layer, input) in model.layers.iter().zip(inputs).rev() {
         let Some(after) = gradient.take() else {
             return Ok(());

@@ -1,7 +1,9 @@
 //! From a built checkpoint to a model in recovery, and from there to the recovered one.
 
 use crate::Result;
-use lightmoe_models::{Adapters, Checkpoint, Decoder, LanguageModel, Projections, load_experts};
+use lightmoe_models::{
+    Adapters, Checkpoint, Decoder, LanguageModel, Layer, Projections, load_experts,
+};
 
 /// What recovery adds to a built model while it trains.
 #[derive(Debug, Clone, Copy)]
@@ -81,6 +83,8 @@ pub fn unfold_bases(
 /// # Errors
 /// If factored bases have more rows than they keep, because the training did not come to its end.
 pub fn finish_recovery(model: &mut Decoder) -> Result<()> {
+    // Else experts would be there twice, before and after their adapters were added.
+    model.layers.iter().for_each(Layer::release);
     for bank in model.banks_mut() {
         bank.anneal(0.0);
         bank.fold_bases()?;

@@ -66,6 +66,15 @@ impl Shape {
         tokens * self.top_k.min(self.groups)
     }
 
+    /// What of it memory between kernels depends on.
+    pub(super) fn room(&self) -> Self {
+        Self {
+            kept: 0,
+            ranked: Some(0),
+            ..*self
+        }
+    }
+
     /// Whether nothing of `other` is larger.
     pub(super) fn covers(&self, other: &Self) -> bool {
         self.widest(other) == *self
@@ -80,7 +89,7 @@ impl Shape {
             top_k: self.top_k.max(other.top_k),
             dense: self.dense.max(other.dense),
             adapted: self.adapted.max(other.adapted),
-            kept: self.kept.max(other.kept),
+            kept: self.kept,
             groups: self.groups.max(other.groups),
             rank: self.rank.max(other.rank),
             ranked: self.ranked,
@@ -370,6 +379,10 @@ impl<T: Element> Block<T> {
             beta == 0.0 || self.weights.originals.is_some(),
             "a share of {beta} for replaced experts that the layer does not hold"
         );
+        ensure!(
+            beta == 0.0 || self.ranks.is_none(),
+            "a share of {beta} for replaced experts beside adapters of ranks of their own"
+        );
         self.beta = beta;
         Ok(())
     }
@@ -390,7 +403,7 @@ impl<T: Element> Block<T> {
         self.has_own() || self.ranks.is_some()
     }
 
-    /// Whether there are any.
+    /// Whether whole experts have a share in adapted slots.
     pub(super) fn has_own(&self) -> bool {
         self.own().next().is_some()
     }

@@ -146,7 +146,8 @@ impl Gpu {
         unsafe { sys::cuDriverGetVersion(&mut driver) }
             .result()
             .trying("asking for the driver")?;
-        keep_memory(&context)?;
+        // Whatever comes of it: without, work takes longer.
+        let _ = keep_memory(&context);
         Ok(Self {
             context,
             stream,

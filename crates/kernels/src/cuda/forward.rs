@@ -1,6 +1,5 @@
 //! The forward pass of a layer of experts.
 
-use super::Result;
 use super::adapters::{combine, expand, join, sum_pairs};
 use super::block::{Block, Shape};
 use super::decode::{self, DECODE_TOKENS};
@@ -11,6 +10,7 @@ use super::grouped::{Grouped, Kind, Segments};
 use super::products::{Out, Rows, Transposed};
 use super::route::{Routed, route, router_logits};
 use super::workspace::{Own, Workspace};
+use super::{CudaError, Result};
 use cudarc::driver::{DevicePtr, DevicePtrMut};
 
 /// The parts of a layer's work by sorted rows.
@@ -348,9 +348,8 @@ impl<T: Element> Block<T> {
             ..
         } = self.shape;
         let path = work.path;
-        let Some(own) = &mut work.own else {
-            return Ok(());
-        };
+        let own = work.own.as_mut();
+        let own = own.ok_or_else(|| CudaError::Shape("no memory for wide adapters".into()))?;
         let (a, b) = (&self.weights.adapters.a, &self.weights.adapters.b);
         let shrink = |inputs| Grouped::new(path, adapted, [rank, inputs], rows.rows).ranked(ranks);
         let expand = |outputs| Transposed::new(path, adapted, [outputs, rank]).ranked(ranks);

@@ -54,7 +54,7 @@ unsafe impl DeviceRepr for SwigluBackward {}
 unsafe impl DeviceRepr for SumPairsTwo {}
 
 /// What swiglu_backward takes beside the workspace: pre-activations, which become their gradients, the
-/// gradients of gates, and what bases and replaced experts gave back.
+/// gradients of gates, and what bases and whole experts gave back.
 pub(super) struct Activations<'a, T> {
     pub(super) gate: &'a mut CudaSlice<T>,
     pub(super) up: &'a mut CudaSlice<T>,

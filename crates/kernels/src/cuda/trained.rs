@@ -3,7 +3,7 @@
 mod gradients;
 mod packed;
 
-use super::block::{Adapted, Block, Frame, Shape, Weights};
+use super::block::{Adapted, Frame, Shape, Weights};
 use super::device::{Element, Gpu};
 use super::held::Held;
 use super::made::{aligned, held, made};
@@ -16,6 +16,8 @@ use candle_core::{DType, Error, Result, Tensor};
 use cudarc::driver::CudaSlice;
 use half::{bf16, f16};
 use std::sync::Arc;
+
+const NAME: &str = "layer of experts that trains";
 
 /// Gate, up and down.
 type Three = [Tensor; 3];
@@ -47,7 +49,6 @@ pub(crate) struct Layer<T> {
 /// What a layer ran with.
 #[derive(Debug)]
 struct Run<T> {
-    block: Block<T>,
     x: Held<T>,
     gates: Held<f32>,
     chosen: Held<u32>,
@@ -70,6 +71,7 @@ impl TrainedOnGpu {
         let (Some(shape), Some(dtype)) = (shape, dtype(parts)) else {
             return Ok(None);
         };
+        check(parts, &shape)?;
         let Some(gpu) = whole::gpu(parts.router)? else {
             return Ok(None);
         };
@@ -116,6 +118,58 @@ impl TrainedOnGpu {
             Self::F16(layer) => layer.pull(x, gates, chosen, dy),
         }
     }
+}
+
+/// Stops where a stack has not the shape that the kernels will read.
+fn check(parts: &LayerParts<'_>, shape: &Shape) -> Result<()> {
+    let (h, f) = (shape.hidden, shape.inner);
+    let fit = |what: &str, of: Option<[&Tensor; 3]>, expected: [[usize; 2]; 3], n: usize| {
+        for (w, [rows, columns]) in of.into_iter().flatten().zip(expected) {
+            if w.dims() != [n, rows, columns] {
+                let is = w.dims();
+                candle_core::bail!("{NAME}: {what} {is:?}; [{n}, {rows}, {columns}] was expected")
+            }
+        }
+        Ok(())
+    };
+    let whole = [[f, h], [f, h], [h, f]];
+    let replaced = shape.adapted - shape.kept;
+    fit("experts", parts.dense, whole, shape.dense + shape.kept)?;
+    fit("bases", parts.bases, whole, shape.groups)?;
+    fit("replaced experts", parts.originals, whole, replaced)?;
+    if let Some([a, b]) = parts.kept {
+        let r = a[0].dim(1)?;
+        fit(
+            "V of kept experts",
+            Some(a),
+            [[r, h], [r, h], [r, f]],
+            shape.kept,
+        )?;
+        fit(
+            "U of kept experts",
+            Some(b),
+            [[f, r], [f, r], [h, r]],
+            shape.kept,
+        )?;
+    }
+    let Some(adapters) = &parts.adapters else {
+        return Ok(());
+    };
+    let starts = adapters.starts;
+    let components = starts.last().copied().unwrap_or(0);
+    let of_slots = starts.len() == replaced + 1 && starts.is_sorted();
+    for (of, widths) in [(adapters.a, [h, h, f]), (adapters.b, [f, f, h])] {
+        for (w, width) in of.into_iter().zip(widths) {
+            if !of_slots || w.dims() != [components, width] {
+                candle_core::bail!(
+                    "{NAME}: adapters {:?} of {replaced} slots that begin at {starts:?}; [{components}, {width}] was \
+                     expected",
+                    w.dims()
+                )
+            }
+        }
+    }
+    Ok(())
 }
 
 fn three(of: [&Tensor; 3]) -> Three {
@@ -180,7 +234,7 @@ impl<T: Element + CudaDType> Layer<T> {
         });
         Ok(Self {
             frame: whole::frame(&gpu, shape, parts)?,
-            beta: parts.beta as f32,
+            beta: parts.originals.map_or(0.0, |_| parts.beta as f32),
             weights,
             dense: packed(dense),
             bases: packed(parts.bases),
@@ -199,8 +253,8 @@ impl<T: Element + CudaDType> Layer<T> {
     }
 
     fn forward(self: &Arc<Self>, x: &Tensor, gates: &Tensor, chosen: &Tensor) -> Result<Tensor> {
-        let run = self.run(x, gates, chosen)?;
-        let (gpu, block, shape) = (&*self.gpu, &run.block, run.block.shape);
+        let (run, block) = (self.run(x, gates, chosen)?, self.packed()?);
+        let (gpu, shape) = (&*self.gpu, self.frame.shape);
         let tokens = x.dim(0)?;
         let value = gpu.filled(tokens * shape.hidden, |out| {
             gpu.with_workspace::<T, _>(&shape, tokens, block.has_own(), |work| {
@@ -223,14 +277,14 @@ impl<T: Element + CudaDType> Layer<T> {
     ) -> Result<Tensor> {
         let (run, dy) = (self.run(x, gates, chosen)?, aligned(&dy.detach())?);
         let value = Tensor::zeros(1, DType::F32, x.device())?;
-        self.with_gradients([x, gates], value, move |layer, _| {
+        self.with_gradients([x, gates], value, move |layer, of_sum| {
+            let dy = dy.broadcast_mul(&of_sum.to_dtype(dy.dtype())?)?;
             layer.gradients(&run, &dy)
         })
     }
 
     fn run(&self, x: &Tensor, gates: &Tensor, chosen: &Tensor) -> Result<Run<T>> {
         Ok(Run {
-            block: self.packed()?,
             x: held(&x.detach())?,
             gates: held(&gates.detach().to_dtype(DType::F32)?)?,
             chosen: held(chosen)?,
@@ -247,7 +301,7 @@ impl<T: Element + CudaDType> Layer<T> {
         let trained = self.trained();
         let inputs: Vec<&Tensor> = [x, gates].into_iter().chain(&trained).collect();
         let (layer, gates_type) = (self.clone(), gates.dtype());
-        given_many("layer of experts", &inputs, value, move |dy| {
+        given_many(NAME, &inputs, value, move |dy| {
             let mut all = gradients(&layer, dy)?;
             all[1] = all[1].to_dtype(gates_type)?;
             Ok(all)

@@ -37,7 +37,7 @@ pub struct Workspace<T> {
     pub(super) pair_y: CudaSlice<T>,
     /// Weighted outputs of rows, `[S, H]`.
     pub(super) y: CudaSlice<T>,
-    /// What whole experts do in adapted slots, while they have a share.
+    /// What whole experts do in adapted slots, while they have a share, or what adapters of ranks of their own do.
     pub(super) own: Option<Own<T>>,
 }
 
@@ -67,7 +67,7 @@ impl<T: Element> Workspace<T> {
             0
         };
         Ok(Self {
-            shape,
+            shape: shape.room(),
             tokens,
             routed: 0,
             path: Path::best(gpu),
@@ -88,20 +88,20 @@ impl<T: Element> Workspace<T> {
 
     /// Whether `tokens` of a layer of this shape have room.
     pub(super) fn fits(&self, shape: &Shape, tokens: usize) -> bool {
-        self.shape.covers(shape) && tokens <= self.tokens
+        self.shape.covers(&shape.room()) && tokens <= self.tokens
     }
 
     /// What has room for them, and for what has room here unless that is too much for one layer.
     #[cfg(feature = "linked")]
     pub(super) fn larger(&self, shape: &Shape, tokens: usize) -> (Shape, usize) {
-        let both = self.shape.widest(shape);
+        let both = self.shape.widest(&shape.room());
         match both.check() {
             Ok(()) => (both, tokens.max(self.tokens)),
             Err(_) => (*shape, tokens),
         }
     }
 
-    /// The same with memory for whole experts that have a share in adapted slots.
+    /// The same with memory for whole experts that have a share in adapted slots, and for adapters of ranks of their own.
     ///
     /// # Errors
     /// If there is not enough.

@@ -29,6 +29,11 @@ struct Made {
 }
 
 impl Whole {
+    /// Drops what was made, and with it the tensors that it holds.
+    pub(crate) fn release(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// The layer of this router and bank, for rows like `x: [T, H]`; nothing where it must run step by step.
     pub(crate) fn form(
         &self,
@@ -47,7 +52,10 @@ impl Whole {
             *made = None;
             return Ok(None);
         };
-        let of = (ids(router, bank), bank.beta);
+        // A layer without replaced experts has no share for them, whatever the schedule says.
+        let originals = bank.blended()?.map(three);
+        let beta = originals.map_or(0.0, |_| bank.beta);
+        let of = (ids(router, bank), beta);
         let trains = x.track_op() || bank.trains() || stacks(bank).any(|w| w.track_op());
         let fits = |form: &Form| match form {
             Form::Still(layer) => x.dtype() == layer.dtype(),
@@ -86,8 +94,8 @@ impl Whole {
             groups: &groups,
             adapters,
             kept: kept.map(|adapters| [three(&adapters.a), three(&adapters.b)]),
-            originals: bank.blended()?.map(three),
-            beta: bank.beta,
+            originals,
+            beta,
         };
         let form = match trains {
             true => match TrainedLayer::new(&parts)? {

@@ -69,6 +69,14 @@ impl Layer {
         })
     }
 
+    /// Drops what a GPU keeps to run the experts. It is made again when they run, of the tensors that are there then; until
+    /// that it holds those that were there before.
+    pub fn release(&self) {
+        if let FeedForward::Experts { whole, .. } = &self.feed_forward {
+            whole.release();
+        }
+    }
+
     /// The experts as a GPU runs them for rows like `normed: [T, H]`, if it does, and the shared one.
     fn form(
         &self,

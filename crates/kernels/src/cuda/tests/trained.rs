@@ -212,11 +212,7 @@ fn quick_layers_of_tensors_train() {
     for (i, &(shape, without)) in fit {
         let layer = |seed, beta| {
             let mut layer = Layer::random::<bf16>(seed, shape, without, SOFTMAX, false);
-            layer.beta = if shape.adapted > shape.kept {
-                beta
-            } else {
-                0.0
-            };
+            layer.beta = beta;
             layer
         };
         let seed = i as u64;

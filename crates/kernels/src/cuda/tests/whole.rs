@@ -113,7 +113,8 @@ impl<'a> Parts<'a> {
                 components(&layer.b, [f, f, h], true),
             ],
             starts,
-            originals: (layer.beta > 0.0).then(|| part(s.kept, s.adapted - s.kept)),
+            originals: (layer.beta > 0.0 && s.adapted > s.kept)
+                .then(|| part(s.kept, s.adapted - s.kept)),
         }
     }
 

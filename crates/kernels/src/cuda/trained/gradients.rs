@@ -13,7 +13,8 @@ use cudarc::driver::CudaSlice;
 impl<T: Element + CudaDType> Layer<T> {
     /// The gradients of `x`, of the gates, and of what trains.
     pub(super) fn gradients(&self, run: &Run<T>, dy: &Tensor) -> Result<Vec<Tensor>> {
-        let (gpu, block, shape) = (&*self.gpu, &run.block, run.block.shape);
+        // Packed once more: kept from the forward pass it would be a second copy of all that trains.
+        let (gpu, block, shape) = (&*self.gpu, self.packed()?, self.frame.shape);
         let (tokens, _) = dy.dims2()?;
         let dout = held::<T>(dy)?;
         let adapters = [
