@@ -3,7 +3,7 @@
 
 mod support;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Tensor, Var};
 use lightmoe_models::{
     Cache, Checkpoint, Decoder, Ends, GenerateOptions, LanguageModel, Layer, LayerLayout,
     ModelConfig, Next, Observer, Placement, Result, Step, Tokens, generate_rows,
@@ -13,7 +13,7 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Mutex;
-use support::{Folder, Form, Random, config_with, factored_layers};
+use support::{Folder, Form, Random, config, config_with, factored_layers};
 
 /// A model that counts what it reads: rows and tokens of each pass. It also keeps what it says of each next
 /// token, to the bit.
@@ -236,4 +236,35 @@ fn a_stop_ends_all_answers() {
     let answers = generate_rows(&model, &prompts, &options, each).unwrap();
     let lengths: Vec<usize> = answers.iter().map(Vec::len).collect();
     assert_eq!(lengths, [3, 3, 1, 0, 0]);
+}
+
+/// More tokens than run at once have the bits that they have in parts, and gradients as ever.
+#[test]
+fn many_tokens_run_in_parts() {
+    let folder = Folder::new();
+    let original = folder.original(&config());
+    let layers = Form::Mixed.slots().map(LayerLayout::from);
+    let model = Decoder::load(&folder.of_layers(&original, layers)).unwrap();
+    let bank = model.layers[0].bank().unwrap();
+    let (tokens, k) = (4096 + 70, 2);
+    let mut random = Random::new(9);
+    let x = random.tensor(&[tokens, 16], 0.0, 1.0);
+    let gates = random.tensor(&[tokens * k], 0.5, 0.4);
+    let chosen = random.choices(tokens, 8, k);
+    let all = bank.forward(&x, &gates, &chosen).unwrap();
+    let last = bank
+        .forward(
+            &x.narrow(0, 4000, 166).unwrap(),
+            &gates.narrow(0, 4000 * k, 166 * k).unwrap(),
+            &chosen[4000 * k..],
+        )
+        .unwrap();
+    let rows = |t: &Tensor| t.to_vec2::<f32>().unwrap();
+    assert_eq!(rows(&all)[4000..], rows(&last));
+    let trained = Var::from_tensor(&x).unwrap();
+    let y = bank.forward(&trained, &gates, &chosen).unwrap();
+    assert_eq!(rows(&y), rows(&all));
+    let grads = y.sum_all().unwrap().backward().unwrap();
+    let dx = rows(grads.get(&trained).unwrap());
+    assert!(dx.iter().all(|row| row.iter().any(|&v| v != 0.0)));
 }

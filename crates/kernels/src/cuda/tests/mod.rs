@@ -7,6 +7,7 @@
 #[cfg(feature = "linked")]
 mod between;
 mod gradients;
+mod numbers;
 mod packing;
 mod reference;
 #[cfg(feature = "linked")]

@@ -1,154 +1,16 @@
 //! A layer on the host, in double precision and the plainest way, and its copy on the GPU.
 
-use super::super::block::{Adapted, Block, Frame, Projections, Shape, Weights};
-use super::super::device::{Element, Gpu};
+use super::super::block::{Adapted, Block, Frame, Shape, Weights};
+use super::super::device::Gpu;
 use super::super::held::Held;
 use super::super::route::Scores;
 use super::super::{Choice, ExpertGroups};
-use half::bf16;
+pub(super) use super::numbers::{Matrices, Number, random, values};
+use super::numbers::{add, add_outer, logistic, product, swiglu, times, transposed};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use std::f64::consts::E as EULER;
-use std::ops::Range;
-
-/// A 16-bit float that tests can make.
-pub(super) trait Number: Element {
-    fn of(value: f32) -> Self;
-    fn value(self) -> f64;
-}
-
-impl Number for bf16 {
-    fn of(value: f32) -> Self {
-        Self::from_f32(value)
-    }
-    fn value(self) -> f64 {
-        self.to_f64()
-    }
-}
-
-impl Number for half::f16 {
-    fn of(value: f32) -> Self {
-        Self::from_f32(value)
-    }
-    fn value(self) -> f64 {
-        self.to_f64()
-    }
-}
-
-/// Random numbers with unit variance divided by the root of `inputs`, as rounded.
-pub(super) fn random<T: Number>(rng: &mut ChaCha8Rng, n: usize, inputs: usize) -> Vec<T> {
-    let scale = (3.0 / inputs as f32).sqrt();
-    (0..n)
-        .map(|_| T::of(rng.random_range(-scale..scale)))
-        .collect()
-}
-
-/// The three matrices of some experts, or their gradients.
-#[derive(Debug, Clone)]
-pub(super) struct Matrices {
-    pub(super) gate: Vec<f64>,
-    pub(super) up: Vec<f64>,
-    pub(super) down: Vec<f64>,
-}
-
-impl Matrices {
-    /// `n` of each: gate and up `[rows, columns]`, down `[down_rows, down_columns]`; rounded to `T`.
-    fn random<T: Number>(
-        rng: &mut ChaCha8Rng,
-        n: usize,
-        gate: [usize; 2],
-        down: [usize; 2],
-    ) -> Self {
-        let mut draw =
-            |[rows, columns]: [usize; 2]| values(&random::<T>(rng, n * rows * columns, columns));
-        Self {
-            gate: draw(gate),
-            up: draw(gate),
-            down: draw(down),
-        }
-    }
-
-    fn zeros(like: &Self) -> Self {
-        let zeros = |of: &Vec<f64>| vec![0.0; of.len()];
-        Self {
-            gate: zeros(&like.gate),
-            up: zeros(&like.up),
-            down: zeros(&like.down),
-        }
-    }
-
-    /// Some of `n`.
-    fn part(&self, of: Range<usize>, n: usize) -> Self {
-        let [gate, up, down] = self.each().map(|matrices| {
-            let size = matrices.len() / n.max(1);
-            matrices[of.start * size..of.end * size].to_vec()
-        });
-        Self { gate, up, down }
-    }
-
-    pub(super) fn each(&self) -> [&Vec<f64>; 3] {
-        [&self.gate, &self.up, &self.down]
-    }
-
-    pub(super) fn each_mut(&mut self) -> [&mut Vec<f64>; 3] {
-        [&mut self.gate, &mut self.up, &mut self.down]
-    }
-
-    fn upload<T: Number>(&self, gpu: &Gpu) -> Projections<Held<T>> {
-        let [gate, up, down] = self.each().map(|matrix| {
-            let numbers: Vec<T> = matrix.iter().map(|&v| T::of(v as f32)).collect();
-            gpu.upload(&numbers).unwrap().into()
-        });
-        Projections { gate, up, down }
-    }
-}
-
-pub(super) fn values<T: Number>(numbers: &[T]) -> Vec<f64> {
-    numbers.iter().map(|v| v.value()).collect()
-}
-
-/// Matrix `n` of a stack of `[rows, columns]`, times `x`.
-fn product(stack: &[f64], n: usize, rows: usize, x: &[f64]) -> Vec<f64> {
-    let matrix = &stack[n * rows * x.len()..][..rows * x.len()];
-    let dot = |row: &[f64]| row.iter().zip(x).map(|(w, x)| w * x).sum();
-    matrix.chunks(x.len()).map(dot).collect()
-}
-
-/// Its transpose, `[columns]`, times `y`.
-fn transposed(stack: &[f64], n: usize, columns: usize, y: &[f64]) -> Vec<f64> {
-    let matrix = &stack[n * y.len() * columns..][..y.len() * columns];
-    let mut x = vec![0.0; columns];
-    for (row, y) in matrix.chunks(columns).zip(y) {
-        x.iter_mut().zip(row).for_each(|(x, w)| *x += w * y);
-    }
-    x
-}
-
-/// Adds `y ⊗ x` to matrix `n` of a stack.
-fn add_outer(stack: &mut [f64], n: usize, y: &[f64], x: &[f64]) {
-    let matrix = &mut stack[n * y.len() * x.len()..][..y.len() * x.len()];
-    for (row, y) in matrix.chunks_mut(x.len()).zip(y) {
-        row.iter_mut().zip(x).for_each(|(w, x)| *w += y * x);
-    }
-}
-
-fn add(a: Vec<f64>, b: &[f64]) -> Vec<f64> {
-    a.iter().zip(b).map(|(a, b)| a + b).collect()
-}
-
-fn times(a: f64, b: &[f64]) -> Vec<f64> {
-    b.iter().map(|b| a * b).collect()
-}
-
-fn logistic(v: f64) -> f64 {
-    1.0 / (1.0 + EULER.powf(-v))
-}
-
-fn swiglu(gate: &[f64], up: &[f64]) -> Vec<f64> {
-    let h = |(g, u): (&f64, &f64)| g * logistic(*g) * u;
-    gate.iter().zip(up).map(h).collect()
-}
 
 /// Projection `i`, with so many rows, of an input.
 type Apply<'a> = dyn Fn(usize, usize, &[f64]) -> Vec<f64> + 'a;
