@@ -34,6 +34,21 @@ pub const BUILD: &[&str] = &[
     "cuda",
 ];
 
+/// The tests in which candle's tensors are on a GPU, and those of models there.
+pub const TESTS: &[&str] = &[
+    "test",
+    "--package",
+    "lightmoe-kernels",
+    "--package",
+    "lightmoe-train",
+    "--release",
+    "--features",
+    "lightmoe-kernels/linked",
+    "--lib",
+    "--test",
+    "placement",
+];
+
 /// Runs cargo with a toolkit: the build of the program, or other `arguments`.
 pub fn run(arguments: &[String]) -> Outcome {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();

@@ -98,20 +98,9 @@ fn kernels() -> Command {
 
 /// Builds the tests in which candle's tensors are on the GPU.
 fn linked() -> Result<Command, String> {
-    cuda::cargo(&[
-        "test",
-        "--package",
-        "lightmoe-kernels",
-        "--package",
-        "lightmoe-train",
-        "--release",
-        "--features",
-        "lightmoe-kernels/linked",
-        "--no-run",
-        "--lib",
-        "--test",
-        "placement",
-    ])
+    let mut build = cuda::cargo(cuda::TESTS)?;
+    build.arg("--no-run");
+    Ok(build)
 }
 
 /// Builds the program with CUDA.

@@ -43,7 +43,7 @@ failed=0
 if wanted checks; then
     "$here/tests" --test-threads=1 2>&1 | tee "$out/tests.log" || failed=1
     # The same kernels on candle's tensors.
-    "$scratch/tensors" --test-threads=1 tensors between 2>&1 | tee "$out/tensors.log" || failed=1
+    "$scratch/tensors" --test-threads=1 tensors between trained 2>&1 | tee "$out/tensors.log" || failed=1
     # Whole models: what they say, and how they learn.
     "$scratch/models" --test-threads=1 2>&1 | tee "$out/models.log" || failed=1
 fi

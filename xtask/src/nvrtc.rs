@@ -1,11 +1,10 @@
 //! CUDA's compiler as a library, an ordinary package of Python's registry: with it the CUDA kernels are
 //! compiled on a machine without a GPU.
 
-use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::wheels;
+use crate::{shell, wheels};
 
 const PACKAGE: &str = "nvidia-cuda-nvrtc==13.0.88";
 const LIBRARY: &str = "nvidia/cu13/lib";
@@ -24,12 +23,6 @@ pub fn folder() -> Result<PathBuf, String> {
 }
 
 /// Lets a command find NVRTC, and tells it that it must.
-pub fn bring(command: &mut Command, library: PathBuf) {
-    let given = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    let folders = std::iter::once(library).chain(env::split_paths(&given));
-    if let Ok(path) = env::join_paths(folders) {
-        command
-            .env("LD_LIBRARY_PATH", path)
-            .env("LIGHTMOE_NVRTC", "1");
-    }
+pub fn bring(command: &mut Command, library: &Path) {
+    shell::find_libraries(command, library).env("LIGHTMOE_NVRTC", "1");
 }

@@ -47,6 +47,16 @@ pub fn package(name: &str) -> Result<PathBuf, String> {
         .ok_or_else(|| format!("cargo does not tell where `{name}` is"))
 }
 
+/// Lets a command find the libraries of a folder, before all others.
+pub fn find_libraries<'a>(command: &'a mut Command, folder: &Path) -> &'a mut Command {
+    let given = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+    let folders = std::iter::once(folder.to_owned()).chain(env::split_paths(&given));
+    match env::join_paths(folders) {
+        Ok(path) => command.env("LD_LIBRARY_PATH", path),
+        Err(_) => command,
+    }
+}
+
 /// Runs a command to its end and tells whether it succeeded.
 pub fn succeeds(command: &mut Command) -> Result<bool, String> {
     let status = command.status().map_err(|e| cannot_start(command, &e))?;

@@ -19,22 +19,6 @@ const LIBRARIES: &[(&str, &str, &str)] = &[
     ("runtime.cpp", "libcudart.so.13", "-O2"),
 ];
 
-/// The tests of tensors and models, as cargo builds and runs them with CUDA.
-const LINKED: &[&str] = &[
-    "test",
-    "--package",
-    "lightmoe-kernels",
-    "--package",
-    "lightmoe-train",
-    "--release",
-    "--features",
-    "lightmoe-kernels/linked",
-    "--lib",
-    "--test",
-    "placement",
-    "--",
-];
-
 /// Runs the tests of kernels, tensors and models on the stand-ins, those that `arguments` name or all.
 pub fn run(arguments: &[String]) -> Outcome {
     let folder = match place()? {
@@ -42,12 +26,8 @@ pub fn run(arguments: &[String]) -> Outcome {
         Place::Missing(reason) => return Err(reason),
     };
     let candle = shell::package("candle-kernels")?.join("src");
-    let all: Vec<&str> = LINKED
-        .iter()
-        .copied()
-        .chain(arguments.iter().map(String::as_str))
-        .collect();
-    let mut command = cuda::cargo(&all)?;
+    let mut command = cuda::cargo(cuda::TESTS)?;
+    command.arg("--").args(arguments);
     bring(&mut command, &folder);
     command.env("LIGHTMOE_CANDLE_KERNELS", candle);
     Ok(shell::code(shell::succeeds(&mut command)?))
@@ -134,12 +114,7 @@ fn copy(from: &Path, to: &Path, texts: &mut Vec<String>) -> std::io::Result<()> 
 
 /// Lets tests find the libraries, and tells them that there is a GPU.
 pub fn bring(command: &mut Command, folder: &Path) {
-    let given = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    let folders = std::iter::once(folder.to_owned()).chain(env::split_paths(&given));
-    if let Ok(path) = env::join_paths(folders) {
-        command
-            .env("LD_LIBRARY_PATH", path)
-            .env("LIGHTMOE_KERNEL_CACHE", folder.join("cache"))
-            .env("LIGHTMOE_GPU", "1");
-    }
+    shell::find_libraries(command, folder)
+        .env("LIGHTMOE_KERNEL_CACHE", folder.join("cache"))
+        .env("LIGHTMOE_GPU", "1");
 }

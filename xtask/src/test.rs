@@ -114,7 +114,7 @@ pub fn run(arguments: &[String]) -> Outcome {
         let start = Instant::now();
         let mut command = shell::cargo(arguments);
         if let Ok(library) = &nvrtc {
-            nvrtc::bring(&mut command, library.clone());
+            nvrtc::bring(&mut command, library);
         }
         let passed = shell::succeeds(&mut command)?;
         failed += usize::from(!passed);

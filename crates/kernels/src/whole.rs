@@ -32,7 +32,7 @@ pub struct LayerParts<'a> {
     pub kept: Option<[[&'a Tensor; 3]; 2]>,
     /// The experts that the adapted positions replace, while they have a share.
     pub originals: Option<[&'a Tensor; 3]>,
-    /// That share, `β`; the bases have what is left (LightMoE, eq. 6).
+    /// That share, `β`, zero without them; the bases have what is left (LightMoE, eq. 6).
     pub beta: f64,
 }
 

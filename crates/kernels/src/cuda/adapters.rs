@@ -4,7 +4,7 @@ use super::Result;
 use super::block::Block;
 use super::compile::ADAPTERS;
 use super::device::{Address, Element, Gpu, Launch};
-use super::workspace::Workspace;
+use super::workspace::{Own, Workspace};
 use cudarc::driver::{CudaSlice, DevicePtrMut, DeviceRepr};
 
 /// Arguments of `adapters_expand`.
@@ -112,21 +112,14 @@ pub(super) fn expand<T: Element>(
 
 /// The same from what wider adapters made of their rows, in the workspace's own memory for them.
 pub(super) fn join<T: Element>(gpu: &Gpu, block: &Block<T>, work: &mut Workspace<T>) -> Result<()> {
-    let shape = &block.shape;
-    let own = |of: fn(&super::workspace::Own<T>) -> &CudaSlice<T>| {
-        let own = work.own.as_ref();
-        own.map_or(Address::NULL, |own| gpu.address(of(own)))
-    };
-    let (gate, up) = (own(|own| &own.gate), own(|own| &own.up));
-    let of_pairs = |t: &CudaSlice<T>| match shape.groups {
-        0 => Address::NULL,
-        _ => gpu.address(t),
-    };
+    let shape = &block.frame.shape;
+    let [gate, up] = of_own(gpu, work.own.as_ref());
+    let [base_gate, base_up] = of_bases(gpu, block, work);
     let arguments = Join {
         gate,
         up,
-        base_gate: of_pairs(&work.pre_gate),
-        base_up: of_pairs(&work.pre_up),
+        base_gate,
+        base_up,
         h: gpu.address_mut(&mut work.h),
         pair_of_row: gpu.address(&work.tables.pair_of_row),
         starts: gpu.address(&work.tables.starts).skip::<u32>(shape.dense),
@@ -157,10 +150,25 @@ pub(super) fn expand_pre<T: Element>(
 /// Blocks for each multiprocessor, threads, and shared memory.
 fn expand_size<T>(block: &Block<T>) -> [usize; 3] {
     // Two stages, each with U of a tile in parts of 32 ranks, and the rows of every warp.
-    let parts = block.shape.rank.div_ceil(32);
+    let parts = block.frame.shape.rank.div_ceil(32);
     let warps = if parts == 1 { 8 } else { 4 };
     let shared = 32 * (512 * parts + warps * (256 + 128 * parts));
     [if parts <= 2 { 2 } else { 1 }, 32 * warps, shared]
+}
+
+/// Pre-activations of rows; nothing without.
+fn of_own<T: Element>(gpu: &Gpu, own: Option<&Own<T>>) -> [Address; 2] {
+    own.map_or([Address::NULL; 2], |own| {
+        [gpu.address(&own.gate), gpu.address(&own.up)]
+    })
+}
+
+/// What bases made of pairs; nothing without bases.
+fn of_bases<T: Element>(gpu: &Gpu, block: &Block<T>, work: &Workspace<T>) -> [Address; 2] {
+    match block.frame.shape.groups {
+        0 => [Address::NULL; 2],
+        _ => [gpu.address(&work.pre_gate), gpu.address(&work.pre_up)],
+    }
 }
 
 fn expand_arguments<T: Element>(
@@ -169,22 +177,22 @@ fn expand_arguments<T: Element>(
     work: &Workspace<T>,
     h: Address,
 ) -> Expand {
-    let shape = &block.shape;
+    let shape = &block.frame.shape;
     let weights = &block.weights.adapters.b;
-    let based = shape.groups > 0;
     let own = work.own.as_ref().filter(|_| block.has_own());
-    let of_pairs = |t: &CudaSlice<T>| if based { gpu.address(t) } else { Address::NULL };
+    let [own_gate, own_up] = of_own(gpu, own);
+    let [base_gate, base_up] = of_bases(gpu, block, work);
     Expand {
         low: gpu.address(&work.low),
         gate: gpu.address(&weights.gate),
         up: gpu.address(&weights.up),
-        base_gate: of_pairs(&work.pre_gate),
-        base_up: of_pairs(&work.pre_up),
+        base_gate,
+        base_up,
         h,
         pair_of_row: gpu.address(&work.tables.pair_of_row),
         starts: gpu.address(&work.tables.starts).skip::<u32>(shape.dense),
-        own_gate: own.map_or(Address::NULL, |own| gpu.address(&own.gate)),
-        own_up: own.map_or(Address::NULL, |own| gpu.address(&own.up)),
+        own_gate,
+        own_up,
         slots: shape.adapted as u32,
         kept: shape.kept as u32,
         inner: shape.inner as u32,
@@ -209,8 +217,8 @@ pub(super) fn sum_pairs<T: Element>(
         pair_of_row: gpu.address(&work.tables.pair_of_row),
         gates: gpu.address(&work.tables.gates),
         tokens: tokens as u32,
-        top_k: block.shape.top_k as u32,
-        inner: block.shape.inner as u32,
+        top_k: block.frame.shape.top_k as u32,
+        inner: block.frame.shape.inner as u32,
         share: 1.0 - block.beta,
     };
     // SAFETY: as in `expand`.
@@ -225,7 +233,7 @@ pub(super) fn combine<T: Element>(
     work: &Workspace<T>,
     out: &mut impl DevicePtrMut<T>,
 ) -> Result<()> {
-    let based = block.shape.groups > 0;
+    let based = block.frame.shape.groups > 0;
     let own = work.own.as_ref().filter(|_| block.has_own());
     let starts = gpu.address(&work.tables.starts);
     let arguments = Combine {
@@ -239,11 +247,11 @@ pub(super) fn combine<T: Element>(
         row_of: gpu.address(&work.tables.row_of),
         pair_of: gpu.address(&work.tables.pair_of),
         own_y: own.map_or(Address::NULL, |own| gpu.address(&own.y)),
-        own_from: starts.skip::<u32>(block.shape.dense),
-        replaced_from: starts.skip::<u32>(block.shape.dense + block.shape.kept),
+        own_from: starts.skip::<u32>(block.frame.shape.dense),
+        replaced_from: starts.skip::<u32>(block.frame.shape.dense + block.frame.shape.kept),
         tokens: tokens as u32,
-        top_k: block.shape.top_k as u32,
-        hidden: block.shape.hidden as u32,
+        top_k: block.frame.shape.top_k as u32,
+        hidden: block.frame.shape.hidden as u32,
         own_share: block.beta,
     };
     // SAFETY: as in `expand`; the block checked the size of `out`.

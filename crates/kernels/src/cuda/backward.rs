@@ -46,15 +46,15 @@ impl<T: Element> Block<T> {
         self.check(x, tokens, work, dout)?;
         self.check_routed(tokens, work)?;
         ensure!(
-            self.ranks.is_none(),
+            self.frame.ranks.is_none(),
             "adapters of ranks of their own have no backward pass here"
         );
         ensure!(
-            gradients.shape == self.shape && gradients.tokens == tokens,
+            gradients.shape == self.frame.shape && gradients.tokens == tokens,
             "gradients of {} tokens of {:?} for {tokens} of {:?}",
             gradients.tokens,
             gradients.shape,
-            self.shape
+            self.frame.shape
         );
         let Shape {
             hidden: h,
@@ -65,7 +65,7 @@ impl<T: Element> Block<T> {
             groups,
             top_k,
             ..
-        } = self.shape;
+        } = self.frame.shape;
         ensure!(
             gradients.x.len() == tokens * h && gradients.gates.len() == tokens * top_k,
             "the gradients of inputs and gates have {} and {} entries; [{tokens}, {h}] and [{tokens}, \
@@ -88,7 +88,7 @@ impl<T: Element> Block<T> {
             a.check::<f32>("gradients of the adapters' a", adapted, r * h, r * f)?;
             b.check::<f32>("gradients of the adapters' b", adapted, f * r, h * r)?;
         }
-        let rows = self.shape.rows(tokens);
+        let rows = self.frame.shape.rows(tokens);
         let pass = Pass {
             gpu,
             block: self,
@@ -97,8 +97,8 @@ impl<T: Element> Block<T> {
             tokens,
             trained,
             dense: work.tables.rows(gpu, 0, rows),
-            slots: work.tables.rows(gpu, self.shape.dense, rows),
-            pairs: work.tables.pairs(gpu, self.shape.pairs(tokens)),
+            slots: work.tables.rows(gpu, self.frame.shape.dense, rows),
+            pairs: work.tables.pairs(gpu, self.frame.shape.pairs(tokens)),
         };
         pass.activations(work, gradients)?;
         pass.inputs(work, gradients)?;
@@ -124,7 +124,7 @@ impl<T: Element, X: DevicePtr<T>> Pass<'_, T, X> {
             groups,
             rank,
             ..
-        } = self.block.shape;
+        } = self.block.frame.shape;
         let of_token = |rows: &Segments| Rows::of_tokens(gpu, self.dout, hidden, rows);
         if dense > 0 {
             self.forward(work.path, dense, [inner, hidden]).run(
@@ -213,7 +213,7 @@ impl<T: Element, X: DevicePtr<T>> Pass<'_, T, X> {
             groups,
             rank,
             ..
-        } = self.block.shape;
+        } = self.block.frame.shape;
         let (gate, up) = (
             Rows::sorted(gpu, &to.gate, inner),
             Rows::sorted(gpu, &to.up, inner),
@@ -280,7 +280,7 @@ impl<T: Element, X: DevicePtr<T>> Pass<'_, T, X> {
             groups,
             rank,
             ..
-        } = self.block.shape;
+        } = self.block.frame.shape;
         let (gate, up, h) = (
             Rows::sorted(gpu, &to.gate, inner),
             Rows::sorted(gpu, &to.up, inner),

@@ -66,7 +66,7 @@ impl Shape {
         tokens * self.top_k.min(self.groups)
     }
 
-    /// What of it memory between kernels depends on.
+    /// What of it memory between kernels depends on, whatever the ranks are.
     pub(super) fn room(&self) -> Self {
         Self {
             kept: 0,
@@ -243,9 +243,11 @@ impl<T: Element> Weights<T> {
 #[derive(Debug, Clone)]
 pub(super) struct Frame {
     pub(super) shape: Shape,
-    scores: Arc<Scores>,
-    group_of: Arc<CudaSlice<u32>>,
-    ranks: Option<Arc<CudaSlice<u32>>>,
+    pub(super) scores: Arc<Scores>,
+    /// Group of each position; [`super::route::NONE`] for none.
+    pub(super) group_of: Arc<CudaSlice<u32>>,
+    /// Where the components of each adapter begin, and the last end, where they have ranks of their own.
+    pub(super) ranks: Option<Arc<CudaSlice<u32>>>,
 }
 
 impl Frame {
@@ -321,31 +323,18 @@ impl Frame {
             "where adapters begin is to be said where they have ranks of their own"
         );
         Ok(Block {
-            shape: self.shape,
+            frame: self.clone(),
             weights,
-            scores: self.scores.clone(),
-            group_of: self.group_of.clone(),
-            ranks: self.ranks.clone(),
             beta: 0.0,
         })
-    }
-
-    #[cfg(any(test, feature = "linked"))]
-    pub(super) fn scores(&self) -> &Scores {
-        &self.scores
     }
 }
 
 /// A layer on the GPU.
 #[derive(Debug)]
 pub struct Block<T> {
-    pub(super) shape: Shape,
+    pub(super) frame: Frame,
     pub(super) weights: Weights<T>,
-    pub(super) scores: Arc<Scores>,
-    /// Group of each position; [`super::route::NONE`] for none.
-    pub(super) group_of: Arc<CudaSlice<u32>>,
-    /// Where the components of each adapter begin, and the last end, where they have ranks of their own.
-    pub(super) ranks: Option<Arc<CudaSlice<u32>>>,
     /// The share of the originals; that of the bases is what is left.
     pub(super) beta: f32,
 }
@@ -380,7 +369,7 @@ impl<T: Element> Block<T> {
             "a share of {beta} for replaced experts that the layer does not hold"
         );
         ensure!(
-            beta == 0.0 || self.ranks.is_none(),
+            beta == 0.0 || self.frame.ranks.is_none(),
             "a share of {beta} for replaced experts beside adapters of ranks of their own"
         );
         self.beta = beta;
@@ -390,7 +379,7 @@ impl<T: Element> Block<T> {
     /// The whole experts of adapted slots that have a share: the kept ones, and the replaced ones while they have
     /// one; the first of these slots among the adapted ones, and how many they are.
     pub(super) fn own(&self) -> impl Iterator<Item = (&Projections<Held<T>>, usize, usize)> {
-        let Shape { adapted, kept, .. } = self.shape;
+        let Shape { adapted, kept, .. } = self.frame.shape;
         let replaced = self.weights.originals.as_ref();
         let replaced = replaced.filter(|_| self.beta > 0.0 && kept < adapted);
         let replaced = replaced.map(|of| (of, kept, adapted - kept));
@@ -400,7 +389,7 @@ impl<T: Element> Block<T> {
 
     /// Whether rows of slots need memory of [`super::workspace::Own`].
     pub(super) fn needs_own(&self) -> bool {
-        self.has_own() || self.ranks.is_some()
+        self.has_own() || self.frame.ranks.is_some()
     }
 
     /// Whether whole experts have a share in adapted slots.
@@ -410,7 +399,7 @@ impl<T: Element> Block<T> {
 
     /// Its sizes.
     pub fn shape(&self) -> &Shape {
-        &self.shape
+        &self.frame.shape
     }
 
     pub(super) fn check(
@@ -420,13 +409,13 @@ impl<T: Element> Block<T> {
         work: &Workspace<T>,
         out: &impl DeviceSlice<T>,
     ) -> Result<()> {
-        let size = tokens * self.shape.hidden;
+        let size = tokens * self.frame.shape.hidden;
         ensure!(
             tokens > 0 && x.len() == size && out.len() == size,
             "x has {} and out {} entries; [{tokens}, {}] was expected",
             x.len(),
             out.len(),
-            self.shape.hidden
+            self.frame.shape.hidden
         );
         self.check_room(tokens, work)
     }
@@ -449,11 +438,11 @@ impl<T: Element> Block<T> {
              `Workspace::annealed`"
         );
         ensure!(
-            work.fits(&self.shape, tokens),
+            work.fits(&self.frame.shape, tokens),
             "the workspace is for {} tokens of {:?}, the layer takes {tokens} of {:?}",
             work.tokens,
             work.shape,
-            self.shape
+            self.frame.shape
         );
         Ok(())
     }

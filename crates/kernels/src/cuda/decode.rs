@@ -69,7 +69,7 @@ pub(super) fn forward<T: Element>(
     work: &mut Workspace<T>,
     out: &mut impl DevicePtrMut<T>,
 ) -> Result<()> {
-    let (shape, w) = (&block.shape, &block.weights);
+    let (shape, w) = (&block.frame.shape, &block.weights);
     let at = |t: &Held<T>| gpu.address(t);
     let arguments = Decode {
         x: gpu.address(x),
@@ -86,7 +86,7 @@ pub(super) fn forward<T: Element>(
         b_gate: at(&w.adapters.b.gate),
         b_up: at(&w.adapters.b.up),
         b_down: at(&w.adapters.b.down),
-        group_of: gpu.address(&*block.group_of),
+        group_of: gpu.address(&*block.frame.group_of),
         logits: gpu.address_mut(&mut work.logits),
         low: gpu.address_mut(&mut work.low),
         h: gpu.address_mut(&mut work.h),
@@ -95,7 +95,7 @@ pub(super) fn forward<T: Element>(
         out: gpu.address_mut(out),
         barrier: gpu.address_mut(&mut work.barrier),
         tables: work.tables.arguments(gpu),
-        scores: block.scores.arguments(gpu, shape.top_k),
+        scores: block.frame.scores.arguments(gpu, shape.top_k),
         tokens: tokens as u32,
         hidden: shape.hidden as u32,
         inner: shape.inner as u32,

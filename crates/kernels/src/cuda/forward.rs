@@ -105,13 +105,13 @@ impl<T: Element> Block<T> {
         work: &mut Workspace<T>,
     ) -> Result<()> {
         self.check_room(tokens, work)?;
-        let rows = self.shape.rows(tokens);
+        let rows = self.frame.shape.rows(tokens);
         ensure!(
             chosen.len() == rows && gates.len() == rows,
             "{} choices and {} gates; [{tokens}, {}] were expected",
             chosen.len(),
             gates.len(),
-            self.shape.top_k
+            self.frame.shape.top_k
         );
         work.routed = 0;
         let from = Routed::Chosen(gpu.address(chosen), gpu.address(gates));
@@ -135,11 +135,11 @@ impl<T: Element> Block<T> {
     ) -> Result<()> {
         self.check(x, tokens, work, out)?;
         self.check_routed(tokens, work)?;
-        if self.shape.dense > 0 {
+        if self.frame.shape.dense > 0 {
             self.dense(gpu, x, tokens, work)?;
             queued(Stage::Dense)?;
         }
-        if self.shape.adapted > 0 {
+        if self.frame.shape.adapted > 0 {
             self.adapted(gpu, x, tokens, work, queued)?;
         }
         combine(gpu, self, tokens, work, out)?;
@@ -159,9 +159,9 @@ impl<T: Element> Block<T> {
             inner,
             dense,
             ..
-        } = self.shape;
-        let all = self.shape.rows(tokens);
-        let share = all * dense / self.shape.positions();
+        } = self.frame.shape;
+        let all = self.frame.shape.rows(tokens);
+        let share = all * dense / self.frame.shape.positions();
         let rows = work.tables.rows(gpu, 0, all);
         let w = &self.weights.dense;
         Grouped::new(work.path, dense, [inner, hidden], share).run(
@@ -191,8 +191,8 @@ impl<T: Element> Block<T> {
             inner,
             groups,
             ..
-        } = self.shape;
-        let pairs = work.tables.pairs(gpu, self.shape.pairs(tokens));
+        } = self.frame.shape;
+        let pairs = work.tables.pairs(gpu, self.frame.shape.pairs(tokens));
         let w = &self.weights.bases;
         Grouped::new(work.path, groups, [inner, hidden], pairs.rows).run(
             gpu,
@@ -218,9 +218,9 @@ impl<T: Element> Block<T> {
             adapted,
             rank,
             ..
-        } = self.shape;
-        let all = self.shape.rows(tokens);
-        let share = all * adapted / self.shape.positions();
+        } = self.frame.shape;
+        let all = self.frame.shape.rows(tokens);
+        let share = all * adapted / self.frame.shape.positions();
         let rows = work.tables.rows(gpu, dense, all).gathered();
         let a = &self.weights.adapters.a;
         Grouped::new(work.path, adapted, [rank, hidden], share).run(
@@ -257,14 +257,14 @@ impl<T: Element> Block<T> {
             dense,
             groups,
             ..
-        } = self.shape;
-        let rows = work.tables.rows(gpu, dense, self.shape.rows(tokens));
-        let pairs = work.tables.pairs(gpu, self.shape.pairs(tokens));
+        } = self.frame.shape;
+        let rows = work.tables.rows(gpu, dense, self.frame.shape.rows(tokens));
+        let pairs = work.tables.pairs(gpu, self.frame.shape.pairs(tokens));
         if groups > 0 {
             self.bases_on_pairs(gpu, x, tokens, work)?;
             queued(Stage::Bases)?;
         }
-        if let Some(ranks) = &self.ranks {
+        if let Some(ranks) = &self.frame.ranks {
             self.ranked(gpu, x, gpu.address(&**ranks), &rows, work)?;
         } else {
             self.alike(gpu, x, tokens, &rows, work)?;
@@ -299,9 +299,9 @@ impl<T: Element> Block<T> {
             adapted,
             rank,
             ..
-        } = self.shape;
-        let all = self.shape.rows(tokens);
-        let share = all * adapted / self.shape.positions();
+        } = self.frame.shape;
+        let all = self.frame.shape.rows(tokens);
+        let share = all * adapted / self.frame.shape.positions();
         let (a, b) = (&self.weights.adapters.a, &self.weights.adapters.b);
         self.parts_of_slots(gpu, x, tokens, work)?;
         expand(gpu, self, work)?;
@@ -346,7 +346,7 @@ impl<T: Element> Block<T> {
             adapted,
             rank,
             ..
-        } = self.shape;
+        } = self.frame.shape;
         let path = work.path;
         let own = work.own.as_mut();
         let own = own.ok_or_else(|| CudaError::Shape("no memory for wide adapters".into()))?;

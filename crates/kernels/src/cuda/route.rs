@@ -294,7 +294,7 @@ pub(super) fn router_logits<T: Element>(
 ) -> Result<()> {
     const TOKENS: usize = 32;
     const EXPERTS: usize = 64;
-    let shape = &block.shape;
+    let shape = &block.frame.shape;
     let arguments = Router {
         x: gpu.address(x),
         weight: gpu.address(&block.weights.router),
@@ -331,7 +331,7 @@ pub(super) fn route<T: Element>(
     from: Routed,
     work: &mut Workspace<T>,
 ) -> Result<()> {
-    let shape = &block.shape;
+    let shape = &block.frame.shape;
     let bins = shape.positions() + shape.groups;
     let (chunk, blocks) = blocks(tokens);
     let (chosen, gates) = match from {
@@ -343,8 +343,8 @@ pub(super) fn route<T: Element>(
         logits: gpu.address(&work.logits),
         chosen,
         gates,
-        scores: block.scores.arguments(gpu, shape.top_k),
-        group_of: gpu.address(&*block.group_of),
+        scores: block.frame.scores.arguments(gpu, shape.top_k),
+        group_of: gpu.address(&*block.frame.group_of),
         out: work.tables.arguments(gpu),
         counts: gpu.address(&work.tables.counts),
         totals: gpu.address(&work.tables.totals),
@@ -389,7 +389,7 @@ pub(super) fn choose<T: Element>(
     let mut gates = gpu.alloc(shape.rows(tokens))?;
     let arguments = RouteOnly {
         logits: gpu.address(logits),
-        scores: frame.scores().arguments(gpu, shape.top_k),
+        scores: frame.scores.arguments(gpu, shape.top_k),
         chosen: gpu.address_mut(&mut chosen),
         gates: gpu.address_mut(&mut gates),
         tokens: tokens as u32,

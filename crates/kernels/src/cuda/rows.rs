@@ -91,10 +91,10 @@ pub(super) fn swiglu_backward<T: Element>(
         d_gate: gate,
         d_up: up,
         d_gates: gpu.address_mut(of.gates),
-        own_from: starts.skip::<u32>(block.shape.dense),
-        replaced_from: starts.skip::<u32>(block.shape.dense + block.shape.kept),
-        choices: block.shape.rows(tokens) as u32,
-        inner: block.shape.inner as u32,
+        own_from: starts.skip::<u32>(block.frame.shape.dense),
+        replaced_from: starts.skip::<u32>(block.frame.shape.dense + block.frame.shape.kept),
+        choices: block.frame.shape.rows(tokens) as u32,
+        inner: block.frame.shape.inner as u32,
         base_share: 1.0 - block.beta,
         own_share: block.beta,
     };
@@ -120,8 +120,8 @@ pub(super) fn sum_pairs_two<T: Element>(
         pair_of: gpu.address(&work.tables.pair_of),
         pair_of_row: gpu.address(&work.tables.pair_of_row),
         tokens: tokens as u32,
-        top_k: block.shape.top_k as u32,
-        inner: block.shape.inner as u32,
+        top_k: block.frame.shape.top_k as u32,
+        inner: block.frame.shape.inner as u32,
         share: 1.0 - block.beta,
     };
     // SAFETY: as in `swiglu_backward`.

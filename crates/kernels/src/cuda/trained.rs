@@ -234,7 +234,7 @@ impl<T: Element + CudaDType> Layer<T> {
         });
         Ok(Self {
             frame: whole::frame(&gpu, shape, parts)?,
-            beta: parts.originals.map_or(0.0, |_| parts.beta as f32),
+            beta: parts.beta as f32,
             weights,
             dense: packed(dense),
             bases: packed(parts.bases),
@@ -257,7 +257,7 @@ impl<T: Element + CudaDType> Layer<T> {
         let (gpu, shape) = (&*self.gpu, self.frame.shape);
         let tokens = x.dim(0)?;
         let value = gpu.filled(tokens * shape.hidden, |out| {
-            gpu.with_workspace::<T, _>(&shape, tokens, block.has_own(), |work| {
+            gpu.with_workspace(&block, tokens, |work| {
                 block.route_given(gpu, &run.chosen, &run.gates, tokens, work)?;
                 block.forward_routed(gpu, &run.x, tokens, work, out, &mut |_| Ok(()))
             })

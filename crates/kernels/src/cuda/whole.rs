@@ -181,7 +181,7 @@ fn block<T: Element + CudaDType>(
                 a: stacks(gpu, None)?,
                 b: stacks(gpu, None)?,
             },
-            (adapters, _) => adapted(shape, adapters.as_ref(), router)?,
+            (adapters, _) => adapted(gpu, shape, adapters.as_ref(), router)?,
         },
         originals: None,
     };
@@ -190,23 +190,20 @@ fn block<T: Element + CudaDType>(
 
 /// Adapters as the kernels take them, all of one rank or each of its own; zeros where there are none.
 fn adapted<T: Element + CudaDType>(
+    gpu: &Gpu,
     shape: Shape,
     adapters: Option<&AdapterParts<'_>>,
     like: &Tensor,
 ) -> Candle<Adapted<Held<T>>> {
     let (n, rank) = (shape.adapted, shape.rank);
     if let (Some(_), Some(adapters)) = (shape.ranked, adapters) {
-        let stacks = |of: [&Tensor; 3]| -> Candle<Projections<Held<T>>> {
-            let one = |stack| held(&in_pieces(stack, adapters.starts)?);
-            Ok(Projections {
-                gate: one(of[0])?,
-                up: one(of[1])?,
-                down: one(of[2])?,
-            })
+        let whole = |of: [&Tensor; 3]| -> Candle<Projections<Held<T>>> {
+            let [gate, up, down] = of.map(|stack| in_pieces(stack, adapters.starts));
+            stacks(gpu, Some([&gate?, &up?, &down?]))
         };
         return Ok(Adapted {
-            a: stacks(adapters.a)?,
-            b: stacks(adapters.b)?,
+            a: whole(adapters.a)?,
+            b: whole(adapters.b)?,
         });
     }
     let stack = |of: Option<&Tensor>, width: usize| -> Candle<Tensor> {
@@ -256,9 +253,7 @@ impl OnGpu {
                 let part = first * hidden..(first + count) * hidden;
                 let x = x.slice(part.clone());
                 let y = &mut out.slice_mut(part);
-                gpu.with_workspace::<T, _>(block.shape(), count, block.needs_own(), |work| {
-                    block.forward(gpu, &x, count, work, y)
-                })
+                gpu.with_workspace(block, count, |work| block.forward(gpu, &x, count, work, y))
             })
         });
         stored(out, (tokens, hidden), storage.device.clone())
@@ -283,31 +278,31 @@ impl CustomOp1 for OnGpu {
 }
 
 impl Gpu {
-    /// Runs `work` with memory for `tokens` of a layer, whether whole experts have a share in adapted slots or not. It
-    /// is kept for the next call, and grows: layers run one after the other.
+    /// Runs `work` with memory for `tokens` of a layer. It is kept for the next call, and grows: layers run one after the
+    /// other.
     pub(super) fn with_workspace<T: Element, R>(
         &self,
-        shape: &Shape,
+        block: &Block<T>,
         tokens: usize,
-        has_own: bool,
         work: impl FnOnce(&mut Workspace<T>) -> Result<R>,
     ) -> Result<R> {
+        let (shape, needs_own) = (block.shape(), block.needs_own());
         let mut kept = lock(&self.workspaces);
         let place = kept.entry(T::KIND).or_default();
         let old = place
             .take()
             .and_then(|old| old.downcast::<Workspace<T>>().ok());
         let mut mine = match old {
-            Some(old) if old.fits(shape, tokens) && (old.own.is_some() || !has_own) => old,
+            Some(old) if old.fits(shape, tokens) && (old.own.is_some() || !needs_own) => old,
             old => {
-                let has_own = has_own || old.as_ref().is_some_and(|old| old.own.is_some());
+                let needs_own = needs_own || old.as_ref().is_some_and(|old| old.own.is_some());
                 let tokens = tokens.next_power_of_two();
                 let (shape, tokens) = match &old {
                     Some(old) => old.larger(shape, tokens),
                     None => (*shape, tokens),
                 };
                 drop(old);
-                Box::new(match has_own {
+                Box::new(match needs_own {
                     true => Workspace::annealed(self, shape, tokens)?,
                     false => Workspace::new(self, shape, tokens)?,
                 })

@@ -56,7 +56,7 @@ impl Whole {
         let originals = bank.blended()?.map(three);
         let beta = originals.map_or(0.0, |_| bank.beta);
         let of = (ids(router, bank), beta);
-        let trains = x.track_op() || bank.trains() || stacks(bank).any(|w| w.track_op());
+        let trains = x.track_op() || bank.trains() || bank.has_gradients();
         let fits = |form: &Form| match form {
             Form::Still(layer) => x.dtype() == layer.dtype(),
             Form::Trained(layer, _) => x.dtype() == layer.dtype(),

@@ -1,13 +1,13 @@
 //! A layer where nobody asks what its router decided: then a GPU runs the experts without the host in between.
 
 use super::{FeedForward, Layer, with_shared};
+use crate::Result;
 use crate::attention::LayerCache;
 use crate::bank::Form;
 use crate::config::ModelConfig;
 use crate::mlp::SharedExpert;
 use crate::rotary::Rotary;
-use crate::router::gates_at;
-use crate::{Error, Result};
+use crate::router::{Router, gates_at};
 use candle_core::{DType, Tensor};
 use lightmoe_kernels::TrainedLayer;
 
@@ -26,14 +26,8 @@ impl Layer {
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
         let (x, normed) = self.attended(x, config, rotary, cache)?;
-        let y = match self.form(&normed, config)? {
-            Some((Form::Still(layer), shared)) => {
-                with_shared(layer.forward(&normed)?, shared, &normed)?
-            }
-            Some((Form::Trained(layer, experts), shared)) => {
-                let (gates, chosen) = self.routed(&layer, &experts, &normed, config)?;
-                with_shared(layer.forward(&normed, &gates, &chosen)?, shared, &normed)?
-            }
+        let y = match self.experts(&normed, config)? {
+            Some(experts) => experts.forward(&normed, config)?,
             None => self.fed(&normed, config, None, None)?.0,
         };
         Ok((&x + y.reshape(x.shape())?)?)
@@ -55,15 +49,22 @@ impl Layer {
         let product = |y: &Tensor, dy: &Tensor| -> Result<Tensor> {
             Ok((y * dy)?.sum_all()?.to_dtype(DType::F32)?)
         };
-        let Some((Form::Trained(layer, experts), shared)) = self.form(&normed, config)? else {
+        let rows = dy.flatten_to(1)?;
+        let experts = self.experts(&normed, config)?;
+        let Some(
+            experts @ Experts {
+                form: Form::Trained(layer, positions),
+                ..
+            },
+        ) = &experts
+        else {
             let y = self.fed(&normed, config, None, None)?.0;
             return product(&(&x + y.reshape(x.shape())?)?, dy);
         };
-        let rows = dy.flatten_to(1)?;
-        let (gates, chosen) = self.routed(&layer, &experts, &normed, config)?;
+        let (gates, chosen) = experts.routed(layer, positions, &normed, config)?;
         let own = layer.pull(&normed, &gates, &chosen, &rows)?.squeeze(0)?;
         let sum = (product(&x, dy)? + own)?;
-        Ok(match shared {
+        Ok(match experts.shared {
             Some(shared) => (sum + product(&shared.forward(&normed)?, &rows)?)?,
             None => sum,
         })
@@ -77,12 +78,8 @@ impl Layer {
         }
     }
 
-    /// The experts as a GPU runs them for rows like `normed: [T, H]`, if it does, and the shared one.
-    fn form(
-        &self,
-        normed: &Tensor,
-        config: &ModelConfig,
-    ) -> Result<Option<(Form, Option<&SharedExpert>)>> {
+    /// The experts as a GPU runs them for rows like `normed: [T, H]`, if it does.
+    fn experts(&self, normed: &Tensor, config: &ModelConfig) -> Result<Option<Experts<'_>>> {
         let FeedForward::Experts {
             router,
             shared,
@@ -93,10 +90,25 @@ impl Layer {
             return Ok(None);
         };
         let form = whole.form(normed, router, bank, &config.moe)?;
-        Ok(form.map(|form| (form, shared.as_ref())))
+        Ok(form.map(|form| Experts {
+            form,
+            router,
+            removed: bank.removed_experts(),
+            shared: shared.as_ref(),
+        }))
     }
+}
 
-    /// The gates `[T · K]` of the positions `[T, K]` that the router chooses on a GPU for `normed: [T, H]`, and these;
+/// The experts of a layer as a GPU runs them.
+struct Experts<'a> {
+    form: Form,
+    router: &'a Router,
+    removed: &'a [usize],
+    shared: Option<&'a SharedExpert>,
+}
+
+impl Experts<'_> {
+    /// The gates `[T · K]` of the positions `[T, K]` that the router chooses on the GPU for `normed: [T, H]`, and these;
     /// `experts` has the expert of each position.
     fn routed(
         &self,
@@ -105,16 +117,23 @@ impl Layer {
         normed: &Tensor,
         config: &ModelConfig,
     ) -> Result<(Tensor, Tensor)> {
-        let FeedForward::Experts { router, bank, .. } = &self.feed_forward else {
-            return Err(Error::Invalid(
-                "a layer without experts has no router".into(),
-            ));
-        };
-        let logits = router.logits(normed)?;
+        let logits = self.router.logits(normed)?;
         let chosen = layer.choose(&logits)?;
         let experts = experts.index_select(&chosen.flatten_all()?, 0)?;
         let experts = experts.reshape(chosen.shape())?;
-        let gates = gates_at(logits, &experts, &config.moe, bank.removed_experts())?;
+        let gates = gates_at(logits, &experts, &config.moe, self.removed)?;
         Ok((gates, chosen))
+    }
+
+    /// What they and the shared one give of `normed: [T, H]`.
+    fn forward(&self, normed: &Tensor, config: &ModelConfig) -> Result<Tensor> {
+        let y = match &self.form {
+            Form::Still(layer) => layer.forward(normed)?,
+            Form::Trained(layer, experts) => {
+                let (gates, chosen) = self.routed(layer, experts, normed, config)?;
+                layer.forward(normed, &gates, &chosen)?
+            }
+        };
+        with_shared(y, self.shared, normed)
     }
 }

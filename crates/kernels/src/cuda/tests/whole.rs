@@ -136,7 +136,7 @@ impl<'a> Parts<'a> {
             }),
             kept: (s.kept > 0).then(|| self.kept.each_ref().map(|of| of.each_ref())),
             originals: self.originals.as_ref().map(|of| of.each_ref()),
-            beta: self.layer.beta,
+            beta: self.originals.as_ref().map_or(0.0, |_| self.layer.beta),
         }
     }
 }

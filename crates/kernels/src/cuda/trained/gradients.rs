@@ -27,7 +27,7 @@ impl<T: Element + CudaDType> Layer<T> {
             bases: self.bases.is_some(),
             adapters: of_kept.iter().chain(&of_replaced).any(|&trains| trains),
         };
-        let gradients = gpu.with_workspace::<T, _>(&shape, tokens, block.has_own(), |work| {
+        let gradients = gpu.with_workspace(&block, tokens, |work| {
             let mut gradients = Gradients::new(gpu, shape, tokens, trained)?;
             block.route_given(gpu, &run.chosen, &run.gates, tokens, work)?;
             block.backward(gpu, &run.x, &dout, tokens, trained, work, &mut gradients)?;
