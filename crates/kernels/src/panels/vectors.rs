@@ -54,12 +54,8 @@ macro_rules! multiply {
                             }
                         }
                     }
-                    for (row, held) in held.into_iter().enumerate() {
-                        for (half, held) in held.into_iter().enumerate() {
-                            // SAFETY: the caller's promise.
-                            unsafe { put(to.out.at(row, half * LANES).first, held, to.first) };
-                        }
-                    }
+                    // SAFETY: the caller's promise.
+                    unsafe { put_rows(held, to) };
                 }
                 // SAFETY: the caller's promise.
                 unsafe {
@@ -105,13 +101,8 @@ macro_rules! multiply {
                             }
                         }
                     }
-                    let held: [[__m512; 2]; M] = from_fn(|r| [left[r], right[r]]);
-                    for (row, held) in held.into_iter().enumerate() {
-                        for (half, held) in held.into_iter().enumerate() {
-                            // SAFETY: the caller's promise.
-                            unsafe { put(to.out.at(row, half * LANES).first, held, to.first) };
-                        }
-                    }
+                    // SAFETY: the caller's promise.
+                    unsafe { put_rows::<M>(from_fn(|r| [left[r], right[r]]), to) };
                 }
                 // SAFETY: the caller's promise.
                 unsafe {
@@ -193,6 +184,21 @@ fn turn<N: Number>(w: &[N], stride: usize) -> [__m512i; LANES] {
         }
     }
     turned
+}
+
+/// Writes the sums of rows, or adds them to those that are there: of each those of both halves of the columns.
+///
+/// # Safety
+/// They are there, and nobody else uses them.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn put_rows<const M: usize>(held: [[__m512; 2]; M], to: To) {
+    for (row, held) in held.into_iter().enumerate() {
+        for (half, held) in held.into_iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { put(to.out.at(row, half * LANES).first, held, to.first) };
+        }
+    }
 }
 
 /// Writes numbers to a place, or adds them to those that are there.
