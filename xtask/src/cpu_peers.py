@@ -10,10 +10,9 @@ layer, once with all in f32 and once with all in bf16:
 
     out[t] = sum_j gate[t, j] * down[e] (silu(gate_e x[t]) * (up_e x[t])),   e = expert[t, j]
 
-For each peer there is the median time, or its error.
+For each peer there is the time, or its error.
 """
 
-import itertools
 import json
 import statistics
 import sys
@@ -23,25 +22,27 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-BUDGET = 0.6  # seconds of repetitions for each case and peer
+BUDGET = 1.0  # seconds of repetitions for each case and peer
+LEAST, MOST = 3, 30  # repetitions
+TOO_LONG = 6.0  # seconds of what is not repeated
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def measure(runs):
-    """Median seconds of `runs` in turn, after one run beforehand; the seconds of that if it takes long."""
-    turn = itertools.cycle(runs)
+    """The mean over `runs`, in turn, of their median seconds, after all once beforehand; the seconds of that if it
+    takes long."""
 
-    def once():
-        run = next(turn)
+    def once(run):
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
 
-    first = once()
-    if first > 4 * BUDGET:
-        return first
-    count = int(BUDGET / max(first, 1e-6))
-    return statistics.median(once() for _ in range(max(1, min(30, count))))
+    first = [once(run) for run in runs]
+    if sum(first) > TOO_LONG:
+        return statistics.mean(first)
+    count = int(BUDGET / max(sum(first), 1e-6))
+    rounds = [[once(run) for run in runs] for _ in range(max(LEAST, min(MOST, count)))]
+    return statistics.mean(statistics.median(times) for times in zip(*rounds))
 
 
 def torch_loop(case, x, gate_up, down):

@@ -51,7 +51,7 @@ pub use mixed::as_rows;
 pub use norm::rms_norm;
 pub use rope::{Rope, RopePairs, apply_rope};
 pub use route::{Dispatch, TokenGroups, top_k};
-pub use scatter::{select_rows, weighted_scatter};
+pub use scatter::{add_rows, select_rows, weighted_scatter};
 pub use spread::spread_columns;
 pub use swiglu::{silu_with_slope, swiglu};
 pub use trained::TrainedLayer;

@@ -3,8 +3,8 @@
 
 use crate::composed;
 use crate::gemm::Output;
-use crate::panels::{self, Stored, Unit};
-use crate::runs::{Run, Scratch, Tile, Way, back, pieces, there, tiles};
+use crate::panels::{Stored, Unit};
+use crate::runs::{Run, Scratch, Tile, Way, back, pieces, share_out, there, tiles};
 use candle_core::{DType, Result, Tensor};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
@@ -37,13 +37,9 @@ fn products_by(
 ) -> Vec<f32> {
     let mut results = vec![0.0; count];
     let out = Output::new(&mut results);
-    let tiles = match way {
-        Way::There => tiles(runs, |run| run.columns),
-        Way::Back => tiles(runs, |run| run.inner),
-    };
-    let tiles = tiles.into_par_iter();
+    let tiles = tiles(runs, way);
     match unit {
-        Some(unit) => tiles.for_each_init(panels::Scratch::default, |scratch, tile| {
+        Some(unit) => share_out(&tiles, |scratch, tile| {
             let stride = tile.run.inner;
             let first = match way {
                 Way::There => tile.column * stride,
@@ -57,9 +53,9 @@ fn products_by(
             // As a unit does.
             let round = |x: &f32| bf16::from_f32(*x).to_f32();
             let rows: Vec<f32> = rows.par_iter().map(round).collect();
-            tiles.for_each_init(Default::default, |scratch, tile| {
+            share_out(&tiles, |scratch, tile| {
                 // SAFETY: the tiles partition the output.
-                unsafe { widened(&tile, way, &rows, w, out, scratch) };
+                unsafe { widened(tile, way, &rows, w, out, scratch) };
             });
         }
     }

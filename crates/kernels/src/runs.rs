@@ -12,10 +12,13 @@ use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Rows and columns of a task's tile. Fixed, so that results do not depend on the thread count.
+/// Rows of a task's tile, the fewest and the most columns, and how many numbers of the matrix it is to have: threads
+/// wait for the last tile, so that none may take long.
 const TILE_ROWS: usize = 512;
-const TILE_COLS: usize = 512;
+const TILE_COLS: [usize; 2] = [128, 512];
+const TILE_NUMBERS: usize = 1 << 20;
 /// Numbers of a matrix that does not stay in the second cache.
 const LARGE: usize = 1 << 18;
 /// Output rows of a task that reduces over tokens (weight gradients).
@@ -118,12 +121,18 @@ pub(crate) fn pieces(columns: Range<usize>, most: usize) -> impl Iterator<Item =
     })
 }
 
-/// The parts of results of as many columns as `width` says.
-pub(crate) fn tiles(runs: &[Run], width: fn(&Run) -> usize) -> Vec<Tile> {
+/// The parts of results.
+pub(crate) fn tiles(runs: &[Run], way: Way) -> Vec<Tile> {
     let mut tiles = Vec::new();
     for run in runs.iter().filter(|run| run.inner * run.columns > 0) {
+        let (depth, width) = match way {
+            Way::There => (run.inner, run.columns),
+            Way::Back => (run.columns, run.inner),
+        };
+        let [fewest, most] = TILE_COLS;
+        let columns = (TILE_NUMBERS / depth / fewest * fewest).clamp(fewest, most);
         for row in (0..run.rows).step_by(TILE_ROWS) {
-            tiles.extend(pieces(0..width(run), TILE_COLS).map(|columns| Tile {
+            tiles.extend(pieces(0..width, columns).map(|columns| Tile {
                 run: *run,
                 row,
                 rows: TILE_ROWS.min(run.rows - row),
@@ -135,16 +144,35 @@ pub(crate) fn tiles(runs: &[Run], width: fn(&Run) -> usize) -> Vec<Tile> {
     tiles
 }
 
+/// Does `work` for each of `tasks`, with memory of its thread. Whoever is free takes tasks that follow each other, first
+/// many and in the end one by one: divided beforehand, as `rayon` does it, those of one thread may take longer than
+/// those of another.
+pub(crate) fn share_out<T: Sync, M: Default>(tasks: &[T], work: impl Fn(&mut M, &T) + Sync) {
+    let next = AtomicUsize::new(0);
+    let threads = rayon::current_num_threads().min(tasks.len());
+    let after = |first: usize| {
+        let left = tasks.len() - first;
+        (left > 0).then(|| first + (left / (2 * threads)).max(1))
+    };
+    let workers = (0..threads).into_par_iter().with_max_len(1);
+    workers.for_each(|_| {
+        let mut memory = M::default();
+        while let Ok(first) = next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, after) {
+            let mine = &tasks[first..after(first).unwrap_or(first)];
+            mine.iter().for_each(|task| work(&mut memory, task));
+        }
+    });
+}
+
 /// `y = x · wᵀ` of every run, `count` numbers in all; the results do not overlap. What a row gives does not
 /// depend on the other rows of its run.
 fn forward<T: Real>(runs: &[Run], x: &[T], w: &[T], count: usize) -> Vec<T> {
     let mut y = vec![T::zero(); count];
     let out = Output::new(&mut y);
-    let tiles = tiles(runs, |run| run.columns).into_par_iter();
-    tiles.for_each_init(Default::default, |scratch, tile| {
+    share_out(&tiles(runs, Way::There), |scratch, tile| {
         let w = &w[tile.run.matrix + tile.column * tile.run.inner..];
         // SAFETY: the tiles partition the output.
-        unsafe { there(&tile, x, w, out, scratch) };
+        unsafe { there(tile, x, w, out, scratch) };
     });
     y
 }
@@ -206,11 +234,10 @@ pub(crate) unsafe fn there<'a, T: Real>(
 fn backward<T: Real>(runs: &[Run], y: &[T], w: &[T], count: usize) -> Vec<T> {
     let mut x = vec![T::zero(); count];
     let out = Output::new(&mut x);
-    let tiles = tiles(runs, |run| run.inner).into_par_iter();
-    tiles.for_each_init(Default::default, |scratch, tile| {
+    share_out(&tiles(runs, Way::Back), |scratch, tile| {
         let w = (&w[tile.run.matrix + tile.column..], tile.run.inner);
         // SAFETY: the tiles partition the output.
-        unsafe { back(&tile, y, w, out, scratch) };
+        unsafe { back(tile, y, w, out, scratch) };
     });
     x
 }
@@ -260,7 +287,7 @@ fn outer<T: Real>(runs: &[Run], y: &[T], x: &[T], count: usize) -> Vec<T> {
     });
     let out = Output::new(&mut w);
     let parts: Vec<(&[&Run], usize)> = parts.collect();
-    parts.into_par_iter().for_each(|(runs, row)| {
+    share_out(&parts, |(): &mut (), &(runs, row)| {
         for run in runs {
             let m = TILE_GRAD.min(run.columns - row);
             let a = Mat::new(&y[run.output + row..], run.columns, 1).t();

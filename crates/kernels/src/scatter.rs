@@ -161,6 +161,94 @@ pub fn weighted_scatter(
     rows.contiguous()?.apply_op2(&weights.contiguous()?, op)
 }
 
+struct AddRows {
+    index: Arc<[u32]>,
+    share: f64,
+}
+
+simd! {
+    /// `y = own + share · row`
+    fn add_row<T: Real>(y: &mut [T], own: &[T], row: &[T], share: T) {
+        for (y, (&own, &v)) in y.iter_mut().zip(own.iter().zip(row)) {
+            *y = own + share * v;
+        }
+    }
+}
+
+impl AddRows {
+    fn check(&self, own: &Shape, x: &Shape) -> Result<usize> {
+        let ((s, width), (n, of_x)) = (own.dims2()?, x.dims2()?);
+        let most = self.index.iter().max().map_or(0, |&row| row as usize + 1);
+        if width != of_x || self.index.len() != s || most > n {
+            candle_core::bail!(
+                "add_rows: [{s}, {width}] and {} rows below {most} do not fit [{n}, {of_x}]",
+                self.index.len()
+            )
+        }
+        Ok(width)
+    }
+
+    fn forward<T: Real>(&self, width: usize, own: &[T], x: &[T]) -> Vec<T> {
+        let (mut y, share) = (vec![T::zero(); own.len()], T::from_f64(self.share));
+        y.par_chunks_mut(width.max(1))
+            .zip(own.par_chunks(width.max(1)).zip(self.index.par_iter()))
+            .with_min_len(TASK_ROWS)
+            .for_each(|(y, (own, &row))| add_row(y, own, &x[row as usize * width..], share));
+        y
+    }
+}
+
+impl CustomOp2 for AddRows {
+    fn name(&self) -> &'static str {
+        "add_rows"
+    }
+
+    fn cpu_fwd(
+        &self,
+        own: &CpuStorage,
+        lo: &Layout,
+        x: &CpuStorage,
+        lx: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        same_dtype(self.name(), own.dtype(), x.dtype())?;
+        let width = self.check(lo.shape(), lx.shape())?;
+        let y = dispatch!(own.dtype(), self.name(), T => {
+            storage(self.forward::<T>(width, slice(own, lo)?, slice(x, lx)?))
+        });
+        Ok((y, lo.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        own: &Tensor,
+        x: &Tensor,
+        _res: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let d_x = x.track_op().then(|| {
+            let shares = Tensor::full(self.share, self.index.len(), dy.device())?;
+            let shares = shares.to_dtype(dy.dtype())?;
+            weighted_scatter(dy, &shares, &self.index, x.dim(0)?)
+        });
+        Ok((own.track_op().then(|| dy.clone()), d_x.transpose()?))
+    }
+}
+
+/// `own[s] + share · x[index[s]]`: `own: [S, W]`, `x: [N, W]`, `index: [S]` below `N`, result `[S, W]`; several may be
+/// of one row. Differentiable in both.
+pub fn add_rows(own: &Tensor, x: &Tensor, index: &Arc<[u32]>, share: f64) -> Result<Tensor> {
+    let op = AddRows {
+        index: index.clone(),
+        share,
+    };
+    if composed::is_for(own) {
+        op.check(own.shape(), x.shape())?;
+        return own + composed::select_rows(&(x * share)?, index)?;
+    }
+    own.contiguous()?.apply_op2(&x.contiguous()?, op)
+}
+
 /// `x[index[s]]`: `x: [N, W]`, `index: [S]` below `N`, result `[S, W]`; several may be of one row.
 /// Differentiable.
 pub fn select_rows(x: &Tensor, index: &Arc<[u32]>) -> Result<Tensor> {

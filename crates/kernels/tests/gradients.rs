@@ -7,8 +7,8 @@ mod common;
 use candle_core::{Result, Tensor, Var};
 use common::{random, segments, values};
 use lightmoe_kernels::{
-    Rope, Seen, apply_rope, causal_attention, cross_entropy, grouped_linear, linear, low_rank,
-    rms_norm, spread_columns, swiglu, weighted_scatter,
+    Rope, Seen, add_rows, apply_rope, causal_attention, cross_entropy, grouped_linear, linear,
+    low_rank, rms_norm, spread_columns, swiglu, weighted_scatter,
 };
 use std::sync::Arc;
 
@@ -242,6 +242,21 @@ fn weighted_scatter_plain_and_strided() {
 }
 
 #[test]
+fn add_rows_plain_and_strided() {
+    // Row 1 is chosen by none, row 2 by three.
+    let index: Arc<[u32]> = [2, 0, 2, 3, 2].into();
+    check(&[random(1, &[5, 3]), random(2, &[4, 3])], |v| {
+        add_rows(&v[0], &v[1], &index, 0.3)
+    });
+    check(&[random(1, &[3, 5]), random(2, &[3, 4])], |v| {
+        add_rows(&v[0].t()?, &v[1].t()?, &index, 0.3)
+    });
+    check(&[random(1, &[0, 3]), random(2, &[2, 3])], |v| {
+        add_rows(&v[0], &v[1], &[].into(), 0.3)
+    });
+}
+
+#[test]
 fn spread_columns_plain_and_strided() {
     // Rows of group 1 between those of group 0; column 2 of five gets nothing from group 0.
     let s = segments(&[(0, 2), (1, 1), (0, 1)]);
@@ -290,6 +305,10 @@ fn no_gradient_for_what_is_not_tracked() {
             weighted_scatter(&v[0], &v[1], &targets, 2).unwrap()
         });
         assert_eq!(got, track, "weighted_scatter");
+        let got = received(&[matrix.clone(), random(2, &[2, 3])], &track, |v| {
+            add_rows(&v[0], &v[1], &targets, 0.3).unwrap()
+        });
+        assert_eq!(got, track, "add_rows");
     }
     for track in [
         [true, false, false],

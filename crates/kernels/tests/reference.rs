@@ -8,8 +8,9 @@ mod common;
 use candle_core::{D, DType, Device, Result, Tensor};
 use common::{close, random, segments, values};
 use lightmoe_kernels::{
-    AdamW, Moments, Rope, Seen, Segment, apply_rope, attention, causal_attention, cross_entropy,
-    grouped_linear, linear, low_rank, rms_norm, spread_columns, swiglu, top_k, weighted_scatter,
+    AdamW, Moments, Rope, Seen, Segment, add_rows, apply_rope, attention, causal_attention,
+    cross_entropy, grouped_linear, linear, low_rank, rms_norm, spread_columns, swiglu, top_k,
+    weighted_scatter,
 };
 use std::sync::Arc;
 
@@ -291,6 +292,24 @@ fn weighted_scatter_is_a_sum_of_rows() {
             Tensor::zeros((11, 5), DType::F64, &Device::Cpu)?.index_add(&index, &rows, 0)
         },
     );
+}
+
+#[test]
+fn add_rows_is_a_sum_with_chosen_rows() {
+    let index: Arc<[u32]> = (0..40u32).map(|i| i * i % 9).collect();
+    compare(
+        &[random(1, &[40, 5]), random(2, &[11, 5])],
+        |v| add_rows(&v[0], &v[1], &index, 0.3),
+        |v| {
+            let index = Tensor::new(&index[..], &Device::Cpu)?;
+            &v[0] + (v[1].index_select(&index, 0)? * 0.3)?
+        },
+    );
+    let own = random(1, &[2, 5]);
+    for (x, index) in [([2, 5], [0, 2]), ([2, 4], [0, 1])] {
+        let error = add_rows(&own, &random(2, &x), &index.into(), 1.0).unwrap_err();
+        assert!(error.to_string().contains("add_rows"), "{error}");
+    }
 }
 
 #[test]

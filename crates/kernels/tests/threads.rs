@@ -7,8 +7,8 @@ mod common;
 use candle_core::{DType, Tensor, Var};
 use common::{random, segments};
 use lightmoe_kernels::{
-    causal_attention, cross_entropy, grouped_linear, linear, low_rank, rms_norm, spread_columns,
-    swiglu, weighted_scatter,
+    add_rows, causal_attention, cross_entropy, grouped_linear, linear, low_rank, rms_norm,
+    spread_columns, swiglu, weighted_scatter,
 };
 use std::sync::Arc;
 
@@ -78,6 +78,14 @@ fn scatter() {
     let targets: Arc<[u32]> = (0..2000u32).map(|i| i * i % 97).collect();
     check(&[&[2000, 40], &[2000]], |v| {
         weighted_scatter(&v[0], &v[1], &targets, 100).unwrap()
+    });
+}
+
+#[test]
+fn added_rows() {
+    let index: Arc<[u32]> = (0..701u32).map(|i| i * 7 % 100).collect();
+    check(&[&[701, 6], &[100, 6]], |v| {
+        add_rows(&v[0], &v[1], &index, 0.3).unwrap()
     });
 }
 

@@ -326,17 +326,23 @@ unsafe fn order<'a, M: Multiply>(
         return;
     }
     scratch.of = Some((x, sizes));
-    scratch.rows.clear();
     let all = parts
         .last()
         .map_or(0, |part| part.start + rows * part.words);
     scratch.rows.resize(all, 0);
     for part in parts {
         let words = scratch.rows[part.start..].chunks_exact_mut(part.words);
-        for (row, words) in words.take(product.rows).enumerate() {
-            let from = &x[row * stride..][part.inputs.clone()];
-            // SAFETY: the caller's promise.
-            unsafe { M::Number::words(from, words) };
+        for (row, words) in words.take(rows).enumerate() {
+            let written = match row < product.rows {
+                true => part.inputs.len().div_ceil(M::Number::OF_WORD),
+                false => 0,
+            };
+            if written > 0 {
+                let from = &x[row * stride..][part.inputs.clone()];
+                // SAFETY: the caller's promise.
+                unsafe { M::Number::words(from, words) };
+            }
+            words[written..].fill(0);
         }
     }
 }

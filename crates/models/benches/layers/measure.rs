@@ -22,9 +22,12 @@ type Outcome<T> = Result<T, Box<dyn Error>>;
 const COPIED: usize = 1 << 27;
 /// Sides of the dense product whose rate is the measure of rates.
 const SIDE: usize = 4096;
-/// Seconds that one measurement may take, and the most repetitions.
-const BUDGET: f64 = 0.6;
+/// Seconds that one measurement may take, the fewest repetitions for all that, and the most.
+const BUDGET: f64 = 1.0;
+const LEAST: usize = 3;
 const MOST: usize = 30;
+/// Seconds of what is not repeated.
+const TOO_LONG: f64 = 6.0;
 /// What others are asked to do too.
 const OTHERS: [usize; 4] = [1, 32, 1024, 4096];
 /// Tokens from which one kind of routing is enough.
@@ -89,23 +92,46 @@ pub fn run(folder: &Path, models: &[&str], peers: Option<(&str, &str)>) -> Outco
     Ok(results)
 }
 
-/// Median seconds of `work`, after one run beforehand; the seconds of that if it takes long.
-fn time(mut work: impl FnMut() -> Outcome<()>) -> Outcome<f64> {
-    let mut once = || -> Outcome<f64> {
-        let start = Instant::now();
-        work()?;
-        Ok(start.elapsed().as_secs_f64())
+/// What is timed with a batch.
+type Work<'a, T> = dyn FnMut(&T) -> Outcome<()> + 'a;
+
+/// Seconds of each of `kinds` of work with `batches`, in turn so that a slow while of the machine meets all alike: the
+/// mean over the batches, since those of few tokens differ in how much there is to do, of the median of some
+/// repetitions after one beforehand; the seconds of that alone if it takes long.
+fn times<T>(kinds: &mut [Box<Work<'_, T>>], batches: &[T]) -> Outcome<Vec<f64>> {
+    let nothing = vec![vec![Vec::new(); batches.len()]; kinds.len()];
+    let mut once = |all: &mut [Vec<Vec<f64>>]| -> Outcome<()> {
+        for (i, batch) in batches.iter().enumerate() {
+            for (kind, all) in kinds.iter_mut().zip(&mut *all) {
+                let start = Instant::now();
+                kind(batch)?;
+                all[i].push(start.elapsed().as_secs_f64());
+            }
+        }
+        Ok(())
     };
-    let first = once()?;
-    if first > 4.0 * BUDGET {
-        return Ok(first);
+    let mut all = nothing.clone();
+    once(&mut all)?;
+    let first = all.iter().flatten().flatten().sum::<f64>() / nothing.len() as f64;
+    if first < TOO_LONG {
+        all = nothing;
+        let count = (BUDGET / first.max(1e-9)) as usize;
+        for _ in 0..count.clamp(LEAST, MOST) {
+            once(&mut all)?;
+        }
     }
-    let count = (BUDGET / first.max(1e-9)) as usize;
-    let mut all = (0..count.clamp(1, MOST))
-        .map(|_| once())
-        .collect::<Outcome<Vec<f64>>>()?;
-    all.sort_by(f64::total_cmp);
-    Ok(all[all.len() / 2])
+    let median = |seconds: &mut Vec<f64>| {
+        seconds.sort_by(f64::total_cmp);
+        seconds[seconds.len() / 2]
+    };
+    let mean =
+        |all: &mut Vec<Vec<f64>>| all.iter_mut().map(median).sum::<f64>() / batches.len() as f64;
+    Ok(all.iter_mut().map(mean).collect())
+}
+
+/// Seconds of `work`; see [`times`].
+fn time(mut work: impl FnMut() -> Outcome<()>) -> Outcome<f64> {
+    Ok(times(&mut [Box::new(|()| work())], &[()])?[0])
 }
 
 /// Bytes read and written a second, by all threads.
@@ -223,14 +249,21 @@ impl Layer {
             "tokens": tokens,
             "routing": skew.name(),
         });
-        for (bank, replaced) in self.banks.iter().zip(REPLACED) {
-            let mut turn = batches.iter().cycle();
-            let seconds = time(|| {
-                if let Some((batch, x, gates)) = turn.next() {
-                    black_box(bank.forward(x, gates, &batch.chosen)?);
-                }
+        let mut kinds: Vec<Box<Work<'_, Given>>> = Vec::new();
+        for bank in &self.banks {
+            kinds.push(Box::new(|(batch, x, gates)| {
+                black_box(bank.forward(x, gates, &batch.chosen)?);
                 Ok(())
-            })?;
+            }));
+        }
+        if self.dtype == DType::F32 && skew == Skew::Uniform && OTHERS.contains(&tokens) {
+            kinds.push(Box::new(|(batch, x, gates)| {
+                black_box(candle_loop(model, &self.original, x, gates, &batch.chosen)?);
+                Ok(())
+            }));
+        }
+        let seconds = times(&mut kinds, &batches)?;
+        for (seconds, replaced) in seconds.iter().zip(REPLACED) {
             let least = batches.iter();
             let least = least.map(|(b, ..)| Least::new(model, model.adapted(replaced), b));
             let least: Vec<Least> = least.collect();
@@ -241,15 +274,8 @@ impl Layer {
                 "operations": mean(|l| l.operations),
             });
         }
-        if self.dtype == DType::F32 && skew == Skew::Uniform && OTHERS.contains(&tokens) {
-            let mut turn = batches.iter().cycle();
-            let loop_of_candle = || {
-                if let Some((batch, x, gates)) = turn.next() {
-                    black_box(candle_loop(model, &self.original, x, gates, &batch.chosen)?);
-                }
-                Ok(())
-            };
-            case["candle_loop"] = json!(time(loop_of_candle)?);
+        if let Some(seconds) = seconds.get(REPLACED.len()) {
+            case["candle_loop"] = json!(seconds);
         }
         Ok(case)
     }
@@ -264,8 +290,10 @@ fn turns(tokens: usize) -> u64 {
     }
 }
 
-/// Batches with their rows and gates.
-fn batches(model: &Model, tokens: usize, skew: Skew) -> Outcome<Vec<(Batch, Tensor, Tensor)>> {
+/// A batch with its rows and gates.
+type Given = (Batch, Tensor, Tensor);
+
+fn batches(model: &Model, tokens: usize, skew: Skew) -> Outcome<Vec<Given>> {
     let one = |seed: u64| -> Outcome<_> {
         let batch = Batch::new(model, tokens, skew, seed);
         let x = batch.x.iter().map(|x| x.to_f32()).collect();

@@ -5,7 +5,8 @@ use super::{Adapters, Bank, Pick, Projections, RankedAdapters, index, missing};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use lightmoe_kernels::{
-    Dispatch, Segment, as_rows, grouped_linear, linear, select_rows, swiglu, weighted_scatter,
+    Dispatch, Segment, add_rows, as_rows, grouped_linear, linear, select_rows, swiglu,
+    weighted_scatter,
 };
 use std::ops::Range;
 use std::sync::Arc;
@@ -265,11 +266,10 @@ impl Bank {
         let pair_x = select_rows(x, &pairs.tokens)?;
         let base = |x: &Tensor, pick: Pick| self.base_product(x, pick, &pairs.segments);
         let with_base = |own: Option<Tensor>, pick: Pick| -> Result<Tensor> {
-            let y = (base(&pair_x, pick)? * share)?;
-            let y = select_rows(&y, &pairs.pair_of_row)?;
+            let y = base(&pair_x, pick)?;
             Ok(match own {
-                Some(own) => (own + y)?,
-                None => y,
+                Some(own) => add_rows(&own, &y, &pairs.pair_of_row, share)?,
+                None => select_rows(&(y * share)?, &pairs.pair_of_row)?,
             })
         };
         let h = swiglu(&with_base(gate, |p| &p.gate)?, &with_base(up, |p| &p.up)?)?;
