@@ -449,7 +449,7 @@ pub struct SynthesizeArgs {
 /// `pretrain`
 #[derive(Debug, Args)]
 pub struct PretrainArgs {
-    /// The pre-training recipe; with a table `[text]` in it (`files`, a list of files or patterns of plain text or of JSON lines with `text`, and `vocab_size` for the tokenizer that is trained on them), the text is theirs and not the built-in mix
+    /// The pre-training recipe; with a table `[text]` in it (`files`, a list of files or patterns of plain text or of JSON lines with `text`, and `vocab_size` for the tokenizer that is trained on them), the text is theirs and not the built-in mix; with `upcycle_from`, a folder, all experts begin as copies of the one that the model there has in each layer
     #[arg(
         long,
         value_name = "FILE.toml",

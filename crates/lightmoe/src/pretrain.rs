@@ -2,6 +2,7 @@
 //! lies in the repository was made, or on text files of the user's own.
 
 mod material;
+mod upcycled;
 
 use crate::device;
 use crate::preflight::Refused;
@@ -19,6 +20,7 @@ use lightmoe_train::{
 use material::Material;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use upcycled::Start;
 
 /// The recipe file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -32,6 +34,10 @@ pub struct PretrainRecipe {
     pub model: Shape,
     /// The training.
     pub training: Training,
+    /// A model of one expert a layer and otherwise this shape and text: all experts begin as copies of that one
+    /// (sparse upcycling), and the rest as its. Without it, weights are random.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upcycle_from: Option<PathBuf>,
     /// The text; without it, the built-in mix.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<TextFiles>,
@@ -129,6 +135,14 @@ impl PretrainRecipe {
         Ok(())
     }
 
+    fn model_config(&self, vocab_size: usize) -> Result<ModelConfig> {
+        let raw = self.config(vocab_size);
+        Ok(ModelConfig::from_json(
+            &raw,
+            Path::new("the recipe's [model]"),
+        )?)
+    }
+
     /// The `config.json` of the model: OLMoE's, in this shape.
     fn config(&self, vocab_size: usize) -> serde_json::Value {
         let m = &self.model;
@@ -174,17 +188,24 @@ impl PretrainRecipe {
 pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
     let material = Material::of(recipe).map_err(Refused::of)?;
     let raw = recipe.config(material.vocab_size);
-    let config = ModelConfig::from_json(&raw, Path::new("the recipe's [model]"))?;
+    let config = recipe.model_config(material.vocab_size)?;
     let t = &recipe.training;
     let placement = device::fresh();
     let mut model = Decoder::random(&config, recipe.seed)?;
+    let start = recipe.upcycle_from.as_deref();
+    let start = start.map(|folder| Start::load(folder, recipe, &material.tokenizer));
+    let start = start.transpose().map_err(Refused::of)?;
+    let mut fingerprint =
+        crate::fingerprint(&(recipe, &material.fingerprint, env!("CARGO_PKG_VERSION")))?;
+    if let Some(start) = start {
+        fingerprint = crate::fingerprint(&(fingerprint, &start.fingerprint))?;
+        start.put(&mut model)?;
+    }
     model.visit(&mut |_, _, tensor| {
         *tensor = placement.put(tensor)?;
         Ok(())
     })?;
     let work = recipe.out.with_extension("pretraining");
-    let fingerprint =
-        crate::fingerprint(&(recipe, &material.fingerprint, env!("CARGO_PKG_VERSION")))?;
     let fingerprint = device::fingerprint(&fingerprint, &placement)?;
     let options = TrainOptions {
         steps: t.steps,

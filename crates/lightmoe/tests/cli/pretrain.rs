@@ -54,6 +54,38 @@ fn a_model_is_trained_from_nothing_and_always_to_the_same_bytes() {
     assert!(!names(folder.path()).contains(&"c".to_owned()));
 }
 
+#[test]
+fn experts_that_begin_as_copies_learn_from_where_their_model_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let train = |recipe: &str, out: &str| {
+        fs::write(folder.path().join("recipe.toml"), recipe).unwrap();
+        pretrain(folder.path(), out)
+    };
+    let loss = |text: String| -> f64 {
+        let text = text.split("last training loss ").nth(1).unwrap();
+        text.trim().parse().unwrap()
+    };
+    let longer = RECIPE.replace("steps = 6", "steps = 60");
+    let one = longer.replace("num_experts = 4", "num_experts = 1");
+    let one = one.replace("per_tok = 2", "per_tok = 1");
+    let one = one.replace("balance = 0.01", "balance = 0.0");
+    train(&one, "one").ok();
+    let anew = loss(train(RECIPE, "anew").ok());
+    let from = |recipe: &str| format!("upcycle_from = 'one'\n{recipe}");
+    let upcycled = loss(train(&from(RECIPE), "upcycled").ok());
+    assert!(upcycled < anew - 0.5, "{upcycled} {anew}");
+
+    let wider = RECIPE.replace("intermediate_size = 8", "intermediate_size = 16");
+    let message = train(&from(&wider), "wider").fails(2);
+    assert!(message.contains("upcycle_from") && message.contains("`one`"));
+    assert!(message.contains("num_experts = 1"), "{message}");
+    let message = train(&from(RECIPE).replace("'one'", "'runs/none'"), "none").fails(2);
+    assert!(
+        message.contains("`runs/none`") && message.contains("config.json"),
+        "{message}"
+    );
+}
+
 /// Small files of documents, of sentences that a tokenizer can learn from, and a recipe for them.
 fn write_books(folder: &Path) {
     fs::create_dir(folder.join("books")).unwrap();

@@ -101,11 +101,12 @@ type Work<'a, T> = dyn FnMut(&T) -> Outcome<()> + 'a;
 fn times<T>(kinds: &mut [Box<Work<'_, T>>], batches: &[T]) -> Outcome<Vec<f64>> {
     let nothing = vec![vec![Vec::new(); batches.len()]; kinds.len()];
     let mut once = |all: &mut [Vec<Vec<f64>>]| -> Outcome<()> {
-        for (i, batch) in batches.iter().enumerate() {
-            for (kind, all) in kinds.iter_mut().zip(&mut *all) {
+        for (kind, all) in kinds.iter_mut().zip(&mut *all) {
+            // No batch directly behind itself, whose experts may still be in the cache.
+            for (batch, all) in batches.iter().zip(all) {
                 let start = Instant::now();
                 kind(batch)?;
-                all[i].push(start.elapsed().as_secs_f64());
+                all.push(start.elapsed().as_secs_f64());
             }
         }
         Ok(())
