@@ -251,9 +251,6 @@ fn add_rows_plain_and_strided() {
     check(&[random(1, &[3, 5]), random(2, &[3, 4])], |v| {
         add_rows(&v[0].t()?, &v[1].t()?, &index, 0.3)
     });
-    check(&[random(1, &[0, 3]), random(2, &[2, 3])], |v| {
-        add_rows(&v[0], &v[1], &[].into(), 0.3)
-    });
 }
 
 #[test]

@@ -136,6 +136,8 @@ fn empty_dimensions_give_empty_or_zero_results() {
     );
     let y = weighted_scatter(&zeros(&[0, 3]), &zeros(&[0]), &[].into(), 2).unwrap();
     assert_eq!(values(&y), [0.0; 6]);
+    let y = add_rows(&zeros(&[0, 3]), &zeros(&[2, 3]), &[].into(), 0.5).unwrap();
+    assert_eq!(y.dims(), [0, 3]);
     let y = weighted_scatter(&zeros(&[2, 0]), &zeros(&[2]), &[0, 1].into(), 2).unwrap();
     assert_eq!(y.dims(), [2, 0]);
     assert_eq!(
