@@ -187,7 +187,6 @@ impl PretrainRecipe {
 /// If the recipe cannot work, the run is stopped, or files cannot be written.
 pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
     let material = Material::of(recipe).map_err(Refused::of)?;
-    let raw = recipe.config(material.vocab_size);
     let config = recipe.model_config(material.vocab_size)?;
     let t = &recipe.training;
     let placement = device::fresh();
@@ -285,6 +284,6 @@ pub fn pretrain(recipe: &PretrainRecipe) -> Result<f64> {
         "pad_token_id": tokenizer::PAD_ID,
     });
     writer.side_file("generation_config.json", &json(&generation)?)?;
-    writer.finish(&raw)?;
+    writer.finish(&config.raw)?;
     Ok(recent)
 }

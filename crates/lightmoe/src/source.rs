@@ -40,9 +40,7 @@ pub fn model_folder(name: &str, want: Want) -> Result<PathBuf> {
     let path = PathBuf::from(name);
     match hub_name(name) {
         Some(name) => hub::download(&name, want),
-        None if path.join("config.json").is_file() || folder::abandoned(&path).is_some() => {
-            Ok(path)
-        }
+        None if is_model_folder(&path) => Ok(path),
         None => Err(Refused(format!(
             "`{name}` is no model folder: it has no config.json; give a folder in the Hugging Face \
              layout, a model on the Hugging Face Hub as `org/name` or `org/name@revision`, or \
@@ -50,6 +48,11 @@ pub fn model_folder(name: &str, want: Want) -> Result<PathBuf> {
         ))
         .into()),
     }
+}
+
+/// Whether there is a model folder, or what is left of one: whoever opens that is told how to get it back.
+pub(crate) fn is_model_folder(path: &Path) -> bool {
+    path.join("config.json").is_file() || folder::abandoned(path).is_some()
 }
 
 /// The model on the Hub that `name` means, if it means one.

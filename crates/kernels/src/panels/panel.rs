@@ -331,19 +331,16 @@ unsafe fn order<'a, M: Multiply>(
         .map_or(0, |part| part.start + rows * part.words);
     scratch.rows.resize(all, 0);
     for part in parts {
-        let words = scratch.rows[part.start..].chunks_exact_mut(part.words);
-        for (row, words) in words.take(rows).enumerate() {
-            let written = match row < product.rows {
-                true => part.inputs.len().div_ceil(M::Number::OF_WORD),
-                false => 0,
-            };
-            if written > 0 {
-                let from = &x[row * stride..][part.inputs.clone()];
-                // SAFETY: the caller's promise.
-                unsafe { M::Number::words(from, words) };
-            }
-            words[written..].fill(0);
+        let filled = part.inputs.len().div_ceil(M::Number::OF_WORD);
+        let words = &mut scratch.rows[part.start..][..rows * part.words];
+        let (words, missing) = words.split_at_mut(product.rows * part.words);
+        for (row, words) in words.chunks_exact_mut(part.words).enumerate() {
+            let from = &x[row * stride..][part.inputs.clone()];
+            // SAFETY: the caller's promise.
+            unsafe { M::Number::words(from, words) };
+            words[filled..].fill(0);
         }
+        missing.fill(0);
     }
 }
 

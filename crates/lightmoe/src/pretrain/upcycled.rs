@@ -2,9 +2,9 @@
 //! one MLP that a trained model has in each layer. Such experts have much in common, which a shared base can hold.
 
 use super::PretrainRecipe;
-use crate::source::model_fingerprint;
+use crate::source::{is_model_folder, model_fingerprint};
 use anyhow::{Context, Result, ensure};
-use lightmoe_models::{Checkpoint, Decoder, LanguageModel, ParameterKind, folder};
+use lightmoe_models::{Checkpoint, Decoder, LanguageModel, ParameterKind};
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -32,7 +32,7 @@ impl Start {
 
     fn read(folder: &Path, recipe: &PretrainRecipe, tokenizer: &str) -> Result<Self> {
         ensure!(
-            folder.join("config.json").is_file() || folder::abandoned(folder).is_some(),
+            is_model_folder(folder),
             "it is no model folder: it has no config.json; train that model first"
         );
         let checkpoint = Checkpoint::open(folder)?;
@@ -99,15 +99,16 @@ mod tests {
     use super::*;
     use lightmoe_models::Tokens;
 
-    const RECIPE: &str = "out = 'model'\nseed = 3\n[model]\nhidden_size = 16\nnum_hidden_layers = 2\n\
-        num_attention_heads = 2\nintermediate_size = 8\nnum_experts = 6\nnum_experts_per_tok = 2\n\
-        max_position_embeddings = 64\n[training]\nsteps = 6\nrows = 2\nlength = 32\nbalance = 0.01\n\
-        weight_decay = 0.1\nclip_norm = 1.0\nbeta1 = 0.9\nbeta2 = 0.95\n[training.learning_rate]\n\
-        peak = 3e-3\nwarmup = 0.1\nflat_until = 0.5\ndecay = 'linear'\nfinal_share = 0.02\n";
-
     #[test]
     fn a_model_begins_as_the_one_it_is_made_of() -> Result<()> {
-        let mut recipe: PretrainRecipe = toml::from_str(RECIPE)?;
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/olmoe-nano.toml");
+        let mut recipe = PretrainRecipe::load(&path)?;
+        (recipe.model.num_experts, recipe.model.num_experts_per_tok) = (6, 2);
+        (recipe.model.hidden_size, recipe.model.intermediate_size) = (16, 8);
+        (
+            recipe.model.num_hidden_layers,
+            recipe.model.num_attention_heads,
+        ) = (2, 2);
         let mut model = Decoder::random(&recipe.model_config(50)?, 1)?;
         (recipe.model.num_experts, recipe.model.num_experts_per_tok) = (1, 1);
         let dense = Decoder::random(&recipe.model_config(50)?, 2)?;
