@@ -49,6 +49,8 @@ const STEPS: &[(&str, &[&str])] = &[
             "--test",
             "reference",
             "--test",
+            "refusals",
+            "--test",
             "gradients",
             "--test",
             "parity",
