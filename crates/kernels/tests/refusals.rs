@@ -1,5 +1,7 @@
 //! The errors of every operation for inputs that do not fit.
 
+#![allow(clippy::unwrap_used)] // in the helpers, too
+
 mod common;
 
 use candle_core::{DType, Result, Tensor};
