@@ -4,16 +4,18 @@
     cpu_peers.py CASES.json RESULTS.json
 
 CASES.json is a list of cases; each is a list of batches that are taken in turn, and a batch is {"name", "hidden",
-"inner", "experts", "top_k", "tokens", "routing"}; "routing" is the path, relative to the list, of a little-endian
-file of [tokens * top_k] u32 experts, then [tokens * top_k] f32 gates. All peers compute the same uncompressed
-layer, once with all in f32 and once with all in bf16:
+"inner", "experts", "top_k", "tokens", "compared", "file"}; "file" is the path, relative to the list, of a file of
+little-endian numbers: [tokens * top_k] u32 experts, as many f32 gates, [tokens, hidden] bf16 inputs, and what the
+first `compared` tokens come to, [compared, hidden] f32. All peers compute the same uncompressed layer with the
+weights of `weights`, once with all in f32 and once with all in bf16:
 
     out[t] = sum_j gate[t, j] * down[e] (silu(gate_e x[t]) * (up_e x[t])),   e = expert[t, j]
 
-For each peer there is the time, or its error.
+For each peer there is the time and how far it is from the given results, or its error; being too far is one.
 """
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -25,7 +27,26 @@ import torch.nn.functional as F
 BUDGET = 1.0  # seconds of repetitions for each case and peer
 LEAST, MOST = 3, 30  # repetitions
 TOO_LONG = 6.0  # seconds of what is not repeated
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+# The most that results may differ, relatively.
+DTYPES = {"f32": (torch.float32, 1e-3), "bf16": (torch.bfloat16, 1e-2)}
+
+
+def weights(to, seed):
+    """Fills `to: [experts, out, in]` with hashed numbers of variance `1 / in`, the same wherever they are made."""
+    size = (torch.tensor(3.0) / to.shape[2]).sqrt() / 2**31
+    each = to[0].numel()
+    for expert, matrix in enumerate(to):
+        mixed = torch.arange(expert * each, (expert + 1) * each) ^ (seed << 20)
+        for factor, shift in (0x9E3779B1, 15), (0x85EBCA6B, 13):
+            mixed.mul_(factor).bitwise_and_(0xFFFFFFFF)
+            mixed ^= mixed >> shift
+        matrix.copy_(mixed.to(torch.int32).float().mul_(size).view(matrix.shape))
+
+
+def distance(out, case):
+    """How far results are from the given ones, relatively."""
+    given = case["out"]
+    return ((out[: len(given)].float() - given).norm() / given.norm()).item()
 
 
 def measure(runs):
@@ -45,9 +66,10 @@ def measure(runs):
     return statistics.mean(statistics.median(times) for times in zip(*rounds))
 
 
-def torch_loop(case, x, gate_up, down):
+def torch_loop(case, gate_up, down):
     """Expert by expert, as most model files do."""
-    chosen, gates, inner = case["chosen"], case["gates"].to(x.dtype), case["inner"]
+    x, chosen, inner = case["x"].to(down.dtype), case["chosen"], case["inner"]
+    gates = case["gates"].to(x.dtype)
 
     def run():
         out = torch.zeros_like(x)
@@ -65,7 +87,7 @@ def torch_loop(case, x, gate_up, down):
 def transformers(implementation):
     """The experts of transformers' OLMoE, under one of its implementations."""
 
-    def prepare(case, x, gate_up, down):
+    def prepare(case, gate_up, down):
         from transformers import OlmoeConfig
         from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
@@ -77,7 +99,7 @@ def transformers(implementation):
             experts = OlmoeExperts(config)
         experts.gate_up_proj = torch.nn.Parameter(gate_up, requires_grad=False)
         experts.down_proj = torch.nn.Parameter(down, requires_grad=False)
-        gates = case["gates"].to(x.dtype)
+        x, gates = (case[name].to(down.dtype) for name in ("x", "gates"))
         return lambda: experts(x, case["chosen"], gates)
 
     return prepare
@@ -90,16 +112,23 @@ PEERS = {
 }
 
 
-def with_routing(spec, folder):
-    """A case with its choices and gates, `[tokens, top_k]`."""
-    choices = spec["tokens"] * spec["top_k"]
-    raw = bytearray((folder / spec["routing"]).read_bytes())
-    if len(raw) != 8 * choices:
-        raise ValueError(f"{spec['routing']} has {len(raw)} bytes, not {8 * choices}")
-    chosen = torch.frombuffer(raw, dtype=torch.int32, count=choices).long()
-    gates = torch.frombuffer(raw, dtype=torch.float32, offset=4 * choices)
-    shape = spec["tokens"], spec["top_k"]
-    return spec | {"chosen": chosen.view(shape), "gates": gates.view(shape)}
+def with_inputs(spec, folder):
+    """A case with choices and gates `[tokens, top_k]`, inputs, and the results of its first tokens."""
+    routing, hidden = (spec["tokens"], spec["top_k"]), spec["hidden"]
+    parts = [
+        ("chosen", torch.int32, routing),
+        ("gates", torch.float32, routing),
+        ("x", torch.bfloat16, (spec["tokens"], hidden)),
+        ("out", torch.float32, (spec["compared"], hidden)),
+    ]
+    raw, start, case = bytearray((folder / spec["file"]).read_bytes()), 0, dict(spec)
+    for name, dtype, shape in parts:
+        count = math.prod(shape)
+        case[name] = torch.frombuffer(raw, dtype=dtype, count=count, offset=start).view(shape)
+        start += count * dtype.itemsize
+    if len(raw) != start:
+        raise ValueError(f"{spec['file']} has {len(raw)} bytes, not {start}")
+    return case | {"chosen": case["chosen"].long()}
 
 
 @torch.no_grad()
@@ -107,7 +136,7 @@ def main():
     list_path, results = map(Path, sys.argv[1:])
     specs = json.loads(list_path.read_text())
     times = {batches[0]["name"]: [] for batches in specs}
-    for dtype_name, dtype in DTYPES.items():
+    for dtype_name, (dtype, farthest) in DTYPES.items():
         shape = None
         for batches in specs:
             spec = batches[0]
@@ -115,14 +144,19 @@ def main():
             if shape != sizes:
                 gate_up = down = None  # frees the old ones first
                 shape = hidden, inner, experts = sizes
-                gate_up = torch.empty(experts, 2 * inner, hidden, dtype=dtype).uniform_(-0.02, 0.02)
-                down = torch.empty(experts, hidden, inner, dtype=dtype).uniform_(-0.02, 0.02)
-            cases = [with_routing(batch, list_path.parent) for batch in batches]
-            x = torch.randn(spec["tokens"], hidden).to(dtype)
+                gate_up = torch.empty(experts, 2 * inner, hidden, dtype=dtype)
+                down = torch.empty(experts, hidden, inner, dtype=dtype)
+                for seed, to in enumerate([gate_up[:, :inner], gate_up[:, inner:], down], 1):
+                    weights(to, seed)
+            cases = [with_inputs(batch, list_path.parent) for batch in batches]
             for name, prepare in PEERS.items():
                 entry = {"name": name, "dtype": dtype_name}
                 try:
-                    entry["seconds"] = measure([prepare(case, x, gate_up, down) for case in cases])
+                    runs = [prepare(case, gate_up, down) for case in cases]
+                    entry["distance"] = max(distance(run(), case) for run, case in zip(runs, cases))
+                    if not entry["distance"] < farthest:
+                        raise ArithmeticError(f"the results differ by {entry['distance']}")
+                    entry["seconds"] = measure(runs)
                 except Exception as error:  # what a peer cannot do is its result
                     entry["error"] = f"{type(error).__name__}: {error}"
                 print(spec["name"], entry, file=sys.stderr)

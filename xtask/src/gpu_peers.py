@@ -3,22 +3,25 @@
 
     gpu_peers.py CASES.json RESULTS.json [--seconds 90]
 
-CASES.json is a list of {"name", "hidden", "inner", "experts", "top_k", "tokens", "routing"}; "routing" is
-the path (absolute, or relative to the list) of a little-endian file of [tokens * top_k] u32 experts, then
-[tokens * top_k] f32 gates. All peers compute the same uncompressed layer on the same bf16 weights:
+CASES.json is a list of {"name", "hidden", "inner", "experts", "top_k", "tokens", "compared", "file"}; "file" is
+the path, relative to the list, of a file of little-endian numbers: [tokens * top_k] u32 experts, as many f32
+gates, [tokens, hidden] bf16 inputs, and what the first `compared` tokens come to, [compared, hidden] f32.
+`noise.bin` beside the list has the bf16 numbers that each projection of all experts repeats from its start.
+All peers compute the same uncompressed layer:
 
     out[t] = sum_j gate[t, j] * down[e] (silu(gate_e x[t]) * (up_e x[t])),   e = expert[t, j]
 
 Sorting the choices by expert is not timed where the peer lets us do it (all but those of transformers,
 which sort for themselves). RESULTS.json is written anew after every case; for each peer it has the
 median time, how it was launched (by CUDA graph, or plainly with the reason) and its relative distance
-from the first peer, or its error.
+from the given results, or its error; being too far is one.
 """
 
 import argparse
 import functools
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -30,6 +33,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+FARTHEST = 2e-2  # the most that results may differ, relatively
 BUDGET = 300  # milliseconds of repetitions for each case and peer
 DEVICE = "cuda"
 
@@ -71,13 +75,22 @@ class Case:
         self.name, self.hidden, self.inner = spec["name"], spec["hidden"], spec["inner"]
         self.experts, self.top_k, self.tokens = spec["experts"], spec["top_k"], spec["tokens"]
         self.gate_up, self.down = weights
+        raw, start = bytearray((folder / spec["file"]).read_bytes()), 0
+
+        def read(dtype, *shape):
+            nonlocal start
+            count = math.prod(shape)
+            part = torch.frombuffer(raw, dtype=dtype, count=count, offset=start)
+            start += count * dtype.itemsize
+            return part.view(shape).to(DEVICE)
+
         choices = self.tokens * self.top_k
-        raw = bytearray((folder / spec["routing"]).read_bytes())
-        if len(raw) != 8 * choices:
-            raise ValueError(f"{spec['routing']} has {len(raw)} bytes, not {8 * choices}")
-        self.chosen = torch.frombuffer(raw, dtype=torch.int32, count=choices).long().to(DEVICE)
-        self.gates = torch.frombuffer(raw, dtype=torch.float32, offset=4 * choices).to(DEVICE)
-        self.x = torch.randn(self.tokens, self.hidden, device=DEVICE).bfloat16()
+        self.chosen = read(torch.int32, choices).long()
+        self.gates = read(torch.float32, choices)
+        self.x = read(torch.bfloat16, self.tokens, self.hidden)
+        self.out = read(torch.float32, spec["compared"], self.hidden)
+        if len(raw) != start:
+            raise ValueError(f"{spec['file']} has {len(raw)} bytes, not {start}")
 
         self.order = torch.argsort(self.chosen, stable=True)  # choice of each row
         self.row_of = torch.argsort(self.order)  # row of each choice
@@ -88,11 +101,14 @@ class Case:
         self.used = [(expert, start, end) for expert, (start, end) in bounds if start < end]
 
 
-def make_weights(hidden, inner, experts):
-    """Random weights of a layer: [experts, 2 * inner, hidden] and [experts, hidden, inner]."""
+def make_weights(noise, hidden, inner, experts):
+    """The weights of a layer: [experts, 2 * inner, hidden] and [experts, hidden, inner]."""
     shapes = (experts, 2 * inner, hidden), (experts, hidden, inner)
-    empty = (torch.empty(shape, device=DEVICE, dtype=torch.bfloat16) for shape in shapes)
-    return [weight.normal_(0, 0.02) for weight in empty]
+    gate_up, down = (torch.empty(shape, device=DEVICE, dtype=torch.bfloat16) for shape in shapes)
+    for projection in (gate_up[:, :inner], gate_up[:, inner:], down):
+        count = projection.numel()
+        projection.copy_(noise.repeat(-(-count // len(noise)))[:count].view(projection.shape))
+    return gate_up, down
 
 
 def torch_loop(case):
@@ -233,7 +249,7 @@ def triton_grouped(case):
 
 
 def peers(case):
-    """Every peer that makes sense for a case, the reference first."""
+    """Every peer that makes sense for a case."""
     found = {"torch_loop": torch_loop, "torch_grouped_mm": torch_grouped, "triton": triton_grouped}
     # generate() switches to batched_mm, which copies the weights of every choice.
     for name in ["grouped_mm", "eager"] + ["batched_mm"] * (case.tokens <= 4):
@@ -243,15 +259,16 @@ def peers(case):
 
 def time_case(case, deadline):
     """Times and distances of all peers; a failure is the result of its peer."""
-    results, reference = {}, None
+    results = {}
     for name, prepare in peers(case).items():
         try:
             if time.monotonic() > deadline:
                 raise TimeoutError("not run")
             run, capturable = prepare(case)
-            out = run().float()
-            reference = out if reference is None else reference
-            distance = ((out - reference).norm() / reference.norm()).item()
+            out = run()[: len(case.out)].float()
+            distance = ((out - case.out).norm() / case.out.norm()).item()
+            if not distance < FARTHEST:
+                raise ArithmeticError(f"the results differ by {distance}")
             results[name] = measure(run, capturable) | {"distance": distance}
         except Exception as error:
             traceback.print_exc()
@@ -281,12 +298,14 @@ def main():
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     results = {"device": torch.cuda.get_device_name(), **versions, **device_limits(), "cases": []}
     shape, weights = None, None
+    raw = bytearray((arguments.cases.parent / "noise.bin").read_bytes())
+    noise = torch.frombuffer(raw, dtype=torch.bfloat16).to(DEVICE)
     for spec in json.loads(arguments.cases.read_text()):
         entry = {"name": spec["name"], "peers": {}}
         try:
             if shape != (shape := (spec["hidden"], spec["inner"], spec["experts"])):
                 weights = None  # frees the old ones first
-                weights = make_weights(*shape)
+                weights = make_weights(noise, *shape)
             entry["peers"] = time_case(Case(spec, arguments.cases.parent, weights), deadline)
         except Exception as error:
             traceback.print_exc()

@@ -62,13 +62,14 @@ if [ $failed != 0 ]; then
     exit $failed
 fi
 if wanted kernels; then
-    rm -f "$out"/{bench,cases,peers}.json "$out/kernels.md"
+    rm -f "$out"/{bench,peers}.json "$out/kernels.md"
     "$here/bench" --out "$out" 2>&1 | tee "$out/bench.log" || failed=1
     if [ $failed = 0 ] && "$python" -c 'import torch' 2>/dev/null; then
-        "$python" "$here/peers.py" "$out/cases.json" "$out/peers.json" 2>&1 | tee "$out/peers.log" || failed=1
+        "$python" "$here/peers.py" "$out/inputs/cases.json" "$out/peers.json" 2>&1 | tee "$out/peers.log" || failed=1
     else
         echo "SKIPPED: no PyTorch, so no comparison with it" | tee "$out/peers.log"
     fi
+    rm -rf "$out/inputs"
     [ -f "$out/bench.json" ] && { "$here/bench" --table "$out" | tee "$out/kernels.md" || failed=1; }
 fi
 if wanted models; then

@@ -1,7 +1,7 @@
-//! Measures every case and writes `bench.json`; for others, `cases.json` with the routing of each.
+//! Measures every case and writes `bench.json`; for others, what they need to compute the same, in `inputs`.
 
 use super::shapes::{
-    Batch, GROUPS, Least, MODELS, Model, RANK, REPLACED, Skew, TOKENS, write_routing,
+    Batch, GROUPS, Least, MODELS, Model, OTHERS, RANK, REPLACED, Skew, TOKENS, write_case,
 };
 use cudarc::cublas::{CudaBlas, Gemm, GemmConfig, sys::cublasOperation_t as Operation};
 use cudarc::driver::{CudaEvent, CudaSlice, sys::CUevent_flags};
@@ -27,12 +27,15 @@ const SIDE: usize = 8192;
 const BUDGET: f64 = 40_000.0;
 /// Tokens from which the time of each stage is taken.
 const STAGED_FROM: usize = 1024;
-/// What others are asked to do too.
-const OTHERS: [usize; 4] = [1, 32, 1024, 4096];
 
 pub fn run(folder: &Path) -> Outcome<()> {
     let gpu = Gpu::new(0)?;
     let bench = Bench::new(&gpu)?;
+    let inputs = folder.join("inputs");
+    fs::create_dir_all(&inputs)?;
+    let noise = gpu.download(&bench.noise)?;
+    let noise: Vec<u8> = noise.iter().flat_map(|v| v.to_le_bytes()).collect();
+    fs::write(inputs.join("noise.bin"), noise)?;
     let (copy, dense) = (bench.copy_rate()?, bench.dense_rate()?);
     eprintln!(
         "{}: copy {:.2} TB/s, dense product {:.0} TFLOP/s",
@@ -59,7 +62,8 @@ pub fn run(folder: &Path) -> Outcome<()> {
                     }
                     if replaced == 0 && skew == Skew::Uniform && OTHERS.contains(&tokens) {
                         case["cublas_us"] = json!(bench.cublas(&shape, tokens, &batches[0])?);
-                        others.push(write_routing(folder, &model, &batches[0])?);
+                        let out = bench.once(&block, &batches[0].x, tokens)?;
+                        others.push(write_case(&inputs, &model, &batches[0], &out)?);
                     }
                     cases.push(case);
                 }
@@ -80,7 +84,7 @@ pub fn run(folder: &Path) -> Outcome<()> {
         serde_json::to_string_pretty(&all)?,
     )?;
     fs::write(
-        folder.join("cases.json"),
+        inputs.join("cases.json"),
         serde_json::to_string_pretty(&others)?,
     )?;
     Ok(())
@@ -96,12 +100,14 @@ pub fn once(case: &[&str]) -> Outcome<()> {
         .ok_or("no such model")?;
     let tokens: usize = tokens.parse()?;
     let gpu = Gpu::new(0)?;
-    let block = Bench::new(&gpu)?.block(shape(model, replaced.parse()?))?;
-    let x = gpu.upload(&Batch::new(model, tokens, Skew::Uniform, 0).x)?;
-    let mut work = Workspace::new(&gpu, *block.shape(), tokens)?;
-    let mut out = gpu.alloc(tokens * model.hidden)?;
-    block.forward(&gpu, &x, tokens, &mut work, &mut out)?;
-    Ok(gpu.synchronize()?)
+    let bench = Bench::new(&gpu)?;
+    let block = bench.block(shape(model, replaced.parse()?))?;
+    bench.once(
+        &block,
+        &Batch::new(model, tokens, Skew::Uniform, 0).x,
+        tokens,
+    )?;
+    Ok(())
 }
 
 /// A layer with so many percent of the experts replaced.
@@ -209,6 +215,16 @@ impl<'a> Bench<'a> {
             .map(|i| Some(i * shape.groups / adapted))
             .collect();
         Ok(Block::new(self.gpu, shape, weights, scores, &groups)?)
+    }
+
+    /// What a layer makes of `x: [tokens, hidden]`.
+    fn once(&self, block: &Block<bf16>, x: &[bf16], tokens: usize) -> Outcome<Vec<f32>> {
+        let x = self.gpu.upload(x)?;
+        let mut work = Workspace::new(self.gpu, *block.shape(), tokens)?;
+        let mut out = self.gpu.alloc(x.len())?;
+        block.forward(self.gpu, &x, tokens, &mut work, &mut out)?;
+        let out = self.gpu.download(&out)?;
+        Ok(out.into_iter().map(bf16::to_f32).collect())
     }
 
     fn case(

@@ -50,6 +50,8 @@ pub const MODELS: [Model; 4] = [
 ];
 
 pub const TOKENS: [usize; 7] = [1, 8, 32, 128, 1024, 4096, 32768];
+/// What others are asked to do too.
+pub const OTHERS: [usize; 6] = [1, 8, 32, 128, 1024, 4096];
 /// Percent of the experts that are replaced.
 pub const REPLACED: [usize; 4] = [0, 30, 50, 75];
 pub const RANK: usize = 32;
@@ -184,16 +186,22 @@ impl Least {
     }
 }
 
-/// Writes the routing of a batch to a file in `folder`, and describes it for those who compute the same.
-pub fn write_routing(folder: &Path, model: &Model, batch: &Batch) -> io::Result<Value> {
+/// Of how many tokens others have to come to the same as we.
+const COMPARED: usize = 64;
+
+/// Writes a batch to a file in `folder`, and of its first tokens what our original layer makes of them, `out: [tokens,
+/// hidden]`; describes it for those who compute the same.
+pub fn write_case(folder: &Path, model: &Model, batch: &Batch, out: &[f32]) -> io::Result<Value> {
     let tokens = batch.chosen.len() / model.top_k;
-    let path = folder.join(format!(
-        "routing-{}-{tokens}-{}.bin",
-        model.name, batch.seed
-    ));
+    let compared = tokens.min(COMPARED);
+    let file = format!("case-{}-{tokens}-{}.bin", model.name, batch.seed);
     let chosen = batch.chosen.iter().flat_map(|v| v.to_le_bytes());
     let gates = batch.gates.iter().flat_map(|v| v.to_le_bytes());
-    fs::write(&path, chosen.chain(gates).collect::<Vec<u8>>())?;
+    let x = batch.x.iter().flat_map(|v| v.to_le_bytes());
+    let out = out[..compared * model.hidden].iter();
+    let out = out.flat_map(|v| v.to_le_bytes());
+    let all = chosen.chain(gates).chain(x).chain(out);
+    fs::write(folder.join(&file), all.collect::<Vec<u8>>())?;
     Ok(json!({
         "name": format!("{} {tokens}", model.name),
         "hidden": model.hidden,
@@ -201,6 +209,7 @@ pub fn write_routing(folder: &Path, model: &Model, batch: &Batch) -> io::Result<
         "experts": model.experts,
         "top_k": model.top_k,
         "tokens": tokens,
-        "routing": path.file_name().and_then(|name| name.to_str()),
+        "compared": compared,
+        "file": file,
     }))
 }

@@ -22,6 +22,22 @@ pub(super) struct Singles;
 /// Matrices in bf16.
 pub(super) struct Pairs;
 
+/// Calls `$some` for as many rows as there are.
+macro_rules! for_rows {
+    ($some:ident($rows:ident, $words:ident, $columns:ident, $to:ident)) => {
+        match $rows.len() / $words {
+            1 => $some::<1>($rows, $words, $columns, $to),
+            2 => $some::<2>($rows, $words, $columns, $to),
+            3 => $some::<3>($rows, $words, $columns, $to),
+            4 => $some::<4>($rows, $words, $columns, $to),
+            5 => $some::<5>($rows, $words, $columns, $to),
+            6 => $some::<6>($rows, $words, $columns, $to),
+            7 => $some::<7>($rows, $words, $columns, $to),
+            _ => $some::<ROWS>($rows, $words, $columns, $to),
+        }
+    };
+}
+
 /// Defines what multiplies words, for any number of rows, with `$multiply(sum, row, columns)`.
 macro_rules! multiply {
     ($unit:ident, $number:ty, $features:literal, $multiply:expr) => {
@@ -58,18 +74,7 @@ macro_rules! multiply {
                     unsafe { put_rows(held, to) };
                 }
                 // SAFETY: the caller's promise.
-                unsafe {
-                    match rows.len() / words {
-                        1 => some::<1>(rows, words, panel, to),
-                        2 => some::<2>(rows, words, panel, to),
-                        3 => some::<3>(rows, words, panel, to),
-                        4 => some::<4>(rows, words, panel, to),
-                        5 => some::<5>(rows, words, panel, to),
-                        6 => some::<6>(rows, words, panel, to),
-                        7 => some::<7>(rows, words, panel, to),
-                        _ => some::<ROWS>(rows, words, panel, to),
-                    }
-                }
+                unsafe { for_rows!(some(rows, words, panel, to)) }
             }
 
             unsafe fn add_columns(
@@ -105,15 +110,7 @@ macro_rules! multiply {
                     unsafe { put_rows::<M>(from_fn(|r| [left[r], right[r]]), to) };
                 }
                 // SAFETY: the caller's promise.
-                unsafe {
-                    match rows.len() / words {
-                        1 => some::<1>(rows, words, w, to),
-                        2 => some::<2>(rows, words, w, to),
-                        3 => some::<3>(rows, words, w, to),
-                        4 => some::<4>(rows, words, w, to),
-                        _ => return false,
-                    }
-                }
+                unsafe { for_rows!(some(rows, words, w, to)) };
                 true
             }
         }

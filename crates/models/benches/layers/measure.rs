@@ -1,7 +1,7 @@
 //! Measures every case.
 
 use super::shapes::{
-    Batch, GROUPS, Least, MODELS, Model, RANK, REPLACED, Skew, TOKENS, write_routing,
+    Batch, GROUPS, Least, MODELS, Model, OTHERS, RANK, REPLACED, Skew, TOKENS, write_case,
 };
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
@@ -28,8 +28,8 @@ const LEAST: usize = 3;
 const MOST: usize = 30;
 /// Seconds of what is not repeated.
 const TOO_LONG: f64 = 6.0;
-/// What others are asked to do too.
-const OTHERS: [usize; 4] = [1, 32, 1024, 4096];
+/// Up to how many tokens candle's loop is compared with our layer, and the most that they may differ.
+const COMPARED: (usize, f32) = (128, 1e-4);
 /// Tokens from which one kind of routing is enough.
 const LONG: usize = 4096;
 /// The most tokens, and the largest expert of which as many are measured: more takes minutes.
@@ -54,12 +54,6 @@ pub fn run(folder: &Path, models: &[&str], peers: Option<(&str, &str)>) -> Outco
     let (mut cases, mut others) = (Vec::new(), Vec::new());
     let asked = |model: &Model| models.is_empty() || models.contains(&model.name);
     for model in MODELS.into_iter().filter(asked) {
-        for tokens in OTHERS {
-            let batches =
-                (0..turns(tokens)).map(|seed| Batch::new(&model, tokens, Skew::Uniform, seed));
-            let each = batches.map(|batch| write_routing(folder, &model, &batch));
-            others.push(each.collect::<Result<Vec<_>, _>>()?);
-        }
         for dtype in [DType::F32, DType::BF16] {
             let layer = Layer::random(&model, dtype)?;
             for tokens in TOKENS {
@@ -68,7 +62,17 @@ pub fn run(folder: &Path, models: &[&str], peers: Option<(&str, &str)>) -> Outco
                 }
                 for skew in Skew::ALL {
                     if tokens < LONG || skew == Skew::Uniform {
-                        cases.push(layer.case(&model, tokens, skew)?);
+                        let batches = batches(&model, tokens, skew)?;
+                        let beside = dtype == DType::F32
+                            && skew == Skew::Uniform
+                            && OTHERS.contains(&tokens);
+                        if beside {
+                            others.push(layer.write(folder, &model, &batches)?);
+                        }
+                        let mut case = layer.case(&model, &batches, beside)?;
+                        case["tokens"] = json!(tokens);
+                        case["routing"] = json!(skew.name());
+                        cases.push(case);
                     }
                 }
             }
@@ -97,8 +101,10 @@ type Work<'a, T> = dyn FnMut(&T) -> Outcome<()> + 'a;
 
 /// Seconds of each of `kinds` of work with `batches`, in turn so that a slow while of the machine meets all alike: the
 /// mean over the batches, since those of few tokens differ in how much there is to do, of the median of some
-/// repetitions after one beforehand; the seconds of that alone if it takes long.
+/// repetitions after one beforehand; the seconds of that alone if it takes long, before which the first kind ran
+/// once more, so that none is the first.
 fn times<T>(kinds: &mut [Box<Work<'_, T>>], batches: &[T]) -> Outcome<Vec<f64>> {
+    kinds[0](&batches[0])?;
     let nothing = vec![vec![Vec::new(); batches.len()]; kinds.len()];
     let mut once = |all: &mut [Vec<Vec<f64>>]| -> Outcome<()> {
         for (kind, all) in kinds.iter_mut().zip(&mut *all) {
@@ -168,10 +174,14 @@ fn dense_rates(dtype: DType) -> Outcome<Value> {
     Ok(json!({ "ours": ours, "candle": candle, "faster": ours.max(candle) }))
 }
 
-/// Hashed numbers of variance `1 / in`: cheap to make in the amounts needed here.
+/// Hashed numbers of variance `1 / in`: cheap to make in the amounts needed here, and the same wherever they are made.
 fn random(shape: &[usize], dtype: DType, seed: u32) -> Outcome<Tensor> {
     let size = (3.0 / shape[shape.len() - 1] as f32).sqrt() / i32::MAX as f32;
-    let number = |i: usize| (i as u32 ^ seed << 20).wrapping_mul(0x9e37_79b1) as i32 as f32 * size;
+    let number = |i: usize| {
+        let mixed = (i as u32 ^ seed << 20).wrapping_mul(0x9e37_79b1);
+        let mixed = (mixed ^ mixed >> 15).wrapping_mul(0x85eb_ca6b);
+        (mixed ^ mixed >> 13) as i32 as f32 * size
+    };
     let numbers = (0..shape.iter().product::<usize>()).into_par_iter();
     Ok(match dtype {
         DType::BF16 => {
@@ -242,14 +252,29 @@ impl Layer {
         })
     }
 
-    fn case(&self, model: &Model, tokens: usize, skew: Skew) -> Outcome<Value> {
-        let batches = batches(model, tokens, skew)?;
-        let mut case = json!({
-            "model": model.name,
-            "dtype": self.dtype.as_str(),
-            "tokens": tokens,
-            "routing": skew.name(),
-        });
+    /// Writes batches and results of the original layer for others, and holds candle's loop to them.
+    fn write(&self, folder: &Path, model: &Model, batches: &[Given]) -> Outcome<Value> {
+        let mut cases = Vec::new();
+        for (batch, x, gates) in batches {
+            let out = self.banks[0].forward(x, gates, &batch.chosen)?;
+            if x.dim(0)? <= COMPARED.0 {
+                let theirs = candle_loop(model, &self.original, x, gates, &batch.chosen)?;
+                let size = |t: &Tensor| t.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>();
+                let distance = size(&(&out - theirs)?)? / size(&out)?;
+                // Not a number fails too.
+                if !(0.0..COMPARED.1).contains(&distance) {
+                    return Err(format!("candle's loop differs by {distance}").into());
+                }
+            }
+            let out: Vec<f32> = out.flatten_all()?.to_vec1()?;
+            cases.push(write_case(folder, model, batch, &out)?);
+        }
+        Ok(cases.into())
+    }
+
+    /// Times all kinds, and candle's loop `beside` them.
+    fn case(&self, model: &Model, batches: &[Given], beside: bool) -> Outcome<Value> {
+        let mut case = json!({ "model": model.name, "dtype": self.dtype.as_str() });
         let mut kinds: Vec<Box<Work<'_, Given>>> = Vec::new();
         for bank in &self.banks {
             kinds.push(Box::new(|(batch, x, gates)| {
@@ -257,13 +282,13 @@ impl Layer {
                 Ok(())
             }));
         }
-        if self.dtype == DType::F32 && skew == Skew::Uniform && OTHERS.contains(&tokens) {
+        if beside {
             kinds.push(Box::new(|(batch, x, gates)| {
                 black_box(candle_loop(model, &self.original, x, gates, &batch.chosen)?);
                 Ok(())
             }));
         }
-        let seconds = times(&mut kinds, &batches)?;
+        let seconds = times(&mut kinds, batches)?;
         for (seconds, replaced) in seconds.iter().zip(REPLACED) {
             let least = batches.iter();
             let least = least.map(|(b, ..)| Least::new(model, model.adapted(replaced), b));
