@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::methods::{AdapterInit, BaseInit, MethodName};
 use crate::observations::LayerObservations;
+use crate::observe::Sensitivity;
 use crate::{Error, Result, read};
 
 /// Version of the plan's layout.
@@ -48,13 +49,15 @@ pub struct Plan {
     pub layers: Vec<LayerPlan>,
 }
 
-/// What errors of the experts are expected to cost, in nats for each predicted token, to second order and
-/// as if they did not meet: good to choose by, and no forecast of what will be measured.
+/// What errors of the experts are expected to cost, to second order and as if they did not meet: good to choose
+/// by, and no forecast of what will be measured.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlanDamage {
-    /// Bytes of all weights that the plan leaves.
+    /// What it goes by: all damages are in nats for each predicted token where that is `fisher`.
+    pub sensitivity: Sensitivity,
+    /// Bytes of the files of weights that the plan leaves, headers included.
     pub bytes: u64,
-    /// Its damage, in nats for each predicted token.
+    /// Its damage.
     pub predicted: f64,
     /// What other sizes would have cost, from the smallest to the original.
     pub curve: Vec<CurvePoint>,
@@ -63,9 +66,9 @@ pub struct PlanDamage {
 /// A size and its damage.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct CurvePoint {
-    /// Of all weights.
+    /// Of the files of weights.
     pub bytes: u64,
-    /// In nats for each predicted token.
+    /// In the plan's unit.
     pub damage: f64,
 }
 

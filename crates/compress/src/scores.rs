@@ -90,6 +90,7 @@ fn decode_scores(bytes: &[u8], config: &ModelConfig) -> std::result::Result<Obse
         layers,
         tokens: 0,
         samples: 0,
+        sensitivity: None,
         moments: None,
         fingerprint: format!("scores:{digest}"),
     })

@@ -27,6 +27,7 @@ fn damaged(config: &ModelConfig, seed: u64) -> Observations {
         config.hidden_size.min(config.moe.intermediate_size),
     );
     let mut seen = observations(config, seed);
+    seen.sensitivity = Some(Sensitivity::Fisher);
     for layer in &mut seen.layers {
         let mut spectrum = || -> Vec<f64> {
             let of_expert = |_| {
@@ -174,10 +175,19 @@ fn a_plan_meets_each_kind_of_target() {
         half.ratio
     );
     assert!(half.parameters.after as f64 <= 0.6 * whole as f64);
-    // bf16, as the configuration says.
-    assert_eq!(damage.bytes, 2 * half.parameters.after);
+    // bf16, as the configuration says; what is more is the header.
+    let head = damage.bytes - 2 * half.parameters.after;
+    assert!(head > 0 && head.is_multiple_of(8), "{head}");
     let by_bytes = budgeted(&config, &seen, Target::Bytes(damage.bytes));
-    assert_eq!(by_bytes.layers, half.layers);
+    let found = by_bytes.damage.as_ref().unwrap();
+    // Forms of fewer tensors leave more of the same bytes to numbers.
+    assert!(found.bytes <= damage.bytes, "{found:?}");
+    assert!(
+        found.predicted <= damage.predicted,
+        "{} {}",
+        found.predicted,
+        damage.predicted
+    );
     let by_damage = budgeted(&config, &seen, Target::Damage(damage.predicted));
     let found = by_damage.damage.as_ref().unwrap();
     assert!(found.predicted <= damage.predicted);
@@ -190,10 +200,10 @@ fn a_plan_meets_each_kind_of_target() {
     let rest = whole - config.parameters().routed_experts;
     assert_eq!(
         sums(|slot| slot.bytes.unwrap() as f64),
-        (damage.bytes - 2 * rest) as f64
+        (damage.bytes - head - 2 * rest) as f64
     );
     let (first, last) = (damage.curve[0], damage.curve[damage.curve.len() - 1]);
-    assert_eq!((last.bytes, last.damage), (2 * whole, 0.0));
+    assert_eq!((last.bytes, last.damage), (2 * whole + head, 0.0));
     assert!(first.bytes < damage.bytes && first.damage > damage.predicted);
     assert!(
         damage

@@ -88,7 +88,7 @@ pub enum Command {
     Compare(CompareArgs),
     /// Record what the routers do on the training examples, or on token ids
     Observe(ObserveArgs),
-    /// Decide what each expert becomes; needs `--ratio` or `--threshold`, but for `lora`
+    /// Decide what each expert becomes; needs `--ratio`, `--bytes`, `--threshold` or `--max-damage`, but for `lora` and `compressed`
     Plan(PlanArgs),
     /// Make the compressed checkpoint of a plan
     Build(BuildArgs),
@@ -270,7 +270,7 @@ pub struct BuildArgs {
     /// What `plan` wrote
     #[arg(long, value_name = "FILE.json")]
     pub plan: PathBuf,
-    /// What `observe` wrote; `mone`, `svd` and `d2moe` need it
+    /// What `observe` wrote; `mone`, `svd`, `d2moe` and `budget` need it
     #[arg(long, value_name = "FILE.safetensors")]
     pub observations: Option<PathBuf>,
     /// The model folder to write

@@ -307,6 +307,12 @@ impl Recipe {
         }
     }
 
+    /// Whether a plan looks at the weights, or at how large they are.
+    pub fn plans_by_weights(&self) -> bool {
+        let looks = matches!(self.method, MethodName::Moei2 | MethodName::Budget);
+        looks || matches!(self.target(), Target::Bytes(_))
+    }
+
     /// Bytes of weights to leave, if they are given so.
     fn bytes(&self) -> Result<Option<u64>> {
         let size = |text: &String| {

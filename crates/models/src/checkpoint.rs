@@ -164,12 +164,9 @@ impl Checkpoint {
         names
     }
 
-    /// Bytes of all tensors on disk.
+    /// Bytes of the files of weights, headers included.
     pub fn bytes(&self) -> u64 {
-        self.files
-            .iter()
-            .map(|f| f.metadata.data_len() as u64)
-            .sum()
+        self.files.iter().map(|file| file.bytes).sum()
     }
 
     /// Tells this checkpoint from another, or from an earlier state of the same: `config.json`, and

@@ -39,6 +39,17 @@ impl Format {
     }
 }
 
+impl Format {
+    /// What the files of such a checkpoint take, headers included, to the byte.
+    ///
+    /// # Errors
+    /// If the format does not hold the element type, or a tensor is in the model twice.
+    pub fn file_bytes(&self, manifest: &Manifest, extras: &[Extra]) -> Result<u64> {
+        let shards = Shards::new(Path::new(SINGLE), self, manifest, extras)?.shards;
+        Ok(shards.iter().map(Shard::file_bytes).sum())
+    }
+}
+
 /// The element type in the words of the file format.
 fn element(dtype: DType) -> Result<Dtype> {
     match dtype {
@@ -74,10 +85,14 @@ pub(crate) struct Shard {
 }
 
 impl Shard {
+    fn file_bytes(&self) -> u64 {
+        self.head.len() as u64 + self.bytes
+    }
+
     /// Makes the file with its head and the room for its data.
     pub(crate) fn create(&self, path: &Path) -> std::io::Result<File> {
         let file = File::create(path)?;
-        let size = self.head.len() as u64 + self.bytes;
+        let size = self.file_bytes();
         match fallocate(&file, FallocateFlags::empty(), 0, size.max(1)) {
             // Not every file system can promise room.
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
@@ -96,7 +111,7 @@ impl Shard {
             .open(folder.join(&self.name))?;
         let mut head = vec![0; self.head.len()];
         file.read_exact_at(&mut head, 0)?;
-        let same = head == self.head && file.metadata()?.len() == head.len() as u64 + self.bytes;
+        let same = head == self.head && file.metadata()?.len() == self.file_bytes();
         match same {
             true => Ok(file),
             false => Err(std::io::ErrorKind::InvalidData.into()),

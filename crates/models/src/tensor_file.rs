@@ -23,6 +23,8 @@ pub(crate) type Change = dyn Fn(&str, usize, &mut [f32]) + Send + Sync;
 pub struct TensorFile {
     pub(crate) path: PathBuf,
     pub(crate) metadata: Metadata,
+    /// Of the whole file.
+    pub(crate) bytes: u64,
     file: File,
     data_start: u64,
 }
@@ -93,6 +95,7 @@ impl TensorFile {
             path,
             file,
             metadata,
+            bytes: size,
             data_start: header + 8,
         })
     }

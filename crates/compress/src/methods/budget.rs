@@ -7,11 +7,12 @@
 //! asked, so another budget takes a moment.
 
 use lightmoe_models::config::ModelConfig;
-use lightmoe_models::{BankLayout, DType, Manifest};
 
+use super::bytes::Files;
 use super::svd::{by_rule, form};
 use super::{AdapterInit, BaseInit, MethodName, PlanModel, PlanOptions, Target, finish, order};
 use crate::observations::{Damage, Observations};
+use crate::observe::Sensitivity;
 use crate::plan::{CurvePoint, LayerPlan, Plan, PlanDamage, PlanSettings, SlotForm};
 use crate::ranks::{
     Chosen, Costs, Level, Limit, Offer, Point, RankRule, Shared, curve_with_bases, spend_with_bases,
@@ -39,99 +40,181 @@ pub(super) fn plan(
     target: Target,
     options: &PlanOptions,
 ) -> Result<Plan> {
-    let config = model.config;
-    let importance: Vec<Vec<f64>> = observations.layers.iter().map(|l| l.importance()).collect();
-    let damages = damages(config, observations)?;
-    let menus: Vec<LayerMenus> = damages
-        .iter()
-        .map(|damage| LayerMenus::of(config, damage, options.groups > 0))
-        .collect();
-    let experts = config.moe.num_experts;
-    let (size, rest) = bytes_of(&model)?;
-    let limit = match target {
+    let counts = model.config.parameters();
+    let planner = Planner::new(model, observations, options)?;
+    match target {
         Target::Ratio(ratio) => {
-            let left = (1.0 - ratio) * config.parameters().total() as f64;
-            let beside = config.parameters().total() - config.parameters().routed_experts;
-            Limit::Cost((left.round() as u64).saturating_sub(beside))
+            let left = ((1.0 - ratio) * counts.total() as f64).round() as u64;
+            let beside = counts.total() - counts.routed_experts;
+            let limit = planner.limit(left.checked_sub(beside), || {
+                let least = (planner.least() + beside) as f64 / counts.total() as f64;
+                format!(
+                    "`budget` saves at most {:.4} of this model's parameters, and the ratio is {ratio}; \
+                     choose a lower ratio",
+                    ((1.0 - least) * 1e4).floor() / 1e4
+                )
+            })?;
+            let mut plan = planner.plan(limit)?;
+            plan.ratio.target = Some(ratio);
+            Ok(plan)
         }
-        Target::Bytes(bytes) => Limit::Cost(bytes.saturating_sub(rest) / size),
-        Target::Damage(most) => Limit::Loss(most),
-        Target::Threshold(_) => {
-            return Err(Error::Invalid(
-                "`budget` has no threshold; give a ratio, bytes, or the damage that is allowed"
+        Target::Bytes(most) => planner.files.within(most, true, |bytes| {
+            let left = bytes.checked_sub(planner.rest);
+            let limit = planner.limit(left.map(|left| left / planner.size), || {
+                let least = planner.bytes(planner.least());
+                format!(
+                    "the tensors of the smallest plan take {least} bytes, and {most} are to be left, headers \
+                     of files included; give more bytes"
+                )
+            })?;
+            planner.plan(limit)
+        }),
+        Target::Damage(_) if options.ranks != RankRule::Budget => Err(Error::Invalid(
+            "the damage of ranks that follow a rule of their own cannot be limited; give a ratio or bytes, \
+             or the rule `budget`"
+                .to_owned(),
+        )),
+        Target::Damage(_) if observations.sensitivity != Some(Sensitivity::Fisher) => {
+            Err(Error::Invalid(
+                "the damage that is allowed is in nats, and the errors were not observed in nats; observe with \
+                 `--damage fisher`, or give a ratio or bytes"
                     .to_owned(),
-            ));
+            ))
         }
-    };
-    let offers: Vec<Offer> = menus.iter().map(LayerMenus::offer).collect();
-    let costs = Costs::of_expert(config);
-    let ruled = match limit {
-        Limit::Cost(budget) => by_rule(options.ranks, &importance, costs, budget)?,
-        Limit::Loss(_) if options.ranks == RankRule::Budget => None,
-        Limit::Loss(_) => {
-            return Err(Error::Invalid(
-                "the damage of ranks that follow a rule of their own cannot be limited; give a ratio \
-                 or bytes, or the rule `budget`"
-                    .to_owned(),
-            ));
-        }
-    };
-    let chosen = match ruled {
-        None => chosen(&menus, spend_with_bases(&offers, limit)?),
-        Some(levels) => {
-            let layers = damages.iter().zip(levels.chunks(experts));
-            layers
-                .map(|(damage, levels)| leveled(damage, levels, costs))
-                .collect()
-        }
-    };
-    let mut layers = Vec::new();
-    for (i, chosen) in chosen.iter().enumerate() {
-        let mut layer = LayerPlan::dense(&observations.layers[i], &importance[i]);
-        for (slot, choice) in layer.slots.iter_mut().zip(chosen) {
-            slot.form = choice.form;
-            slot.bytes = Some(choice.point.cost * size);
-            slot.damage = Some(choice.point.loss);
-        }
-        share(&mut layer, &damages[i].mass);
-        layers.push(layer);
+        Target::Damage(most) => planner.plan(Limit::Loss(most)),
+        Target::Threshold(_) => Err(Error::Invalid(
+            "`budget` has no threshold; give a ratio, bytes, or the damage that is allowed"
+                .to_owned(),
+        )),
     }
-    let all = || chosen.iter().flatten();
-    let ranks = all().filter_map(|choice| match choice.form {
-        SlotForm::Adapted { rank, .. } => Some(rank),
-        _ => None,
-    });
-    let bases: usize = layers.iter().map(|layer| layer.groups).sum();
-    let settings = PlanSettings {
-        rank: ranks.max().unwrap_or(0),
-        groups: bases.min(1),
-        adapters: AdapterInit::Fitted,
-        base: match bases {
-            0 => options.base,
-            _ => BaseInit::Common,
-        },
-        // All of what is left trains: nothing else would learn a new task.
-        trained_rank: options.trained_rank.filter(|&rank| rank > 0),
-        ..options.settings()
-    };
-    let mut plan = finish(config, MethodName::Budget, settings, layers);
-    if let Target::Ratio(ratio) = target {
-        plan.ratio.target = Some(ratio);
+}
+
+/// What all plans of a model come from.
+struct Planner<'a> {
+    config: &'a ModelConfig,
+    observations: &'a Observations,
+    options: &'a PlanOptions,
+    files: Files<'a>,
+    /// Bytes of a parameter of the result, and of all tensors that are in no routed expert.
+    size: u64,
+    rest: u64,
+    importance: Vec<Vec<f64>>,
+    damages: Vec<&'a Damage>,
+    menus: Vec<LayerMenus>,
+    offers: Vec<Offer>,
+}
+
+impl<'a> Planner<'a> {
+    fn new(
+        model: PlanModel<'a>,
+        observations: &'a Observations,
+        options: &'a PlanOptions,
+    ) -> Result<Self> {
+        let config = model.config;
+        let files = Files::of(model)?;
+        let damages = damages(config, observations)?;
+        let menus = damages.iter();
+        let menus: Vec<LayerMenus> = menus
+            .map(|damage| LayerMenus::of(config, damage, options.groups > 0))
+            .collect();
+        Ok(Self {
+            config,
+            observations,
+            options,
+            size: files.of_parameter(),
+            rest: files.beside_experts()?,
+            files,
+            importance: observations.layers.iter().map(|l| l.importance()).collect(),
+            offers: menus.iter().map(LayerMenus::offer).collect(),
+            damages,
+            menus,
+        })
     }
-    let bytes = |cost: u64| rest + cost * size;
-    let curve = curve_with_bases(&offers, CURVE).into_iter();
-    let of_bases = bases as u64 * config.expert_parameters();
-    plan.damage = Some(PlanDamage {
-        bytes: bytes(of_bases + all().map(|choice| choice.point.cost).sum::<u64>()),
-        predicted: all().map(|choice| choice.point.loss).sum(),
-        curve: curve
-            .map(|point| CurvePoint {
-                bytes: bytes(point.cost),
-                damage: point.loss,
-            })
-            .collect(),
-    });
-    Ok(plan)
+
+    /// Parameters of the smallest forms of all experts.
+    fn least(&self) -> u64 {
+        let menus = self.menus.iter().flat_map(|menus| &menus.alone);
+        menus.map(|menu| menu[0].point.cost).sum()
+    }
+
+    /// Bytes of the tensors where experts take so many parameters.
+    fn bytes(&self, cost: u64) -> u64 {
+        self.rest + cost * self.size
+    }
+
+    /// So many parameters for the experts, if any forms of them take no more.
+    fn limit(&self, left: Option<u64>, refusal: impl Fn() -> String) -> Result<Limit> {
+        let left = left.filter(|&left| left >= self.least());
+        left.map(Limit::Cost)
+            .ok_or_else(|| Error::Invalid(refusal()))
+    }
+
+    fn plan(&self, limit: Limit) -> Result<Plan> {
+        let (config, options) = (self.config, self.options);
+        let costs = Costs::of_expert(config);
+        let ruled = match limit {
+            Limit::Cost(budget) => by_rule(options.ranks, &self.importance, costs, budget)?,
+            Limit::Loss(_) => None,
+        };
+        let chosen = match ruled {
+            None => chosen(&self.menus, spend_with_bases(&self.offers, limit)?),
+            Some(levels) => {
+                let layers = self.damages.iter();
+                let layers = layers.zip(levels.chunks(config.moe.num_experts));
+                layers
+                    .map(|(damage, levels)| leveled(damage, levels, costs))
+                    .collect()
+            }
+        };
+        let mut layers = Vec::new();
+        for (i, chosen) in chosen.iter().enumerate() {
+            let mut layer = LayerPlan::dense(&self.observations.layers[i], &self.importance[i]);
+            for (slot, choice) in layer.slots.iter_mut().zip(chosen) {
+                slot.form = choice.form;
+                slot.bytes = Some(choice.point.cost * self.size);
+                slot.damage = Some(choice.point.loss);
+            }
+            share(&mut layer, &self.damages[i].mass);
+            layers.push(layer);
+        }
+        let all = || chosen.iter().flatten();
+        let ranks = all().filter_map(|choice| match choice.form {
+            SlotForm::Adapted { rank, .. } => Some(rank),
+            _ => None,
+        });
+        let bases: usize = layers.iter().map(|layer| layer.groups).sum();
+        let settings = PlanSettings {
+            rank: ranks.max().unwrap_or(0),
+            groups: bases.min(1),
+            adapters: AdapterInit::Fitted,
+            base: match bases {
+                0 => options.base,
+                _ => BaseInit::Common,
+            },
+            // All of what is left trains: nothing else would learn a new task.
+            trained_rank: options.trained_rank.filter(|&rank| rank > 0),
+            ..options.settings()
+        };
+        let mut plan = finish(config, MethodName::Budget, settings, layers);
+        let cost = bases as u64 * config.expert_parameters()
+            + all().map(|choice| choice.point.cost).sum::<u64>();
+        let bytes = self.files.bytes(&plan)?;
+        // Headers are about as long for other sizes.
+        let headers = bytes - self.bytes(cost);
+        let curve = curve_with_bases(&self.offers, CURVE).into_iter();
+        plan.damage = Some(PlanDamage {
+            sensitivity: self.observations.sensitivity.unwrap_or(Sensitivity::Fisher),
+            bytes,
+            predicted: all().map(|choice| choice.point.loss).sum(),
+            curve: curve
+                .map(|point| CurvePoint {
+                    bytes: self.bytes(point.cost) + headers,
+                    damage: point.loss,
+                })
+                .collect(),
+        });
+        Ok(plan)
+    }
 }
 
 /// What the places that were chosen stand for, layer by layer.
@@ -154,31 +237,6 @@ fn leveled(damage: &Damage, levels: &[Level], costs: Costs) -> Vec<Choice> {
         },
     };
     levels.iter().enumerate().map(of).collect()
-}
-
-/// Bytes of a parameter of the result, and of all that is no routed expert: as `build` will write them where
-/// the weights are at hand, else by the element type that the configuration names.
-fn bytes_of(model: &PlanModel<'_>) -> Result<(u64, u64)> {
-    let (config, counts) = (model.config, model.config.parameters());
-    let of_type = |dtype: DType| dtype.size_in_bytes() as u64;
-    let Some(weights) = model.weights else {
-        let size = of_type(config.file_dtype());
-        return Ok((size, (counts.total() - counts.routed_experts) * size));
-    };
-    let checkpoint = weights.checkpoint;
-    let most = checkpoint.dtype();
-    let mut manifest = Manifest::of(config, &BankLayout::dense(config))?;
-    checkpoint.keep_types(&mut manifest)?;
-    let numbers = |shape: &[usize]| shape.iter().product::<usize>() as u64;
-    let own = manifest.tensors.iter().map(|(name, shape)| {
-        let dtype = manifest.types.get(name).copied().unwrap_or(most);
-        numbers(shape) * of_type(dtype)
-    });
-    let extras = checkpoint.extras()?;
-    let carried = extras.iter().map(|e| numbers(&e.shape) * of_type(e.dtype));
-    let whole = own.chain(carried).sum::<u64>();
-    let size = of_type(most);
-    Ok((size, whole.saturating_sub(counts.routed_experts * size)))
 }
 
 /// What was observed of every layer.

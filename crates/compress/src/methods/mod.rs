@@ -3,6 +3,7 @@
 //! what the comparison is about.
 
 mod budget;
+mod bytes;
 mod compressed;
 mod d2moe;
 mod drop;
@@ -17,6 +18,7 @@ mod options;
 pub mod ream;
 mod svd;
 
+use bytes::Files;
 use lightmoe_models::Checkpoint;
 use lightmoe_models::config::ModelConfig;
 pub use name::{Kind, MethodName};
@@ -93,7 +95,7 @@ pub fn plan<'a>(
     options: &PlanOptions,
 ) -> Result<Plan> {
     let model = model.into();
-    let PlanModel { config, weights } = model;
+    let config = model.config;
     options.check_method(method, config)?;
     options.check(config)?;
     observations.check(config)?;
@@ -103,13 +105,30 @@ pub fn plan<'a>(
     if method == MethodName::Compressed {
         return compressed::plan(config, observations, options);
     }
-    // Where nothing is chosen by bytes, they only say how much is to be saved.
-    let target = match target.ratio(config) {
-        Some(ratio) if method != MethodName::Budget => Target::Ratio(ratio),
-        _ => target,
-    };
     target.check()?;
     warn_of_silent(observations);
+    let planned = |target| aimed(model, observations, target, method, options);
+    match target {
+        // Where nothing is chosen by bytes, they only say how much is to be saved.
+        Target::Bytes(most) if method != MethodName::Budget => {
+            let files = Files::of(model)?;
+            files.within(most, false, |bytes| {
+                planned(Target::Ratio(files.ratio(bytes)?))
+            })
+        }
+        _ => planned(target),
+    }
+}
+
+/// A plan by a method that replaces, prunes, merges or factorises.
+fn aimed(
+    model: PlanModel<'_>,
+    observations: &Observations,
+    target: Target,
+    method: MethodName,
+    options: &PlanOptions,
+) -> Result<Plan> {
+    let PlanModel { config, weights } = model;
     if target == Target::Ratio(0.0) {
         let layers = observations.layers.iter();
         let layers = layers.map(|seen| LayerPlan::dense(seen, &seen.importance()));

@@ -121,7 +121,7 @@ pub enum Target {
     Ratio(f64),
     /// Use this global threshold `p_hat`.
     Threshold(f64),
-    /// Leave at most so many bytes of weights.
+    /// Leave files of weights of at most so many bytes.
     Bytes(u64),
     /// Lose at most so much, in nats for each predicted token, and save what that allows.
     Damage(f64),
@@ -252,6 +252,9 @@ impl PlanOptions {
             ))),
             _ if self.base == BaseInit::Common => Err(Error::Invalid(
                 "a `common` base is what `budget` finds by itself; choose another".to_owned(),
+            )),
+            (MethodName::Budget, _) if self.base != BaseInit::GateWeighted => Err(Error::Invalid(
+                "`budget` finds its bases by itself; leave `base` out".to_owned(),
             )),
             _ if method.kind() != Kind::Replace && self.has_other_parts() => {
                 Err(Error::Invalid(format!(

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::components::{DAMAGES, DIFFERENCES, SPECTRA};
 use super::{Components, Damage, LayerObservations, Observations, OutputObservations};
+use crate::observe::Sensitivity;
 use crate::{Error, Result, read};
 
 /// Version of the file's layout.
@@ -28,6 +29,8 @@ struct Header {
     tokens: u64,
     samples: u64,
     fingerprint: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sensitivity: Option<Sensitivity>,
 }
 
 impl Observations {
@@ -76,6 +79,7 @@ impl Observations {
             tokens: self.tokens,
             samples: self.samples,
             fingerprint: self.fingerprint.clone(),
+            sensitivity: self.sensitivity,
         };
         let header = serde_json::to_string(&header).map_err(|e| e.to_string())?;
         let metadata = HashMap::from([(METADATA_KEY.to_owned(), header)]);
@@ -149,6 +153,7 @@ fn decode(bytes: &[u8]) -> std::result::Result<Observations, String> {
         tokens: header.tokens,
         samples: header.samples,
         fingerprint: header.fingerprint,
+        sensitivity: header.sensitivity,
         moments: None,
     })
 }

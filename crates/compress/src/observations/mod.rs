@@ -27,7 +27,7 @@
 //! on](crate::damage). Those and [`samples`](crate::samples) lie in a folder beside the file.
 //!
 //! The metadata has one key, `observations`: a JSON object of `schema_version`, `tokens`,
-//! `samples` and `fingerprint`. One key, because several would be written in a random order, and
+//! `samples`, `fingerprint` and, where there are damages, their `sensitivity`. One key, because several would be written in a random order, and
 //! the same observations must give the same bytes.
 
 mod components;
@@ -43,6 +43,7 @@ use lightmoe_models::config::ModelConfig;
 
 use crate::damage::LayerDamage;
 use crate::moments::Moments;
+use crate::observe::Sensitivity;
 use crate::samples::{self, Sample};
 use crate::{Error, Result};
 
@@ -274,6 +275,8 @@ pub struct Observations {
     pub samples: u64,
     /// Names the model and the data that were observed.
     pub fingerprint: String,
+    /// What the damages of the layers go by; `None` without damages.
+    pub sensitivity: Option<Sensitivity>,
     /// The folder of [`moments`](crate::moments) and [`samples`](crate::samples) that belongs to them;
     /// `None` without.
     pub moments: Option<PathBuf>,

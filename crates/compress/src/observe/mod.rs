@@ -35,6 +35,16 @@ pub enum Sensitivity {
     Relative,
 }
 
+impl Sensitivity {
+    /// What damages that go by it are in.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Self::Fisher => "nats a token",
+            Self::Relative => "of the hidden states' squares",
+        }
+    }
+}
+
 /// What to record beside routing and outputs, which is always recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct Statistics {
@@ -222,6 +232,7 @@ pub fn observe(
                 tokens: samples.iter().map(|s| s.len() as u64).sum(),
                 samples: samples.len() as u64,
                 fingerprint: options.fingerprint.to_owned(),
+                sensitivity: asked.damage,
                 moments: None,
             };
             (0, none)

@@ -158,6 +158,7 @@ pub fn observations(config: &ModelConfig, seed: u64) -> Observations {
         tokens: 1024,
         samples: 8,
         fingerprint: format!("seed {seed}"),
+        sensitivity: None,
         moments: None,
     }
 }

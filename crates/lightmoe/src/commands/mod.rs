@@ -204,9 +204,8 @@ pub fn run_plan(args: PlanArgs) -> Result<String> {
         (None, Some(path)) => Observations::from_scores(path, &config)?,
         (None, None) => return Err(anyhow!("give `--observations` or `--scores`")),
     };
-    // The only methods that look at weights, or how large they are; where the model is at hand.
-    let weights = match (recipe.method, &args.config) {
-        (MethodName::Moei2 | MethodName::Budget, None) => Some(open_model(&recipe.model)?),
+    let weights = match args.config {
+        None if recipe.plans_by_weights() => Some(open_model(&recipe.model)?),
         _ => None,
     };
     let plan = plan_stage(&config, weights.as_ref(), &observations, &recipe, &args.out)
@@ -217,17 +216,31 @@ pub fn run_plan(args: PlanArgs) -> Result<String> {
         "ratio": plan.ratio,
         "parameters": plan.parameters,
         "experts_replaced_per_layer": plan.mean_replaced(),
+        "damage": plan.damage.as_ref().map(|damage| serde_json::json!({
+            "sensitivity": damage.sensitivity,
+            "bytes": damage.bytes,
+            "predicted": damage.predicted,
+        })),
+    });
+    let expected = plan.damage.as_ref().map(|damage| {
+        format!(
+            "\n{} bytes, expected to cost {:.2e} {}",
+            damage.bytes,
+            damage.predicted,
+            damage.sensitivity.unit()
+        )
     });
     Ok(match args.json {
         true => serde_json::to_string_pretty(&totals)?,
         false => format!(
-            "plan  {}\n{:.1} of {} experts a layer replaced, {} → {} parameters ({:.1}% saved)",
+            "plan  {}\n{:.1} of {} experts a layer replaced, {} → {} parameters ({:.1}% saved){}",
             args.out.display(),
             plan.mean_replaced(),
             plan.model.num_experts,
             plan.parameters.before,
             plan.parameters.after,
-            100.0 * plan.ratio.achieved
+            100.0 * plan.ratio.achieved,
+            expected.unwrap_or_default()
         ),
     })
 }

@@ -146,11 +146,12 @@ fn a_label_carries_keys_of_the_recipe() {
             .to_string()
             .contains("--rates")
     );
-    let steps = Settings {
+    let common = Settings {
         steps: Some(3),
+        calibrate: Some("math,code".to_owned()),
         ..Settings::default()
     };
-    check_common(&steps).unwrap();
+    check_common(&common).unwrap();
 }
 
 #[test]

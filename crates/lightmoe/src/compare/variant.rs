@@ -124,7 +124,8 @@ impl FromStr for Variant {
     }
 }
 
-/// Refuses keys that the grid decides in settings common to all cells.
+/// Refuses keys that the grid decides in settings common to all cells, which alone say what all have in common: the
+/// model, its texts, and what plans are calibrated on.
 ///
 /// # Errors
 /// Naming the key and the option for it.
@@ -132,7 +133,7 @@ pub fn check_common(settings: &Settings) -> Result<()> {
     let keys = given(settings)?;
     let taken = GRID
         .iter()
-        .filter(|(key, _)| !["model", "train", "eval_text"].contains(key));
+        .filter(|(key, _)| !["model", "train", "eval_text", "calibrate"].contains(key));
     for (key, flag) in taken.chain(&[("lr", "--rates")]) {
         ensure!(
             !keys.contains_key(*key),

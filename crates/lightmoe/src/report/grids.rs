@@ -36,7 +36,8 @@ pub(super) fn experts<'a>(
     replaced: usize,
 ) -> String {
     let widest = plan.settings.rank.max(1) as f64;
-    let varied = plan.damage.is_some();
+    let unit = plan.damage.as_ref().map(|damage| damage.sensitivity.unit());
+    let varied = unit.is_some();
     let cell = |plan: &LayerPlan, slot: &SlotPlan| {
         let layer = plan.layer;
         let mut opacity = 1.0;
@@ -83,8 +84,8 @@ pub(super) fn experts<'a>(
             }
         }
         title += &format!(", score {:.4}", slot.score);
-        if let Some(damage) = slot.damage {
-            title += &format!(", expected damage {damage:.2e} nats a token");
+        if let Some((damage, unit)) = slot.damage.zip(unit) {
+            title += &format!(", expected damage {damage:.2e} {unit}");
         }
         let tokens = seen(layer).and_then(|c| c.tokens_per_expert.get(slot.expert));
         if let Some(&tokens) = tokens {

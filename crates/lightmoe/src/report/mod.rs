@@ -351,9 +351,9 @@ fn scores(results: &Results) -> Vec<Picture> {
 }
 
 fn damage_picture(damage: &PlanDamage) -> Option<Damage> {
-    let predicted = format!("{:.2e}", damage.predicted);
+    let predicted = format!("{:.2e} {}", damage.predicted, damage.sensitivity.unit());
     let describe = format!(
-        "Expected damage by size; the plan leaves {} and is expected to cost {predicted} nats a token",
+        "Expected damage by size; the plan leaves {} and is expected to cost {predicted}",
         bytes_text(damage.bytes)
     );
     let svg = svg::damage::damage(&describe, damage)?;

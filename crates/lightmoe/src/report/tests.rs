@@ -4,6 +4,7 @@ use super::*;
 use crate::results::tests::sample;
 use crate::verdict::{Thresholds, judge};
 use evidence::{coverage, evidence};
+use lightmoe_compress::Sensitivity;
 use lightmoe_compress::plan::{CurvePoint, SlotForm};
 
 fn judged(mut evidence: Evidence, thresholds: &str) -> Evidence {
@@ -227,6 +228,7 @@ fn a_plan_by_damage_is_drawn() {
     let plan = &mut evidence.plan;
     let point = |bytes, damage| CurvePoint { bytes, damage };
     plan.damage = Some(PlanDamage {
+        sensitivity: Sensitivity::Fisher,
         bytes: 500,
         predicted: 0.001,
         curve: vec![point(200, 1.0), point(600, 1e-4), point(1000, 0.0)],

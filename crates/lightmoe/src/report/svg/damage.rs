@@ -11,7 +11,7 @@ use super::{Scale, WIDTH, extent, line, open, polyline, text};
 /// costs anything.
 pub(crate) fn damage(describe: &str, damage: &PlanDamage) -> Option<String> {
     let whole = damage.curve.last()?.bytes.max(1) as f64;
-    let place = |bytes: u64, nats: f64| (nats > 0.0).then(|| (bytes as f64 / whole, nats.log10()));
+    let place = |bytes: u64, lost: f64| (lost > 0.0).then(|| (bytes as f64 / whole, lost.log10()));
     let points = damage.curve.iter();
     let points: Vec<_> = points.filter_map(|p| place(p.bytes, p.damage)).collect();
     let chosen = place(damage.bytes, damage.predicted);
@@ -43,13 +43,14 @@ pub(crate) fn damage(describe: &str, damage: &PlanDamage) -> Option<String> {
         text(&mut out, x.at(tick), bottom + 18.0, "t mid", label);
     }
     line(&mut out, "axis", (left, bottom), (right, bottom));
-    text(&mut out, left, 12.0, "t strong", "nats a token");
+    text(&mut out, left, 12.0, "t strong", damage.sensitivity.unit());
     let middle = (left + right) / 2.0;
     let name = "bytes of the original";
     text(&mut out, middle, bottom + 36.0, "t mid strong", name);
     polyline(&mut out, "front", &points, x, y);
     if let Some(at) = chosen {
-        let title = format!("{:.1}%: {:.2e} nats", 100.0 * at.0, damage.predicted);
+        let (share, unit) = (100.0 * at.0, damage.sensitivity.unit());
+        let title = format!("{share:.1}%: {:.2e} {unit}", damage.predicted);
         let _ = writeln!(
             out,
             "<g><title>{}</title><circle class=\"dot recovered\" cx=\"{:.1}\" cy=\"{:.1}\" \

@@ -1,0 +1,133 @@
+//! In which order a model's experts stand means nothing: from observing to the built model, the same becomes of
+//! each.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use candle_core::DType;
+use common::predictions::{built, divergence, log_probabilities, samples, with};
+use common::{observed, options, random_checkpoint, small, written};
+use lightmoe_compress::Sensitivity;
+use lightmoe_compress::methods::{MethodName, PlanOptions, Target, plan};
+use lightmoe_compress::ranks::RankRule;
+use lightmoe_models::{Checkpoint, Decoder};
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use std::fs;
+use tempfile::TempDir;
+
+/// Where the experts of each place come from.
+const ORDER: [usize; 8] = [3, 0, 6, 1, 7, 2, 5, 4];
+
+/// The same model with its experts, and the rows of its routers, in another order.
+fn reordered(checkpoint: &Checkpoint, folder: &TempDir) -> Checkpoint {
+    let bytes = fs::read(checkpoint.dir().join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut moved: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    for (name, view) in file.tensors() {
+        let mut data = view.data().to_vec();
+        if name.ends_with("mlp.gate.weight") {
+            let row = data.len() / ORDER.len();
+            let rows = ORDER.iter().flat_map(|&e| &view.data()[e * row..][..row]);
+            data = rows.copied().collect();
+        }
+        let name = match name.split_once(".experts.") {
+            None => name,
+            Some((layer, rest)) => {
+                let (expert, matrix) = rest.split_once('.').unwrap();
+                let from: usize = expert.parse().unwrap();
+                let to = ORDER.iter().position(|&e| e == from).unwrap();
+                format!("{layer}.experts.{to}.{matrix}")
+            }
+        };
+        moved.push((name, view.shape().to_vec(), data));
+    }
+    let views = moved.iter().map(|(name, shape, data)| {
+        let view = TensorView::new(safetensors::Dtype::BF16, shape.clone(), data);
+        (name.clone(), view.unwrap())
+    });
+    let path = folder.path().join("model");
+    fs::create_dir(&path).unwrap();
+    let target = path.join("model.safetensors");
+    safetensors::serialize_to_file(views, None, &target).unwrap();
+    fs::copy(
+        checkpoint.dir().join("config.json"),
+        path.join("config.json"),
+    )
+    .unwrap();
+    Checkpoint::open(&path).unwrap()
+}
+
+/// A model whose experts share much of their weights.
+fn related(folder: &TempDir) -> Checkpoint {
+    let config = small(2, 8);
+    let mut model = Decoder::random(&config, 11).unwrap();
+    for bank in model.banks_mut() {
+        let dense = bank.dense.as_mut().unwrap();
+        for stack in [&mut dense.gate, &mut dense.up, &mut dense.down] {
+            let first = stack.narrow(0, 0, 1).unwrap();
+            *stack = first.broadcast_add(&(&*stack * 0.3).unwrap()).unwrap();
+        }
+    }
+    written(&model, &config, DType::BF16, folder)
+}
+
+#[test]
+fn the_same_becomes_of_every_expert() {
+    let [apart, related_ones] = [(), ()].map(|()| tempfile::tempdir().unwrap());
+    let models = [
+        random_checkpoint(&small(2, 8), DType::BF16, 3, &apart),
+        related(&related_ones),
+    ];
+    for (one, folder) in models.iter().zip([&apart, &related_ones]) {
+        let elsewhere = tempfile::tempdir().unwrap();
+        let other = reordered(one, &elsewhere);
+        let statistics = with(Sensitivity::Fisher);
+        let seen = [
+            observed(one, &samples(1), statistics, folder),
+            observed(&other, &samples(1), statistics, &elsewhere),
+        ];
+        let mut bases = 0;
+        for (ratio, ranks) in [
+            (0.4, RankRule::Budget),
+            (0.6, RankRule::Budget),
+            (0.4, RankRule::Uniform),
+            (0.4, RankRule::Importance),
+        ] {
+            let options = PlanOptions {
+                ranks,
+                ..options(1, 1)
+            };
+            let planned = |checkpoint: &Checkpoint, seen| {
+                let target = Target::Ratio(ratio);
+                plan(
+                    checkpoint.config(),
+                    seen,
+                    target,
+                    MethodName::Budget,
+                    &options,
+                )
+                .unwrap()
+            };
+            let (before, after) = (planned(one, &seen[0]), planned(&other, &seen[1]));
+            for (before, after) in before.layers.iter().zip(&after.layers) {
+                for (to, &from) in ORDER.iter().enumerate() {
+                    assert_eq!(after.slots[to].form, before.slots[from].form);
+                }
+                bases += before.groups;
+            }
+            let predictions = |checkpoint, plan, seen, folder| {
+                let built = built(checkpoint, plan, seen, folder);
+                log_probabilities(&Decoder::load(&built).unwrap(), &samples(1))
+            };
+            let found = [
+                predictions(one, &before, &seen[0], folder),
+                predictions(&other, &after, &seen[1], &elsewhere),
+            ];
+            let apart = divergence(&found[0], &found[1]).abs();
+            assert!(apart < 1e-4, "{ratio}: {apart}");
+        }
+        // The second model's experts have something in common.
+        assert_eq!(bases > 0, std::ptr::eq(one, &models[1]));
+    }
+}
