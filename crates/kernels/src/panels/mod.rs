@@ -47,9 +47,9 @@ pub(crate) struct Product<'a, 'w, W> {
 /// Memory for what is brought into order.
 #[derive(Default)]
 pub(crate) struct Scratch<'a> {
-    /// The rows that are in order, from the first on, their sizes, and how many numbers make a word: those of a
-    /// product may be those of the one before.
-    of: Option<(&'a [f32], [usize; 4])>,
+    /// The rows that are in order, from the first on, their number without and with zeros beside them, their sizes,
+    /// and how many numbers make a word: those of a product may be those of the one before.
+    of: Option<(&'a [f32], [usize; 5])>,
     /// Words of all rows, part by part.
     rows: Vec<u32>,
     panel: Vec<u32>,

@@ -320,8 +320,15 @@ unsafe fn order<'a, M: Multiply>(
     scratch: &mut Scratch<'a>,
 ) {
     let (x, stride) = product.x;
-    let sizes = [rows, product.inner, stride, M::Number::OF_WORD];
-    let same = |(of, had): (&[f32], [usize; 4])| std::ptr::eq(of, x) && had == sizes;
+    // As many rows with zeros beside them may have been fewer.
+    let sizes = [
+        product.rows,
+        rows,
+        product.inner,
+        stride,
+        M::Number::OF_WORD,
+    ];
+    let same = |(of, had): (&[f32], [usize; 5])| std::ptr::eq(of, x) && had == sizes;
     if scratch.of.is_some_and(same) {
         return;
     }
