@@ -1,9 +1,19 @@
 //! The tile unit of Intel's processors from Sapphire Rapids on: sixteen rows of pairs of inputs times those of
 //! sixteen columns in one instruction. Its intrinsics are not stable in Rust, so they are written as assembly.
+//!
+//! Intel's optimisation manual says that a product begins every 16 cycles and that its sums are there after 52. So
+//! four chains of sums keep the unit busy, thirty-two rows by thirty-two columns: that takes all eight tiles, and
+//! each that is loaded is multiplied twice. The last sixteen rows or fewer have two chains, which is some 60 % of the
+//! unit. All of this has only run in tests that carry the instructions out one by one (`tests/tiles.rs`), and has not
+//! been timed on a processor with such a unit.
 
 use super::panel::{COLUMNS, LANES, Multiply, To};
+use super::vectors::put;
 use half::bf16;
 use std::arch::asm;
+use std::arch::x86_64::_mm512_loadu_ps;
+use std::mem::MaybeUninit;
+use std::ptr::null;
 use std::sync::OnceLock;
 
 /// Bytes of a tile's row, and of a tile.
@@ -68,8 +78,8 @@ impl Drop for Tiles {
 
 impl Multiply for Tiles {
     type Number = bf16;
-    const ROWS: usize = LANES;
-    const ALL: bool = true;
+    const ROWS: usize = 2 * LANES;
+    const STEP: usize = LANES;
 
     unsafe fn begin() -> Self {
         // SAFETY: the caller's promise; the 64 bytes are there.
@@ -80,32 +90,50 @@ impl Multiply for Tiles {
     unsafe fn add(&self, rows: &[u32], words: usize, [left, right]: [&[u32]; 2], to: To) {
         let steps = words / LANES;
         let all = words * LANES;
-        assert!(steps > 0 && rows.len() == all && left.len() == all && right.len() == all);
-        let mut part = [0f32; LANES * COLUMNS];
-        // SAFETY: sixteen rows of words and both halves of the panel are read, and sixteen rows of sums written,
-        // as far as they reach; the caller has the instructions.
+        let (upper, lower) = rows.split_at(all);
+        assert!(steps > 0 && left.len() == all && right.len() == all);
+        assert!(lower.is_empty() || lower.len() == all);
+        let mut sums = MaybeUninit::<[f32; Self::ROWS * COLUMNS]>::uninit();
+        // SAFETY: all rows of words and both halves of the panel are read, and as many rows of sums written; the
+        // caller has the instructions.
         unsafe {
             asm!(
                 "tilezero tmm0",
                 "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
                 "2:",
-                "tileloadd tmm2, [{rows} + {rows_row}]",
-                "tileloadd tmm3, [{left} + {row}]",
-                "tileloadd tmm4, [{right} + {row}]",
-                "tdpbf16ps tmm0, tmm2, tmm3",
-                "tdpbf16ps tmm1, tmm2, tmm4",
-                "add {rows}, {ROW}",
+                "tileloadd tmm4, [{upper} + {rows_row}]",
+                "tileloadd tmm6, [{left} + {row}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{right} + {row}]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "test {lower}, {lower}",
+                "jz 3f",
+                "tileloadd tmm5, [{lower} + {rows_row}]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {lower}, {ROW}",
+                "3:",
+                "add {upper}, {ROW}",
                 "add {left}, {TILE}",
                 "add {right}, {TILE}",
                 "dec {steps}",
                 "jnz 2b",
-                "tilestored [{part} + {part_row}], tmm0",
-                "tilestored [{part} + {part_row} + {ROW}], tmm1",
+                "tilestored [{sums} + {sums_row}], tmm0",
+                "tilestored [{sums} + {sums_row} + {ROW}], tmm1",
+                "test {lower}, {lower}",
+                "jz 4f",
+                "tilestored [{sums} + {sums_row} + {LOWER}], tmm2",
+                "tilestored [{sums} + {sums_row} + {LOWER} + {ROW}], tmm3",
+                "4:",
                 ROW = const ROW,
                 TILE = const TILE,
-                part = in(reg) part.as_mut_ptr(),
-                part_row = in(reg) 4 * COLUMNS,
-                rows = inout(reg) rows.as_ptr() => _,
+                LOWER = const 2 * TILE,
+                sums = in(reg) sums.as_mut_ptr(),
+                sums_row = in(reg) 2 * ROW,
+                upper = inout(reg) upper.as_ptr() => _,
+                lower = inout(reg) if lower.is_empty() { null() } else { lower.as_ptr() } => _,
                 rows_row = in(reg) 4 * words,
                 left = inout(reg) left.as_ptr() => _,
                 right = inout(reg) right.as_ptr() => _,
@@ -116,16 +144,32 @@ impl Multiply for Tiles {
                 out("tmm2") _,
                 out("tmm3") _,
                 out("tmm4") _,
+                out("tmm5") _,
+                out("tmm6") _,
+                out("tmm7") _,
                 options(nostack),
             );
+            let written = rows.len() / words * COLUMNS;
+            put_rows(
+                std::slice::from_raw_parts(sums.as_ptr().cast(), written),
+                to,
+            );
         }
-        for (row, sums) in part.chunks_exact(COLUMNS).take(to.count).enumerate() {
-            for (column, &sum) in sums.iter().enumerate() {
-                // SAFETY: the caller's promise.
-                unsafe {
-                    let out = to.out.at(row, column).first;
-                    *out = if to.first { sum } else { *out + sum };
-                }
+    }
+}
+
+/// Writes sums, or adds them to those that are there.
+///
+/// # Safety
+/// As of [`Multiply::add`].
+#[target_feature(enable = "avx512f")]
+unsafe fn put_rows(sums: &[f32], to: To) {
+    for (row, sums) in sums.chunks_exact(COLUMNS).take(to.count).enumerate() {
+        for (half, sums) in sums.chunks_exact(LANES).enumerate() {
+            // SAFETY: so many sums are there; the caller's promise.
+            unsafe {
+                let out = to.out.at(row, half * LANES).first;
+                put(out, _mm512_loadu_ps(sums.as_ptr()), to.first);
             }
         }
     }

@@ -37,8 +37,8 @@ pub(super) trait Multiply {
     type Number: Number;
     /// The most rows that it takes at a time.
     const ROWS: usize;
-    /// Whether it always takes as many; there are zeros where no more are left.
-    const ALL: bool;
+    /// It takes multiples of so many; there are zeros where no more are left.
+    const STEP: usize;
 
     /// Makes it ready on this thread.
     ///
@@ -178,10 +178,7 @@ pub(super) unsafe fn product<'a, M: Multiply>(
     out: Part<f32>,
 ) {
     let count = product.rows;
-    let rows = match M::ALL {
-        true => count.next_multiple_of(M::ROWS),
-        false => count,
-    };
+    let rows = count.next_multiple_of(M::STEP);
     let parts: Vec<Depth> = Depth::all::<M::Number>(product.inner, rows).collect();
     let ordered = match in_order::<M>(product, &parts) {
         Some(words) => words,
@@ -241,7 +238,8 @@ pub(super) unsafe fn product<'a, M: Multiply>(
         fill(product, part.inputs.clone(), column + LANES, right);
         let filled = part.words * LANES;
         let panel = [&left[..filled], &right[..filled]];
-        let next = blocks.get(i + 1).filter(|_| groups > 1);
+        // Few rows are done before much of the next panel could be there.
+        let next = blocks.get(i + 1).filter(|_| rows > LANES.min(M::ROWS));
         let rows = ordered[part.start..][..rows * part.words].chunks(M::ROWS * part.words);
         for (group, rows) in rows.enumerate() {
             if let Some((column, part)) = next {
@@ -304,7 +302,9 @@ fn in_order<'a, M: Multiply>(
 ) -> Option<&'a [u32]> {
     let (x, stride) = product.x;
     match parts {
-        [one] if one.words == stride && !M::ALL => M::Number::as_words(&x[..product.rows * stride]),
+        [one] if one.words == stride && product.rows.is_multiple_of(M::STEP) => {
+            M::Number::as_words(&x[..product.rows * stride])
+        }
         _ => None,
     }
 }

@@ -44,7 +44,7 @@ macro_rules! multiply {
         impl Multiply for $unit {
             type Number = $number;
             const ROWS: usize = ROWS;
-            const ALL: bool = false;
+            const STEP: usize = 1;
 
             unsafe fn begin() -> Self {
                 Self
@@ -204,7 +204,7 @@ unsafe fn put_rows<const M: usize>(held: [[__m512; 2]; M], to: To) {
 /// So many numbers are there, and nobody else uses them.
 #[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn put(to: *mut f32, numbers: __m512, first: bool) {
+pub(super) unsafe fn put(to: *mut f32, numbers: __m512, first: bool) {
     // SAFETY: the caller's promise.
     unsafe {
         let sum = match first {

@@ -80,7 +80,10 @@ fn products_of_every_shape<W: Tested>(units: &[Unit]) {
             (9, 513, 16),
             (16, 64, 40),
             (17, 1030, 17),
+            (31, 96, 33),
+            (32, 1100, 64),
             (33, 258, 70),
+            (50, 40, 32),
         ] {
             for inputs in [Inputs::InRows, Inputs::InColumns] {
                 let (width, high) = match inputs {
