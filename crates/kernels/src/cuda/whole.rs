@@ -279,7 +279,8 @@ impl CustomOp1 for OnGpu {
 
 impl Gpu {
     /// Runs `work` with memory for `tokens` of a layer. It is kept for the next call, and grows: layers run one after the
-    /// other.
+    /// other. After an error it is not: a launch that was queued may have left blocks counted that the missing one would
+    /// have cleared.
     pub(super) fn with_workspace<T: Element, R>(
         &self,
         block: &Block<T>,
@@ -308,8 +309,8 @@ impl Gpu {
                 })
             }
         };
-        let done = work(&mut mine);
+        let done = work(&mut mine)?;
         *place = Some(mine);
-        done
+        Ok(done)
     }
 }
