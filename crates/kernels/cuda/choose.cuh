@@ -17,10 +17,12 @@ struct Scores {
     float scaling;          // factor of the gates
 };
 
-// Scores as integers that sort like them. Minus infinity is above both.
+// Scores as integers that sort like them. NaN is below minus infinity, and above what groups exclude: else an expert of
+// another group would take its place.
 constexpr u32 ABSENT_KEY = 0;
-constexpr u32 NAN_KEY = 1;
-constexpr u32 EXCLUDED_KEY = 0x007fffffu;  // minus infinity
+constexpr u32 EXCLUDED_KEY = 1;
+constexpr u32 NAN_KEY = 2;
+constexpr u32 LOWEST_KEY = 0x007fffffu;  // minus infinity
 
 __device__ __forceinline__ u32 sort_key(float v) {
     if (v != v) return NAN_KEY;
@@ -31,9 +33,9 @@ __device__ __forceinline__ u32 sort_key(float v) {
 
 __device__ __forceinline__ float key_value(u32 key) { return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key); }
 
-// What an expert adds to the score of its group. One that is absent counts as very bad.
+// What an expert adds to the score of its group: minus infinity for NaN. One that is absent counts as very bad.
 __device__ __forceinline__ float in_group(u32 key) {
-    return key == ABSENT_KEY ? -1e30f : key_value(max(key, EXCLUDED_KEY));
+    return key == ABSENT_KEY ? -1e30f : key_value(max(key, LOWEST_KEY));
 }
 
 // The groups that can be chosen from, as bits. Expert `i * WARP + lane` has `keys[i]`.

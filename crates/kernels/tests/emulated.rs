@@ -1,7 +1,7 @@
-//! The text of the CUDA kernels of attention and of what lies between products, run on the CPU: a coroutine for
-//! each thread of a block, with the instructions of a GPU written out (`stand_in/device.h`), against the plainest
-//! way in double precision. It needs a C++ compiler and no GPU, and sees what the text computes, not what a card
-//! makes of it.
+//! The text of the CUDA kernels of attention and of what lies between products, and of the choice of experts, run on
+//! the CPU: a coroutine for each thread of a block, with the instructions of a GPU written out (`stand_in/device.h`),
+//! against the plainest way in double precision. It needs a C++ compiler and no GPU, and sees what the text computes,
+//! not what a card makes of it.
 #![cfg(all(target_os = "linux", target_env = "gnu", target_arch = "x86_64"))]
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -10,9 +10,10 @@ use std::process::Command;
 use std::{env, fs};
 
 /// The kernels' texts, in the order in which they build on each other.
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 7] = [
     "ptx.cuh",
     "common.cuh",
+    "choose.cuh",
     "attention.cuh",
     "attention.cu",
     "attention_backward.cu",

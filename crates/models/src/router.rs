@@ -12,6 +12,8 @@ use lightmoe_kernels::{linear, top_k};
 const WEIGHT: &str = "mlp.gate";
 /// Added to a logit to take it out of a softmax.
 const OUT: f32 = -1e30;
+/// What NaN is chosen as where groups limit the choice: after every score, and before what is taken out.
+const UNKNOWN: f32 = OUT / 2.0;
 
 /// What the router decided for the tokens of a batch.
 #[derive(Debug, Clone)]
@@ -184,17 +186,19 @@ fn gather(values: &Tensor, chosen: &[u32], k: usize) -> Result<Tensor> {
     Ok(flat.reshape((tokens, k))?)
 }
 
-/// `scores: [T, E]` with those of all but the best groups at minus infinity.
+/// `scores: [T, E]` with those of all but the best groups at minus infinity, below NaN in the best ones.
 fn within_groups(scores: &Tensor, groups: &ExpertGroups) -> Result<Tensor> {
     let (tokens, experts) = scores.dims2()?;
     let size = experts / groups.count;
     let mut values = scores.flatten_all()?.to_vec1::<f32>()?;
-    let of_group = |group: &[f32]| match groups.score {
-        GroupScore::Best => group.iter().copied().fold(f32::NEG_INFINITY, f32::max),
-        GroupScore::TwoBest => {
-            let mut group = group.to_vec();
-            group.sort_unstable_by(|a, b| b.total_cmp(a));
-            group.iter().take(2).sum()
+    // As on GPUs, NaN is no better for a group than minus infinity.
+    let of_group = |group: &[f32]| {
+        let group = group.iter().map(|score| score.max(f32::NEG_INFINITY));
+        let mut group: Vec<f32> = group.collect();
+        group.sort_unstable_by(|a, b| b.total_cmp(a));
+        match groups.score {
+            GroupScore::Best => group[0],
+            GroupScore::TwoBest => group.iter().take(2).sum(),
         }
     };
     let ranks: Vec<f32> = values.chunks_exact(size).map(of_group).collect();
@@ -205,8 +209,11 @@ fn within_groups(scores: &Tensor, groups: &ExpertGroups) -> Result<Tensor> {
         .zip(best.chunks_exact(groups.chosen))
     {
         for (group, scores) in row.chunks_exact_mut(size).enumerate() {
-            if !best.contains(&(group as u32)) {
-                scores.fill(f32::NEG_INFINITY);
+            match best.contains(&(group as u32)) {
+                true => scores
+                    .iter_mut()
+                    .for_each(|score| *score = score.max(UNKNOWN)),
+                false => scores.fill(f32::NEG_INFINITY),
             }
         }
     }
@@ -247,4 +254,34 @@ fn sparse_mixer(logits: &Tensor, jitter: f64) -> Result<(Vec<u32>, Tensor)> {
     };
     let gates = Tensor::cat(&[turn(0)?, turn(1)?], 1)?.flatten_all()?;
     Ok((chosen, gates))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may fail loudly")]
+
+    use super::*;
+    use candle_core::Device;
+
+    /// The rows that kernels for GPUs are held to in `lightmoe-kernels`.
+    #[test]
+    fn scores_that_are_none_come_last_in_their_groups() {
+        use GroupScore::{Best, TwoBest};
+        let nan = f32::NAN;
+        let known = [1.0, 1.0, nan, 5.0, 3.0, 2.0, nan, nan];
+        for (score, row, expected) in [
+            (Best, known, [3, 4, 5, 2]),
+            (TwoBest, known, [4, 5, 0, 1]),
+            (TwoBest, [nan; 8], [0, 1, 2, 3]),
+        ] {
+            let groups = ExpertGroups {
+                count: 4,
+                chosen: 2,
+                score,
+            };
+            let scores = Tensor::new(&[row], &Device::Cpu).unwrap();
+            let scores = within_groups(&scores, &groups).unwrap();
+            assert_eq!(top_k(&scores, 4).unwrap(), expected, "{score:?} of {row:?}");
+        }
+    }
 }

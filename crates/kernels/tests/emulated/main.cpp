@@ -1,5 +1,5 @@
-// Runs the kernels of attention.cu, attention_backward.cu and tokens.cu on a device on the host and holds what they
-// give, in bf16, against the plainest way in double precision. Exit code 0 if all is near.
+// Runs choose.cuh and the kernels of attention.cu, attention_backward.cu and tokens.cu on a device on the host and holds
+// what they give, in bf16, against the plainest way in double precision. Exit code 0 if all is near.
 #include "device.h"
 #include "kernels.inc"
 
@@ -183,8 +183,38 @@ static void losses() {
     hold("losses", given, expected), hold("of logits", given_logits, dlogits);
 }
 
+// Four of eight experts in four groups, of which two can be chosen from, with scores that are none: the same rows as in
+// the router of lightmoe-models.
+static void choices() {
+    struct Row {
+        bool two_best;
+        u32 absent;
+        std::vector<float> logits;
+        std::vector<u32> expected;
+    };
+    const Row rows[] = {
+        {false, NONE, {1, 1, NAN, 5, 3, 2, NAN, NAN}, {3, 4, 5, 2}},
+        {true, NONE, {1, 1, NAN, 5, 3, 2, NAN, NAN}, {4, 5, 0, 1}},
+        {true, NONE, {NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN}, {0, 1, 2, 3}},
+        {false, 4, {1, 1, NAN, 5, -INFINITY, 3, NAN, NAN}, {3, 5, 2, 0}},
+    };
+    printf("choices\n");
+    for (const Row& row : rows) {
+        u32 position[8], given[4];
+        float gates[4];
+        for (u32 e = 0; e < 8; e++) position[e] = e == row.absent ? NONE : e;
+        const Scores scores = {nullptr, position, 8, 4, 0, 4, 2, row.two_best, 0, 1.0f};
+        launch(1, WARP, [&] { choose(scores, row.logits.data(), given, gates); });
+        for (u32 i = 0; i < 4; i++) {
+            const bool same = given[i] == row.expected[i];
+            if (!same) printf("  choice %u: %u for %u FAR\n", i, given[i], row.expected[i]);
+            failed |= !same;
+        }
+    }
+}
+
 int main() {
-    sums(), activations(), norms(), losses();
+    choices(), sums(), activations(), norms(), losses();
     attention<64>({1, 70, 70, 2, 1, 0, {}, {}, true});
     attention<128>({2, 66, 66, 4, 2, 0, {}, {}, true});
     attention<64>({1, 100, 100, 2, 2, 17, {}, {}, true});
