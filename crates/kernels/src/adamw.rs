@@ -56,8 +56,9 @@ impl Moments {
         Ok(())
     }
 
-    /// Those beside a parameter that is not on the host; taken there first.
-    fn away(&mut self, parameter: &Tensor) -> Result<[Tensor; 2]> {
+    /// Those beside a parameter that is not on the host, or copies there: those of the host stay until an update
+    /// has succeeded, since there may be no room.
+    fn away(&self, parameter: &Tensor) -> Result<[Tensor; 2]> {
         if let Some(away) = &self.away {
             if away[0].shape() != parameter.shape() {
                 candle_core::bail!(
@@ -71,7 +72,6 @@ impl Moments {
         let count = parameter.elem_count();
         self.check(count)?;
         let [first, second] = self.values(count)?;
-        (self.first, self.second) = (Vec::new(), Vec::new());
         let tensor = |values| Tensor::from_vec(values, parameter.shape(), parameter.device());
         Ok([tensor(first)?, tensor(second)?])
     }
@@ -171,8 +171,12 @@ impl AdamW {
         if composed::is_for(parameter) {
             let [first, second] = moments.away(parameter)?;
             let [new, first, second] = composed::adamw(self, parameter, grad, [&first, &second])?;
-            moments.away = Some([first, second]);
-            return parameter.slice_set(&new.contiguous()?, 0, 0);
+            parameter.slice_set(&new.contiguous()?, 0, 0)?;
+            *moments = Moments {
+                away: Some([first, second]),
+                ..Moments::default()
+            };
+            return Ok(());
         }
         let update = Update {
             settings: *self,
