@@ -38,6 +38,7 @@ struct Expand {
     u32 kept;                // slots whose own share is 1, the first ones
     float base_share, own_share;
 };
+static_assert(sizeof(Expand) == 104);
 
 constexpr u32 EXPAND_COLUMNS = 64;  // in a tile
 
@@ -180,6 +181,7 @@ struct ExpandPre {
     Expand expand;  // its `h` takes the pre-activations of the gate
     elem* pre_up;   // [S, inner]
 };
+static_assert(sizeof(ExpandPre) == 112);
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) adapters_expand(Expand p) {
     if (p.rank <= 32) expand<8, false>(p, nullptr);
@@ -205,6 +207,7 @@ struct Join {
     u32 slots, inner;        // inner a multiple of 8
     float base_share;
 };
+static_assert(sizeof(Join) == 72);
 
 // A warp for each row and slab of columns.
 extern "C" __global__ void __launch_bounds__(THREADS) adapters_join(Join p) {
@@ -240,6 +243,7 @@ struct SumPairs {
     u32 tokens, top_k, inner;  // top_k <= 32, inner a multiple of 8
     float share;
 };
+static_assert(sizeof(SumPairs) == 64);
 
 // A warp for each token and slab of columns; lane j holds what belongs to choice j.
 extern "C" __global__ void __launch_bounds__(THREADS) adapters_sum_pairs(SumPairs p) {
@@ -292,6 +296,7 @@ struct Combine {
     u32 tokens, top_k, hidden;  // top_k <= 32, hidden a multiple of 8
     float own_share;
 };
+static_assert(sizeof(Combine) == 80);
 
 extern "C" __global__ void __launch_bounds__(THREADS) combine(Combine p) {
     u32 lane = threadIdx.x % WARP;

@@ -17,6 +17,7 @@ struct Attend {
     Seen seen;
     u64 k_row, v_row;
 };
+static_assert(sizeof(Attend) == 104);
 
 template <u32 D>
 __device__ __forceinline__ void attend(const Attend& p) {

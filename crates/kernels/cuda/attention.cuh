@@ -17,6 +17,7 @@ struct Seen {
     __device__ __forceinline__ u32 first(u32 i) const { return keys - queries + i + 1 > window ? keys - queries + i + 1 - window : 0; }
     __device__ __forceinline__ u32 end(u32 i) const { return keys - queries + i + 1; }
 };
+static_assert(sizeof(Seen) == 48);
 
 // Written as a number of its own, since the compiler at run time has no name for it.
 __device__ __forceinline__ float infinite() { return __uint_as_float(0x7f800000u); }

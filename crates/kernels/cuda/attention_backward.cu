@@ -24,6 +24,7 @@ struct AttendBackward {
     float scale;        // of scores
     u32 width;          // D
 };
+static_assert(sizeof(AttendBackward) == 136);
 
 extern "C" __global__ void __launch_bounds__(128) attend_delta(const AttendBackward p) {
     const Seen& s = p.seen;

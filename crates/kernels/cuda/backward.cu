@@ -34,6 +34,7 @@ struct Transposed {
     const u32* ranks;   // null: each group's matrix has k rows
     u32 groups, n, k, lda, ldy;  // at most MAX_GROUPS groups
 };
+static_assert(sizeof(Transposed) == 96);
 
 struct Outer {
     const elem* a;       // [*, n], row stride lda
@@ -45,6 +46,7 @@ struct Outer {
     const u32* starts;   // [groups + 1]
     u32 groups, n, k, lda, ldb;
 };
+static_assert(sizeof(Outer) == 80);
 
 constexpr u32 BOX_BYTES = 64 * LINE;
 

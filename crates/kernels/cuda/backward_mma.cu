@@ -31,6 +31,7 @@ struct Transposed {
     const u32* ranks;    // [groups + 1] where the rows of each group's matrices begin, and the last end; null: each has k, which else is the most
     u32 groups, n, k, lda, ldy;  // n, k, lda, ldy, ranks: multiples of 8
 };
+static_assert(sizeof(Transposed) == 96);
 
 struct Outer {
     const elem* a;       // [*, n], row stride lda
@@ -42,6 +43,7 @@ struct Outer {
     const u32* starts;   // [groups + 1] group i has the sorted rows starts[i] .. starts[i + 1]
     u32 groups, n, k, lda, ldb;  // multiples of 8, but for `groups`
 };
+static_assert(sizeof(Outer) == 80);
 
 constexpr u32 THREADS = 256;
 constexpr u32 ROWS = 128;   // of inputs in a tile of `transposed`

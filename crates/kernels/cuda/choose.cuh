@@ -16,6 +16,7 @@ struct Scores {
     u32 renormalize;        // gates are divided by their sum
     float scaling;          // factor of the gates
 };
+static_assert(sizeof(Scores) == 48);
 
 // Scores as integers that sort like them. NaN is below minus infinity, and above what groups exclude: else an expert of
 // another group would take its place.

@@ -1,4 +1,4 @@
-// What all kernels share, behind ptx.cuh.
+// What all kernels share, behind ptx.cuh. Structs that the host fills in are as long there, which both sides assert.
 
 constexpr u32 NONE = 0xffffffffu;
 constexpr u32 WARP = 32;
@@ -18,6 +18,7 @@ struct Routing {
     u32* pair_of_row;  // [S] pair of each row; NONE where its position has no group
     u32* pair_of;      // [tokens * top_k] the pair that this choice is the first of; NONE elsewhere
 };
+static_assert(sizeof(Routing) == 80);
 
 __device__ __forceinline__ float low(u32 v) { return to_float(elem(v & 0xffffu)); }
 __device__ __forceinline__ float high(u32 v) { return to_float(elem(v >> 16)); }

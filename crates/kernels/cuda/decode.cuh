@@ -46,6 +46,7 @@ struct Decode {
     Scores scores;
     u32 tokens, hidden, inner, rank, positions, dense, groups;
 };
+static_assert(sizeof(Decode) == 336);
 
 typedef unsigned short u16;
 constexpr u16 NO_GROUP = 0xffff;

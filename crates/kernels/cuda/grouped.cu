@@ -38,6 +38,7 @@ struct Grouped {
     const u32* ranks;   // null: each group's matrix has n rows
     u32 groups, n, k, lda, ldy;  // at most MAX_GROUPS groups
 };
+static_assert(sizeof(Grouped) == 96);
 
 enum Form { PLAIN, DUAL, SWIGLU };
 

@@ -26,6 +26,7 @@ struct Grouped {
     const u32* ranks;    // [groups + 1] where the rows of each group's matrices begin, and the last end; null: each has n, which else is the most
     u32 groups, n, k, lda, ldy;  // n, k, lda, ldy, ranks: multiples of 8
 };
+static_assert(sizeof(Grouped) == 96);
 
 enum Kind { PLAIN, DUAL, SWIGLU };
 

@@ -10,6 +10,7 @@
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };
+static_assert(sizeof(TensorMap) == 128);
 
 constexpr u32 MAX_GROUPS = 512;
 constexpr u32 THREADS = 384;

@@ -19,11 +19,13 @@ struct PackJob {
     u32 outer_step, inner_step;  // from one number to the next within a slot of the source
     u32 inner_is_rank;     // whether `inner` counts components, and not `outer`
 };
+static_assert(sizeof(PackJob) == 64);
 
 struct Pack {
     PackJob jobs[MAX_JOBS];
     u32 count;
 };
+static_assert(sizeof(Pack) == 1160);
 
 __device__ __forceinline__ void pack_job(const PackJob& job) {
     const u32 pieces = job.inner / 8, all = job.slots * job.outer * pieces;

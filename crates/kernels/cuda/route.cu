@@ -30,6 +30,7 @@ struct Route {
     u32 chunk;            // tokens of a block
     u32 blocks;
 };
+static_assert(sizeof(Route) == 200);
 
 extern __shared__ u32 memory[];
 
@@ -207,6 +208,7 @@ struct RouteOnly {
     float* gates;         // [tokens, top_k]
     u32 tokens;
 };
+static_assert(sizeof(RouteOnly) == 80);
 
 extern "C" __global__ void __launch_bounds__(256) route_only(RouteOnly p) {
     const u32 token = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;

@@ -11,6 +11,7 @@ struct Router {
     float* logits;       // [tokens, experts]
     u32 tokens, experts, hidden;
 };
+static_assert(sizeof(Router) == 40);
 
 constexpr u32 TOKENS = 32, EXPERTS = 64, WARPS = 8;
 

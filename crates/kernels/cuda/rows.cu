@@ -34,6 +34,7 @@ struct SwigluBackward {
     u32 choices, inner;      // tokens * top_k; a multiple of 8
     float base_share, own_share;
 };
+static_assert(sizeof(SwigluBackward) == 128);
 
 // A warp for each choice. Any result may lie where an input of the same row lay: a lane reads its
 // columns of all of them before it writes.
@@ -86,6 +87,7 @@ struct SumPairsTwo {
     u32 tokens, top_k, inner;  // top_k <= 32, inner a multiple of 8
     float share;
 };
+static_assert(sizeof(SumPairsTwo) == 72);
 
 // A warp for each token and slab of columns; lane j holds what belongs to choice j.
 extern "C" __global__ void __launch_bounds__(THREADS) sum_pairs_two(SumPairsTwo p) {

@@ -18,6 +18,7 @@ struct SumRows {
     const u32* index;      // the rows of output t are those at starts[t] .. starts[t + 1]
     u32 outputs, width;
 };
+static_assert(sizeof(SumRows) == 48);
 
 // out[t] = sum of weights[s] rows[s] over the rows of t, in their order. A block of 256 threads for each output.
 extern "C" __global__ void __launch_bounds__(256) sum_rows(const SumRows p) {
@@ -41,6 +42,7 @@ struct SpreadRows {
     float* d_weights;      // [S], or null
     u32 count, width;
 };
+static_assert(sizeof(SpreadRows) == 56);
 
 // The gradients of `sum_rows`. A warp for each row, 8 a block.
 extern "C" __global__ void __launch_bounds__(256) spread_rows(const SpreadRows p) {
@@ -75,6 +77,7 @@ struct Swiglu {
     elem* d_up;      // null forward
     u64 pieces;
 };
+static_assert(sizeof(Swiglu) == 48);
 
 // h = silu(gate) up, or the gradients of both. A thread for each piece, 256 a block.
 extern "C" __global__ void __launch_bounds__(256) swiglu(const Swiglu p) {
@@ -105,6 +108,7 @@ struct NormGradient {
     u32 width;
     float eps;
 };
+static_assert(sizeof(NormGradient) == 40);
 
 // Of y = x r w with r = 1 / sqrt(mean(x x) + eps): dx = r (dy w - x r r mean(dy w x)). A block of 256 threads a row.
 extern "C" __global__ void __launch_bounds__(256) norm_gradient(const NormGradient p) {
@@ -142,6 +146,7 @@ struct Entropy {
     float* dlogits;        // [rows, width]; forward null
     u32 width;
 };
+static_assert(sizeof(Entropy) == 56);
 
 // losses = sums - logits[target], or dlogits = dlosses (exp(logits - sums) - [target]). A block of 256 threads a row.
 extern "C" __global__ void __launch_bounds__(256) cross_entropy(const Entropy p) {

@@ -3,7 +3,7 @@
 use super::Result;
 use super::block::Block;
 use super::compile::ADAPTERS;
-use super::device::{Address, Element, Gpu, Launch};
+use super::device::{Address, Element, Gpu, Launch, arguments};
 use super::workspace::{Own, Workspace};
 use cudarc::driver::{CudaSlice, DevicePtrMut, DeviceRepr};
 
@@ -87,16 +87,7 @@ struct Combine {
     own_share: f32,
 }
 
-// SAFETY: plain numbers, laid out as the kernels' structs.
-unsafe impl DeviceRepr for Expand {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for ExpandPre {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for Join {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for SumPairs {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for Combine {}
+arguments!(Expand: 104, ExpandPre: 112, Join: 72, SumPairs: 64, Combine: 80);
 
 /// `h` of adapted rows, from `low` and what the bases made of their pairs.
 pub(super) fn expand<T: Element>(

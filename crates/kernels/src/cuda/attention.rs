@@ -2,7 +2,7 @@
 
 use super::Result;
 use super::compile::{ATTENTION, ATTENTION_BACKWARD, Source};
-use super::device::{Address, Element, Gpu, Launch};
+use super::device::{Address, Element, Gpu, Launch, arguments};
 use super::held::Held;
 use super::made::{gpu_of, held, held_from, is_aligned, made};
 use crate::attention::{Dims, Seen, has_whole_rows};
@@ -66,10 +66,7 @@ struct AttendBackward {
     width: u32,
 }
 
-// SAFETY: plain numbers, laid out as the kernels' structs.
-unsafe impl DeviceRepr for Attend {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for AttendBackward {}
+arguments!(SeenArgument: 48, Attend: 104, AttendBackward: 136);
 
 /// The sizes of an attention, and what its queries see.
 pub(crate) struct Attention {

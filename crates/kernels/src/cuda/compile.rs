@@ -24,6 +24,13 @@ pub struct Source {
     pub hopper: bool,
 }
 
+impl Source {
+    /// All that is compiled.
+    pub(super) fn text(&self) -> String {
+        self.parts.concat()
+    }
+}
+
 const PTX: &str = include_str!("../../cuda/ptx.cuh");
 const COMMON: &str = include_str!("../../cuda/common.cuh");
 const HOPPER: &str = include_str!("../../cuda/hopper.cuh");
@@ -177,7 +184,7 @@ pub fn compile(source: &Source, element: ElementKind, architecture: &str) -> Res
         architecture: architecture.to_owned(),
         log,
     };
-    let text = CString::new(source.parts.concat()).map_err(|e| failed(e.to_string()))?;
+    let text = CString::new(source.text()).map_err(|e| failed(e.to_string()))?;
     let name = CString::new(format!("{}.cu", source.name)).map_err(|e| failed(e.to_string()))?;
     let program = nvrtc::create_program(&text, Some(&name)).map_err(|e| failed(e.to_string()))?;
     // SAFETY: the program lives until it is destroyed below, and its text as long; the buffers have the

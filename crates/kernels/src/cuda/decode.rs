@@ -3,12 +3,12 @@
 
 use super::block::Block;
 use super::compile::DECODE;
-use super::device::{Address, Element, Gpu, Launch};
+use super::device::{Address, Element, Gpu, Launch, arguments};
 use super::held::Held;
 use super::route::{ScoresArgument, TablesArgument};
 use super::workspace::Workspace;
 use super::{Result, ensure};
-use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
+use cudarc::driver::{DevicePtr, DevicePtrMut};
 
 /// The most tokens that [`forward`] takes.
 pub(super) const DECODE_TOKENS: usize = 32;
@@ -57,8 +57,7 @@ struct Decode {
     groups: u32,
 }
 
-// SAFETY: plain numbers, laid out as the kernels' struct.
-unsafe impl DeviceRepr for Decode {}
+arguments!(Decode: 336);
 
 /// A layer's output for up to [`DECODE_TOKENS`] tokens.
 pub(super) fn forward<T: Element>(

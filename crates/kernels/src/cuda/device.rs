@@ -62,6 +62,17 @@ impl Address {
     }
 }
 
+/// Lets kernels take structs by value, which must be plain numbers in C's layout. They are as long as the kernels' own,
+/// whose text says the same numbers of bytes: where one side alone grows, it does not compile.
+macro_rules! arguments {
+    ($($of:ident: $bytes:literal),+) => {$(
+        // SAFETY: plain numbers, laid out as the kernels' struct.
+        unsafe impl cudarc::driver::DeviceRepr for $of {}
+        const _: () = assert!(size_of::<$of>() == $bytes);
+    )+};
+}
+pub(super) use arguments;
+
 /// The size of a launch.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Launch {

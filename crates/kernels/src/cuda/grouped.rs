@@ -2,9 +2,9 @@
 
 use super::Result;
 use super::compile::{GROUPED, GROUPED_MMA, Source};
-use super::device::{Address, Element, Gpu, Launch};
+use super::device::{Address, Element, Gpu, Launch, arguments};
 use super::tensor_map::TensorMap;
-use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
+use cudarc::driver::{CudaSlice, DevicePtr};
 use std::ops::RangeInclusive;
 
 /// Rows a group for which tall tiles are better: wide ones would read most weights twice from memory.
@@ -111,8 +111,7 @@ struct Argument {
     ldy: u32,
 }
 
-// SAFETY: plain numbers, laid out as the kernels' struct.
-unsafe impl DeviceRepr for Argument {}
+arguments!(Argument: 96);
 
 /// The sizes of a grouped product.
 #[derive(Debug, Clone, Copy)]

@@ -1,9 +1,8 @@
 //! Parameters as they train, as kernels take them: 16 bits, all slots of one rank.
 
 use super::compile::PACK;
-use super::device::{Address, Element, Gpu, Launch};
+use super::device::{Address, Element, Gpu, Launch, arguments};
 use super::{Result, ensure};
-use cudarc::driver::DeviceRepr;
 
 /// The most stacks of a launch.
 const MOST: usize = 18;
@@ -34,8 +33,7 @@ struct Pack {
     count: u32,
 }
 
-// SAFETY: plain numbers, laid out as the kernel's struct.
-unsafe impl DeviceRepr for Pack {}
+arguments!(Job: 64, Pack: 1160);
 
 /// Where the numbers of a stack are.
 #[derive(Debug, Clone, Copy)]

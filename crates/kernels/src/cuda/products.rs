@@ -2,7 +2,7 @@
 
 use super::Result;
 use super::compile::{BACKWARD, BACKWARD_MMA, Source};
-use super::device::{Address, Element, Gpu, Launch};
+use super::device::{Address, Element, Gpu, Launch, arguments};
 use super::grouped::{Path, Segments};
 use super::held::Held;
 use super::tensor_map::TensorMap;
@@ -102,10 +102,7 @@ struct OuterArgument {
     ldb: u32,
 }
 
-// SAFETY: plain numbers, laid out as the kernels' structs.
-unsafe impl DeviceRepr for TransposedArgument {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for OuterArgument {}
+arguments!(TransposedArgument: 96, OuterArgument: 80);
 
 /// Where results go.
 #[derive(Debug, Clone, Copy)]

@@ -5,12 +5,12 @@
 use super::block::Frame;
 use super::block::{Block, Shape};
 use super::compile::{ROUTE, ROUTER};
-use super::device::{Address, Element, Gpu, Launch};
+use super::device::{Address, Element, Gpu, Launch, arguments};
 use super::grouped::Segments;
 use super::workspace::Workspace;
 use super::{Result, ensure};
 use crate::choice::{Choice, ExpertGroups};
-use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
+use cudarc::driver::{CudaSlice, DevicePtr};
 
 /// No position, group or pair.
 pub(super) const NONE: u32 = u32::MAX;
@@ -276,13 +276,9 @@ struct RouteOnly {
     tokens: u32,
 }
 
-// SAFETY: plain numbers, laid out as the kernels' structs.
-unsafe impl DeviceRepr for Route {}
-// SAFETY: as above.
+arguments!(ScoresArgument: 48, TablesArgument: 80, Route: 200, Router: 40);
 #[cfg(any(test, feature = "linked"))]
-unsafe impl DeviceRepr for RouteOnly {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for Router {}
+arguments!(RouteOnly: 80);
 
 /// `logits[t, e] = weight[e] · x[t]`
 pub(super) fn router_logits<T: Element>(

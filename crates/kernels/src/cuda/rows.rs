@@ -3,7 +3,7 @@
 use super::Result;
 use super::block::Block;
 use super::compile::ROWS;
-use super::device::{Address, Element, Gpu, Launch};
+use super::device::{Address, Element, Gpu, Launch, arguments};
 use super::workspace::Workspace;
 use cudarc::driver::{CudaSlice, DeviceRepr};
 
@@ -48,10 +48,7 @@ struct SumPairsTwo {
     share: f32,
 }
 
-// SAFETY: plain numbers, laid out as the kernels' structs.
-unsafe impl DeviceRepr for SwigluBackward {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for SumPairsTwo {}
+arguments!(SwigluBackward: 128, SumPairsTwo: 72);
 
 /// What swiglu_backward takes beside the workspace: pre-activations, which become their gradients, the
 /// gradients of gates, and what bases and whole experts gave back.

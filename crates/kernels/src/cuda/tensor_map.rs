@@ -1,17 +1,16 @@
 //! What the copy engine of Hopper is told of tensors.
 
 use super::compile::ElementKind;
-use super::device::Address;
+use super::device::{Address, arguments};
 use super::{Result, Trying};
-use cudarc::driver::{DeviceRepr, sys};
+use cudarc::driver::sys;
 
 /// How the copy engine of Hopper reads a matrix.
 #[derive(Debug, Clone, Copy)]
 #[repr(transparent)]
 pub(super) struct TensorMap(sys::CUtensorMap);
 
-// SAFETY: plain bytes that a kernel takes by value.
-unsafe impl DeviceRepr for TensorMap {}
+arguments!(TensorMap: 128);
 
 impl TensorMap {
     /// 16-bit numbers at `address`, read in boxes with a swizzle of 128 bytes, zeros outside. Sizes are

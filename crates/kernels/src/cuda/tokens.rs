@@ -3,7 +3,7 @@
 
 use super::Result;
 use super::compile::TOKENS;
-use super::device::{Address, Element, Gpu, Launch};
+use super::device::{Address, Element, Gpu, Launch, arguments};
 use super::held::Held;
 use super::made::{held, made};
 use crate::Dispatch;
@@ -76,16 +76,7 @@ struct Entropy {
     width: u32,
 }
 
-// SAFETY: plain numbers, laid out as the kernels' structs.
-unsafe impl DeviceRepr for SumRows {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for SpreadRows {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for Swiglu {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for NormGradient {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for Entropy {}
+arguments!(SumRows: 48, SpreadRows: 56, Swiglu: 48, NormGradient: 40, Entropy: 56);
 
 impl Entropy {
     /// That of logits and targets; what goes which way is still to be named.

@@ -4,6 +4,7 @@
 //! LIGHTMOE_GPU makes a missing one a failure. What has `quick` in its name is quick enough for a memory
 //! checker.
 
+mod arguments;
 #[cfg(feature = "linked")]
 mod between;
 mod gradients;
