@@ -322,6 +322,31 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may fail loudly")]
 
     use super::*;
+    use std::collections::HashSet;
+
+    /// What changes the machine code, or may: the text, an option, the architecture, the driver.
+    #[test]
+    fn files_of_the_cache_are_named_by_all_that_they_depend_on() {
+        use ElementKind::{Bf16, F16};
+        let name =
+            |element, architecture, driver| file_name(&ROUTER, element, architecture, driver);
+        let names = [
+            name(Bf16, "sm_80", 13_000),
+            name(F16, "sm_80", 13_000),
+            name(Bf16, "sm_90a", 13_000),
+            name(Bf16, "sm_80", 13_010),
+            file_name(&ROUTE, Bf16, "sm_80", 13_000),
+        ];
+        let digest = |name: &String| name.rsplit('-').next().map(str::to_owned);
+        let digests: HashSet<_> = names.iter().map(digest).collect();
+        assert_eq!(digests.len(), names.len(), "{names:?}");
+        assert_eq!(name(Bf16, "sm_80", 13_000), names[0]);
+        let longer = Source {
+            parts: &[PTX, COMMON, include_str!("../../cuda/router.cu"), "\n"],
+            ..ROUTER
+        };
+        assert_ne!(file_name(&longer, Bf16, "sm_80", 13_000), names[0]);
+    }
 
     #[test]
     fn damaged_files_of_the_cache_are_compiled_again() {
