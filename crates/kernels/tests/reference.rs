@@ -355,6 +355,12 @@ fn adamw_follows_the_scalar_update() {
         bad(base, &wide, &wide.zeros_like().unwrap(), &mut moments),
         "element type"
     );
+    // What was known before an update that fails is known after it.
+    let known = [vec![1.0; 21], vec![2.0; 21]];
+    let [first, second] = known.clone();
+    let mut moments = Moments::new(first, second);
+    assert!(bad(base, &wide, &wide.zeros_like().unwrap(), &mut moments));
+    assert_eq!(moments.values(21).unwrap(), known);
 }
 
 /// Spread columns are a product with ones at their places.
