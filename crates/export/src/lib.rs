@@ -56,7 +56,7 @@ pub struct ExportReport {
     pub kind: ExportKind,
     /// Numbers in all tensors.
     pub parameters: u64,
-    /// Bytes of all tensors.
+    /// Bytes of the files of weights, headers included.
     pub bytes: u64,
     /// Engine, and whether it loads the result.
     pub loads_in: Vec<(String, String)>,

@@ -81,9 +81,12 @@ fn dense_gives_the_logits_of_the_compressed_model() {
     expected["torch_dtype"] = "float32".into();
     assert_eq!(dense.config().raw, expected);
     assert_eq!(report.parameters, config().parameters().total());
+    let file = std::fs::read(setup.target().join("model.safetensors")).unwrap();
+    let head = 8 + u64::from_le_bytes(file[..8].try_into().unwrap());
+    assert_eq!(report.bytes, head + 4 * report.parameters);
     assert_eq!(
-        (report.bytes, dense.bytes()),
-        (4 * report.parameters, report.bytes)
+        (dense.bytes(), file.len() as u64),
+        (report.bytes, report.bytes)
     );
 }
 

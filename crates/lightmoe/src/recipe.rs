@@ -244,7 +244,11 @@ impl Recipe {
             annealing: named(
                 "annealing",
                 s.annealing,
-                AnnealingShape::Linear,
+                match method {
+                    // Its factors stand for the originals from the first step on.
+                    MethodName::Budget => AnnealingShape::None,
+                    _ => AnnealingShape::Linear,
+                },
                 "linear, exponential, none",
             )?,
             end_ratio: s.end_ratio.unwrap_or(0.2),

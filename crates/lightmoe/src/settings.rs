@@ -112,7 +112,7 @@ pub struct Settings {
     /// Largest norm of the gradient [default: 1]
     #[arg(long)]
     pub clip_norm: Option<f64>,
-    /// lightmoe and replace: how the share β of the originals falls: linear, exponential or none [default: linear]
+    /// lightmoe, replace and budget: how the share β of the originals falls: linear, exponential or none [default: linear, of budget none]
     #[arg(long)]
     pub annealing: Option<String>,
     /// Share of the steps after which β is zero [default: 0.2]

@@ -45,8 +45,7 @@ impl Format {
     /// # Errors
     /// If the format does not hold the element type, or a tensor is in the model twice.
     pub fn file_bytes(&self, manifest: &Manifest, extras: &[Extra]) -> Result<u64> {
-        let shards = Shards::new(Path::new(SINGLE), self, manifest, extras)?.shards;
-        Ok(shards.iter().map(Shard::file_bytes).sum())
+        Ok(Shards::new(Path::new(SINGLE), self, manifest, extras)?.file_bytes())
     }
 }
 
@@ -131,6 +130,11 @@ pub(crate) struct Shards {
 }
 
 impl Shards {
+    /// Bytes of all files, headers included.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        self.shards.iter().map(Shard::file_bytes).sum()
+    }
+
     /// Fills shards in the order of the manifest; a fused tensor stands where its first part would.
     pub(crate) fn new(
         target: &Path,

@@ -172,9 +172,9 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Bytes of all tensors.
+    /// Bytes of the files of weights, headers included.
     pub fn bytes(&self) -> u64 {
-        self.shards.total
+        self.shards.file_bytes()
     }
 
     /// Whether the tensor is written already, by this run or the one that it goes on with.

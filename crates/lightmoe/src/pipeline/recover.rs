@@ -6,7 +6,7 @@ use crate::preflight::check_original;
 use crate::progress::Progress;
 use crate::recipe::Recipe;
 use anyhow::{Result, bail, ensure};
-use lightmoe_compress::methods::{AdapterInit, Kind};
+use lightmoe_compress::methods::{AdapterInit, Kind, MethodName};
 use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{BuildInputs, whole_bases};
 use lightmoe_data::{Encoded, Sampler};
@@ -72,7 +72,8 @@ pub fn recover_stage(
     let placed = |checkpoint: &Checkpoint| checkpoint.on(&device::placement(checkpoint));
     let mut model = Decoder::load(&placed(built))?;
     let mut annealing = recipe.annealing();
-    if plan.mean_replaced() == 0.0 || plan.method.kind() != Kind::Replace {
+    let fades = plan.method.kind() == Kind::Replace || plan.method == MethodName::Budget;
+    if plan.mean_replaced() == 0.0 || !fades {
         // There is nothing to fade out.
         annealing.shape = AnnealingShape::None;
     }

@@ -267,6 +267,17 @@ fn lightmoe_with_other_parts_runs_from_one_call() {
         .arg(&plain)
         .ok();
     assert!((first(&out) - first(&plain)).abs() < 1e-5);
+    // So is what `budget` begins with, where it is asked to.
+    let planned = folder.path().join("planned");
+    let mut call = tiny("compress");
+    call.args(["--method", "budget", "--annealing", "linear"]);
+    call.args(["--ratio", "0.3", "--steps", "3", "--out"]);
+    call.arg(&planned).ok();
+    let slots = &json(&planned.join("plan.json"))["layers"][0]["slots"];
+    let is_adapted = |slot: &serde_json::Value| slot["form"] == "adapted";
+    assert!(slots.as_array().unwrap().iter().any(is_adapted), "{slots}");
+    let apart = (first(&planned) - first(&plain)).abs();
+    assert!(apart < 1e-5, "{apart}");
 
     let mut call = tiny("compress");
     call.args(["--method", "svd", "--select", "reap", "--out"]);
