@@ -3,9 +3,8 @@
 
 mod common;
 
-use candle_core::{DType, Tensor};
 use common::predictions::{built, divergence, log_probabilities, samples, with};
-use common::{observed, options, small, written};
+use common::{observed, options, small};
 use lightmoe_compress::Sensitivity;
 use lightmoe_compress::methods::{BaseInit, MethodName, PlanOptions, Target, plan};
 use lightmoe_compress::observations::Observations;
@@ -17,20 +16,9 @@ use lightmoe_models::{Checkpoint, Decoder};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-/// A model of 16 experts a layer, each the layer's first and `own` times what it was.
+/// Sixteen experts a layer that grew from one.
 fn upcycled(own: f64, folder: &TempDir) -> Checkpoint {
-    let config = small(2, 16);
-    let mut model = Decoder::random(&config, 11).unwrap();
-    for bank in model.banks_mut() {
-        let dense = bank.dense.as_mut().unwrap();
-        for stack in [&mut dense.gate, &mut dense.up, &mut dense.down] {
-            let first = stack.get(0).unwrap();
-            let of = |e| (&first + (stack.get(e).unwrap() * own).unwrap()).unwrap();
-            let all: Vec<Tensor> = (0..16).map(of).collect();
-            *stack = Tensor::stack(&all, 0).unwrap();
-        }
-    }
-    written(&model, &config, DType::BF16, folder)
+    common::upcycled(&small(2, 16), own, folder)
 }
 
 fn seen(checkpoint: &Checkpoint, folder: &TempDir) -> Observations {
@@ -42,15 +30,7 @@ fn budgeted(checkpoint: &Checkpoint, seen: &Observations, ratio: f64, groups: us
 }
 
 fn planned(checkpoint: &Checkpoint, seen: &Observations, target: Target, groups: usize) -> Plan {
-    let options = options(1, groups);
-    plan(
-        checkpoint.config(),
-        seen,
-        target,
-        MethodName::Budget,
-        &options,
-    )
-    .unwrap()
+    common::budgeted(checkpoint.config(), seen, target, &options(1, groups))
 }
 
 /// Experts that grew from one share a base: at the same size less is lost, as expected and as measured, and

@@ -55,7 +55,7 @@ fn damaged(config: &ModelConfig, seed: u64) -> Observations {
 }
 
 fn budgeted(config: &ModelConfig, seen: &Observations, target: Target) -> Plan {
-    plan(config, seen, target, METHOD, &options(1, 0)).unwrap()
+    common::budgeted(config, seen, target, &options(1, 0))
 }
 
 proptest! {

@@ -6,9 +6,9 @@ mod common;
 
 use candle_core::DType;
 use common::predictions::{built, divergence, log_probabilities, samples, with};
-use common::{observed, options, random_checkpoint, small, written};
+use common::{budgeted, observed, options, random_checkpoint, small, upcycled};
 use lightmoe_compress::Sensitivity;
-use lightmoe_compress::methods::{MethodName, PlanOptions, Target, plan};
+use lightmoe_compress::methods::{PlanOptions, Target};
 use lightmoe_compress::ranks::RankRule;
 use lightmoe_models::{Checkpoint, Decoder};
 use safetensors::SafeTensors;
@@ -58,28 +58,14 @@ fn reordered(checkpoint: &Checkpoint, folder: &TempDir) -> Checkpoint {
     Checkpoint::open(&path).unwrap()
 }
 
-/// A model whose experts share much of their weights.
-fn related(folder: &TempDir) -> Checkpoint {
-    let config = small(2, 8);
-    let mut model = Decoder::random(&config, 11).unwrap();
-    for bank in model.banks_mut() {
-        let dense = bank.dense.as_mut().unwrap();
-        for stack in [&mut dense.gate, &mut dense.up, &mut dense.down] {
-            let first = stack.narrow(0, 0, 1).unwrap();
-            *stack = first.broadcast_add(&(&*stack * 0.3).unwrap()).unwrap();
-        }
-    }
-    written(&model, &config, DType::BF16, folder)
-}
-
 #[test]
 fn the_same_becomes_of_every_expert() {
-    let [apart, related_ones] = [(), ()].map(|()| tempfile::tempdir().unwrap());
+    let [apart, related] = [(), ()].map(|()| tempfile::tempdir().unwrap());
     let models = [
         random_checkpoint(&small(2, 8), DType::BF16, 3, &apart),
-        related(&related_ones),
+        upcycled(&small(2, 8), 0.3, &related),
     ];
-    for (one, folder) in models.iter().zip([&apart, &related_ones]) {
+    for (one, folder) in models.iter().zip([&apart, &related]) {
         let elsewhere = tempfile::tempdir().unwrap();
         let other = reordered(one, &elsewhere);
         let statistics = with(Sensitivity::Fisher);
@@ -99,15 +85,7 @@ fn the_same_becomes_of_every_expert() {
                 ..options(1, 1)
             };
             let planned = |checkpoint: &Checkpoint, seen| {
-                let target = Target::Ratio(ratio);
-                plan(
-                    checkpoint.config(),
-                    seen,
-                    target,
-                    MethodName::Budget,
-                    &options,
-                )
-                .unwrap()
+                budgeted(checkpoint.config(), seen, Target::Ratio(ratio), &options)
             };
             let (before, after) = (planned(one, &seen[0]), planned(&other, &seen[1]));
             for (before, after) in before.layers.iter().zip(&after.layers) {

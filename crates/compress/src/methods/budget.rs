@@ -131,10 +131,17 @@ impl<'a> Planner<'a> {
         })
     }
 
-    /// Parameters of the smallest forms of all experts.
+    /// Parameters of the smallest forms of all experts, with bases or without.
     fn least(&self) -> u64 {
-        let menus = self.menus.iter().flat_map(|menus| &menus.alone);
-        menus.map(|menu| menu[0].point.cost).sum()
+        let first = |menus: &[Vec<Point>]| menus.iter().map(|menu| menu[0].cost).sum::<u64>();
+        let of_layer = |offer: &Offer| {
+            let alone = first(&offer.alone);
+            let shared = offer.shared.as_ref();
+            shared.map_or(alone, |shared| {
+                alone.min(shared.base + first(&shared.menus))
+            })
+        };
+        self.offers.iter().map(of_layer).sum()
     }
 
     /// Bytes of the tensors where experts take so many parameters.

@@ -3,8 +3,8 @@
 //!
 //! Which layers have one is decided by the price of a parameter: at a price `λ`, a layer does best with
 //! the lower of `Σ min(loss + λ·cost)` without a base, and that sum with one and `λ` times the base. The
-//! sets of layers that some price asks for are few, and all are tried. As they do not follow from the budget,
-//! a larger one still never loses more.
+//! sets of layers that some prices ask for, evenly apart in their logarithm, are tried. As they do not follow from
+//! the budget, a larger one still never loses more.
 
 use super::{Limit, Point, curve, hull, spend};
 use crate::{Error, Result};
@@ -48,7 +48,7 @@ fn priced(menus: &[Vec<Point>], price: f64) -> f64 {
     menus.iter().map(least).sum()
 }
 
-/// Which layers have a base at some price, each set once; first the one without any.
+/// Which layers have a base at some prices, each set once; first the one without any.
 fn openings(offers: &[Offer]) -> Vec<Vec<bool>> {
     let mut sets = vec![vec![false; offers.len()]];
     let shared = offers.iter().filter_map(|offer| offer.shared.as_ref());

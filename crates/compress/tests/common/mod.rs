@@ -6,7 +6,7 @@ pub mod predictions;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
-use lightmoe_compress::methods::PlanOptions;
+use lightmoe_compress::methods::{MethodName, PlanOptions, Target, plan};
 use lightmoe_compress::observations::{LayerObservations, Observations, OutputObservations};
 use lightmoe_compress::plan::Plan;
 use lightmoe_compress::{BuildInputs, ObserveOptions, Statistics, observe};
@@ -72,6 +72,29 @@ pub fn written(
     model.write(&writer).unwrap();
     writer.finish(&config.raw).unwrap();
     Checkpoint::open(&path).unwrap()
+}
+
+/// A model in which every expert is the layer's first and `own` times what it was.
+pub fn upcycled(config: &ModelConfig, own: f64, folder: &TempDir) -> Checkpoint {
+    let mut model = Decoder::random(config, 11).unwrap();
+    for bank in model.banks_mut() {
+        let dense = bank.dense.as_mut().unwrap();
+        for stack in [&mut dense.gate, &mut dense.up, &mut dense.down] {
+            let first = stack.narrow(0, 0, 1).unwrap();
+            *stack = first.broadcast_add(&(&*stack * own).unwrap()).unwrap();
+        }
+    }
+    written(&model, config, DType::BF16, folder)
+}
+
+/// What `budget` plans.
+pub fn budgeted(
+    config: &ModelConfig,
+    seen: &Observations,
+    target: Target,
+    options: &PlanOptions,
+) -> Plan {
+    plan(config, seen, target, MethodName::Budget, options).unwrap()
 }
 
 /// Observations of `samples`, saved in `folder`.

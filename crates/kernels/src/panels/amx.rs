@@ -1,11 +1,10 @@
 //! The tile unit of Intel's processors from Sapphire Rapids on: sixteen rows of pairs of inputs times those of
 //! sixteen columns in one instruction. Its intrinsics are not stable in Rust, so they are written as assembly.
 //!
-//! Intel's optimisation manual says that a product begins every 16 cycles and that its sums are there after 52. So
-//! four chains of sums keep the unit busy, thirty-two rows by thirty-two columns: that takes all eight tiles, and
-//! each that is loaded is multiplied twice. The last sixteen rows or fewer have two chains, which is some 60 % of the
-//! unit. All of this has only run in tests that carry the instructions out one by one (`tests/tiles.rs`), and has not
-//! been timed on a processor with such a unit.
+//! The sums of a product are there only after others could have begun. So there are four chains of sums, thirty-two
+//! rows by thirty-two columns: that takes all eight tiles, and each that is loaded is multiplied twice. The last
+//! sixteen rows or fewer have two chains. All of this has only run in tests that carry the instructions out one by one
+//! (`tests/tiles.rs`), and has not been timed on a processor with such a unit.
 
 use super::panel::{COLUMNS, LANES, Multiply, To};
 use super::vectors::put;
