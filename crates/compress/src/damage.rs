@@ -26,6 +26,7 @@ mod sums;
 use crate::Result;
 use crate::beside;
 use crate::factor::{DAMPING, Gram, Metric, matrix, singular_values, symmetric, tiled};
+use crate::observations::Biased;
 use candle_core::{Device, Tensor};
 use faer::Mat;
 use lightmoe_kernels::linear;
@@ -58,6 +59,8 @@ struct ExpertCosts {
     own: [Vec<f64>; 3],
     /// The same of what they differ by from the mean of the layer's experts, if that was asked for.
     difference: Option<[Vec<f64>; 3]>,
+    /// Of down, and of what it differs by, beside a bias, if that was asked for.
+    biased: Option<Biased>,
     /// All but the mean of the outputs.
     drop: f64,
 }
@@ -91,16 +94,21 @@ impl LayerDamage {
         })
     }
 
-    /// The metrics of gate, up and down of `expert`, whose matrices are `own`.
+    /// The metrics of gate, up and down of `expert`, whose matrices are `own`; with `bias` of a down whose errors
+    /// count without their mean, which a vector beside it holds.
     ///
     /// # Errors
     /// If they cannot be read.
-    pub fn metrics(&self, expert: usize, own: Expert<'_>) -> Result<[Metric; 3]> {
+    pub fn metrics(&self, expert: usize, own: Expert<'_>, bias: bool) -> Result<[Metric; 3]> {
         let parts = self.parts(expert, own[2])?;
-        Ok(parts.metrics(&self.output))
+        let [gate, up, down] = parts.metrics(&self.output);
+        Ok(match bias {
+            true => [gate, up, parts.centred(&self.output)],
+            false => [gate, up, down],
+        })
     }
 
-    /// What stands best for all that `expert` gives: the weighted mean of its outputs, `[H]`.
+    /// What stands best for all that `expert` gives by the matrix `down`: the weighted mean of its outputs, `[H]`.
     ///
     /// # Errors
     /// If it cannot be read.
@@ -120,19 +128,26 @@ impl LayerDamage {
         ))
     }
 
-    /// What the components of the three matrices cost, and those of what they differ by from `mean`.
+    /// What the components of the three matrices cost, and those of what they differ by from `mean`; with `bias`
+    /// those of down beside a bias, too.
     fn costs(
         &self,
         expert: usize,
         own: Expert<'_>,
         mean: Option<&[Tensor; 3]>,
+        bias: bool,
     ) -> Result<ExpertCosts> {
         let parts = self.parts(expert, own[2])?;
         let [h, f] = self.widths;
-        let none = || [(); 3].map(|()| vec![0.0; h.min(f)]);
+        let one = || vec![0.0; h.min(f)];
+        let none = || [(); 3].map(|()| one());
         let mut costs = ExpertCosts {
             own: none(),
             difference: mean.map(|_| none()),
+            biased: bias.then(|| Biased {
+                own: one(),
+                difference: mean.map(|_| one()),
+            }),
             drop: 0.0,
         };
         if parts.mass <= 0.0 {
@@ -140,15 +155,23 @@ impl LayerDamage {
             return Ok(costs);
         }
         costs.drop = parts.drop();
+        let squares = |w: &Tensor, metric: &Metric| -> Result<Vec<f64>> {
+            let values = singular_values(w, metric)?;
+            Ok(values.into_iter().map(|s| s * s).collect())
+        };
         for (i, (w, metric)) in own.iter().zip(parts.metrics(&self.output)).enumerate() {
-            let squares = |w: &Tensor| -> Result<Vec<f64>> {
-                let values = singular_values(w, &metric)?;
-                Ok(values.into_iter().map(|s| s * s).collect())
-            };
-            costs.own[i] = squares(w)?;
+            costs.own[i] = squares(w, &metric)?;
             if let (Some(costs), Some(mean)) = (&mut costs.difference, mean) {
-                costs[i] = squares(&(*w - &mean[i])?)?;
+                costs[i] = squares(&(*w - &mean[i])?, &metric)?;
             }
+        }
+        if bias {
+            let (down, metric) = (own[2], parts.centred(&self.output));
+            let difference = mean.map(|mean| squares(&(down - &mean[2])?, &metric));
+            costs.biased = Some(Biased {
+                own: squares(down, &metric)?,
+                difference: difference.transpose()?,
+            });
         }
         Ok(costs)
     }
@@ -214,13 +237,24 @@ impl Parts {
         ]
     }
 
+    /// The metric of down where the mean of an error counts nothing.
+    fn centred(&self, output: &Gram) -> Metric {
+        let f = self.mean.len();
+        Metric {
+            out: output.clone(),
+            input: Gram::damped(tiled(f, f, |i, j| self.covariance(i, j)), DAMPING),
+        }
+    }
+
+    /// Of two hidden activations, times the mass.
+    fn covariance(&self, i: usize, j: usize) -> f64 {
+        self.hidden[(i, j)] - self.mass * self.mean[i] * self.mean[j]
+    }
+
     /// `tr(F·D·C·Dᵀ)` of the covariance `C` of the hidden activations.
     fn drop(&self) -> f64 {
         let f = self.mean.len();
-        let of = |i: usize, j: usize| {
-            let covariance = self.hidden[(i, j)] - self.mass * self.mean[i] * self.mean[j];
-            self.outer[(i.max(j), i.min(j))] * covariance
-        };
+        let of = |i: usize, j: usize| self.outer[(i.max(j), i.min(j))] * self.covariance(i, j);
         let columns = (0..f).map(|j| (0..f).map(|i| of(i, j)).sum::<f64>());
         columns.sum::<f64>().max(0.0)
     }

@@ -13,6 +13,7 @@ mod beside;
 mod build;
 mod error;
 mod estimate;
+mod inputs;
 mod memory;
 mod observe;
 mod scores;

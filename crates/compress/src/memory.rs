@@ -87,6 +87,11 @@ pub fn sample_bytes(config: &ModelConfig) -> u64 {
     F32 * (crate::samples::numbers(config) + crate::reception::numbers(config)) as u64
 }
 
+/// Bytes of what is collected of each expert's inputs.
+pub fn input_bytes(config: &ModelConfig) -> u64 {
+    F32 * crate::inputs::numbers(config) as u64
+}
+
 fn embedding_bytes(config: &ModelConfig) -> u64 {
     F32 * config.vocab_size as u64 * config.hidden_size as u64
 }

@@ -215,11 +215,7 @@ impl LayerPlan {
     pub(crate) fn share<'a>(&mut self, clusters: impl IntoIterator<Item = &'a Vec<usize>>) {
         for members in clusters {
             for (i, &expert) in members.iter().enumerate() {
-                self.slots[expert].form = SlotForm::Adapted {
-                    group: Some(self.groups),
-                    rank: 0,
-                    dominant: i == 0,
-                };
+                self.slots[expert].form = SlotForm::adapted(Some(self.groups), 0, i == 0);
             }
             self.groups += 1;
         }
@@ -247,6 +243,11 @@ impl LayerPlan {
             SlotForm::Mixed { bases, rank } => Some((bases, rank)),
             _ => None,
         })
+    }
+
+    /// Whether a slot has a bias.
+    pub fn has_biases(&self) -> bool {
+        self.slots.iter().any(|slot| slot.form.has_bias())
     }
 
     /// How many experts are replaced.
@@ -296,6 +297,9 @@ pub enum SlotForm {
         group: Option<usize>,
         /// Rank of the adapter; 0 for the base alone.
         rank: usize,
+        /// Whether a vector is added to what it gives.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        bias: bool,
         /// Whether the others of its group were drawn to this expert.
         dominant: bool,
     },
@@ -317,6 +321,21 @@ pub enum SlotForm {
 }
 
 impl SlotForm {
+    /// An adapted slot without a bias.
+    pub fn adapted(group: Option<usize>, rank: usize, dominant: bool) -> Self {
+        Self::Adapted {
+            group,
+            rank,
+            bias: false,
+            dominant,
+        }
+    }
+
+    /// Whether a vector is added to what the slot gives.
+    pub fn has_bias(&self) -> bool {
+        matches!(self, Self::Adapted { bias: true, .. })
+    }
+
     /// Whether the expert's own matrices go.
     pub fn is_replaced(&self) -> bool {
         *self != Self::Dense

@@ -31,6 +31,14 @@ pub fn scale_parameters(config: &ModelConfig) -> u64 {
     2 * config.hidden_size as u64 + config.moe.intermediate_size as u64
 }
 
+/// Parameters of a bias, if there is one.
+fn bias_parameters(config: &ModelConfig, bias: bool) -> u64 {
+    match bias {
+        true => config.hidden_size as u64,
+        false => 0,
+    }
+}
+
 /// Parameters of what a mixed slot has of its own: transforms `[F, R]` and mixing weights `[M]` of gate and
 /// up, and the down matrix.
 fn mixed_parameters(config: &ModelConfig, bases: usize, rank: usize) -> u64 {
@@ -52,7 +60,7 @@ pub struct LayerSize {
     pub bases: u64,
     /// Adapters of the replaced slots that come, and what mixed slots have of their own.
     pub adapters: u64,
-    /// Vectors that stand for outputs, or scale inputs.
+    /// Vectors that stand for outputs, are added to them, or scale inputs.
     pub vectors: u64,
     /// What trains.
     pub trained: u64,
@@ -78,10 +86,13 @@ impl LayerSize {
         for slot in &layer.slots {
             match slot.form {
                 SlotForm::Dense => size.trained += adapter(settings.kept_rank),
-                SlotForm::Adapted { rank, .. } => {
+                SlotForm::Adapted { rank, bias, .. } => {
+                    let vector = bias_parameters(config, bias);
                     size.removed += expert;
                     size.adapters += adapter(rank);
-                    size.trained += adapter(settings.trained_rank.map_or(rank, |t| t.min(rank)));
+                    size.vectors += vector;
+                    size.trained +=
+                        vector + adapter(settings.trained_rank.map_or(rank, |t| t.min(rank)));
                 }
                 SlotForm::Mixed { bases, rank } => {
                     let own = |rank| mixed_parameters(config, bases, rank);
@@ -173,8 +184,11 @@ fn mean_slot(config: &ModelConfig, layer: &LayerPlan, seen: &LayerObservations) 
     let base = base_parameters(config, layer.factored.as_ref());
     let held = |form| match form {
         SlotForm::Dense => Some(expert),
-        SlotForm::Adapted { group, rank, .. } => {
-            Some(group.map_or(0, |_| base) + adapter_parameters(config, rank))
+        SlotForm::Adapted {
+            group, rank, bias, ..
+        } => {
+            let own = adapter_parameters(config, rank) + bias_parameters(config, bias);
+            Some(group.map_or(0, |_| base) + own)
         }
         SlotForm::Mixed { bases, rank } => Some(mixed_parameters(config, bases, rank)),
         SlotForm::Constant => Some(config.hidden_size as u64),

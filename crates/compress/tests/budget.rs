@@ -43,6 +43,7 @@ fn damaged(config: &ModelConfig, seed: u64) -> Observations {
                 down: spectrum(),
             },
             difference: None,
+            biased: None,
             drop: vec![0.0; experts],
             mass: vec![1.0; experts],
         };

@@ -32,6 +32,7 @@ fn no_method_leaves_more_bytes_than_asked() {
         all_outputs: true,
         samples: true,
         damage: Some(Sensitivity::Fisher),
+        bias: false,
     };
     let seen = observed(&checkpoint, &samples(1), statistics, &folder);
     let weights = Weights {

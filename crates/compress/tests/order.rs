@@ -7,9 +7,9 @@ mod common;
 use candle_core::DType;
 use common::predictions::{built, divergence, log_probabilities, samples, with};
 use common::{budgeted, observed, options, random_checkpoint, small, upcycled};
-use lightmoe_compress::Sensitivity;
 use lightmoe_compress::methods::{PlanOptions, Target};
 use lightmoe_compress::ranks::RankRule;
+use lightmoe_compress::{Sensitivity, Statistics};
 use lightmoe_models::{Checkpoint, Decoder};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
@@ -68,20 +68,25 @@ fn the_same_becomes_of_every_expert() {
     for (one, folder) in models.iter().zip([&apart, &related]) {
         let elsewhere = tempfile::tempdir().unwrap();
         let other = reordered(one, &elsewhere);
-        let statistics = with(Sensitivity::Fisher);
+        let statistics = Statistics {
+            bias: true,
+            ..with(Sensitivity::Fisher)
+        };
         let seen = [
             observed(one, &samples(1), statistics, folder),
             observed(&other, &samples(1), statistics, &elsewhere),
         ];
         let mut bases = 0;
-        for (ratio, ranks) in [
-            (0.4, RankRule::Budget),
-            (0.6, RankRule::Budget),
-            (0.4, RankRule::Uniform),
-            (0.4, RankRule::Importance),
+        for (ratio, ranks, bias) in [
+            (0.4, RankRule::Budget, false),
+            (0.6, RankRule::Budget, false),
+            (0.6, RankRule::Budget, true),
+            (0.4, RankRule::Uniform, false),
+            (0.4, RankRule::Importance, false),
         ] {
             let options = PlanOptions {
                 ranks,
+                bias,
                 ..options(1, 1)
             };
             let planned = |checkpoint: &Checkpoint, seen| {

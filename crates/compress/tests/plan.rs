@@ -150,6 +150,7 @@ fn the_baselines_differ_only_in_their_bases() {
                 | SlotForm::Adapted {
                     group: None,
                     rank: 16,
+                    bias: false,
                     dominant: false
                 }
         )));
@@ -306,11 +307,7 @@ fn the_slot_form_reads_as_documented() {
     );
     json["layers"][0]["slots"][5] = slot;
     let edited: Plan = serde_json::from_value(json).unwrap();
-    let form = SlotForm::Adapted {
-        group: Some(1),
-        rank: 16,
-        dominant: false,
-    };
+    let form = SlotForm::adapted(Some(1), 16, false);
     assert_eq!(edited.layers[0].slots[5].form, form);
 }
 

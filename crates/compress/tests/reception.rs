@@ -15,6 +15,7 @@ const SAMPLES: Statistics = Statistics {
     all_outputs: false,
     samples: true,
     damage: None,
+    bias: false,
 };
 
 /// The square of the distance between two lists of tensors.

@@ -78,6 +78,7 @@ fn observations_are_those_of_numpy() {
             all_outputs: true,
             samples: false,
             damage: None,
+            bias: false,
         },
         successor: None,
         max_memory: 1 << 32,

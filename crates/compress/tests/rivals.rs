@@ -160,6 +160,7 @@ impl Model {
                 all_outputs: true,
                 samples: method.statistics().samples,
                 damage: method.statistics().damage,
+                bias: false,
             },
             successor: successor.as_deref(),
             max_memory: 1 << 32,

@@ -15,11 +15,7 @@ fn layer(number: usize, experts: usize, replaced: usize, groups: usize) -> Layer
     let slots = (0..experts).map(|expert| SlotPlan {
         expert,
         form: if expert < replaced {
-            SlotForm::Adapted {
-                group: Some(expert % groups),
-                rank: 16,
-                dominant: expert < groups,
-            }
+            SlotForm::adapted(Some(expert % groups), 16, expert < groups)
         } else {
             SlotForm::Dense
         },
@@ -146,11 +142,7 @@ fn active_parameters_follow_the_choices() {
         forms
     };
     assert_eq!(active(dense, &seen), 0);
-    let adapted = |group| SlotForm::Adapted {
-        group,
-        rank: 2,
-        dominant: false,
-    };
+    let adapted = |group| SlotForm::adapted(group, 2, false);
     let adapter = adapter_parameters(&config, 2) as i64;
     // Both choices of a token, half of them the first expert's.
     assert_eq!(active(first(adapted(Some(0))), &seen), adapter);

@@ -60,6 +60,8 @@ pub struct Recipe {
     pub base: BaseInit,
     #[serde(default)]
     pub adapters: AdapterInit,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub bias: bool,
     #[serde(default = "fisher")]
     pub sensitivity: Sensitivity,
     pub ranks: RankRule,
@@ -206,6 +208,7 @@ impl Recipe {
                 AdapterInit::Fresh,
                 "fresh, whitened, fitted, truncated",
             )?,
+            bias: s.bias.unwrap_or(false),
             sensitivity: named("sensitivity", s.sensitivity, fisher(), "fisher, relative")?,
             ranks: named(
                 "ranks",
@@ -284,6 +287,7 @@ impl Recipe {
             select: self.select,
             base: self.base,
             adapters: self.adapters,
+            bias: self.bias,
             ranks: self.ranks,
             main_experts: self.main_experts,
             trained_rank: self.trained_rank,

@@ -52,6 +52,9 @@ pub struct Settings {
     /// How the adapters of lightmoe and replace start: fresh (nothing yet), or factors of what the base lacks of the expert, which fade in as the originals fade out: whitened (by its inputs), fitted (by what errors cost) or truncated (by the weights alone) [default: fresh]
     #[arg(long)]
     pub adapters: Option<String>,
+    /// Let slots of lightmoe and replace have a bias, the mean of what they miss of their expert, and those of `budget` where it pays [default: false]
+    #[arg(long, value_name = "BOOL")]
+    pub bias: Option<bool>,
     /// How `budget` learns what errors cost: fisher (by gradients, a second pass over the weights) or relative (by the size of what goes into their layer) [default: fisher]
     #[arg(long)]
     pub sensitivity: Option<String>,
@@ -228,6 +231,7 @@ impl Settings {
             select,
             base,
             adapters,
+            bias,
             sensitivity,
             ranks,
             trained_rank,

@@ -33,6 +33,7 @@ impl Bank {
             scales: None,
             mixed: None,
             constants: None,
+            biases: None,
             originals: None,
             beta: 0.0,
             adapters_fade_in: false,
@@ -70,6 +71,13 @@ impl Bank {
             let experts = bank.constant_experts().iter();
             let names: Vec<String> = experts.map(|&e| names::constant(layer, e)).collect();
             bank.constants = Some(checkpoint.stack(&names, &[checkpoint.config().hidden_size])?);
+        }
+        let biases: Vec<String> = bank
+            .biased_experts()
+            .map(|expert| names::bias(layer, expert))
+            .collect();
+        if !biases.is_empty() {
+            bank.biases = Some(checkpoint.stack(&biases, &[checkpoint.config().hidden_size])?);
         }
         if let Some(main) = layout.main {
             let (experts, (gate_up, down)) = (bank.len(), whole(checkpoint));
@@ -161,6 +169,11 @@ impl Bank {
                 out.push((names::constant(layer, expert), constants.get(i)?));
             }
         }
+        if let Some(biases) = &self.biases {
+            for (i, expert) in self.biased_experts().enumerate() {
+                out.push((names::bias(layer, expert), biases.get(i)?));
+            }
+        }
         Ok(out)
     }
 }
@@ -205,7 +218,17 @@ pub fn multiplied_out(
             return Ok(mixture.products()?.get(0)?);
         }
         Some(SlotLayout::Dense) => return own("", &[rows, columns]),
-        Some(&SlotLayout::Adapted { group, rank }) => (group, rank),
+        Some(&SlotLayout::Adapted {
+            group,
+            rank,
+            bias: false,
+        }) => (group, rank),
+        Some(SlotLayout::Adapted { .. }) => {
+            return Err(Error::Invalid(format!(
+                "expert {expert} of layer {layer} has a bias, which no expert of the family has; export the \
+                 model as `compact`"
+            )));
+        }
         _ => {
             return Err(Error::Invalid(format!(
                 "expert {expert} of layer {layer} has no matrices any more; export the model as \
@@ -365,9 +388,12 @@ impl Order {
         for (p, &e) in experts.iter().enumerate() {
             position[e] = p;
         }
+        let mut biased: Vec<usize> = layout.biased().map(|expert| position[expert]).collect();
+        biased.sort_unstable();
         Self {
             experts,
             position,
+            biased,
             groups: adapted.iter().filter_map(|(_, group, _)| *group).collect(),
             ranks: adapted.iter().map(|(_, _, rank)| *rank).collect(),
             dense,

@@ -38,7 +38,7 @@ pub enum ParameterKind {
     SharedExpert,
     /// Shared bases.
     Base,
-    /// Low-rank adapters, and what mixed slots have beside bases.
+    /// Low-rank adapters, biases, and what mixed slots have beside bases.
     Adapter,
     /// Vectors in place of experts.
     Constant,
@@ -281,6 +281,9 @@ impl Layer {
         }
         if let Some(constants) = &mut bank.constants {
             f("mlp.constants", ParameterKind::Constant, constants)?;
+        }
+        if let Some(biases) = &mut bank.biases {
+            f("mlp.biases", Adapter, biases)?;
         }
         if let Some(mixed) = &mut bank.mixed {
             for (name, mixture) in mixed.named_mut() {

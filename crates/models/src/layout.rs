@@ -25,6 +25,9 @@ pub enum SlotLayout {
         group: Option<usize>,
         /// Rank of the adapter of each of the three matrices.
         rank: usize,
+        /// Whether a vector of its own is added to what it gives, before the gate multiplies it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        bias: bool,
     },
     /// Gate and up mixed from bases that all such slots of the layer share, and the expert's own down
     /// (MoBE, arXiv 2508.05257).
@@ -38,6 +41,17 @@ pub enum SlotLayout {
     Constant,
     /// Nothing: the router may not choose it.
     Removed,
+}
+
+impl SlotLayout {
+    /// An adapted slot without a bias.
+    pub fn adapted(group: Option<usize>, rank: usize) -> Self {
+        Self::Adapted {
+            group,
+            rank,
+            bias: false,
+        }
+    }
 }
 
 /// How the shared bases of a layer are stored instead of as whole matrices: each of the three is a
@@ -127,9 +141,17 @@ impl LayerLayout {
             .iter()
             .enumerate()
             .filter_map(|(expert, slot)| match *slot {
-                SlotLayout::Adapted { group, rank } => Some((expert, group, rank)),
+                SlotLayout::Adapted { group, rank, .. } => Some((expert, group, rank)),
                 _ => None,
             })
+    }
+
+    /// The experts of adapted slots with a bias, ascending.
+    pub fn biased(&self) -> impl Iterator<Item = usize> + '_ {
+        let slots = self.slots.iter().enumerate();
+        slots
+            .filter(|(_, slot)| matches!(slot, SlotLayout::Adapted { bias: true, .. }))
+            .map(|(expert, _)| expert)
     }
 
     /// Bases and rank of the mixed slots, which have them in common; `None` without such slots.

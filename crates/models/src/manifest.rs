@@ -114,6 +114,9 @@ fn experts(config: &ModelConfig, number: usize, layout: &LayerLayout) -> Vec<Nam
     for expert in layout.of_form(SlotLayout::Constant) {
         all.push((names::constant(number, expert), vec![h]));
     }
+    for expert in layout.biased() {
+        all.push((names::bias(number, expert), vec![h]));
+    }
     for (expert, slot) in layout.slots.iter().enumerate() {
         for (projection, [out, width]) in names::PROJECTIONS.iter().zip(shapes) {
             let mut push = |suffix: &str, shape: &[usize]| {

@@ -4,7 +4,7 @@
 //! matrix of an expert. Where files differ, [`Scheme`] translates at the border: other names, or
 //! the experts of a layer stacked in one tensor as transformers 5 holds them. What replaces an
 //! expert has names of our own: a compressed slot keeps its expert's name with PEFT's
-//! `lora_A`/`lora_B`, or has `transform` and `mixing` where it is mixed from the layer's
+//! `lora_A`/`lora_B` and may have a `bias` of its down projection, or has `transform` and `mixing` where it is mixed from the layer's
 //! `mlp.basis.<number>`; bases stand beside the experts as `mlp.bases.<group>`, factored ones with
 //! `lora_A`/`lora_B`, and `rows` of a sparse matrix at the places `index`.
 
@@ -83,6 +83,14 @@ pub fn basis(layer_number: usize, number: usize, projection: &str) -> String {
 /// The vector that stands for an expert's output.
 pub fn constant(layer_number: usize, expert: usize) -> String {
     layer(layer_number, &format!("mlp.experts.{expert}.constant"))
+}
+
+/// The vector that is added to what the down projection of an adapted slot gives.
+pub fn bias(layer_number: usize, expert: usize) -> String {
+    layer(
+        layer_number,
+        &format!("mlp.experts.{expert}.down_proj.bias"),
+    )
 }
 
 /// How the files hold the experts of a layer.

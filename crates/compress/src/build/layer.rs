@@ -7,6 +7,7 @@
 
 use crate::damage::LayerDamage;
 use crate::factor::{Gram, Metric, fitted, whitened};
+use crate::inputs::Inputs;
 use crate::merge::{merge, nearest};
 use crate::methods::{AdapterInit, BaseInit};
 use crate::mixture::{self, fit};
@@ -36,13 +37,14 @@ pub(super) struct Layer<'a> {
     pub(super) observed: Option<&'a LayerObservations>,
     pub(super) moments: Option<&'a Moments>,
     pub(super) damage: Option<LayerDamage>,
+    pub(super) inputs: Option<Inputs>,
 }
 
 /// Tensors with their names.
-type Named = Vec<(String, Tensor)>;
+pub(super) type Named = Vec<(String, Tensor)>;
 
 impl Layer<'_> {
-    /// Writes all tensors of the layer: those that stay, bases, merged experts, adapters, mixtures,
+    /// Writes all tensors of the layer: those that stay, bases, merged experts, adapters, biases, mixtures,
     /// constants.
     pub(super) fn write(&self, tensors: &[NamedShape], writer: &CheckpointWriter) -> Result<()> {
         let Some(plan) = self.plan else {
@@ -55,6 +57,7 @@ impl Layer<'_> {
             ".mlp.bases.",
             ".mlp.basis.",
             ".lora_",
+            ".down_proj.bias",
             ".transform.",
             ".mixing.",
             ".constant.",
@@ -77,8 +80,8 @@ impl Layer<'_> {
             push(writer, vec![(name.clone(), ones)])?;
         }
         let groups: Vec<usize> = (0..plan.groups).collect();
-        // Only factors of differences need them again.
-        let wanted = self.settings.adapters != AdapterInit::Fresh;
+        // Only factors of differences and biases need them again.
+        let wanted = self.settings.adapters != AdapterInit::Fresh || plan.has_biases();
         let base = |&group: &usize| {
             let whole = self.base(plan, group)?;
             push(writer, self.stored(plan, group, &whole)?)?;
@@ -99,16 +102,22 @@ impl Layer<'_> {
         self.each(&constants, constant, writer)?;
         let moments = self.moments.map(|m| m.layer(plan.layer)).transpose()?;
         let layout = plan.layout();
-        let adapted = layout.adapted().filter(|&(_, _, rank)| rank > 0);
-        let adapted: Vec<(usize, Option<usize>, usize)> = adapted.collect();
-        let adapters =
-            |&(expert, group, rank): &(usize, Option<usize>, usize)| match self.settings.adapters {
-                AdapterInit::Fresh => self.fresh(plan, expert, rank),
+        let adapted: Vec<(usize, Option<usize>, usize)> = layout.adapted().collect();
+        let adapters = |&(expert, group, rank): &(usize, Option<usize>, usize)| {
+            let base = group.and_then(|group| bases.get(group));
+            let mut made = match self.settings.adapters {
+                _ if rank == 0 => Vec::new(),
+                AdapterInit::Fresh => self.fresh(plan, expert, rank)?,
                 AdapterInit::Whitened | AdapterInit::Truncated | AdapterInit::Fitted => {
-                    let base = group.map(|group| &bases[group]);
-                    self.factors(plan, expert, base, rank, moments.as_ref())
+                    self.factors(plan, expert, base, rank, moments.as_ref())?
                 }
             };
+            if plan.slots[expert].form.has_bias() {
+                let bias = self.bias(plan, expert, base, &made)?;
+                made.push((names::bias(plan.layer, expert), bias));
+            }
+            Ok(made)
+        };
         self.each(&adapted, adapters, writer)?;
         let Some(mixture) = plan.mixture() else {
             return Ok(());
@@ -131,7 +140,7 @@ impl Layer<'_> {
     }
 
     /// Gate `[F, H]`, up `[F, H]` and down `[H, F]` of an expert of the original.
-    fn expert(&self, layer: usize, expert: usize) -> Result<[Tensor; 3]> {
+    pub(super) fn expert(&self, layer: usize, expert: usize) -> Result<[Tensor; 3]> {
         let config = self.checkpoint.config();
         let (h, f) = (config.hidden_size, config.moe.intermediate_size);
         let read = |projection: &str, shape: [usize; 2]| {
@@ -262,7 +271,10 @@ impl Layer<'_> {
         let config = self.checkpoint.config();
         let own = self.expert(plan.layer, expert)?;
         let metrics = match (&self.damage, moments) {
-            (Some(damage), _) => damage.metrics(expert, own.each_ref())?,
+            (Some(damage), _) => {
+                let bias = self.inputs.is_none() && plan.slots[expert].form.has_bias();
+                damage.metrics(expert, own.each_ref(), bias)?
+            }
             (None, Some(moments)) => {
                 let [input, hidden] = moments.expert(config, expert)?;
                 [input.clone(), input, hidden].map(Metric::of_inputs)

@@ -1,9 +1,10 @@
 //! Build: a plan and a checkpoint become a checkpoint. What stays is copied byte by byte; in memory
 //! are the bases of a layer, and a few experts under work.
 
+mod bias;
 mod layer;
 
-use crate::methods::{AdapterInit, BaseInit};
+use crate::methods::{AdapterInit, BaseInit, MethodName};
 use crate::observations::Observations;
 use crate::plan::{LayerPlan, Plan, SlotForm};
 use crate::{Error, Result};
@@ -30,7 +31,9 @@ impl LayerPlan {
     pub fn layout(&self) -> LayerLayout {
         let form = |form: SlotForm| match form {
             SlotForm::Dense => SlotLayout::Dense,
-            SlotForm::Adapted { group, rank, .. } => SlotLayout::Adapted { group, rank },
+            SlotForm::Adapted {
+                group, rank, bias, ..
+            } => SlotLayout::Adapted { group, rank, bias },
             SlotForm::Mixed { bases, rank } => SlotLayout::Mixed { bases, rank },
             SlotForm::Constant => SlotLayout::Constant,
             SlotForm::Removed { .. } => SlotLayout::Removed,
@@ -50,7 +53,7 @@ pub struct BuildInputs<'a> {
     pub checkpoint: &'a Checkpoint,
     /// What becomes of each expert.
     pub plan: &'a Plan,
-    /// What was observed; only constants and whitened factors need it.
+    /// What was observed; only constants, biases and whitened factors need it.
     pub observations: Option<&'a Observations>,
     /// Seed of fresh adapters and random bases.
     pub seed: u64,
@@ -77,12 +80,13 @@ pub fn build(
     let settings = &plan.settings;
     let whitened = settings.adapters == AdapterInit::Whitened;
     let by_moments = whitened || settings.base == BaseInit::LeastSquares;
+    let biased = plan.layers.iter().any(LayerPlan::has_biases);
     let moments = match inputs.observations {
         Some(seen) if by_moments => Some(seen.moments()?),
-        None if by_moments || settings.adapters == AdapterInit::Fitted => {
+        None if by_moments || biased || settings.adapters == AdapterInit::Fitted => {
             return Err(Error::Invalid(
-                "the plan has factors or bases that follow what was observed; give the observations that it was \
-                 made from"
+                "the plan has factors, bases or biases that follow what was observed; give the observations that \
+                 it was made from"
                     .to_owned(),
             ));
         }
@@ -106,6 +110,11 @@ pub fn build(
             changed && plan.settings.adapters == AdapterInit::Fitted
         });
         let fitted = fitted.map(|seen| seen.damage(config, l));
+        // The planner reckons with what its own biases save.
+        let biased = inputs.observations.filter(|_| {
+            plan.method != MethodName::Budget && planned.is_some_and(LayerPlan::has_biases)
+        });
+        let biased = biased.map(|seen| seen.inputs(config, l));
         let layer = Layer {
             checkpoint,
             seed: inputs.seed,
@@ -114,6 +123,7 @@ pub fn build(
             moments: moments.as_ref(),
             observed: seen.and_then(|mut layers| layers.find(|o| o.layer == l)),
             damage: fitted.transpose()?,
+            inputs: biased.transpose()?,
         };
         if tensors.iter().any(|(name, _)| !writer.is_done(name)) {
             layer.write(tensors, &writer)?;
@@ -147,6 +157,7 @@ pub fn whole_bases(inputs: &BuildInputs<'_>, layer: usize) -> Result<Projections
         moments: None,
         observed: None,
         damage: None,
+        inputs: None,
     };
     of.bases(plan)
 }

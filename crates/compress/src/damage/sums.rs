@@ -4,7 +4,7 @@ use super::{BORROWED_MASS, Expert, ExpertCosts, LayerDamage, file, triangle, wid
 use crate::Result;
 use crate::beside::{self, Block};
 use crate::merge::{merge, shares};
-use crate::observations::{Components, Damage};
+use crate::observations::{Biased, Components, Damage};
 use candle_core::{DType, Device, Tensor};
 use lightmoe_kernels::linear;
 use lightmoe_models::{Bank, ModelConfig, Routing, to_be_read};
@@ -83,6 +83,8 @@ pub(crate) struct DamageSums {
     gradient: f64,
     /// How many choices of experts were seen.
     choices: u64,
+    /// Whether slots may have biases.
+    bias: bool,
     /// Tokens for experts that see few, and how many tokens lie between two of them.
     borrowed: Vec<Tensor>,
     stride: usize,
@@ -100,14 +102,15 @@ pub(crate) struct WeightedTokens<'a> {
 }
 
 impl DamageSums {
-    /// For a layer that `tokens` tokens will pass.
-    pub(crate) fn new(config: &ModelConfig, tokens: usize) -> Self {
+    /// For a layer that `tokens` tokens will pass; with `bias` ranks are reckoned beside biases, too.
+    pub(crate) fn new(config: &ModelConfig, tokens: usize, bias: bool) -> Self {
         Self {
             config: config.clone(),
             experts: vec![None; config.moe.num_experts],
             output: None,
             gradient: 0.0,
             choices: 0,
+            bias,
             borrowed: Vec::new(),
             stride: tokens.div_ceil(BORROWED).max(1),
             seen: 0,
@@ -219,12 +222,16 @@ impl DamageSums {
         let mean = telling_mean(&experts, &mass)?;
         let found: Vec<ExpertCosts> = experts
             .par_iter()
-            .map(|(expert, own)| layer.costs(*expert, own.each_ref(), mean.as_ref()))
+            .map(|(expert, own)| layer.costs(*expert, own.each_ref(), mean.as_ref(), self.bias))
             .collect::<Result<_>>()?;
         let width = found.first().map_or(0, |costs| costs.own[0].len());
         let table = || Components::none(bank.len(), width);
         let mut damage = Damage {
             own: table(),
+            biased: self.bias.then(|| Biased {
+                own: vec![0.0; bank.len() * width],
+                difference: mean.as_ref().map(|_| vec![0.0; bank.len() * width]),
+            }),
             difference: mean.map(|_| table()),
             drop: vec![0.0; bank.len()],
             mass,
@@ -232,6 +239,9 @@ impl DamageSums {
         for ((expert, _), costs) in experts.iter().zip(found) {
             damage.own.set(*expert, &costs.own);
             if let (Some(all), Some(costs)) = (&mut damage.difference, &costs.difference) {
+                all.set(*expert, costs);
+            }
+            if let (Some(all), Some(costs)) = (&mut damage.biased, &costs.biased) {
                 all.set(*expert, costs);
             }
             damage.drop[*expert] = costs.drop;

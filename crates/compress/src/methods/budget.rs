@@ -1,10 +1,10 @@
 //! The byte-budget planner: every expert of every layer takes the form that costs the model least for
 //! its bytes, by what errors were [observed to cost](crate::damage). Beyond the paper of LightMoE.
 //!
-//! The menu of an expert: its own matrices; factors of one rank, fitted to that cost, for all three; the
-//! mean of its outputs; and where the experts of its layer have much in common, their mean as a base that
-//! all may share, with factors of what an expert differs by, or none. Nothing but the observations is
-//! asked, so another budget takes a moment.
+//! The menu of an expert: its own matrices; factors of one rank, fitted to that cost, for all three, where
+//! biases are allowed with one or without; the mean of its outputs; and where the experts of its layer have
+//! much in common, their mean as a base that all may share, with factors of what an expert differs by, or
+//! none. Nothing but the observations is asked, so another budget takes a moment.
 
 use lightmoe_models::config::ModelConfig;
 
@@ -113,9 +113,22 @@ impl<'a> Planner<'a> {
         let config = model.config;
         let files = Files::of(model)?;
         let damages = damages(config, observations)?;
+        if options.bias && options.ranks != RankRule::Budget {
+            return Err(Error::Invalid(
+                "ranks that follow a rule of their own have no biases; leave `bias` out, or use the rule `budget`"
+                    .to_owned(),
+            ));
+        }
+        if options.bias && damages.iter().any(|damage| damage.biased.is_none()) {
+            return Err(Error::Invalid(
+                "the plan may have biases, and these observations do not tell what they save; observe with \
+                 `--bias true`"
+                    .to_owned(),
+            ));
+        }
         let menus = damages.iter();
         let menus: Vec<LayerMenus> = menus
-            .map(|damage| LayerMenus::of(config, damage, options.groups > 0))
+            .map(|damage| LayerMenus::of(config, damage, options))
             .collect();
         Ok(Self {
             config,
@@ -252,6 +265,22 @@ fn damages<'a>(config: &ModelConfig, observations: &'a Observations) -> Result<V
     layers.map(|layer| layer.damage(config)).collect()
 }
 
+/// What ranks of an expert cost, without a bias and, where there may be one, with it.
+struct Losses([Option<Vec<f64>>; 2]);
+
+impl Losses {
+    /// Of a form, where it has a rank; of a constant as of a bias alone.
+    fn of(&self, form: SlotForm) -> Option<f64> {
+        let (rank, bias) = match form {
+            SlotForm::Adapted { rank, bias, .. } => (rank, bias),
+            SlotForm::Constant => (0, true),
+            _ => return None,
+        };
+        let losses = self.0[usize::from(bias)].as_ref()?;
+        losses.get(rank).copied()
+    }
+}
+
 /// What the experts of a layer may become, each from the smallest form on.
 struct LayerMenus {
     alone: Vec<Vec<Choice>>,
@@ -260,59 +289,76 @@ struct LayerMenus {
 }
 
 impl LayerMenus {
-    /// By what errors cost; with a base where `bases` allows one and the experts have enough in common.
-    fn of(config: &ModelConfig, damage: &Damage, bases: bool) -> Self {
+    /// By what errors cost; with a base where `options` allow one and the experts have enough in common.
+    fn of(config: &ModelConfig, damage: &Damage, options: &PlanOptions) -> Self {
         let costs = Costs::of_expert(config);
+        let vector = config.hidden_size as u64;
         let smaller = config.hidden_size.min(config.moe.intermediate_size);
         let step = rank_step(smaller);
         let alone = |expert: usize| -> Vec<Choice> {
-            let losses = damage.of_ranks(expert);
-            let constant = Choice {
-                form: SlotForm::Constant,
-                point: Point {
-                    cost: config.hidden_size as u64,
-                    loss: damage.drop[expert],
-                },
+            let biased = damage.of_biased(expert).filter(|_| options.bias);
+            let losses = Losses([Some(damage.of_ranks(expert)), biased]);
+            let choice = |form: SlotForm, cost: u64, loss: f64| Choice {
+                form,
+                point: Point { cost, loss },
             };
-            let levels = (1..=smaller / step).map(|i| Some(i * step)).chain([None]);
-            let ranks = levels.filter_map(|level| {
-                let cost = costs.of(level);
-                let fits = cost < costs.dense || level.is_none();
-                fits.then(|| Choice {
-                    form: form(level),
-                    point: Point {
-                        cost,
-                        loss: level.map_or(0.0, |rank| losses[rank]),
-                    },
-                })
-            });
-            [constant].into_iter().chain(ranks).collect()
+            let constant = choice(SlotForm::Constant, vector, damage.drop[expert]);
+            let ranked = |rank: usize| {
+                let of = move |bias: bool| SlotForm::Adapted {
+                    group: None,
+                    rank,
+                    bias,
+                    dominant: false,
+                };
+                let cost = costs.of(Some(rank));
+                [(of(false), cost), (of(true), cost + vector)]
+            };
+            let ranks = (1..=smaller / step).map(|i| i * step).flat_map(ranked);
+            let ranks = ranks.filter(|(_, cost)| *cost < costs.dense);
+            let ranks = ranks.filter_map(|(form, cost)| Some(choice(form, cost, losses.of(form)?)));
+            let dense = choice(SlotForm::Dense, costs.dense, 0.0);
+            std::iter::once(constant)
+                .chain(ranks)
+                .chain([dense])
+                .collect()
         };
         let alone: Vec<Vec<Choice>> = (0..damage.drop.len()).map(alone).collect();
-        // The base by itself, and where factors beside it do better than factors alone, these.
+        // The base by itself, and where factors beside it do better than factors alone, or it and a bias than a
+        // constant, these.
         let beside = |(expert, alone): (usize, &Vec<Choice>)| -> Option<Vec<Choice>> {
-            let losses = damage.of_differences(expert)?;
-            let of_base = |rank: usize, cost: u64| Choice {
-                form: SlotForm::Adapted {
+            let biased = damage.of_biased_differences(expert);
+            let losses = Losses([
+                Some(damage.of_differences(expert)?),
+                biased.filter(|_| options.bias),
+            ]);
+            let of_base = |form: SlotForm, cost: u64| -> Option<Choice> {
+                let (rank, bias) = match form {
+                    SlotForm::Adapted { rank, bias, .. } => (rank, bias),
+                    _ => (0, true),
+                };
+                let loss = losses.of(form)?;
+                let form = SlotForm::Adapted {
                     group: Some(0),
                     rank,
+                    bias,
                     dominant: false,
-                },
-                point: Point {
-                    cost,
-                    loss: losses[rank],
-                },
+                };
+                let point = Point { cost, loss };
+                Some(Choice { form, point })
             };
-            let better = |&choice: &Choice| match choice.form {
-                SlotForm::Adapted { rank, .. } if losses[rank] < choice.point.loss => {
-                    of_base(rank, choice.point.cost)
-                }
-                _ => choice,
+            let better = |&choice: &Choice| {
+                let with = of_base(choice.form, choice.point.cost);
+                let with = with.filter(|with| with.point.loss < choice.point.loss);
+                with.unwrap_or(choice)
             };
-            let base = std::iter::once(of_base(0, 0));
-            Some(base.chain(alone.iter().map(better)).collect())
+            let base = of_base(SlotForm::adapted(None, 0, false), 0)?;
+            Some(
+                std::iter::once(base)
+                    .chain(alone.iter().map(better))
+                    .collect(),
+            )
         };
-        let shared: Option<Vec<Vec<Choice>>> = match bases {
+        let shared: Option<Vec<Vec<Choice>>> = match options.groups > 0 {
             true => alone.iter().enumerate().map(beside).collect(),
             false => None,
         };

@@ -27,12 +27,13 @@ impl Layer<'_> {
     /// Replaces the experts `selected`, or leaves the layer as it is where that saves nothing.
     fn replace(&self, selected: &[usize], threshold: Option<f64>) -> LayerPlan {
         let mut plan = self.untouched(threshold);
-        let rank = self.options.rank;
+        let (rank, bias) = (self.options.rank, self.options.bias);
         if self.options.groups == 0 {
             for &expert in selected {
                 plan.slots[expert].form = SlotForm::Adapted {
                     group: None,
                     rank,
+                    bias,
                     dominant: false,
                 };
             }
@@ -50,6 +51,7 @@ impl Layer<'_> {
                 plan.slots[expert].form = SlotForm::Adapted {
                     group: Some(number),
                     rank,
+                    bias,
                     dominant: expert == group.dominant,
                 };
             }

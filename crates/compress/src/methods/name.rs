@@ -145,6 +145,7 @@ impl MethodName {
             moments: matches!(self, Self::Svd | Self::D2moe),
             all_outputs: self == Self::Hcsmoe,
             samples: self == Self::Moei2,
+            bias: false,
             damage: (self == Self::Budget).then_some(Sensitivity::Fisher),
         }
     }

@@ -81,6 +81,8 @@ pub struct PlanOptions {
     pub base: BaseInit,
     /// How the adapters of LightMoE start. Others than fresh ones fade in as the originals fade out.
     pub adapters: AdapterInit,
+    /// Whether LightMoE gives each slot a bias, the mean of what it misses, and `budget` may.
+    pub bias: bool,
     /// How `svd` shares its budget.
     pub ranks: RankRule,
     /// How many of the chosen experts run in `compressed`; `None` for half of them.
@@ -105,6 +107,7 @@ impl Default for PlanOptions {
             select: Selection::Gate,
             base: BaseInit::GateWeighted,
             adapters: AdapterInit::Fresh,
+            bias: false,
             ranks: RankRule::Budget,
             main_experts: None,
             trained_rank: None,
@@ -188,7 +191,10 @@ impl PlanOptions {
 
     /// What has to be observed beside routing and outputs for a plan by `method`.
     pub fn statistics(&self, method: MethodName) -> Statistics {
-        let own = method.statistics();
+        let own = Statistics {
+            bias: self.bias,
+            ..method.statistics()
+        };
         if method.kind() != Kind::Replace {
             return own;
         }
@@ -256,6 +262,11 @@ impl PlanOptions {
             (MethodName::Budget, _) if self.base != BaseInit::GateWeighted => Err(Error::Invalid(
                 "`budget` finds its bases by itself; leave `base` out".to_owned(),
             )),
+            _ if self.bias && method.kind() != Kind::Replace && method != MethodName::Budget => {
+                Err(Error::Invalid(format!(
+                    "`{method}` has no slots with a bias; `bias` is for `lightmoe`, `replace` and `budget`"
+                )))
+            }
             _ if method.kind() != Kind::Replace && self.has_other_parts() => {
                 Err(Error::Invalid(format!(
                     "`{method}` chooses and starts in its own way; `select`, `adapters` and the bases \

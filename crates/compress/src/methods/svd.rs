@@ -68,11 +68,7 @@ pub(super) fn by_rule(
 
 /// What an expert becomes.
 pub(super) fn form(level: Level) -> SlotForm {
-    level.map_or(SlotForm::Dense, |rank| SlotForm::Adapted {
-        group: None,
-        rank,
-        dominant: false,
-    })
+    level.map_or(SlotForm::Dense, |rank| SlotForm::adapted(None, rank, false))
 }
 
 /// What each rank of each expert loses: the share of the energy of its three matrices that is cut off,

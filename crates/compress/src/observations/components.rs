@@ -7,6 +7,9 @@ pub(super) const DAMAGES: [&str; 3] = ["damage_gate", "damage_up", "damage_down"
 /// The names of [`Damage::difference`].
 pub(super) const DIFFERENCES: [&str; 3] = ["difference_gate", "difference_up", "difference_down"];
 
+/// The names of [`Biased::own`] and [`Biased::difference`].
+pub(super) const BIASED: [&str; 2] = ["damage_bias", "difference_bias"];
+
 /// A number for each component of the three matrices of each of `E` experts, the largest first.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Components {
@@ -41,30 +44,61 @@ impl Components {
         [(gate, &self.gate), (up, &self.up), (down, &self.down)]
     }
 
-    /// What the components of `expert`, of `experts`, come to together from the `r`th on, for `r = 0, 1, …,
-    /// min(H, F)`: `of` each, summed over the three matrices.
-    fn tails(&self, expert: usize, experts: usize, of: impl Fn(&[f64]) -> Vec<f64>) -> Vec<f64> {
-        let width = self.gate.len() / experts.max(1);
-        let mut tails = vec![0.0; width + 1];
-        for values in [&self.gate, &self.up, &self.down] {
-            let mut tail = 0.0;
-            let own = of(&values[expert * width..][..width]);
-            for (sum, value) in tails.iter_mut().zip(&own).rev() {
-                tail += value;
-                *sum += tail;
-            }
-        }
-        tails
-    }
-
     /// Of singular values: the share of the energy of `expert`, of `experts`, that rank `r` loses, summed
     /// over its three matrices, for `r = 0, 1, …, min(H, F)`: from 3 down to 0.
     pub fn losses(&self, expert: usize, experts: usize) -> Vec<f64> {
-        self.tails(expert, experts, |values| {
-            let total: f64 = values.iter().map(|s| s * s).sum();
-            let share = |s: &f64| s * s / total.max(f64::MIN_POSITIVE);
-            values.iter().map(share).collect()
-        })
+        tails(
+            [&self.gate, &self.up, &self.down],
+            expert,
+            experts,
+            |values| {
+                let total: f64 = values.iter().map(|s| s * s).sum();
+                let share = |s: &f64| s * s / total.max(f64::MIN_POSITIVE);
+                values.iter().map(share).collect()
+            },
+        )
+    }
+}
+
+/// What the components of `expert`, of `experts`, come to together from the `r`th on, for `r = 0, 1, …,
+/// min(H, F)`: `of` each, summed over the three matrices.
+fn tails(
+    matrices: [&Vec<f64>; 3],
+    expert: usize,
+    experts: usize,
+    of: impl Fn(&[f64]) -> Vec<f64>,
+) -> Vec<f64> {
+    let width = matrices[0].len() / experts.max(1);
+    let mut tails = vec![0.0; width + 1];
+    for values in matrices {
+        let mut tail = 0.0;
+        let own = of(&values[expert * width..][..width]);
+        for (sum, value) in tails.iter_mut().zip(&own).rev() {
+            tail += value;
+            *sum += tail;
+        }
+    }
+    tails
+}
+
+/// The costs of the components of down where a bias, a vector beside the factors, holds the mean of what they
+/// leave out.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Biased {
+    /// `[E * min(H, F)]` row-major: beside the expert's own matrices in factors.
+    pub own: Vec<f64>,
+    /// The same of the differences from the mean of the layer's experts; `None` where that mean tells too little
+    /// of them.
+    pub difference: Option<Vec<f64>>,
+}
+
+impl Biased {
+    /// Puts in the numbers of one expert.
+    pub(crate) fn set(&mut self, expert: usize, one: &Self) {
+        let difference = self.difference.iter_mut().zip(&one.difference);
+        for (all, one) in std::iter::once((&mut self.own, &one.own)).chain(difference) {
+            all[expert * one.len()..][..one.len()].copy_from_slice(one);
+        }
     }
 }
 
@@ -77,6 +111,8 @@ pub struct Damage {
     /// Of the components of what they differ by from the mean of the layer's experts, weighted by
     /// `mass`; `None` where that mean tells too little of them.
     pub difference: Option<Components>,
+    /// Of the components of down beside a bias; `None` where that was not asked for.
+    pub biased: Option<Biased>,
     /// `[E]`: of all but the mean of the outputs.
     pub drop: Vec<f64>,
     /// `[E]`: what an error of unit size counts for, summed over the tokens that chose the expert: the
@@ -89,24 +125,51 @@ impl Damage {
     pub(super) fn named(&self) -> impl Iterator<Item = (&'static str, &Vec<f64>)> {
         let own = self.own.named(DAMAGES);
         let difference = self.difference.iter().flat_map(|d| d.named(DIFFERENCES));
+        let [of_own, of_difference] = BIASED;
+        let biased = self.biased.iter().flat_map(move |biased| {
+            let difference = biased.difference.iter();
+            let difference = difference.map(move |values| (of_difference, values));
+            std::iter::once((of_own, &biased.own)).chain(difference)
+        });
         let experts = [("damage_drop", &self.drop), ("damage_mass", &self.mass)];
-        own.into_iter().chain(difference).chain(experts)
+        let all = own.into_iter().chain(difference).chain(biased);
+        all.chain(experts)
     }
 
     /// The tables of a number a component.
     pub(super) fn wide(&self) -> impl Iterator<Item = &Vec<f64>> {
         let all = std::iter::once(&self.own).chain(&self.difference);
-        all.flat_map(|of| [&of.gate, &of.up, &of.down])
+        let all = all.flat_map(|of| [&of.gate, &of.up, &of.down]);
+        let biased = self.biased.iter();
+        all.chain(biased.flat_map(|of| std::iter::once(&of.own).chain(&of.difference)))
     }
 
     /// What rank `r` of all three matrices of `expert` costs, for `r = 0, 1, …, min(H, F)`.
     pub fn of_ranks(&self, expert: usize) -> Vec<f64> {
-        self.own.tails(expert, self.drop.len(), <[f64]>::to_vec)
+        self.tails(expert, &self.own, &self.own.down)
     }
 
-    /// The same beside the mean of the layer's experts; `None` where that tells too little of them.
+    /// The same with a bias; `None` where that was not observed.
+    pub fn of_biased(&self, expert: usize) -> Option<Vec<f64>> {
+        let biased = self.biased.as_ref()?;
+        Some(self.tails(expert, &self.own, &biased.own))
+    }
+
+    /// As [`Damage::of_ranks`], beside the mean of the layer's experts; `None` where that tells too little of them.
     pub fn of_differences(&self, expert: usize) -> Option<Vec<f64>> {
         let difference = self.difference.as_ref()?;
-        Some(difference.tails(expert, self.drop.len(), <[f64]>::to_vec))
+        Some(self.tails(expert, difference, &difference.down))
+    }
+
+    /// The same with a bias; `None` where one or the other was not observed.
+    pub fn of_biased_differences(&self, expert: usize) -> Option<Vec<f64>> {
+        let down = self.biased.as_ref()?.difference.as_ref()?;
+        Some(self.tails(expert, self.difference.as_ref()?, down))
+    }
+
+    /// With these costs of down in place of its own.
+    fn tails(&self, expert: usize, of: &Components, down: &Vec<f64>) -> Vec<f64> {
+        let matrices = [&of.gate, &of.up, down];
+        tails(matrices, expert, self.drop.len(), <[f64]>::to_vec)
     }
 }

@@ -8,8 +8,8 @@ use lightmoe_models::folder;
 use safetensors::{Dtype, SafeTensors, View, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::components::{DAMAGES, DIFFERENCES, SPECTRA};
-use super::{Components, Damage, LayerObservations, Observations, OutputObservations};
+use super::components::{BIASED, DAMAGES, DIFFERENCES, SPECTRA};
+use super::{Biased, Components, Damage, LayerObservations, Observations, OutputObservations};
 use crate::observe::Sensitivity;
 use crate::{Error, Result, read};
 
@@ -197,6 +197,8 @@ fn split_name(name: &str) -> Option<(usize, &str)> {
         "difference_gate",
         "difference_up",
         "difference_down",
+        "damage_bias",
+        "difference_bias",
     ];
     let known = known.contains(&field);
     known.then_some((layer.parse().ok()?, field))
@@ -281,6 +283,13 @@ fn decode_layer(
             Some(own) => Some(Damage {
                 own,
                 difference: components(DIFFERENCES)?,
+                biased: match BIASED.map(|field| has(field).then(|| table(field, None))) {
+                    [Some(own), difference] => Some(Biased {
+                        own: own?,
+                        difference: difference.transpose()?,
+                    }),
+                    [None, _] => None,
+                },
                 drop: row("damage_drop")?,
                 mass: row("damage_mass")?,
             }),

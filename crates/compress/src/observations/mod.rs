@@ -21,10 +21,13 @@
 //! | `layers.{l}.damage_drop` | `[E]` f64, optional | the same of putting the mean of its outputs in place of the expert |
 //! | `layers.{l}.damage_mass` | `[E]` f64, optional | what an error of unit size counts for, and the expert in the mean of all |
 //! | `layers.{l}.difference_{gate,up,down}` | `[E, min(H, F)]` f64, optional | as `damage_{gate,up,down}`, of what the matrix differs from that mean by; where the mean tells enough of the experts |
+//! | `layers.{l}.damage_bias` | `[E, min(H, F)]` f64, optional | as `damage_down`, beside a bias of the expert's own |
+//! | `layers.{l}.difference_bias` | `[E, min(H, F)]` f64, optional | as `difference_down`, beside such a bias |
 //!
 //! `output_*` and `weight_flatness` come together, and so do the spectra, beside which there are
 //! [`moments`](crate::moments), and the damages, beside which there is what they [rest
-//! on](crate::damage). Those and [`samples`](crate::samples) lie in a folder beside the file.
+//! on](crate::damage). Those, [`samples`](crate::samples) and what biases rest on lie in a folder beside the
+//! file.
 //!
 //! The metadata has one key, `observations`: a JSON object of `schema_version`, `tokens`,
 //! `samples`, `fingerprint` and, where there are damages, their `sensitivity`. One key, because several would be written in a random order, and
@@ -36,12 +39,13 @@ mod file;
 use std::path::PathBuf;
 
 use components::SPECTRA;
-pub use components::{Components, Damage};
+pub use components::{Biased, Components, Damage};
 pub(crate) use file::observations_error;
 pub use file::{SCHEMA_VERSION, moments_folder};
 use lightmoe_models::config::ModelConfig;
 
 use crate::damage::LayerDamage;
+use crate::inputs::Inputs;
 use crate::moments::Moments;
 use crate::observe::Sensitivity;
 use crate::samples::{self, Sample};
@@ -318,6 +322,14 @@ impl Observations {
             )
         })?;
         LayerDamage::open(config, folder, layer, &self.fingerprint)
+    }
+
+    /// Some of what the experts of layer `layer` were given.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it was not asked for; if the file is damaged or belongs to other observations.
+    pub(crate) fn inputs(&self, config: &ModelConfig, layer: usize) -> Result<Inputs> {
+        Inputs::open(config, self.moments.as_deref(), layer, &self.fingerprint)
     }
 
     /// The sampled tokens of layer `layer`.

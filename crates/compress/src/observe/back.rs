@@ -30,6 +30,8 @@ pub(super) struct Way<'a> {
     pub(super) answers: &'a [usize],
     /// Folder for what is observed.
     pub(super) folder: &'a Path,
+    /// Whether slots may have biases.
+    pub(super) bias: bool,
 }
 
 /// Gives the experts of one layer their weights as it runs.
@@ -76,7 +78,9 @@ impl Way<'_> {
         for number in (first..next).rev() {
             let layer = Layer::load(self.checkpoint, number)?;
             let tokens = seen.tokens as usize;
-            let mut sums = layer.bank().map(|_| DamageSums::new(pass.config, tokens));
+            let mut sums = layer
+                .bank()
+                .map(|_| DamageSums::new(pass.config, tokens, self.bias));
             self.layer(pass, &layer, number, predicted, sums.as_mut())?;
             if let (Some(sums), Some(bank)) = (sums, layer.bank()) {
                 let damage = sums.finish(bank, self.folder, number, &seen.fingerprint)?;

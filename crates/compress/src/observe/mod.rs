@@ -7,7 +7,9 @@
 mod back;
 mod sums;
 
-use crate::memory::{BACKWARD, ENOUGH, batch_tokens, damage_bytes, moment_bytes, sample_bytes};
+use crate::memory::{
+    BACKWARD, ENOUGH, batch_tokens, damage_bytes, input_bytes, moment_bytes, sample_bytes,
+};
 use crate::observations::{LayerObservations, Observations, moments_folder};
 use crate::states::{Keep, States, StatesWriter, Values, Work};
 use crate::{Error, Result};
@@ -59,6 +61,9 @@ pub struct Statistics {
     /// What errors of the experts [cost](crate::damage): half the memory and disk of `moments`, and for
     /// gradients the hidden states of all layers on disk, `4·H` bytes a token and layer.
     pub damage: Option<Sensitivity>,
+    /// What biases need: some of what each expert is [given](crate::inputs), at most 128 tokens an expert, and
+    /// with `damage` what ranks cost beside a bias, a third more of its decompositions.
+    pub bias: bool,
 }
 
 impl Statistics {
@@ -70,6 +75,7 @@ impl Statistics {
             all_outputs: self.all_outputs || other.all_outputs,
             samples: self.samples || other.samples,
             damage: self.damage.or(other.damage),
+            bias: self.bias || other.bias,
         }
     }
 }
@@ -206,6 +212,7 @@ pub fn observe(
         (asked.moments, moment_bytes(config)),
         (asked.damage.is_some(), damage_bytes(config)),
         (asked.samples, sample_bytes(config)),
+        (asked.bias, input_bytes(config)),
     ];
     let beside = beside.iter().filter(|what| what.0).map(|what| what.1).sum();
     let copies = if returns { BACKWARD } else { 1 };
@@ -303,6 +310,7 @@ pub fn observe(
             checkpoint,
             answers: &answers,
             folder: &moments_in(options.state),
+            bias: asked.bias,
         };
         let layers = config.num_layers;
         seen = way.go(&pass, seen, &mut |done| progress(layers + done, total))?;
@@ -310,7 +318,7 @@ pub fn observe(
     }
     Ok(Observed {
         states,
-        beside: asked.moments || asked.samples || asked.damage.is_some(),
+        beside: asked.moments || asked.samples || asked.bias || asked.damage.is_some(),
         observations: seen,
         read,
         compute,

@@ -4,6 +4,7 @@ use super::{Batch, ObserveOptions, Sensitivity, Statistics};
 use crate::Result;
 use crate::damage::{DamageSums, WeightedTokens};
 use crate::factor::{Metric, singular_values};
+use crate::inputs::InputSums;
 use crate::moments::MomentSums;
 use crate::observations::{Components, LayerObservations, OutputObservations};
 use crate::reception::SequenceSums;
@@ -43,6 +44,7 @@ pub(super) struct Sums {
     moments: Option<MomentSums>,
     sample: Option<SampleSums>,
     sequences: Option<SequenceSums>,
+    inputs: Option<InputSums>,
     damage: Option<RelativeDamage>,
 }
 
@@ -78,6 +80,9 @@ impl LayerObserver for BatchSums<'_> {
         }
         if let Some(sample) = &mut sums.sample {
             sample.add(bank, x, routing, &batch.held())?;
+        }
+        if let Some(inputs) = &mut sums.inputs {
+            inputs.add(x, routing, &batch.held())?;
         }
         if let Some(RelativeDamage { sums, weights, .. }) = &mut sums.damage {
             let tokens = WeightedTokens {
@@ -132,8 +137,9 @@ impl Sums {
                 .samples
                 .then(|| SequenceSums::new(config, number, tokens))
                 .flatten(),
+            inputs: statistics.bias.then(|| InputSums::new(config, number)),
             damage: (statistics.damage == Some(Sensitivity::Relative)).then(|| RelativeDamage {
-                sums: DamageSums::new(config, tokens),
+                sums: DamageSums::new(config, tokens, statistics.bias),
                 tokens,
                 weights: Vec::new(),
             }),
@@ -316,6 +322,9 @@ impl Sums {
         }
         if let Some(sequences) = self.sequences {
             sequences.save(&folder, number, options.fingerprint)?;
+        }
+        if let Some(inputs) = self.inputs {
+            inputs.save(&folder, number, options.fingerprint)?;
         }
         if let Some(moments) = &self.moments {
             moments.save(&folder, number, options.fingerprint)?;

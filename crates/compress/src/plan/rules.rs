@@ -86,6 +86,7 @@ impl Plan {
                     group,
                     rank,
                     dominant,
+                    ..
                 } => (group, rank, dominant),
                 SlotForm::Mixed { bases, rank } => {
                     let fits = (1..=experts).contains(&bases) && (1..=widest).contains(&rank);

@@ -36,15 +36,17 @@ fn the_work_can_be_stopped_after_any_layer() {
         all_outputs: true,
         samples: true,
         damage: Some(Sensitivity::Relative),
+        bias: true,
     };
     let returning = Statistics {
+        bias: true,
         damage: Some(Sensitivity::Fisher),
         ..Statistics::default()
     };
     for (statistics, files, steps) in [
         (Statistics::default(), 0, LAYERS),
-        (all, 3 * LAYERS + 1, LAYERS),
-        (returning, LAYERS, 2 * LAYERS),
+        (all, 4 * LAYERS + 1, LAYERS),
+        (returning, 2 * LAYERS, 2 * LAYERS),
     ] {
         let state = tempfile::tempdir().unwrap();
         let undisturbed = observe(

@@ -24,8 +24,8 @@ pub fn config() -> ModelConfig {
 
 /// Layer 0: two groups. Layer 1: adapters without bases. Layer 2: as it was.
 pub fn layout() -> BankLayout {
-    use SlotLayout::{Adapted, Dense};
-    let adapted = |group| Adapted { group, rank: RANK };
+    use SlotLayout::Dense;
+    let adapted = |group| SlotLayout::adapted(group, RANK);
     let slots = [
         vec![
             adapted(Some(1)),
@@ -48,10 +48,7 @@ pub fn layout() -> BankLayout {
 /// A layer with factored bases, beside dense slots, and two as they were.
 pub fn factored() -> BankLayout {
     let mut layout = BankLayout::dense(&config());
-    let on = |group| SlotLayout::Adapted {
-        group: Some(group),
-        rank: 0,
-    };
+    let on = |group| SlotLayout::adapted(Some(group), 0);
     let slots = [on(0), on(1), SlotLayout::Dense, on(1), on(1), on(0)];
     let shape = FactoredBases {
         rank: RANK,

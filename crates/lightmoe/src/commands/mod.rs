@@ -157,6 +157,8 @@ pub fn run_observe(args: ObserveArgs) -> Result<String> {
         all_outputs: args.all_outputs,
         samples: args.samples,
         damage: args.damage,
+        // A recipe says it by itself.
+        bias: false,
     };
     if let Some(path) = &args.tokens {
         let settings = settings(args.recipe)?;
@@ -164,8 +166,9 @@ pub fn run_observe(args: ObserveArgs) -> Result<String> {
         let batch = TokenBatch::load(path, checkpoint.config().vocab_size)?;
         let fingerprint = crate::fingerprint(&(&batch, model_fingerprint(checkpoint.dir())?))?;
         let samples = batch.samples();
+        let bias = settings.bias.unwrap_or(false);
         let what = Observing {
-            statistics: more,
+            statistics: Statistics { bias, ..more },
             ..Observing::default()
         };
         observe_samples(&checkpoint, &samples, &what, &fingerprint, &args.out)?;

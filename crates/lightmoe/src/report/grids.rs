@@ -47,6 +47,7 @@ pub(super) fn experts<'a>(
             SlotForm::Adapted {
                 group,
                 rank,
+                bias,
                 dominant,
             } => {
                 match group {
@@ -65,6 +66,9 @@ pub(super) fn experts<'a>(
                     class += " dominant";
                 }
                 title += &format!(", rank {rank}");
+                if bias {
+                    title += ", with a bias";
+                }
                 if let Some(shape) = &plan.factored {
                     title += &format!(", its base of rank {} and a few rows", shape.rank);
                 }

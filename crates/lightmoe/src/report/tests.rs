@@ -234,11 +234,7 @@ fn a_plan_by_damage_is_drawn() {
         curve: vec![point(200, 1.0), point(600, 1e-4), point(1000, 0.0)],
     });
     for slot in &mut plan.layers[2].slots {
-        slot.form = SlotForm::Adapted {
-            group: None,
-            rank: 3,
-            dominant: false,
-        };
+        slot.form = SlotForm::adapted(None, 3, false);
         slot.damage = Some(0.25e-3);
     }
     let page = render(&evidence).unwrap();

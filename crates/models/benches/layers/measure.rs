@@ -225,10 +225,7 @@ impl Layer {
             let adapted = model.adapted(replaced);
             let slot = |expert: usize| match expert < e - adapted {
                 true => SlotLayout::Dense,
-                false => SlotLayout::Adapted {
-                    group: Some(0),
-                    rank: RANK,
-                },
+                false => SlotLayout::adapted(Some(0), RANK),
             };
             let slots: Vec<SlotLayout> = (0..e).map(slot).collect();
             let dense = original.map(|w| Ok(w.narrow(0, 0, e - adapted)?))?;

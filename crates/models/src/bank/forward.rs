@@ -5,8 +5,7 @@ use super::{Adapters, Bank, Pick, Projections, RankedAdapters, index, missing};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use lightmoe_kernels::{
-    Dispatch, Segment, add_rows, as_rows, grouped_linear, linear, select_rows, swiglu,
-    weighted_scatter,
+    Dispatch, Segment, add_rows, grouped_linear, linear, select_rows, swiglu, weighted_scatter,
 };
 use std::ops::Range;
 use std::sync::Arc;
@@ -126,8 +125,23 @@ impl Bank {
         if let Some(rows) = Rows::select(&dispatch, self.order.mixed(), x, gates)? {
             out = add(out, Some(self.mixed_output(&rows, tokens)?))?;
         }
-        if let Some(rows) = Rows::select(&dispatch, self.order.constant(), x, gates)? {
-            out = add(out, Some(self.constant_output(&rows, tokens)?))?;
+        let constants = self.order.constant();
+        if !constants.is_empty() {
+            let all = self.constants.as_ref();
+            let all = all.ok_or_else(|| missing("constants"))?;
+            let given = given_vectors(all, constants, &dispatch, x, gates)?;
+            out = add(out, given)?;
+        }
+        let share = 1.0 - self.beta;
+        if share > 0.0 && !self.order.biased.is_empty() {
+            let all = self.biases.as_ref().ok_or_else(|| missing("biases"))?;
+            let biased = self.order.biased.iter().copied();
+            let given = given_vectors(all, biased, &dispatch, x, gates)?;
+            let given = match share {
+                1.0 => given,
+                share => given.map(|given| given * share).transpose()?,
+            };
+            out = add(out, given)?;
         }
         out.ok_or_else(|| Error::Invalid("the expert bank was given no tokens".into()))
     }
@@ -172,20 +186,6 @@ impl Bank {
             mixed.up.apply(&rows.x, segments)?,
         );
         let y = mixed.down(&swiglu(&gate, &up)?, segments)?;
-        Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)
-    }
-
-    fn constant_output(&self, rows: &Rows, tokens: usize) -> Result<Tensor> {
-        let constants = self
-            .constants
-            .as_ref()
-            .ok_or_else(|| missing("constants"))?;
-        let slots: Vec<u32> = rows
-            .segments
-            .iter()
-            .flat_map(|segment| std::iter::repeat_n(segment.group as u32, segment.len))
-            .collect();
-        let y = as_rows(&constants.index_select(&index(&slots, constants)?, 0)?)?;
         Ok(weighted_scatter(&y, &rows.gates, &rows.tokens, tokens)?)
     }
 
@@ -385,6 +385,31 @@ fn product(
         Some(adapters) => Ok((y + adapters.apply(x, pick, segments)?)?),
         None => Ok(y),
     }
+}
+
+/// What the slots at `positions` give whatever the rows of `x: [T, H]` are, a vector each, `vectors: [n, H]`: the
+/// sum over the choices that fall on them, weighted by their gates, `[T, H]`; nothing without any.
+fn given_vectors(
+    vectors: &Tensor,
+    positions: impl Iterator<Item = usize>,
+    dispatch: &Dispatch,
+    x: &Tensor,
+    gates: &Tensor,
+) -> Result<Option<Tensor>> {
+    let (mut slots, mut rows) = (Vec::new(), Vec::new());
+    for (slot, position) in positions.enumerate() {
+        let of_position = dispatch.starts[position]..dispatch.starts[position + 1];
+        slots.extend(std::iter::repeat_n(slot as u32, of_position.len()));
+        rows.extend(of_position);
+    }
+    if rows.is_empty() {
+        return Ok(None);
+    }
+    let pick = |of: &[u32]| -> Arc<[u32]> { rows.iter().map(|&row| of[row]).collect() };
+    let y = vectors.index_select(&index(&slots, vectors)?, 0)?;
+    let gates = select_rows(gates, &pick(&dispatch.pairs))?;
+    let (y, tokens) = (y.to_dtype(x.dtype())?, pick(&dispatch.tokens));
+    Ok(Some(weighted_scatter(&y, &gates, &tokens, x.dim(0)?)?))
 }
 
 fn add(a: Option<Tensor>, b: Option<Tensor>) -> Result<Option<Tensor>> {

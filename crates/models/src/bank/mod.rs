@@ -9,6 +9,9 @@
 //! ([`Mixture`]). A constant slot gives its vector whatever the input, and a removed one is never
 //! chosen. While training, dense slots may carry adapters too.
 //!
+//! An adapted slot may have a bias, a vector that is added to what it gives, at a share of `1 − β`: it
+//! stands for what the slot misses of the expert on average, which is nothing beside the expert itself.
+//!
 //! Bases may be stored as factors and a few rows ([`Factored`]).
 //!
 //! A shared base may train through an adapter of its own, and a factorised slot by a few of its
@@ -131,6 +134,8 @@ pub struct Bank {
     pub mixed: Option<MixedSlots>,
     /// Vectors of the constant positions, `[n, H]`.
     pub constants: Option<Tensor>,
+    /// Vectors of the adapted positions that have a bias, `[n, H]`.
+    pub biases: Option<Tensor>,
     /// The experts that the adapted positions replace, while `beta > 0`.
     pub originals: Option<Projections>,
     /// Share of the originals.
@@ -151,6 +156,8 @@ pub(crate) struct Order {
     pub(crate) groups: Vec<usize>,
     /// Rank of each adapted position.
     pub(crate) ranks: Vec<usize>,
+    /// The adapted positions that have a bias, ascending.
+    pub(crate) biased: Vec<usize>,
     /// How many positions are dense, mixed, and constant; what is left is removed.
     pub(crate) dense: usize,
     pub(crate) mixed: usize,
@@ -217,6 +224,12 @@ impl Bank {
         &self.order.experts[self.order.constant()]
     }
 
+    /// The experts of the adapted positions that have a bias, in order.
+    pub fn biased_experts(&self) -> impl Iterator<Item = usize> + '_ {
+        let positions = self.order.biased.iter();
+        positions.map(|&position| self.order.experts[position])
+    }
+
     /// The experts that may not be chosen.
     pub fn removed_experts(&self) -> &[usize] {
         &self.order.experts[self.order.constant().end..]
@@ -257,7 +270,11 @@ impl Bank {
         let scales = self.scales.as_ref();
         stacks.any(Tensor::track_op)
             || scales.is_some_and(|of| of.named().iter().any(|(_, scale)| scale.track_op()))
-            || self.constants.as_ref().is_some_and(Tensor::track_op)
+            || self
+                .constants
+                .iter()
+                .chain(&self.biases)
+                .any(Tensor::track_op)
             || self.mixed.as_ref().is_some_and(MixedSlots::has_gradients)
     }
 

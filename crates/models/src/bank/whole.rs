@@ -173,6 +173,7 @@ impl Bank {
         let adapted = self.order.ranks.len();
         let has_others = self.order.mixed > 0
             || self.order.constants > 0
+            || self.biases.is_some()
             || self.scales.is_some()
             || self.factored.is_some()
             || self.frozen.is_some()

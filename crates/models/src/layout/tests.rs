@@ -19,7 +19,7 @@ fn read(lightmoe: Value) -> Result<BankLayout> {
 }
 
 fn adapted(group: Option<usize>, rank: usize) -> SlotLayout {
-    SlotLayout::Adapted { group, rank }
+    SlotLayout::adapted(group, rank)
 }
 
 fn mixed(bases: usize, rank: usize) -> SlotLayout {

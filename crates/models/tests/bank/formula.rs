@@ -109,7 +109,7 @@ pub fn slot(
                 }
                 Matrix::read(compressed, &own("transform"), [shape[0], rank]).product(&inner)
             }
-            SlotLayout::Adapted { group, rank } => {
+            SlotLayout::Adapted { group, rank, .. } => {
                 let mut whole = Matrix::zero(shape[0], shape[1]);
                 if beta > 0.0 {
                     let name = names::expert(layer, expert, p);
@@ -161,14 +161,16 @@ pub fn check(
         }
     }
     for (pair, &expert) in chosen.iter().enumerate() {
-        let slots = &compressed.layout().layers[&layer].slots;
-        if slots[expert as usize] == SlotLayout::Constant {
-            let name = names::constant(layer, expert as usize);
-            let constant = values(&compressed.tensor(&name, &[16]).unwrap());
-            let token = pair / k * 16..(pair / k + 1) * 16;
-            for (y, c) in expected[token].iter_mut().zip(constant) {
-                *y += gs[pair] * c;
-            }
+        let expert = expert as usize;
+        let (name, share) = match compressed.layout().layers[&layer].slots[expert] {
+            SlotLayout::Constant => (names::constant(layer, expert), 1.0),
+            SlotLayout::Adapted { bias: true, .. } => (names::bias(layer, expert), 1.0 - beta),
+            _ => continue,
+        };
+        let vector = values(&compressed.tensor(&name, &[16]).unwrap());
+        let token = pair / k * 16..(pair / k + 1) * 16;
+        for (y, v) in expected[token].iter_mut().zip(vector) {
+            *y += gs[pair] * share * v;
         }
     }
     let expected = Tensor::from_vec(expected, (tokens, 16), &Device::Cpu).unwrap();
@@ -181,8 +183,8 @@ pub fn check(
     for tensor in mixtures(bank) {
         *tensor = tensor.to_dtype(DType::F64).unwrap();
     }
-    if let Some(constants) = &mut bank.constants {
-        *constants = constants.to_dtype(DType::F64).unwrap();
+    for vectors in bank.constants.iter_mut().chain(&mut bank.biases) {
+        *vectors = vectors.to_dtype(DType::F64).unwrap();
     }
     let (x, gates) = (x.to_dtype(DType::F64), gates.to_dtype(DType::F64));
     let ours = bank.forward(&x.unwrap(), &gates.unwrap(), chosen).unwrap();

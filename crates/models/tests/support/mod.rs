@@ -1,5 +1,9 @@
 //! Small random OLMoE checkpoints, original and compressed, in a temporary folder.
-#![allow(dead_code, reason = "every test binary uses its own part")]
+#![allow(
+    dead_code,
+    unused_imports,
+    reason = "every test binary uses its own part"
+)]
 
 use candle_core::{DType, Device, Tensor};
 use lightmoe_models::{
@@ -15,12 +19,25 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
+mod compare;
+
+pub use compare::{assert_close, values};
+
 pub const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 pub const DENSE: SlotLayout = SlotLayout::Dense;
 
 pub fn adapted(group: impl Into<Option<usize>>, rank: usize) -> SlotLayout {
+    SlotLayout::adapted(group.into(), rank)
+}
+
+/// An adapted slot with a bias.
+pub fn biased(group: impl Into<Option<usize>>, rank: usize) -> SlotLayout {
     let group = group.into();
-    SlotLayout::Adapted { group, rank }
+    SlotLayout::Adapted {
+        group,
+        rank,
+        bias: true,
+    }
 }
 
 pub fn mixed(bases: usize, rank: usize) -> SlotLayout {
@@ -89,10 +106,10 @@ impl Form {
                 vec![
                     adapted(1, 3),
                     DENSE,
-                    adapted(None, 2),
+                    biased(None, 2),
                     adapted(0, 1),
                     SlotLayout::Constant,
-                    adapted(0, 0),
+                    biased(0, 0),
                     adapted(None, 4),
                     DENSE,
                 ],
@@ -101,7 +118,7 @@ impl Form {
                     adapted(None, 1),
                     DENSE,
                     SlotLayout::Removed,
-                    adapted(0, 2),
+                    biased(0, 2),
                     DENSE,
                     SlotLayout::Removed,
                     adapted(None, 3),
@@ -249,7 +266,7 @@ pub fn tensors(config: &ModelConfig, layout: &BankLayout, seed: u64) -> Vec<(Str
             for (e, slot) in layer.slots.iter().enumerate() {
                 match *slot {
                     SlotLayout::Dense => weight(names::expert(l, e, p), &[rows, columns], 0.5),
-                    SlotLayout::Adapted { rank: 0, .. } | SlotLayout::Removed => {}
+                    SlotLayout::Removed => {}
                     SlotLayout::Constant if p == "up_proj" => {
                         weight(names::constant(l, e), &[h], 0.5);
                     }
@@ -262,7 +279,13 @@ pub fn tensors(config: &ModelConfig, layout: &BankLayout, seed: u64) -> Vec<(Str
                     SlotLayout::Mixed { .. } => {
                         weight(names::expert(l, e, p), &[rows, columns], 0.5);
                     }
-                    SlotLayout::Adapted { rank, .. } => {
+                    SlotLayout::Adapted { rank, bias, .. } => {
+                        if bias && p == "down_proj" {
+                            weight(names::bias(l, e), &[h], 0.5);
+                        }
+                        if rank == 0 {
+                            continue;
+                        }
                         let name = |ab: &str| names::expert(l, e, &format!("{p}.lora_{ab}"));
                         weight(name("A"), &[rank, columns], 0.5);
                         weight(name("B"), &[rows, rank], 0.5);
@@ -400,28 +423,6 @@ pub fn logits(model: &Decoder, ids: &[u32], rows: usize) -> Tensor {
     let tokens = Tokens { ids, rows };
     let hidden = model.forward(tokens, None, &mut |_, _, _| Ok(())).unwrap();
     model.logits(&hidden).unwrap()
-}
-
-pub fn values(tensor: &Tensor) -> Vec<f64> {
-    let tensor = tensor.to_dtype(DType::F64).unwrap();
-    tensor.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-/// The largest difference, which must be within `tolerance` of the largest expected value.
-#[track_caller]
-pub fn assert_close(ours: &Tensor, expected: &Tensor, tolerance: f64) {
-    assert_eq!(ours.dims(), expected.dims());
-    let (ours, expected) = (values(ours), values(expected));
-    let scale = expected.iter().fold(0.0f64, |m, v| m.max(v.abs()));
-    assert!(scale > 1e-3, "nothing to compare: all zero");
-    for (i, (a, b)) in ours.iter().zip(&expected).enumerate() {
-        let error = (a - b).abs();
-        // Negated, so that NaN fails.
-        assert!(
-            !error.is_nan() && error <= tolerance * scale,
-            "element {i}: {a} is not {b}, off by {error}, largest {scale}"
-        );
-    }
 }
 
 /// A random model's tensors.

@@ -63,10 +63,7 @@ impl Models {
         let parsed = ModelConfig::from_json(&config, Path::new("config.json")).unwrap();
         let model = Decoder::random(&parsed, seed).unwrap();
         let original = write(&folder.path().join("original"), &config, &of(&model));
-        let adapted = |group| SlotLayout::Adapted {
-            group: Some(group),
-            rank: RANK,
-        };
+        let adapted = |group| SlotLayout::adapted(Some(group), RANK);
         let slots = [adapted(0), SlotLayout::Dense, adapted(1), SlotLayout::Dense].repeat(2);
         let mut layout = BankLayout::dense(&parsed);
         for l in 0..2 {
@@ -115,10 +112,7 @@ impl Models {
     /// A model of the same original whose experts all share two factored bases.
     pub fn factored(&self) -> Checkpoint {
         let parsed = self.original.config();
-        let slots = (0..8).map(|expert| SlotLayout::Adapted {
-            group: Some(expert % 2),
-            rank: 0,
-        });
+        let slots = (0..8).map(|expert| SlotLayout::adapted(Some(expert % 2), 0));
         let layer = LayerLayout {
             factored: Some(SHAPE),
             ..LayerLayout::from(slots.collect::<Vec<_>>())

@@ -14,11 +14,7 @@ pub(super) fn plan() -> Plan {
         form: if (expert * 7 + layer * 3) % 5 < 2 {
             SlotForm::Dense
         } else {
-            SlotForm::Adapted {
-                group: Some((expert + layer) % 3),
-                rank: 4,
-                dominant: expert / 3 == 1,
-            }
+            SlotForm::adapted(Some((expert + layer) % 3), 4, expert / 3 == 1)
         },
         score: (1 + (expert * 13 + layer * 5) % 32) as f64 / 528.0,
         weight: None,
