@@ -6,20 +6,22 @@
 //   adapters_sum_pairs:  sum[pair, :] = share * sum over the pair's choices j, in order, of gate_j * h[row_j, :]
 //   combine           :  out[t, :] = sum over j, in order, of y[row_j, :] + own_share * y_own[row_j, :]
 //                                   + ypair[pair that j is the first of, :]
+//   add_vectors       :  out[t, :] += sum over j, in order, of gate_j * vectors[vector of j's position, :], where it has one
 // `own` is what a whole expert of the slot makes of the row: one that is kept, for the first slots, and counts whole;
 // or the one that the slot replaces, while recovery anneals it away, and counts by `own_share`.
 //
 // Grid: any number of blocks; every block takes its share in turn. As many as the device holds at once
-// are best: what shared memory allows (expand), 4 for each multiprocessor (combine), 8 (sum_pairs).
+// are best: what shared memory allows (expand), 4 for each multiprocessor (combine, add_vectors), 8 (sum_pairs).
 // Block: 256 threads; expand 128 where rank > 32.
 // Dynamic shared memory: none, but for expand. With parts = ceil(rank / 32) and warps of a block,
 // 32 * (512 * parts + warps * (256 + 128 * parts)) bytes: 114688 for one part, then 98304, 131072, 163840.
-// Registers (sm_80, sm_90a): expand 123, 124; join 42, 42; sum_pairs 47, 48; combine 48, 55.
+// Registers (sm_80, sm_90a): expand 123, 124; join 42, 42; sum_pairs 47, 48; combine 48, 55; add_vectors 30, 29.
 // Bound: bytes. expand reads 4 inner bytes of the base for each row, from memory once for each pair, and
 // writes 2 (expand_pre 4); join reads 4 inner for each row and each pair, and writes 2; sum_pairs moves 2 inner for
-// each row and each pair, combine 2 hidden for each row, each pair and each token.
+// each row and each pair, combine 2 hidden for each row, each pair and each token, add_vectors 4 hidden for each token
+// whose choices have vectors, which come from the cache.
 // Last measured: H100, OLMoE-1B-7B, half replaced, 4096 tokens: expand 57 us, sum_pairs 18 us, combine 58 us (97 % of the
-// copy rate), before slots could keep their experts. join has not run on a card.
+// copy rate), before slots could keep their experts. join and add_vectors have not run on a card.
 
 constexpr u32 THREADS = 256;
 
@@ -332,5 +334,36 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine(Combine p) {
             }
         }
         if (column < p.hidden) *reinterpret_cast<uint4*>(p.out + u64(token) * p.hidden + column) = pack_8(sum);
+    }
+}
+
+struct AddVectors {
+    const elem* vectors;   // [n, hidden]
+    const u32* vector_of;  // [positions] the vector of a position, or NONE
+    const u32* chosen;     // [tokens, top_k] positions
+    const float* gates;    // [tokens, top_k]
+    elem* out;             // [tokens, hidden]
+    u32 tokens, top_k, hidden;  // top_k <= 32, hidden a multiple of 8
+};
+static_assert(sizeof(AddVectors) == 56);
+
+extern "C" __global__ void __launch_bounds__(THREADS) add_vectors(AddVectors p) {
+    const u32 lane = threadIdx.x % WARP, slabs = (p.hidden + SLAB - 1) / SLAB, warps = gridDim.x * (THREADS / WARP);
+    for (u32 at = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP; at < p.tokens * slabs; at += warps) {
+        const u32 token = at / slabs, column = at % slabs * SLAB + lane * 8, choice = token * p.top_k + lane;
+        const u32 vector = lane < p.top_k ? p.vector_of[p.chosen[choice]] : NONE;
+        const float gate = lane < p.top_k ? p.gates[choice] : 0.0f;
+        u32 with = __ballot_sync(0xffffffffu, vector != NONE);
+        if (!with) continue;
+        elem* out = p.out + u64(token) * p.hidden + column;
+        float sum[8] = {};
+        if (column < p.hidden) add(sum, 1.0f, *reinterpret_cast<const uint4*>(out));
+        for (; with; with &= with - 1) {
+            const u32 from = __ffs(with) - 1;
+            const u32 row = __shfl_sync(0xffffffffu, vector, from);
+            const float share = __shfl_sync(0xffffffffu, gate, from);
+            if (column < p.hidden) add(sum, share, *reinterpret_cast<const uint4*>(p.vectors + u64(row) * p.hidden + column));
+        }
+        if (column < p.hidden) *reinterpret_cast<uint4*>(out) = pack_8(sum);
     }
 }

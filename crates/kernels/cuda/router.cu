@@ -2,6 +2,7 @@
 //
 // Grid: ceil(tokens / 32) * ceil(experts / 64) blocks, those of the same tokens side by side.
 // Block: 256 threads; its 8 warps share the sum over the hidden size. Static shared memory: 8 KiB.
+// Registers (sm_80, sm_90a): 125, 128.
 // Bound by the bytes of x, which the experts' blocks read from the L2 after the first.
 // Last measured: H100, OLMoE-1B-7B: 22 us up to 1024 tokens, 26 us at 4096, 105 us at 32768 (43 % of the copy rate).
 

@@ -27,6 +27,9 @@ pub struct LayerParts<'a> {
     pub groups: &'a [Option<usize>],
     /// Of the adapted positions.
     pub adapters: Option<AdapterParts<'a>>,
+    /// What positions give beside what they compute, `[n, H]`, and which of them each position has. One that gives
+    /// nothing else is an adapted position without a base and without components.
+    pub vectors: Option<(&'a Tensor, &'a [Option<usize>])>,
     /// Adapters of the dense positions while they train, of one rank: `V`, gate and up `[n, R, H]` and down `[n, R, F]`,
     /// and `U`, gate and up `[n, F, R]` and down `[n, H, R]`.
     pub kept: Option<[[&'a Tensor; 3]; 2]>,
@@ -59,7 +62,7 @@ pub struct AdapterParts<'a> {
 }
 
 /// A layer of experts that a GPU runs in a few launches, the router's product and choice among them: three for
-/// up to 32 tokens. Nothing waits for the host. It has no gradients.
+/// up to 32 tokens, and one for vectors. Nothing waits for the host. It has no gradients.
 #[derive(Debug)]
 pub struct WholeLayer {
     #[cfg(feature = "linked")]

@@ -80,7 +80,8 @@ fn they_say_the_same() {
 fn they_say_the_same_where_nobody_looks() {
     let models = Models::sized(16, 6);
     for (place, within) in placements() {
-        for (i, checkpoint) in [&models.original, &models.built].into_iter().enumerate() {
+        let compressed = [&models.built, &models.with_vectors()];
+        for (i, checkpoint) in [&models.original].into_iter().chain(compressed).enumerate() {
             let path = models
                 .folder
                 .path()

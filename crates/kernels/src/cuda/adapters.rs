@@ -87,7 +87,21 @@ struct Combine {
     own_share: f32,
 }
 
-arguments!(Expand: 104, ExpandPre: 112, Join: 72, SumPairs: 64, Combine: 80);
+/// Arguments of `add_vectors`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct AddVectors {
+    vectors: Address,
+    vector_of: Address,
+    chosen: Address,
+    gates: Address,
+    out: Address,
+    tokens: u32,
+    top_k: u32,
+    hidden: u32,
+}
+
+arguments!(Expand: 104, ExpandPre: 112, Join: 72, SumPairs: 64, Combine: 80, AddVectors: 56);
 
 /// `h` of adapted rows, from `low` and what the bases made of their pairs.
 pub(super) fn expand<T: Element>(
@@ -247,6 +261,31 @@ pub(super) fn combine<T: Element>(
     };
     // SAFETY: as in `expand`; the block checked the size of `out`.
     unsafe { queue::<T, _>(gpu, "combine", [4, 256, 0], &arguments) }
+}
+
+/// Adds to `out[t]` the vectors of its positions, where the layer has any.
+pub(super) fn add_vectors<T: Element>(
+    gpu: &Gpu,
+    block: &Block<T>,
+    tokens: usize,
+    work: &Workspace<T>,
+    out: &mut impl DevicePtrMut<T>,
+) -> Result<()> {
+    let Some(vectors) = &block.vectors else {
+        return Ok(());
+    };
+    let arguments = AddVectors {
+        vectors: gpu.address(&vectors.numbers),
+        vector_of: gpu.address(&vectors.of_position),
+        chosen: gpu.address(&work.tables.chosen),
+        gates: gpu.address(&work.tables.gates),
+        out: gpu.address_mut(out),
+        tokens: tokens as u32,
+        top_k: block.frame.shape.top_k as u32,
+        hidden: block.frame.shape.hidden as u32,
+    };
+    // SAFETY: as in `combine`; every position has a vector that is there, or none.
+    unsafe { queue::<T, _>(gpu, "add_vectors", [4, 256, 0], &arguments) }
 }
 
 /// `blocks` for each multiprocessor.

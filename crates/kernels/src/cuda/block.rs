@@ -326,6 +326,7 @@ impl Frame {
             frame: self.clone(),
             weights,
             beta: 0.0,
+            vectors: None,
         })
     }
 }
@@ -337,6 +338,16 @@ pub struct Block<T> {
     pub(super) weights: Weights<T>,
     /// The share of the originals; that of the bases is what is left.
     pub(super) beta: f32,
+    pub(super) vectors: Option<Vectors<T>>,
+}
+
+/// What positions give beside what they compute, whatever their input.
+#[derive(Debug)]
+pub(super) struct Vectors<T> {
+    /// `[n, H]`
+    pub(super) numbers: Held<T>,
+    /// Which of them each position has; [`super::route::NONE`] for none.
+    pub(super) of_position: CudaSlice<u32>,
 }
 
 impl<T: Element> Block<T> {
@@ -352,6 +363,42 @@ impl<T: Element> Block<T> {
         group_of: &[Option<usize>],
     ) -> Result<Self> {
         Frame::new(gpu, shape, scores, group_of)?.with(weights)
+    }
+
+    /// The same with vectors `[n, H]`, of which each position may have one: it is added to what the position gives,
+    /// before the gate multiplies it, at the price of one launch more. A position that gives nothing else is an adapted
+    /// one without a base, whose adapter is zero.
+    ///
+    /// # Errors
+    /// If a position has one that is not there, or their size is another.
+    pub fn with_vectors(
+        self,
+        gpu: &Gpu,
+        vectors: Held<T>,
+        of_position: &[Option<usize>],
+    ) -> Result<Self> {
+        let Shape { hidden, .. } = self.frame.shape;
+        let count = vectors.len() / hidden;
+        ensure!(
+            vectors.len() == count * hidden
+                && of_position.len() == self.frame.shape.positions()
+                && of_position.iter().flatten().all(|&vector| vector < count),
+            "{} numbers of vectors for positions that have those of {of_position:?}; whole ones of {hidden} were \
+             expected, and one or none for each of {} positions",
+            vectors.len(),
+            self.frame.shape.positions()
+        );
+        let of_position = of_position.iter();
+        let of_position: Vec<u32> = of_position
+            .map(|vector| vector.map_or(super::route::NONE, |vector| vector as u32))
+            .collect();
+        Ok(Self {
+            vectors: Some(Vectors {
+                numbers: vectors,
+                of_position: gpu.upload(&of_position)?,
+            }),
+            ..self
+        })
     }
 
     /// Sets the share `β` of the experts that adapted slots replace: `β·W + (1−β)·B + U·V` (LightMoE,

@@ -1,6 +1,6 @@
 //! The forward pass of a layer of experts.
 
-use super::adapters::{combine, expand, join, sum_pairs};
+use super::adapters::{add_vectors, combine, expand, join, sum_pairs};
 use super::block::{Block, Shape};
 use super::decode::{self, DECODE_TOKENS};
 use super::device::{Address, Element, Gpu};
@@ -30,7 +30,7 @@ pub enum Stage {
 
 impl<T: Element> Block<T> {
     /// `out[t] = Σ g·y` over the experts that the router chooses for `x[t]`: `x` and `out` are `[T, H]`.
-    /// Everything is queued, nothing waited for. Few tokens take three launches.
+    /// Everything is queued, nothing waited for. Few tokens take three launches, and one for vectors.
     ///
     /// # Errors
     /// If `x` or `out` has another size, or the workspace holds fewer tokens.
@@ -48,7 +48,7 @@ impl<T: Element> Block<T> {
         if tokens <= DECODE_TOKENS && !self.needs_own() {
             decode::forward(gpu, self, x, tokens, work, out)?;
             work.routed = tokens;
-            return Ok(());
+            return add_vectors(gpu, self, tokens, work, out);
         }
         self.forward_grouped(gpu, x, tokens, work, out)
     }
@@ -143,6 +143,7 @@ impl<T: Element> Block<T> {
             self.adapted(gpu, x, tokens, work, queued)?;
         }
         combine(gpu, self, tokens, work, out)?;
+        add_vectors(gpu, self, tokens, work, out)?;
         queued(Stage::Combine)
     }
 

@@ -41,6 +41,18 @@ impl std::fmt::Debug for Graph<'_> {
 }
 
 impl Graph<'_> {
+    /// How many kernels and copies were recorded.
+    #[cfg(test)]
+    pub(super) fn launches(&self) -> usize {
+        let mut count = 0;
+        // SAFETY: the graph is there, and without a place for nodes they are only counted.
+        let done = unsafe {
+            sys::cuGraphGetNodes(self.graph.cu_graph(), std::ptr::null_mut(), &raw mut count)
+        };
+        assert_eq!(done, sys::CUresult::CUDA_SUCCESS);
+        count
+    }
+
     /// Queues the work.
     ///
     /// # Safety

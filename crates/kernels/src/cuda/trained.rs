@@ -66,8 +66,9 @@ struct Replaced {
 impl TrainedOnGpu {
     /// As [`crate::TrainedLayer::new`].
     pub(crate) fn new(parts: &LayerParts<'_>) -> Result<Option<Self>> {
-        // Those of ranks of their own have no gradients.
-        let shape = whole::shape(parts)?.filter(|shape| shape.ranked.is_none());
+        // Those of ranks of their own have no gradients, nor have vectors.
+        let has_gradients = |shape: &Shape| shape.ranked.is_none() && parts.vectors.is_none();
+        let shape = whole::shape(parts)?.filter(has_gradients);
         let (Some(shape), Some(dtype)) = (shape, dtype(parts)) else {
             return Ok(None);
         };

@@ -153,7 +153,8 @@ fn dtype(parts: &LayerParts<'_>) -> Option<DType> {
     if parts.kept.is_some() || parts.originals.is_some() {
         return None;
     }
-    let stacks: Vec<&Tensor> = parts.stacks().flatten().collect();
+    let vectors = parts.vectors.map(|(vectors, _)| vectors);
+    let stacks: Vec<&Tensor> = parts.stacks().flatten().chain(vectors).collect();
     let dtype = stacks.first()?.dtype();
     let same = stacks.iter().all(|t| t.dtype() == dtype);
     let mut all = stacks
@@ -185,7 +186,15 @@ fn block<T: Element + CudaDType>(
         },
         originals: None,
     };
-    frame(gpu, shape, parts)?.with(weights).map_err(Error::wrap)
+    let block = frame(gpu, shape, parts)?.with(weights);
+    let block = match parts.vectors {
+        Some((vectors, of_position)) => {
+            let vectors = held(&vectors.detach())?;
+            block.and_then(|block| block.with_vectors(gpu, vectors, of_position))
+        }
+        None => block,
+    };
+    block.map_err(Error::wrap)
 }
 
 /// Adapters as the kernels take them, all of one rank or each of its own; zeros where there are none.

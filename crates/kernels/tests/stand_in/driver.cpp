@@ -151,6 +151,7 @@ int cuStreamEndCapture(void*, void** graph) { return *graph = recorded, recorded
 int cuStreamIsCapturing(void*, int* status) { return *status = recorded != nullptr, DONE; }
 int cuGraphInstantiateWithFlags(void** ready, void* graph, unsigned long long) { return *ready = graph, DONE; }
 int cuGraphUpload(void*, void*) { return DONE; }
+int cuGraphGetNodes(void* graph, void**, size_t* count) { return *count = static_cast<Graph*>(graph)->size(), DONE; }
 int cuGraphLaunch(void* graph, void*) {
     for (const auto& work : *static_cast<Graph*>(graph)) work();
     return DONE;

@@ -72,16 +72,25 @@ impl Whole {
         if let Some(form) = &made.forms[usize::from(trains)] {
             return Ok(form.clone().filter(fits));
         }
-        let positions = bank.order.adapted().end;
+        let order = &bank.order;
+        let (adapted, positions) = (order.adapted(), order.constant().end);
         let position = bank.order.position.iter();
         let position: Vec<_> = position.map(|&p| (p < positions).then_some(p)).collect();
         let mut groups: Vec<_> = bank.groups().iter().copied().map(Some).collect();
-        groups.resize(bank.order.ranks.len(), None);
-        let adapters = bank.adapters.as_ref().map(|adapters| AdapterParts {
+        // A constant is an adapted position without a base and without components, and its vector.
+        groups.resize(positions - adapted.start, None);
+        let starts = bank.adapters.as_ref().map(|adapters| {
+            let mut starts = adapters.starts.to_vec();
+            starts.resize(groups.len() + 1, starts.last().copied().unwrap_or(0));
+            starts
+        });
+        let adapters = bank.adapters.as_ref().zip(starts.as_ref());
+        let adapters = adapters.map(|(adapters, starts)| AdapterParts {
             a: three(&adapters.a),
             b: three(&adapters.b),
-            starts: &adapters.starts,
+            starts,
         });
+        let vectors = bank.vectors(positions)?;
         let kept = bank.dense_adapters.as_ref();
         let parts = LayerParts {
             router: router.weight(),
@@ -93,6 +102,7 @@ impl Whole {
             bases: bank.bases.as_ref().map(three),
             groups: &groups,
             adapters,
+            vectors: vectors.as_ref().map(|(all, of)| (all, &of[..])),
             kept: kept.map(|adapters| [three(&adapters.a), three(&adapters.b)]),
             originals,
             beta,
@@ -100,7 +110,7 @@ impl Whole {
         let form = match trains {
             true => match TrainedLayer::new(&parts)? {
                 Some(layer) => {
-                    let experts = bank.order.experts[..positions].iter();
+                    let experts = order.experts[..positions].iter();
                     let experts: Vec<u32> = experts.map(|&expert| expert as u32).collect();
                     let experts = Tensor::new(experts, x.device())?;
                     Some(Form::Trained(Arc::new(layer), experts))
@@ -148,10 +158,27 @@ fn stacks(bank: &Bank) -> impl Iterator<Item = &Tensor> {
 /// Whatever the layer is made of.
 fn ids(router: &Router, bank: &Bank) -> Vec<TensorId> {
     let router = [router.weight()].into_iter().chain(router.correction());
-    stacks(bank).chain(router).map(Tensor::id).collect()
+    let vectors = bank.biases.iter().chain(&bank.constants);
+    let all = stacks(bank).chain(router).chain(vectors);
+    all.map(Tensor::id).collect()
 }
 
 impl Bank {
+    /// Biases and constants in one, `[n, H]`, and which of them each of the first `positions` has; nothing without.
+    fn vectors(&self, positions: usize) -> Result<Option<(Tensor, Vec<Option<usize>>)>> {
+        let all: Vec<&Tensor> = self.biases.iter().chain(&self.constants).collect();
+        if all.is_empty() {
+            return Ok(None);
+        }
+        let mut of_position = vec![None; positions];
+        let with_vectors = self.order.biased.iter().copied();
+        let with_vectors = with_vectors.chain(self.order.constant());
+        for (vector, position) in with_vectors.enumerate() {
+            of_position[position] = Some(vector);
+        }
+        Ok(Some((Tensor::cat(&all, 0)?, of_position)))
+    }
+
     /// Whether the groups of experts that a token is limited to always have as many as it uses. Else, step by
     /// step, removed experts are chosen and give nothing, which the kernels do not know.
     fn fills_groups(&self, moe: &MoeConfig) -> bool {
@@ -167,13 +194,11 @@ impl Bank {
         present.iter().take(groups.chosen).sum::<usize>() >= moe.top_k
     }
 
-    /// Whether all there is are dense slots, with adapters or without, and adapted ones beside whole bases, if any,
-    /// and their originals.
+    /// Whether all there is are dense slots, with adapters or without, adapted ones beside whole bases, if any, and
+    /// their originals, and constants.
     fn is_plain(&self) -> bool {
         let adapted = self.order.ranks.len();
         let has_others = self.order.mixed > 0
-            || self.order.constants > 0
-            || self.biases.is_some()
             || self.scales.is_some()
             || self.factored.is_some()
             || self.frozen.is_some()

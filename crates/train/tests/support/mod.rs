@@ -130,6 +130,46 @@ impl Models {
         })
     }
 
+    /// A model of the same original with constants, and with biases beside bases, adapters and both.
+    pub fn with_vectors(&self) -> Checkpoint {
+        let parsed = self.original.config();
+        let biased = |group, rank| SlotLayout::Adapted {
+            group,
+            rank,
+            bias: true,
+        };
+        let slots = vec![
+            biased(Some(0), RANK),
+            SlotLayout::Dense,
+            SlotLayout::Constant,
+            SlotLayout::adapted(Some(0), 2),
+            biased(None, RANK),
+            SlotLayout::Constant,
+            biased(Some(1), 0),
+            SlotLayout::Dense,
+        ];
+        let mut layout = BankLayout::dense(parsed);
+        layout.layers = (0..2)
+            .map(|l| (l, LayerLayout::from(slots.clone())))
+            .collect();
+        let config = layout.annotate(parsed).unwrap();
+        let path = self.folder.path().join("vectors");
+        let made = [
+            (".bases.", 0.25),
+            (".lora_", 0.25),
+            (".bias", 0.05),
+            (".constant", 0.05),
+        ];
+        write(
+            &path,
+            &config,
+            &|name, shape| match made.iter().find(|(part, _)| name.contains(part)) {
+                Some((_, spread)) => gaussian(&mut stream(1, name), *spread, shape).unwrap(),
+                None => self.original.tensor(name, shape).unwrap(),
+            },
+        )
+    }
+
     /// The factored model at the beginning of a recovery: two experts of a layer are what its bases
     /// stand for.
     pub fn unfolded(&self, factored: &Checkpoint) -> Decoder {

@@ -5,10 +5,9 @@ use super::super::device::Gpu;
 use super::super::held::Held;
 use super::super::route::Scores;
 use super::super::{Choice, ExpertGroups};
-pub(super) use super::numbers::{Matrices, Number, random, values};
+pub(super) use super::numbers::{Matrices, Number, random, seeded, values};
 use super::numbers::{add, add_outer, logistic, product, swiglu, times, transposed};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use rand::Rng;
 use rayon::prelude::*;
 use std::f64::consts::E as EULER;
 
@@ -52,6 +51,8 @@ pub(super) struct Layer {
     pub(super) originals: Matrices,
     /// Share of the originals.
     pub(super) beta: f64,
+    /// What positions give beside, `[n, H]`, and which of them each has; the gradients know nothing of it.
+    pub(super) vectors: Option<(Vec<f64>, Vec<Option<usize>>)>,
 }
 
 impl Layer {
@@ -64,7 +65,7 @@ impl Layer {
         choice: Choice,
         biased: bool,
     ) -> Self {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut rng = seeded(seed);
         let Shape {
             hidden: h,
             inner: f,
@@ -100,6 +101,7 @@ impl Layer {
             b: Matrices::random::<T>(&mut rng, shape.adapted, [f, r], [h, r]),
             originals: Matrices::random::<T>(&mut rng, shape.adapted, [f, h], [h, f]),
             beta: 0.0,
+            vectors: None,
         }
     }
 
@@ -289,6 +291,12 @@ impl Layer {
             let mut out = vec![0.0; x.len()];
             for &(position, gate) in choice {
                 out = add(out, &times(gate, &self.expert(position, x).y));
+                let vectors = self.vectors.as_ref();
+                let own = vectors.and_then(|(all, of)| {
+                    let own = of[position]? * x.len();
+                    Some(&all[own..own + x.len()])
+                });
+                out = own.map_or(out.clone(), |own| add(out, &times(gate, own)));
             }
             out
         };

@@ -1,12 +1,12 @@
 //! Operations on candle's tensors on a GPU, as 16-bit floats, against f32 on the CPU: what they give, and all
 //! gradients. The kernels' results hold NaN before they are written.
 
+use super::numbers::seeded;
 use super::{REQUIRED, distance};
 use crate::composed::{AtOnce, Between};
 use crate::{Segment, grouped_linear, low_rank};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use rand::Rng;
 use std::sync::Arc;
 
 pub(super) fn device() -> Option<Device> {
@@ -25,7 +25,7 @@ pub(super) const TYPES: [(DType, f64); 2] = [(DType::BF16, 1e-2), (DType::F16, 2
 
 /// The same seed gives the same numbers, of unit variance over the last dimension.
 pub(super) fn random(seed: u64, shape: &[usize]) -> Tensor {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut rng = seeded(seed);
     let scale = (3.0 / shape[shape.len() - 1].max(1) as f32).sqrt();
     let values: Vec<f32> = (0..shape.iter().product())
         .map(|_| rng.random_range(-scale..scale))

@@ -1,14 +1,12 @@
 //! Whole layers of candle's tensors on a GPU against the plain reference.
 
 use super::super::block::Shape;
-use super::reference::{Layer, Matrices, Number, cut, random, values};
+use super::reference::{Layer, Matrices, Number, cut, random, seeded, values};
 use super::tensors::device;
 use super::{LIMITED, SHAPES, SOFTMAX, distance, shape};
 use crate::{AdapterParts, LayerParts, WholeLayer};
 use candle_core::{DType, Device, Tensor, Var};
 use half::{bf16, f16};
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 
 /// A layer as tensors.
 pub(super) struct Parts<'a> {
@@ -23,6 +21,7 @@ pub(super) struct Parts<'a> {
     /// `V` and `Uᵀ` of the other adapted positions.
     pub(super) adapters: [[Tensor; 3]; 2],
     starts: Vec<usize>,
+    vectors: Option<Tensor>,
     originals: Option<[Tensor; 3]>,
 }
 
@@ -113,6 +112,10 @@ impl<'a> Parts<'a> {
                 components(&layer.b, [f, f, h], true),
             ],
             starts,
+            vectors: layer
+                .vectors
+                .as_ref()
+                .map(|(all, _)| put(tensor(all, &[all.len() / h, h]))),
             originals: (layer.beta > 0.0 && s.adapted > s.kept)
                 .then(|| part(s.kept, s.adapted - s.kept)),
         }
@@ -134,6 +137,11 @@ impl<'a> Parts<'a> {
                 b: self.adapters[1].each_ref(),
                 starts: &self.starts,
             }),
+            vectors: self
+                .vectors
+                .as_ref()
+                .zip(self.layer.vectors.as_ref())
+                .map(|(all, (_, of))| (all, &of[..])),
             kept: (s.kept > 0).then(|| self.kept.each_ref().map(|of| of.each_ref())),
             originals: self.originals.as_ref().map(|of| of.each_ref()),
             beta: self.originals.as_ref().map_or(0.0, |_| self.layer.beta),
@@ -153,7 +161,7 @@ fn check<T: Number>(device: &Device, mut layer: Layer, ranks: &[usize], tokens: 
     let whole = whole.unwrap_or_else(|| panic!("{:?} is not taken", layer.shape));
     let hidden = layer.shape.hidden;
     for &tokens in tokens {
-        let mut rng = ChaCha8Rng::seed_from_u64(tokens as u64);
+        let mut rng = seeded(tokens as u64);
         let x = values(&random::<T>(&mut rng, tokens * hidden, 1));
         let on_gpu = Tensor::from_vec(x.clone(), (tokens, hidden), &Device::Cpu).unwrap();
         let on_gpu = on_gpu
@@ -213,6 +221,26 @@ fn quick_whole_layers_of_tensors() {
         if shape.groups > 0 && without == 0 {
             check::<bf16>(&device, layer(80 + i as u64), &[0], &[2, 50]);
         }
+    }
+}
+
+/// Constants, which are slots without components, beside slots with biases and without.
+#[test]
+fn quick_whole_layers_of_tensors_with_vectors() {
+    let Some(device) = device() else { return };
+    let (shape, without) = SHAPES[1];
+    for ranks in [[24, 0, 7], [0, 0, 0], [200, 0, 3]] {
+        let wide = Shape {
+            rank: ranks[0].max(8),
+            ..shape
+        };
+        let mut layer = Layer::random::<bf16>(31, wide, without, SOFTMAX, false);
+        let of: Vec<_> = (0..shape.positions())
+            .map(|p| (p % 3 > 0).then_some(p / 2))
+            .collect();
+        let vectors = random::<bf16>(&mut seeded(32), of.len().div_ceil(2) * shape.hidden, 1);
+        layer.vectors = Some((values(&vectors), of));
+        check::<bf16>(&device, layer, &ranks, &[1, 8, 50]);
     }
 }
 
