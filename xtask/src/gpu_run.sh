@@ -56,7 +56,7 @@ checked=
 
 # check NAME COMMAND...: runs tests, and notes what came of them.
 check() {
-    "${@:2}" --test-threads=1 2>&1 | tee "$out/$1.log"
+    "${@:2}" --test-threads=1 --show-output 2>&1 | tee "$out/$1.log"
     local code=${PIPESTATUS[0]}
     count() { grep -oE "[0-9]+ $1" "$out/$2.log" | awk '{sum += $1} END {print sum + 0}'; }
     local passed skipped
@@ -87,8 +87,11 @@ if wanted sanitizer; then
         echo "SKIPPED: no compute-sanitizer, so no check of memory accesses" | tee "$out/sanitizer.log"
     fi
 fi
-printf '{\n  "date": "%s",\n  "gpu": "%s",\n  "driver": "%s",\n  "seed": %s,\n  "checks": {%s\n  }\n}\n' \
-    "$(date -u +%Y-%m-%d)" "$card" "$driver" "$LIGHTMOE_SEED" "$checked" >"$out/checks.json"
+machine=$(printf '"date": "%s",\n  "gpu": "%s",\n  "driver": "%s"' "$(date -u +%Y-%m-%d)" "$card" "$driver")
+printf '{\n  %s\n}\n' "$machine" >"$out/machine.json"
+# A run of other parts leaves the checks of an earlier one.
+[ -z "$checked" ] || printf '{\n  %s,\n  "seed": %s,\n  "checks": {%s\n  }\n}\n' "$machine" "$LIGHTMOE_SEED" "$checked" \
+    >"$out/checks.json"
 if [ $failed != 0 ]; then
     echo "checks failed, so nothing was timed"
     exit $failed

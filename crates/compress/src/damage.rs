@@ -101,11 +101,7 @@ impl LayerDamage {
     /// If they cannot be read.
     pub fn metrics(&self, expert: usize, own: Expert<'_>, bias: bool) -> Result<[Metric; 3]> {
         let parts = self.parts(expert, own[2])?;
-        let [gate, up, down] = parts.metrics(&self.output);
-        Ok(match bias {
-            true => [gate, up, parts.centred(&self.output)],
-            false => [gate, up, down],
-        })
+        Ok(parts.metrics(&self.output, bias))
     }
 
     /// What stands best for all that `expert` gives by the matrix `down`: the weighted mean of its outputs, `[H]`.
@@ -159,14 +155,18 @@ impl LayerDamage {
             let values = singular_values(w, metric)?;
             Ok(values.into_iter().map(|s| s * s).collect())
         };
-        for (i, (w, metric)) in own.iter().zip(parts.metrics(&self.output)).enumerate() {
+        for (i, (w, metric)) in own
+            .iter()
+            .zip(parts.metrics(&self.output, false))
+            .enumerate()
+        {
             costs.own[i] = squares(w, &metric)?;
             if let (Some(costs), Some(mean)) = (&mut costs.difference, mean) {
                 costs[i] = squares(&(*w - &mean[i])?, &metric)?;
             }
         }
         if bias {
-            let (down, metric) = (own[2], parts.centred(&self.output));
+            let (down, metric) = (own[2], parts.down(&self.output, true));
             let difference = mean.map(|mean| squares(&(down - &mean[2])?, &metric));
             costs.biased = Some(Biased {
                 own: squares(down, &metric)?,
@@ -211,7 +211,8 @@ struct Parts {
 }
 
 impl Parts {
-    fn metrics(&self, output: &Gram) -> [Metric; 3] {
+    /// Of gate, up and down.
+    fn metrics(&self, output: &Gram, bias: bool) -> [Metric; 3] {
         let f = self.mean.len();
         let moved = |slopes: &[Vec<f64>]| {
             let (mean, square) = (&slopes[0], &slopes[1]);
@@ -230,19 +231,20 @@ impl Parts {
         [
             moved(&self.slopes[..2]),
             moved(&self.slopes[2..]),
-            Metric {
-                out: output.clone(),
-                input: Gram::damped(self.hidden.clone(), DAMPING),
-            },
+            self.down(output, bias),
         ]
     }
 
-    /// The metric of down where the mean of an error counts nothing.
-    fn centred(&self, output: &Gram) -> Metric {
+    /// Of down; beside a bias the mean of an error counts nothing.
+    fn down(&self, output: &Gram, bias: bool) -> Metric {
         let f = self.mean.len();
+        let input = match bias {
+            true => tiled(f, f, |i, j| self.covariance(i, j)),
+            false => self.hidden.clone(),
+        };
         Metric {
             out: output.clone(),
-            input: Gram::damped(tiled(f, f, |i, j| self.covariance(i, j)), DAMPING),
+            input: Gram::damped(input, DAMPING),
         }
     }
 

@@ -149,7 +149,7 @@ pub fn parameters(
 /// tokens of `observations`: those of [`ModelConfig::active_parameters`], with what the slots of its
 /// choices hold in place of whole experts.
 ///
-/// A dense slot holds an expert; an adapted one its base, if it has one, and its adapter; a constant
+/// A dense slot holds an expert; an adapted one its base and its bias, if it has them, and its adapter; a constant
 /// one `H` values. The average over the slots of a layer is weighted by how often the original
 /// router chose them. Removed slots have no weight: the router then chooses among the others, as many
 /// as before. A base counts for each chosen slot that uses it; the bases that mixed slots share count

@@ -14,7 +14,7 @@ use lightmoe_models::{
     Manifest, ParameterKind, Placement, Scheme, Tokens, generate,
 };
 use lightmoe_train::{Point, Recovery, finish_recovery};
-use support::{Models, RECOVERY, bits, finish, interrupt, logits, of, options, write};
+use support::{Models, RECOVERY, bits, finish, interrupt, logits, of, options, parameters, write};
 
 /// Where models can be, and how far what they say may be from f32 on the CPU.
 fn placements() -> Vec<(Placement, f32)> {
@@ -189,6 +189,41 @@ fn they_learn_the_same() {
                     close(&reloaded, &trained, within, &place);
                 }
             }
+        }
+    }
+}
+
+/// Biases train beside constants that do not, while originals fade out or without any, and go on after a stop.
+#[test]
+fn biases_learn_the_same() {
+    let models = Models::sized(16, 6);
+    let built = models.with_vectors();
+    for anneal in [false, true] {
+        let recovery = Recovery { anneal, ..RECOVERY };
+        let mut options = options();
+        options.annealing.end_ratio *= f64::from(u8::from(anneal));
+        let mut model = models.prepared_from(&built, &Placement::default(), &recovery);
+        let before = parameters(&mut model);
+        let host = models.folders(&format!("vectors-{anneal}"));
+        let expected = finish(&mut model, &options, &host);
+        let after = parameters(&mut model);
+        for (name, (_, bits)) in &before {
+            let vectors = name.ends_with("biases") || name.ends_with("constants");
+            let changed = after[name].1 != *bits;
+            assert!(!vectors || changed == name.ends_with("biases"), "{name}");
+        }
+        let mut stopped = models.prepared_from(&built, &Placement::default(), &recovery);
+        let folders = models.folders(&format!("stopped-vectors-{anneal}"));
+        interrupt(&mut stopped, &options, &folders, 7);
+        let mut stopped = models.prepared_from(&built, &Placement::default(), &recovery);
+        assert_eq!(finish(&mut stopped, &options, &folders), expected);
+        assert_eq!(parameters(&mut stopped), after);
+        let losses = |curve: &[Point]| curve.iter().map(|p| p.loss as f32).collect::<Vec<_>>();
+        for (i, (place, within)) in placements().into_iter().enumerate() {
+            let mut model = models.prepared_from(&built, &place, &recovery);
+            let folders = models.folders(&format!("vectors-{anneal}-{i}"));
+            let curve = losses(&finish(&mut model, &options, &folders));
+            close(&curve[..10], &losses(&expected)[..10], 2.0 * within, &place);
         }
     }
 }

@@ -107,10 +107,9 @@ mod tests {
         assert_eq!(mean(&[[1.0, 0.0], [-1.0, 0.0]], &[0.3, 0.3]), [0.0, 0.0]);
         // Mean 2, variance of the mean (1 + 1)/2: three quarters are left.
         assert_eq!(mean(&[[3.0, 0.0], [1.0, 0.0]], &[0.3, 0.3]), [1.5, 0.0]);
-        // By squares of gates: of 3 and 1 the mean is 2.6.
-        let [found, _] = mean(&[[3.0, 0.0], [1.0, 0.0]], &[0.8, 0.4])[..] else {
-            panic!("two numbers");
-        };
-        assert!(found > 0.0 && found < 2.6);
+        // By squares of gates, .8 and .2: of 3 and 1 the mean is 2.6, and its variance .64 · .68 / .32.
+        let found = mean(&[[3.0, 0.0], [1.0, 0.0]], &[0.8, 0.4])[0];
+        let expected = 2.6 * (1.0 - 1.36 / 6.76);
+        assert!((found - expected).abs() < 1e-5, "{found}, not {expected}");
     }
 }

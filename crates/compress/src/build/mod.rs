@@ -53,7 +53,7 @@ pub struct BuildInputs<'a> {
     pub checkpoint: &'a Checkpoint,
     /// What becomes of each expert.
     pub plan: &'a Plan,
-    /// What was observed; only constants, biases and whitened factors need it.
+    /// What was observed; only constants, biases, bases by least squares, and whitened and fitted factors need it.
     pub observations: Option<&'a Observations>,
     /// Seed of fresh adapters and random bases.
     pub seed: u64,
@@ -110,10 +110,12 @@ pub fn build(
             changed && plan.settings.adapters == AdapterInit::Fitted
         });
         let fitted = fitted.map(|seen| seen.damage(config, l));
-        // The planner reckons with what its own biases save.
-        let biased = inputs.observations.filter(|_| {
-            plan.method != MethodName::Budget && planned.is_some_and(LayerPlan::has_biases)
-        });
+        // The planner reckons with what the biases of its own factors save.
+        let reckoned =
+            plan.method == MethodName::Budget && settings.adapters == AdapterInit::Fitted;
+        let biased = inputs
+            .observations
+            .filter(|_| !reckoned && planned.is_some_and(LayerPlan::has_biases));
         let biased = biased.map(|seen| seen.inputs(config, l));
         let layer = Layer {
             checkpoint,

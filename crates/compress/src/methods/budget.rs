@@ -113,12 +113,6 @@ impl<'a> Planner<'a> {
         let config = model.config;
         let files = Files::of(model)?;
         let damages = damages(config, observations)?;
-        if options.bias && options.ranks != RankRule::Budget {
-            return Err(Error::Invalid(
-                "ranks that follow a rule of their own have no biases; leave `bias` out, or use the rule `budget`"
-                    .to_owned(),
-            ));
-        }
         if options.bias && damages.iter().any(|damage| damage.biased.is_none()) {
             return Err(Error::Invalid(
                 "the plan may have biases, and these observations do not tell what they save; observe with \

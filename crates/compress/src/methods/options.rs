@@ -262,6 +262,13 @@ impl PlanOptions {
             (MethodName::Budget, _) if self.base != BaseInit::GateWeighted => Err(Error::Invalid(
                 "`budget` finds its bases by itself; leave `base` out".to_owned(),
             )),
+            (MethodName::Budget, _) if self.bias && self.ranks != RankRule::Budget => {
+                Err(Error::Invalid(
+                    "ranks that follow a rule of their own have no biases; leave `bias` out, or use the rule \
+                     `budget`"
+                        .to_owned(),
+                ))
+            }
             _ if self.bias && method.kind() != Kind::Replace && method != MethodName::Budget => {
                 Err(Error::Invalid(format!(
                     "`{method}` has no slots with a bias; `bias` is for `lightmoe`, `replace` and `budget`"

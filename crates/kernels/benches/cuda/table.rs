@@ -17,11 +17,11 @@ pub fn print(folder: &Path) -> Outcome<()> {
     };
     let bench = read("bench.json")?;
     let peers = read("peers.json").unwrap_or_default();
-    let checks = read("checks.json").unwrap_or_default();
+    let machine = read("machine.json").unwrap_or_default();
     let table = Table {
         bench: &bench,
         peers: &peers,
-        checks: &checks,
+        machine: &machine,
     };
     for part in [
         table.head()?,
@@ -38,8 +38,8 @@ pub fn print(folder: &Path) -> Outcome<()> {
 struct Table<'a> {
     bench: &'a Value,
     peers: &'a Value,
-    /// Where and when the run was, beside what it checked.
-    checks: &'a Value,
+    /// Where and when the run was.
+    machine: &'a Value,
 }
 
 fn number(value: &Value, key: &str) -> f64 {
@@ -70,9 +70,9 @@ impl Table<'_> {
         Ok(format!(
             "{}; GPU: {}; driver {}, which has CUDA {}; copy rate {:.2} TB/s (bytes read and written); dense product of \
              8192³ in bf16 by cuBLAS {:.0} TFLOP/s.\n",
-            text(self.checks, "date"),
+            text(self.machine, "date"),
             text(self.bench, "gpu"),
-            text(self.checks, "driver"),
+            text(self.machine, "driver"),
             self.bench["driver"],
             copy / 1e12,
             dense / 1e12

@@ -66,7 +66,7 @@ struct Replaced {
 impl TrainedOnGpu {
     /// As [`crate::TrainedLayer::new`].
     pub(crate) fn new(parts: &LayerParts<'_>) -> Result<Option<Self>> {
-        // Those of ranks of their own have no gradients, nor have vectors.
+        // Those of ranks of their own have no gradients, nor do vectors.
         let has_gradients = |shape: &Shape| shape.ranked.is_none() && parts.vectors.is_none();
         let shape = whole::shape(parts)?.filter(has_gradients);
         let (Some(shape), Some(dtype)) = (shape, dtype(parts)) else {

@@ -90,7 +90,12 @@ impl Whole {
             b: three(&adapters.b),
             starts,
         });
-        let vectors = bank.vectors(positions)?;
+        // What trains has none: constants are of the matrices' type, and biases that train are not.
+        let has_vectors = bank.biases.is_some() || bank.constants.is_some();
+        let vectors = match trains {
+            true => None,
+            false => bank.vectors(positions)?,
+        };
         let kept = bank.dense_adapters.as_ref();
         let parts = LayerParts {
             router: router.weight(),
@@ -108,6 +113,7 @@ impl Whole {
             beta,
         };
         let form = match trains {
+            true if has_vectors => None,
             true => match TrainedLayer::new(&parts)? {
                 Some(layer) => {
                     let experts = order.experts[..positions].iter();
@@ -203,7 +209,13 @@ impl Bank {
             || self.factored.is_some()
             || self.frozen.is_some()
             || self.base_adapters.is_some();
+        // As they are behind a training: then nothing else is of one type either.
+        let vectors = self.biases.as_ref().zip(self.constants.as_ref());
+        let differ = vectors.is_some_and(|(biases, constants)| biases.dtype() != constants.dtype());
         let fades_in = self.adapters_fade_in && self.beta > 0.0 && self.adapters.is_some();
-        !has_others && !fades_in && (self.adapters.is_some() || self.groups().len() == adapted)
+        !has_others
+            && !differ
+            && !fades_in
+            && (self.adapters.is_some() || self.groups().len() == adapted)
     }
 }

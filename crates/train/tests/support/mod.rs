@@ -104,7 +104,17 @@ impl Models {
 
     /// The same in another way.
     pub fn prepared_by(&self, placement: &Placement, recovery: &Recovery) -> Decoder {
-        let mut model = Decoder::load(&self.built.on(placement)).unwrap();
+        self.prepared_from(&self.built, placement, recovery)
+    }
+
+    /// Another compressed model.
+    pub fn prepared_from(
+        &self,
+        built: &Checkpoint,
+        placement: &Placement,
+        recovery: &Recovery,
+    ) -> Decoder {
+        let mut model = Decoder::load(&built.on(placement)).unwrap();
         prepare_recovery(&mut model, &self.original.on(placement), recovery).unwrap();
         model
     }

@@ -5,8 +5,7 @@ use super::reference::{random, seeded, values};
 use super::{SHAPES, SOFTMAX, Way, gpu, layer, run};
 use half::bf16;
 
-/// Vectors that some positions give are added, once for each choice, whichever way the layer runs, at the price of a
-/// launch.
+/// Vectors that some positions give are added, once for each choice, whichever way the layer runs.
 #[test]
 fn quick_vectors_are_added() {
     let Some(gpu) = gpu() else { return };
