@@ -4,9 +4,9 @@
 //! matrix of an expert. Where files differ, [`Scheme`] translates at the border: other names, or
 //! the experts of a layer stacked in one tensor as transformers 5 holds them. What replaces an
 //! expert has names of our own: a compressed slot keeps its expert's name with PEFT's
-//! `lora_A`/`lora_B` and may have a `bias` of its down projection, or has `transform` and `mixing` where it is mixed from the layer's
-//! `mlp.basis.<number>`; bases stand beside the experts as `mlp.bases.<group>`, factored ones with
-//! `lora_A`/`lora_B`, and `rows` of a sparse matrix at the places `index`.
+//! `lora_A`/`lora_B` and may have a `bias` of its down projection, or has `transform` and `mixing` where it
+//! is mixed from the layer's `mlp.basis.<number>`; bases stand beside the experts as `mlp.bases.<group>`,
+//! factored ones with `lora_A`/`lora_B`, and `rows` of a sparse matrix at the places `index`.
 
 use crate::families::Family;
 use crate::layout::{BankLayout, SlotLayout};

@@ -263,13 +263,7 @@ fn damages<'a>(config: &ModelConfig, observations: &'a Observations) -> Result<V
 struct Losses([Option<Vec<f64>>; 2]);
 
 impl Losses {
-    /// Of a form, where it has a rank; of a constant as of a bias alone.
-    fn of(&self, form: SlotForm) -> Option<f64> {
-        let (rank, bias) = match form {
-            SlotForm::Adapted { rank, bias, .. } => (rank, bias),
-            SlotForm::Constant => (0, true),
-            _ => return None,
-        };
+    fn of(&self, rank: usize, bias: bool) -> Option<f64> {
         let losses = self.0[usize::from(bias)].as_ref()?;
         losses.get(rank).copied()
     }
@@ -289,6 +283,12 @@ impl LayerMenus {
         let vector = config.hidden_size as u64;
         let smaller = config.hidden_size.min(config.moe.intermediate_size);
         let step = rank_step(smaller);
+        let adapted = |group, rank, bias| SlotForm::Adapted {
+            group,
+            rank,
+            bias,
+            dominant: false,
+        };
         let alone = |expert: usize| -> Vec<Choice> {
             let biased = damage.of_biased(expert).filter(|_| options.bias);
             let losses = Losses([Some(damage.of_ranks(expert)), biased]);
@@ -297,19 +297,14 @@ impl LayerMenus {
                 point: Point { cost, loss },
             };
             let constant = choice(SlotForm::Constant, vector, damage.drop[expert]);
-            let ranked = |rank: usize| {
-                let of = move |bias: bool| SlotForm::Adapted {
-                    group: None,
-                    rank,
-                    bias,
-                    dominant: false,
-                };
-                let cost = costs.of(Some(rank));
-                [(of(false), cost), (of(true), cost + vector)]
+            let ranked = |(rank, bias): (usize, bool)| {
+                let cost = costs.of(Some(rank)) + if bias { vector } else { 0 };
+                let loss = losses.of(rank, bias)?;
+                (cost < costs.dense).then(|| choice(adapted(None, rank, bias), cost, loss))
             };
-            let ranks = (1..=smaller / step).map(|i| i * step).flat_map(ranked);
-            let ranks = ranks.filter(|(_, cost)| *cost < costs.dense);
-            let ranks = ranks.filter_map(|(form, cost)| Some(choice(form, cost, losses.of(form)?)));
+            let ranks =
+                (1..=smaller / step).flat_map(|i| [false, true].map(|bias| (i * step, bias)));
+            let ranks = ranks.filter_map(ranked);
             let dense = choice(SlotForm::Dense, costs.dense, 0.0);
             std::iter::once(constant)
                 .chain(ranks)
@@ -325,27 +320,23 @@ impl LayerMenus {
                 Some(damage.of_differences(expert)?),
                 biased.filter(|_| options.bias),
             ]);
-            let of_base = |form: SlotForm, cost: u64| -> Option<Choice> {
-                let (rank, bias) = match form {
-                    SlotForm::Adapted { rank, bias, .. } => (rank, bias),
-                    _ => (0, true),
-                };
-                let loss = losses.of(form)?;
-                let form = SlotForm::Adapted {
-                    group: Some(0),
-                    rank,
-                    bias,
-                    dominant: false,
-                };
+            let of_base = |rank: usize, bias: bool, cost: u64| -> Option<Choice> {
+                let loss = losses.of(rank, bias)?;
+                let form = adapted(Some(0), rank, bias);
                 let point = Point { cost, loss };
                 Some(Choice { form, point })
             };
             let better = |&choice: &Choice| {
-                let with = of_base(choice.form, choice.point.cost);
+                let cost = choice.point.cost;
+                let with = match choice.form {
+                    SlotForm::Adapted { rank, bias, .. } => of_base(rank, bias, cost),
+                    SlotForm::Constant => of_base(0, true, cost),
+                    _ => None,
+                };
                 let with = with.filter(|with| with.point.loss < choice.point.loss);
                 with.unwrap_or(choice)
             };
-            let base = of_base(SlotForm::adapted(None, 0, false), 0)?;
+            let base = of_base(0, false, 0)?;
             Some(
                 std::iter::once(base)
                     .chain(alone.iter().map(better))
